@@ -1,0 +1,247 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "backends/cpu/cpu.h"
+
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <cstdlib>
+#include <mutex>
+
+#include "backends/cpu/dispatch.h"
+#include "backends/cpu/row_plan.h"
+#include "backends/cpu/thread_pool.h"
+#include "core/text.h"
+
+namespace ropewalk {
+namespace {
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Targets and kernels
+
+constexpr int kMaxTargets = 8;
+constexpr int kKernels = 3 * 2 * 2 * 2 * 4;
+
+std::atomic<const CpuTarget*> forced_target{nullptr};
+std::array<std::array<std::atomic<int64_t>, kKernels>, kMaxTargets> launches{};
+
+const CpuTarget* BestTarget() {
+  static const CpuTarget* const best = [] {
+    const auto targets = CpuTargets();
+    const auto it = std::ranges::find_if(targets, [](const CpuTarget& target) { return target.supported(); });
+    return it == targets.end() ? nullptr : &*it;
+  }();
+  return best;
+}
+
+const CpuTarget* Target() {
+  const CpuTarget* target = forced_target.load(std::memory_order_acquire);
+  return target ? target : BestTarget();
+}
+
+// 0: no store, 1: in the dtype of k, 2 and 3: fp8.
+int StoreIndex(const RopeVariant& v) {
+  return v.cache_dtype == kRopeNoDtype ? 0 : v.cache_dtype == kRopeE4M3 ? 2 : v.cache_dtype == kRopeE5M2 ? 3 : 1;
+}
+
+int KernelIndex(const RopeVariant& v) {
+  return ((((v.dtype - kRopeF32) * 2 + v.pairing) * 2 + v.norm) * 2 + v.rounding) * 4 + StoreIndex(v);
+}
+
+std::string KernelName(int index) {
+  constexpr const char* kDtypes[] = {"float32", "float16", "bfloat16"};
+  constexpr const char* kStores[] = {"", " store", " store_e4m3", " store_e5m2"};
+  return Text(kDtypes[index / 32], index / 16 % 2 ? " interleaved" : " neox", index / 8 % 2 ? " rms" : "",
+              index / 4 % 2 ? " reference" : "", kStores[index % 4]);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Faults: the first since the last check
+
+std::mutex fault_mutex;
+std::string fault_text;
+
+void RecordFault(const RopeCall& call, int64_t row) {
+  const RowPlan plan = PlanRow(call, row);
+  std::string where = Text("[", plan.token, "]");
+  if (call.params.batch > 1) where = Text("[", plan.batch, ", ", plan.token, "]");
+  std::string text;
+  switch (plan.fault) {
+    case kRopeFaultPosition:
+      text = Text("rope: positions", where, " is ", plan.fault_value, plan.fault_axis ? Text(" on axis ", plan.fault_axis) : "",
+                  call.tensors.offsets ? " with its offset" : "", ", but the table has ", call.params.rows,
+                  " rows; the token was filled with NaN");
+      break;
+    case kRopeFaultSlot:
+      text = Text("rope: slots", where, " is ", plan.fault_value, ", but the cache has ", call.params.slots,
+                  " slots; the token was not stored");
+      break;
+    case kRopeFaultAxis:
+      text = Text("rope: axes[", plan.fault_axis, "] is ", plan.fault_value, ", but positions have ", call.params.axes,
+                  " rows; all tokens were filled with NaN");
+      break;
+    default: return;
+  }
+  const std::lock_guard lock(fault_mutex);
+  if (fault_text.empty()) fault_text = std::move(text);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Threads
+
+struct Splitter {
+  ropewalk_parallel_for parallel_for;
+  void* context;
+};
+std::mutex splitter_mutex;
+std::atomic<const Splitter*> caller_splitter{nullptr};  // old ones are kept: a call may still hold one
+
+void Split(int64_t rows, int64_t grain, void (*body)(int64_t, int64_t, const void*), const void* context) {
+  if (const Splitter* splitter = caller_splitter.load(std::memory_order_acquire)) {
+    splitter->parallel_for(0, rows, grain, body, context, splitter->context);
+  } else if (ThreadPoolSize() > 1) {
+    PoolParallelFor(0, rows, grain, body, context, nullptr);
+  } else {
+    body(0, rows, context);
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The backend
+
+bool Serves(DLDevice device) { return device.device_type == kDLCPU || device.device_type == kDLCUDAHost; }
+
+Availability Available() {
+  const CpuTarget* target = Target();
+  if (!target) return {false, "this CPU has none of the instruction sets that Ropewalk is built for (SSE4.2 at least)",
+                       "use a CPU made after 2009"};
+  Availability availability{true, Text("target ", target->name, forced_target.load() ? " (forced)" : ""), ""};
+  for (const CpuTarget& candidate : CpuTargets()) {
+    if (candidate.supported()) availability.parts.push_back(candidate.name);
+  }
+  return availability;
+}
+
+struct Work {
+  const RopeCall* call;
+  CpuKernel kernel;
+  std::atomic<int64_t>* first_fault;
+};
+
+Status Launch(const RopeCall& call) {
+  const CpuTarget* target = Target();
+  if (!target) return Status::Unavailable(Text("rope: ", Available().detail));
+  const rope_params& p = call.params;
+  const int64_t rows = p.batch * p.tokens;
+  if (rows == 0) return {};
+  const int64_t heads = int64_t{p.q_heads} + p.k_heads;
+  std::atomic<int64_t> first_fault{INT64_MAX};
+  const Work work{&call, target->choose(call.variant), &first_fault};
+
+  // Below 32 KB a part is done before another thread has woken.
+  constexpr int64_t kPartBytes = 32 * 1024;
+  const int64_t row_bytes = std::max<int64_t>(1, heads * p.head_dim * (call.variant.dtype == kRopeF32 ? 4 : 2));
+  const int64_t grain = std::max<int64_t>(1, kPartBytes / row_bytes);
+  if (rows < 2 * grain) {
+    work.kernel(call, 0, rows, &first_fault);
+  } else {
+    Split(rows, grain,
+          [](int64_t begin, int64_t end, const void* context) {
+            const Work& w = *static_cast<const Work*>(context);
+            w.kernel(*w.call, begin, end, w.first_fault);
+          },
+          &work);
+  }
+  launches[static_cast<size_t>(target - CpuTargets().data())][static_cast<size_t>(KernelIndex(call.variant))].fetch_add(
+      1, std::memory_order_relaxed);
+  if (const int64_t row = first_fault.load(); row != INT64_MAX) RecordFault(call, row);
+  return {};
+}
+
+Status Prepare(const RopeCall&) { return {}; }  // compiled ahead
+
+Status Explain(const RopeCall& call, Explanation* explanation) {
+  const CpuTarget* target = Target();
+  if (!target) return Status::Unavailable(Text("rope: ", Available().detail));
+  const RopeVariant& v = call.variant;
+  const bool native = std::string_view(target->name) == "avx3_bf16" && v.dtype == kRopeBF16 && v.rounding == 0;
+  explanation->emplace_back("kernel", Text("cpu:", target->name, " ", KernelName(KernelIndex(v))));
+  explanation->emplace_back("target", target->name);
+  explanation->emplace_back("source", "built in");
+  explanation->emplace_back("angles", v.table_dtype == kRopeNoDtype ? "frequencies" : "table");
+  explanation->emplace_back("rounding to bfloat16", v.dtype != kRopeBF16 ? "none" : native ? "AVX512_BF16" : "integer");
+  explanation->emplace_back("threads", caller_splitter.load() ? "the caller's parallel_for"
+                                       : ThreadPoolSize() > 1 ? Text("pool of ", ThreadPoolSize())
+                                                              : "1 (ropewalk_set_threads makes a pool)");
+  explanation->emplace_back("why", Text("q is on the CPU; ", target->name,
+                                        forced_target.load() ? " is forced" : " is the best target that this CPU runs"));
+  return {};
+}
+
+Status CheckFaults() {
+  const std::lock_guard lock(fault_mutex);
+  if (fault_text.empty()) return {};
+  return Status::Fault(std::exchange(fault_text, {}));
+}
+
+Status Force(const std::string& part) {
+  if (part.empty()) {
+    forced_target.store(nullptr);
+    return {};
+  }
+  std::string names;
+  for (const CpuTarget& target : CpuTargets()) {
+    if (!target.supported()) continue;
+    if (part == target.name) {
+      forced_target.store(&target, std::memory_order_release);
+      return {};
+    }
+    Append(&names, Text(names.empty() ? "" : ", ", target.name));
+  }
+  return Status::Invalid(Text("force_backend: the target of cpu must be one of ", names, ", but is \"", part, "\""));
+}
+
+void Counters(std::vector<std::pair<std::string, int64_t>>* counters) {
+  const auto targets = CpuTargets();
+  for (size_t t = 0; t < targets.size(); ++t) {
+    for (int k = 0; k < kKernels; ++k) {
+      const int64_t count = launches[t][static_cast<size_t>(k)].load(std::memory_order_relaxed);
+      if (count) counters->emplace_back(Text("cpu:", targets[t].name, " ", KernelName(k)), count);
+    }
+  }
+}
+
+// ROPEWALK_CPU_TARGET forces a target from the start, as ropewalk_force_backend("cpu:..") does later.
+[[maybe_unused]] const bool forced_by_environment = [] {
+  const char* name = std::getenv("ROPEWALK_CPU_TARGET");
+  return name && Force(name).ok();
+}();
+
+}  // namespace
+
+const Backend kCpuBackend = {"cpu", Serves, Available, Launch, Prepare, Explain, CheckFaults, Force, Counters};
+
+Status SetParallelFor(ropewalk_parallel_for parallel_for, void* context) {
+  const std::lock_guard lock(splitter_mutex);
+  static std::vector<const Splitter*> kept;
+  if (!parallel_for) {
+    caller_splitter.store(nullptr);
+    return {};
+  }
+  for (const Splitter* splitter : kept) {
+    if (splitter->parallel_for == parallel_for && splitter->context == context) {
+      caller_splitter.store(splitter);
+      return {};
+    }
+  }
+  kept.push_back(new Splitter{parallel_for, context});
+  caller_splitter.store(kept.back());
+  return {};
+}
+
+Status SetThreads(int32_t threads) {
+  if (threads < 1 || threads > 1024) return Status::Invalid(Text("set_threads: threads must be from 1 to 1024, but is ", threads));
+  ResizeThreadPool(threads);
+  return {};
+}
+
+}  // namespace ropewalk

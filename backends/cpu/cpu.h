@@ -1,0 +1,14 @@
+// The CPU backend: always there, the fastest target chosen at run time.
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include "core/backend.h"
+
+namespace ropewalk {
+
+extern const Backend kCpuBackend;
+
+Status SetParallelFor(ropewalk_parallel_for parallel_for, void* context);
+Status SetThreads(int32_t threads);
+
+}  // namespace ropewalk

@@ -1,0 +1,73 @@
+// Compiles the kernel once for each target. Which targets there are: SSE4 is the least on x86 (this file is compiled with
+// -msse4.2), NEON on Arm. Highway's headers only: the choice at run time is ours, so that nothing is linked.
+// SPDX-License-Identifier: Apache-2.0
+#include "backends/cpu/dispatch.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <type_traits>
+
+#include "backends/cpu/row_plan.h"
+
+// SVE does not compile with every g++ that we support; SSSE3 and the AES extras add nothing to this kernel.
+#define HWY_DISABLED_TARGETS (HWY_SVE | HWY_SVE2 | HWY_SVE_256 | HWY_SVE2_128 | HWY_SSSE3)
+#define HWY_DISABLE_PCLMUL_AES
+#undef HWY_TARGET_INCLUDE
+#define HWY_TARGET_INCLUDE "backends/cpu/dispatch.cc"
+#include <hwy/foreach_target.h>
+#include <hwy/highway.h>
+
+#ifndef ROPEWALK_COS_SIN_COEFFICIENTS
+#define ROPEWALK_COS_SIN_COEFFICIENTS
+namespace ropewalk {
+// x + x^3 (kSin3 + kSin5 x^2 + ..) and 1 - x^2/2 + x^4 (kCos4 + ..) up to pi/4: least largest error, coefficients
+// rounded to float32.
+constexpr float kSin3 = -0.16666650772f, kSin5 = 0.0083319786936f, kSin7 = -0.00019495635934f;
+constexpr float kCos4 = 0.041666645557f, kCos6 = -0.0013887367677f, kCos8 = 2.4438451874e-05f;
+}  // namespace ropewalk
+#endif
+
+#include "ops/rope/rope-inl.h"
+
+#if HWY_ONCE
+#if HWY_ARCH_X86
+#include <cpuid.h>
+#endif
+
+namespace ropewalk {
+namespace {
+
+#if HWY_ARCH_X86
+bool HasSse4() { return __builtin_cpu_supports("sse4.2"); }
+bool HasAvx2() {
+  unsigned a, b, c, d;
+  const bool f16c = __get_cpuid(1, &a, &b, &c, &d) && (c & (1u << 29));
+  return f16c && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2") &&
+         __builtin_cpu_supports("bmi");
+}
+bool HasAvx3() {
+  return HasAvx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512cd");
+}
+bool HasAvx3Bf16() {
+  unsigned a, b, c, d;
+  return HasAvx3() && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & (1u << 5));
+}
+
+constexpr CpuTarget kTargets[] = {
+    {"avx3_bf16", HasAvx3Bf16, N_AVX3::ChooseBf16Kernel},
+    {"avx3", HasAvx3, N_AVX3::ChooseKernel},
+    {"avx2", HasAvx2, N_AVX2::ChooseKernel},
+    {"sse4", HasSse4, N_SSE4::ChooseKernel},
+};
+#else
+constexpr CpuTarget kTargets[] = {{"neon", [] { return true; }, HWY_STATIC_NAMESPACE::ChooseKernel}};
+#endif
+
+}  // namespace
+
+std::span<const CpuTarget> CpuTargets() { return kTargets; }
+
+}  // namespace ropewalk
+#endif  // HWY_ONCE

@@ -1,0 +1,11 @@
+# Benchmarks: each bench/*_bench.cc is a program of its own.
+# SPDX-License-Identifier: Apache-2.0
+find_package(benchmark REQUIRED)
+
+file(GLOB bench_sources CONFIGURE_DEPENDS bench/*_bench.cc)
+foreach(source IN LISTS bench_sources)
+  get_filename_component(name ${source} NAME_WE)
+  add_executable(${name} ${source})
+  set_target_properties(${name} PROPERTIES RUNTIME_OUTPUT_DIRECTORY ${PROJECT_BINARY_DIR}/bench)
+  target_link_libraries(${name} PRIVATE ropewalk_measure ropewalk_flags benchmark::benchmark)
+endforeach()

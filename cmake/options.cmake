@@ -1,0 +1,50 @@
+# Flags of our own targets (never passed on to users): warnings, sanitizers, run-time libraries, exported symbols.
+# SPDX-License-Identifier: Apache-2.0
+
+add_library(ropewalk_flags INTERFACE)
+target_compile_options(ropewalk_flags INTERFACE -Wall -Wextra -Wconversion -Wshadow)
+if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU" AND CMAKE_CXX_COMPILER_VERSION VERSION_LESS 13)
+  target_compile_options(ropewalk_flags INTERFACE -Wno-restrict)  # false for std::string = "..": GCC's bug 105651
+endif()
+# a * b + c rounds twice unless it says fma: frequencies, tables and the reference are the same on every CPU.
+target_compile_options(ropewalk_flags INTERFACE -ffp-contract=off)
+target_compile_options(ropewalk_flags INTERFACE -ffunction-sections -fdata-sections)
+target_link_options(ropewalk_flags INTERFACE LINKER:--gc-sections)
+if(ROPEWALK_WERROR)
+  target_compile_options(ropewalk_flags INTERFACE -Werror)
+endif()
+
+if(ROPEWALK_SANITIZE)
+  # For every target, so that test frameworks in header form are covered too.
+  add_compile_options(-fsanitize=${ROPEWALK_SANITIZE} -fno-sanitize-recover=all -fno-omit-frame-pointer -g)
+  add_link_options(-fsanitize=${ROPEWALK_SANITIZE})
+elseif(ROPEWALK_STATIC_RUNTIME)
+  # libgcc_s.so.1 stays: it is everywhere, and its static twin would ask for glibc 2.35.
+  target_link_options(ropewalk_flags INTERFACE -static-libstdc++ LINKER:--exclude-libs,ALL)
+endif()
+
+if(ROPEWALK_FUZZ)
+  add_compile_options(-fsanitize=fuzzer-no-link)  # coverage of the library too
+endif()
+
+# Exports only the symbols of the patterns given, whatever static libraries are linked in.
+function(ropewalk_export_only target)
+  list(JOIN ARGN "; " patterns)
+  set(script ${PROJECT_BINARY_DIR}/${target}.map)
+  file(CONFIGURE OUTPUT ${script} CONTENT "{ global: @patterns@; local: *; };\n" @ONLY)
+  target_link_options(${target} PRIVATE LINKER:--version-script=${script} LINKER:--no-undefined LINKER:-Bsymbolic)
+  set_property(TARGET ${target} APPEND PROPERTY LINK_DEPENDS ${script})
+endfunction()
+
+# Drops the files of a list that are not there yet.
+function(ropewalk_existing list)
+  set(found "")
+  foreach(file IN LISTS ${list})
+    if(EXISTS ${PROJECT_SOURCE_DIR}/${file})
+      list(APPEND found ${file})
+    else()
+      message(WARNING "${file} is not there yet")
+    endif()
+  endforeach()
+  set(${list} ${found} PARENT_SCOPE)
+endfunction()

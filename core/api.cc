@@ -1,0 +1,236 @@
+// The C ABI: struct versions, statuses to codes, text to the caller.
+// SPDX-License-Identifier: Apache-2.0
+#include <ropewalk/ropewalk.h>
+
+#include <cstring>
+#include <exception>
+#include <string>
+
+#include "backends/cpu/cpu.h"
+#include "core/backend.h"
+#include "core/text.h"
+#include "ops/rope/rope_call.h"
+
+namespace ropewalk {
+namespace {
+
+thread_local std::string last_error;
+thread_local std::string returned_text;
+
+int Return(const Status& status) {
+  if (status.ok()) return ROPEWALK_OK;
+  last_error = status.text();
+  return status.code();
+}
+
+// Nothing may be thrown across the C border; what could be is a failed allocation.
+template <class Body>
+int Guard(const Body& body) {
+  try {
+    return Return(body());
+  } catch (const std::exception& error) {
+    return Return(Status::Internal(error.what()));
+  } catch (...) {
+    return Return(Status::Internal("an unknown exception"));
+  }
+}
+
+template <class Body>
+const char* GuardText(const Body& body) {
+  const int code = Guard([&]() -> Status { return body(&returned_text); });
+  return code == ROPEWALK_OK ? returned_text.c_str() : nullptr;
+}
+
+// Lets callers be older than the library: what their struct lacks has its default.
+template <class Body>
+Status WithArgs(const ropewalk_rope_args* args, const Body& body) {
+  if (!args) return Status::Invalid("rope: args is null");
+  const uint32_t size = args->struct_size;
+  if (size == sizeof(ropewalk_rope_args)) return body(*args);
+  if (size > sizeof(ropewalk_rope_args)) {
+    return Status::Invalid(Text("rope: struct_size must be at most ", sizeof(ropewalk_rope_args), " for Ropewalk ",
+                                ropewalk_version(), ", but is ", size, ": the caller was built for a newer one"));
+  }
+  if (size < offsetof(ropewalk_rope_args, k)) {
+    return Status::Invalid(Text("rope: struct_size must be sizeof(ropewalk_rope_args) (", sizeof(ropewalk_rope_args),
+                                "), but is ", size));
+  }
+  ropewalk_rope_args full;
+  std::memcpy(&full, args, size);
+  return body(full);
+}
+
+Status Lowered(const ropewalk_rope_args* args, void* stream, RopeCall* call, const Backend** backend) {
+  return WithArgs(args, [&](const ropewalk_rope_args& full) -> Status {
+    ROPEWALK_TRY(LowerRope(full, stream, call));
+    return ChooseBackend(call->device, backend);
+  });
+}
+
+}  // namespace
+}  // namespace ropewalk
+
+using namespace ropewalk;
+
+extern "C" {
+
+int ropewalk_rope(const ropewalk_rope_args* args, void* stream) {
+  return Guard([&]() -> Status {
+    RopeCall call;
+    const Backend* backend;
+    ROPEWALK_TRY(Lowered(args, stream, &call, &backend));
+    return backend->launch(call);
+  });
+}
+
+int ropewalk_prepare(const ropewalk_rope_args* args) {
+  return Guard([&]() -> Status {
+    RopeCall call;
+    const Backend* backend;
+    ROPEWALK_TRY(Lowered(args, nullptr, &call, &backend));
+    return backend->prepare(call);
+  });
+}
+
+const char* ropewalk_explain(const ropewalk_rope_args* args) {
+  return GuardText([&](std::string* text) -> Status {
+    RopeCall call;
+    const Backend* backend;
+    ROPEWALK_TRY(Lowered(args, nullptr, &call, &backend));
+    Explanation explanation = {{"backend", backend->name}};
+    ROPEWALK_TRY(backend->explain(call, &explanation));
+    *text = "{";
+    for (const auto& [key, value] : explanation) {
+      Append(text, Text(text->size() > 1 ? ", " : "", JsonString(key), ": ", JsonString(value)));
+    }
+    *text += "}";
+    return {};
+  });
+}
+
+int ropewalk_check_faults(void) {
+  return Guard([]() -> Status {
+    for (const Backend* backend : Backends()) ROPEWALK_TRY(backend->check_faults());
+    return {};
+  });
+}
+
+const char* ropewalk_last_error(void) { return last_error.c_str(); }
+
+const char* ropewalk_backends(void) {
+  return GuardText([](std::string* text) -> Status {
+    *text = "[";
+    for (const Backend* backend : Backends()) {
+      const Availability a = backend->availability();
+      Append(text, Text(text->size() > 1 ? ", " : "", "{\"name\": ", JsonString(backend->name), ", \"available\": ",
+                        a.available ? "true" : "false", ", \"detail\": ", JsonString(a.detail), ", \"remedy\": ",
+                        JsonString(a.remedy), ", \"parts\": ["));
+      for (size_t i = 0; i < a.parts.size(); ++i) Append(text, Text(i ? ", " : "", JsonString(a.parts[i])));
+      *text += "]}";
+    }
+    *text += "]";
+    return {};
+  });
+}
+
+int ropewalk_force_backend(const char* name) {
+  return Guard([&] { return ForceBackend(name); });
+}
+
+const char* ropewalk_counters(void) {
+  return GuardText([](std::string* text) -> Status {
+    std::vector<std::pair<std::string, int64_t>> counters;
+    for (const Backend* backend : Backends()) backend->counters(&counters);
+    *text = "{";
+    for (const auto& [kernel, count] : counters) {
+      Append(text, Text(text->size() > 1 ? ", " : "", JsonString(kernel), ": ", count));
+    }
+    *text += "}";
+    return {};
+  });
+}
+
+#define ROPEWALK_STRING(x) #x
+#define ROPEWALK_VERSION_TEXT(a, b, c) ROPEWALK_STRING(a) "." ROPEWALK_STRING(b) "." ROPEWALK_STRING(c)
+
+const char* ropewalk_version(void) {
+  return ROPEWALK_VERSION_TEXT(ROPEWALK_VERSION_MAJOR, ROPEWALK_VERSION_MINOR, ROPEWALK_VERSION_PATCH);
+}
+
+const char* ropewalk_description(void) {
+  return GuardText([](std::string* text) -> Status {
+    *text = DescriptionJson("rope", RopeDescription());
+    return {};
+  });
+}
+
+const char* ropewalk_torch_schema(void) {
+  return GuardText([](std::string* text) -> Status {
+    *text = TorchSchema("rope_", RopeDescription());
+    return {};
+  });
+}
+
+int ropewalk_set_parallel_for(ropewalk_parallel_for parallel_for, void* context) {
+  return Guard([&] { return SetParallelFor(parallel_for, context); });
+}
+
+int ropewalk_set_threads(int32_t threads) {
+  return Guard([&] { return SetThreads(threads); });
+}
+
+int ropewalk_frequencies_create(double theta, int64_t rotary_dim, const char* scaling_json, int64_t sequence_length,
+                                ropewalk_frequencies** out) {
+  return Guard([&]() -> Status {
+    if (!out) return Status::Invalid("frequencies: out is null");
+    return MakeFrequencies(theta, rotary_dim, scaling_json ? scaling_json : "", sequence_length, out);
+  });
+}
+
+int ropewalk_frequencies_from_array(const double* inv_freq, int64_t count, double attention_scaling,
+                                    const int32_t* axes, ropewalk_frequencies** out) {
+  return Guard([&]() -> Status {
+    if (!out) return Status::Invalid("frequencies: out is null");
+    return FrequenciesFromArray(inv_freq, count, attention_scaling, axes, out);
+  });
+}
+
+int ropewalk_frequencies_from_config(const char* json, const char* name, const char* layer_type,
+                                     int64_t sequence_length, ropewalk_frequencies** out) {
+  return Guard([&]() -> Status {
+    if (!out) return Status::Invalid("frequencies: out is null");
+    if (!json) return Status::Invalid("frequencies: json is null");
+    return FrequenciesFromConfig(json, name ? name : "config", layer_type ? layer_type : "", sequence_length, out);
+  });
+}
+
+void ropewalk_frequencies_retain(ropewalk_frequencies* frequencies) {
+  if (frequencies) frequencies->references.fetch_add(1, std::memory_order_relaxed);
+}
+
+void ropewalk_frequencies_release(ropewalk_frequencies* frequencies) {
+  if (frequencies && frequencies->references.fetch_sub(1, std::memory_order_acq_rel) == 1) delete frequencies;
+}
+
+int64_t ropewalk_frequencies_rotary_dim(const ropewalk_frequencies* frequencies) { return frequencies->rotary_dim; }
+
+double ropewalk_frequencies_attention_scaling(const ropewalk_frequencies* frequencies) {
+  return frequencies->attention_scaling;
+}
+
+const double* ropewalk_frequencies_inv_freq(const ropewalk_frequencies* frequencies) {
+  return frequencies->inv_freq.data();
+}
+
+const int32_t* ropewalk_frequencies_axes(const ropewalk_frequencies* frequencies) {
+  return frequencies->axes.empty() ? nullptr : frequencies->axes.data();
+}
+
+int ropewalk_frequencies_table(const ropewalk_frequencies* frequencies, DLTensor* cos, DLTensor* sin) {
+  return Guard([&]() -> Status {
+    if (!frequencies || !cos || !sin) return Status::Invalid("table: frequencies, cos and sin must not be null");
+    return FillTable(*frequencies, cos, sin);
+  });
+}
+
+}  // extern "C"

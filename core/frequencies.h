@@ -1,0 +1,38 @@
+// Rotation frequencies as 64-bit fractions of a turn per position (docs/design: exact at every position).
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <ropewalk/ropewalk.h>
+
+#include <atomic>
+#include <cstdint>
+#include <string_view>
+#include <vector>
+
+#include "core/status.h"
+
+// The opaque type of the C ABI. Immutable once made.
+struct ropewalk_frequencies {
+  int64_t rotary_dim = 0;
+  double attention_scaling = 1.0;       // multiplies cos and sin
+  std::vector<double> inv_freq;         // [rotary_dim/2] radians per position, rounded from `exact`
+  std::vector<long double> exact;       // [rotary_dim/2] the same, as exact as the host can (reference and turns)
+  std::vector<uint64_t> turns;          // [rotary_dim/2] round(exact / 2pi * 2^64) modulo 2^64
+  std::vector<int32_t> axes;            // empty, or [rotary_dim/2] the row of positions each pair takes
+  std::vector<float> table_inv_freq;    // [rotary_dim/2] Hugging Face's own float32 values, for its table; empty: it uses double
+  mutable std::atomic<int64_t> references{1};
+  uint64_t id = 0;                      // unique in the process, so that backends can key device copies by it
+};
+
+namespace ropewalk {
+
+Status MakeFrequencies(double theta, int64_t rotary_dim, std::string_view scaling_json, int64_t sequence_length,
+                       ropewalk_frequencies** out);
+Status FrequenciesFromArray(const double* inv_freq, int64_t count, double attention_scaling, const int32_t* axes,
+                            ropewalk_frequencies** out);
+Status FrequenciesFromConfig(std::string_view json, std::string_view name, std::string_view layer_type,
+                             int64_t sequence_length, ropewalk_frequencies** out);
+// Hugging Face's table: cos and sin [rows, rotary_dim/2] on the host, float32, float16 or bfloat16, any strides.
+Status FillTable(const ropewalk_frequencies& frequencies, DLTensor* cos, DLTensor* sin);
+
+}  // namespace ropewalk

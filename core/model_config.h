@@ -1,0 +1,33 @@
+// What a model's config.json says about its rotary embedding: shapes, pairing, norm, layer types. Serves the command
+// line, the cases and the benchmarks; frequencies come from frequencies.h.
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "core/status.h"
+
+namespace ropewalk {
+
+struct ModelConfig {
+  std::string name;          // "_name_or_path", or the file's stem
+  std::string model_type;    // "qwen3", "flux", ..
+  int64_t q_heads = 0, k_heads = 0;
+  int64_t head_dim = 0;      // of a whole head (DeepSeek-V3: qk_nope_head_dim + qk_rope_head_dim)
+  int64_t rotary_dim = 0, rotary_offset = 0;
+  int64_t max_position = 0;
+  bool interleaved = false;  // pairing
+  bool norm = false;         // per-head RMSNorm of q and k before the rotation
+  bool zero_centered_weight = false;
+  double eps = 1e-6;
+  int axes = 1;              // rows of positions: 1, or 3 for mrope, Flux and Qwen-Image
+  std::vector<std::string> layer_types;  // keys for FrequenciesFromConfig; empty: one for all layers
+};
+
+// `name` is what messages call the text (its path).
+Status ReadModelConfig(std::string_view json, std::string_view name, ModelConfig* out);
+
+}  // namespace ropewalk

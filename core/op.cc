@@ -1,0 +1,360 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "core/op.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "core/text.h"
+
+namespace ropewalk {
+namespace {
+
+// DLPack's codes for 8-bit floats, newer than the oldest dlpack.h that we build with.
+constexpr uint8_t kDlFloat8E4M3Fn = 10;
+constexpr uint8_t kDlFloat8E5M2 = 12;
+constexpr int32_t kDlOneApi = 14;
+
+struct DtypeEntry {
+  uint32_t dtype;
+  const char* name;
+  uint8_t code, bits;
+};
+constexpr DtypeEntry kDtypes[] = {
+    {kF32, "float32", kDLFloat, 32},           {kF16, "float16", kDLFloat, 16},
+    {kBF16, "bfloat16", kDLBfloat, 16},        {kE4M3, "float8_e4m3fn", kDlFloat8E4M3Fn, 8},
+    {kE5M2, "float8_e5m2", kDlFloat8E5M2, 8},  {kI32, "int32", kDLInt, 32},
+    {kI64, "int64", kDLInt, 64},
+};
+
+struct DimEntry {
+  const char* name;
+  const char* counted;  // "5 tokens"; null: "head_dim 128"
+};
+constexpr DimEntry kDims[] = {
+    {"", nullptr},        {"axes", "axes"},         {"batch", nullptr}, {"tokens", "tokens"},
+    {"q_heads", "heads"}, {"k_heads", "k_heads"},   {"head_dim", nullptr}, {"v_dim", nullptr},
+    {"rows", "rows"},     {"rotary_dim/2", nullptr}, {"rotary_dim", nullptr}, {"pages", "pages"},
+    {"page_size", nullptr},
+};
+
+std::string SizeText(Dim dim, int64_t size) {
+  const DimEntry& entry = kDims[static_cast<size_t>(dim)];
+  return entry.counted ? Text(size, " ", entry.counted) : Text(entry.name, " ", size);
+}
+
+template <class T>
+T Field(const void* args, const Arg& arg) {
+  T value;
+  std::memcpy(&value, static_cast<const char*>(args) + arg.offset, sizeof(T));
+  return value;
+}
+
+bool SameDevice(DLDevice a, DLDevice b) { return a.device_type == b.device_type && a.device_id == b.device_id; }
+
+int64_t Numel(const DLTensor& tensor) {
+  int64_t count = 1;
+  for (int i = 0; i < tensor.ndim; ++i) count *= tensor.shape[i];
+  return count;
+}
+
+const Arg* Find(std::span<const Arg> table, const char* name) {
+  const auto it = std::ranges::find_if(table, [&](const Arg& arg) { return std::strcmp(arg.name, name) == 0; });
+  return it == table.end() ? nullptr : &*it;
+}
+
+struct Checker {
+  const char* op;
+  std::span<const Arg> table;
+  const void* args;
+  bool mapped_axes;
+  const DLTensor* first = nullptr;  // q: says the device, and by its rank whether there is a batch
+  Sizes* sizes;
+
+  template <class... Parts>
+  Status Invalid(const Arg& arg, const Parts&... parts) const {
+    return Status::Invalid(Text(op, ": ", arg.name, " ", parts...));
+  }
+
+  Status CheckScalar(const Arg& arg) const {
+    if (arg.kind == Kind::kDouble) {
+      const double value = Field<double>(args, arg);
+      if (!(value >= 0.0) || std::isinf(value)) return Invalid(arg, "must be a finite number >= 0, but is ", value);
+      return {};
+    }
+    const int32_t value = Field<int32_t>(args, arg);
+    switch (arg.kind) {
+      case Kind::kBool:
+        if (value != 0 && value != 1) return Invalid(arg, "must be 0 or 1, but is ", value);
+        break;
+      case Kind::kChoice:
+        if (value != 0 && value != 1) {
+          return Invalid(arg, "must be ", arg.choices[0], " (0) or ", arg.choices[1], " (1), but is ", value);
+        }
+        break;
+      default:
+        if (value < 0) return Invalid(arg, "must be >= 0, but is ", value);
+    }
+    return {};
+  }
+
+  Status CheckDtype(const Arg& arg, const DLTensor& tensor) const {
+    const uint32_t dtype = tensor.dtype.lanes == 1 ? DtypeOf(tensor.dtype) : 0;
+    uint32_t accepted = arg.dtypes;
+    if (arg.like) {
+      // An fp8 cache may differ from `like`, which is why `dtypes` can add to it.
+      const DLTensor* like = TensorOf(*Find(table, arg.like), args);
+      if (like) accepted = DtypeOf(like->dtype) | (arg.dtypes & kFp8);
+    }
+    if (dtype & accepted) return {};
+    return Invalid(arg, "must be ", DtypeNames(accepted), ", but is ", DtypeName(tensor.dtype));
+  }
+
+  Status WrongRank(const Arg& arg, const DLTensor& tensor) const {
+    return Invalid(arg, "must be ", ShapeSpec(arg), first->ndim == 4 ? " with the batch of q" : "", ", but has ",
+                   tensor.ndim, tensor.ndim == 1 ? " dimension " : " dimensions ", ShapeText(tensor));
+  }
+
+  Status BindSize(const Arg& arg, Dim dim, int64_t size) const {
+    const auto i = static_cast<size_t>(dim);
+    if (sizes->value[i] < 0) {
+      sizes->value[i] = size;
+      sizes->from[i] = arg.name;
+    } else if (sizes->value[i] != size) {
+      return Invalid(arg, "has ", SizeText(dim, size), ", but ", sizes->from[i], " has ", sizes->value[i]);
+    }
+    return {};
+  }
+
+  // Names the tensor's dimensions: which of arg.dims is its dimension i.
+  Status CheckShape(const Arg& arg, const DLTensor& tensor, Strides* strides) const {
+    Dim names[4] = {};
+    int count = 0;
+    for (const Dim dim : arg.dims) {
+      if (dim == Dim::kNone) continue;
+      if (dim == Dim::kBatch && (arg.flags & kOptionalBatch) && first->ndim != 4) continue;
+      if (dim == Dim::kAxes && (arg.flags & kOptionalAxes) && !mapped_axes) continue;
+      names[count++] = dim;
+    }
+    const auto drop_first = [&] {
+      for (int i = 1; i < count; ++i) names[i - 1] = names[i];
+      --count;
+    };
+    if (tensor.ndim < count && (arg.flags & kOptionalPages)) drop_first();
+    // Positions without axes serve all axes; then, without a batch, all of the batch.
+    if (tensor.ndim < count && names[0] == Dim::kAxes) drop_first();
+    if (tensor.ndim < count && (arg.flags & kBroadcast)) {
+      if (names[0] == Dim::kBatch || names[0] == Dim::kKHeads) drop_first();
+    }
+    if (tensor.ndim != count) return WrongRank(arg, tensor);
+
+    for (int i = 0; i < count; ++i) {
+      const int64_t size = tensor.shape[i];
+      if (size < 0) return Invalid(arg, "has a negative size: ", ShapeText(tensor));
+      const bool broadcasts = (arg.flags & kBroadcast) && (names[i] == Dim::kBatch || names[i] == Dim::kKHeads ||
+                                                           (names[i] == Dim::kTokens && arg.dims[0] != Dim::kAxes));
+      if (!(broadcasts && size == 1)) ROPEWALK_TRY(BindSize(arg, names[i], size));
+      strides->value[static_cast<size_t>(names[i])] = size <= 1 ? 0 : StrideOf(tensor, i);
+    }
+    if ((arg.flags & kUnitStride) && tensor.ndim > 0 && tensor.shape[tensor.ndim - 1] > 1 &&
+        StrideOf(tensor, tensor.ndim - 1) != 1) {
+      return Invalid(arg, "must be contiguous in its last dimension, but its stride there is ",
+                     StrideOf(tensor, tensor.ndim - 1));
+    }
+    return {};
+  }
+
+  Status CheckTensor(const Arg& arg, const DLTensor& tensor, Strides* strides) const {
+    if (tensor.ndim < 0 || (tensor.ndim > 0 && !tensor.shape)) return Invalid(arg, "has no shape");
+    ROPEWALK_TRY(CheckDtype(arg, tensor));
+    const bool host_scalar = (arg.flags & kHostScalar) && tensor.device.device_type == kDLCPU;
+    if (!SameDevice(tensor.device, first->device) && !(host_scalar && Numel(tensor) == 1)) {
+      return Invalid(arg, "must be on the device of q (", DeviceName(first->device), "), but is on ",
+                     DeviceName(tensor.device));
+    }
+    ROPEWALK_TRY(CheckShape(arg, tensor, strides));
+    if (Numel(tensor) > 0) {
+      const auto address = reinterpret_cast<uintptr_t>(DataOf(tensor));
+      if (!tensor.data) return Invalid(arg, "has no data, but its shape is ", ShapeText(tensor));
+      const auto bytes = static_cast<uintptr_t>(tensor.dtype.bits / 8);
+      if (address % bytes != 0) {
+        return Invalid(arg, "must be aligned to its ", bytes, "-byte elements, but its address ends in ",
+                       address % bytes);
+      }
+    }
+    return {};
+  }
+};
+
+}  // namespace
+
+uint32_t DtypeOf(DLDataType type) {
+  for (const DtypeEntry& entry : kDtypes) {
+    if (entry.code == type.code && entry.bits == type.bits) return entry.dtype;
+  }
+  return 0;
+}
+
+std::string DtypeName(DLDataType type) {
+  std::string name;
+  for (const DtypeEntry& entry : kDtypes) {
+    if (entry.code == type.code && entry.bits == type.bits) name = entry.name;
+  }
+  if (name.empty()) {
+    constexpr const char* kCodes[] = {"int", "uint", "float", "handle", "bfloat", "complex", "bool"};
+    name = Text(type.code < 7 ? kCodes[type.code] : "dtype of an unknown kind, bits ", static_cast<int>(type.bits));
+  }
+  return type.lanes == 1 ? name : Text(name, "x", type.lanes);
+}
+
+std::string DtypeNames(uint32_t dtypes) {
+  std::string out;
+  for (const DtypeEntry& entry : kDtypes) {
+    if (!(dtypes & entry.dtype)) continue;
+    dtypes &= ~entry.dtype;
+    if (!out.empty()) out += dtypes ? ", " : " or ";
+    out += entry.name;
+  }
+  return out;
+}
+
+int64_t DtypeBytes(uint32_t dtype) {
+  for (const DtypeEntry& entry : kDtypes) {
+    if (entry.dtype == dtype) return entry.bits / 8;
+  }
+  return 0;
+}
+
+std::string DeviceName(DLDevice device) {
+  switch (static_cast<int32_t>(device.device_type)) {
+    case kDLCPU: return "cpu";
+    case kDLCUDA: return Text("cuda:", device.device_id);
+    case kDLCUDAHost: return "pinned host memory";
+    case kDLOpenCL: return Text("opencl:", device.device_id);
+    case kDlOneApi: return Text("xpu:", device.device_id);
+    default: return Text("device type ", static_cast<int32_t>(device.device_type), ":", device.device_id);
+  }
+}
+
+std::string ShapeText(const DLTensor& tensor) {
+  std::string out = "[";
+  for (int i = 0; i < tensor.ndim; ++i) Append(&out, Text(i ? ", " : "", tensor.shape[i]));
+  return out + "]";
+}
+
+const char* DimName(Dim dim) { return kDims[static_cast<size_t>(dim)].name; }
+
+const DLTensor* TensorOf(const Arg& arg, const void* args) { return Field<const DLTensor*>(args, arg); }
+
+int64_t StrideOf(const DLTensor& tensor, int dim) {
+  if (tensor.strides) return tensor.strides[dim];
+  int64_t stride = 1;
+  for (int i = tensor.ndim - 1; i > dim; --i) stride *= tensor.shape[i];
+  return stride;
+}
+
+void* DataOf(const DLTensor& tensor) { return static_cast<char*>(tensor.data) + tensor.byte_offset; }
+
+Status Check(const char* op, std::span<const Arg> args_table, const void* args, bool mapped_axes, Sizes* sizes,
+             std::span<Strides> strides) {
+  sizes->value.fill(-1);
+  sizes->from.fill(nullptr);
+  Checker checker{op, args_table, args, mapped_axes, nullptr, sizes};
+  for (size_t i = 0; i < args_table.size(); ++i) {
+    const Arg& arg = args_table[i];
+    if (arg.kind == Kind::kHandle) continue;
+    if (arg.kind != Kind::kTensor) {
+      ROPEWALK_TRY(checker.CheckScalar(arg));
+      continue;
+    }
+    const DLTensor* tensor = TensorOf(arg, args);
+    if (!tensor) {
+      if (arg.flags & kRequired) return checker.Invalid(arg, "is missing: ", ShapeSpec(arg), " is required");
+      continue;
+    }
+    if (!checker.first) {
+      checker.first = tensor;
+      if (tensor->ndim != 3 && tensor->ndim != 4) return checker.WrongRank(arg, *tensor);
+    }
+    ROPEWALK_TRY(checker.CheckTensor(arg, *tensor, &strides[i]));
+  }
+  return {};
+}
+
+std::string ShapeSpec(const Arg& arg) {
+  std::string out = "[";
+  for (size_t i = 0; i < arg.dims.size(); ++i) {
+    const Dim dim = arg.dims[i];
+    if (dim == Dim::kNone) continue;
+    if (out.size() > 1) out += ", ";
+    out += DimName(dim);
+    const bool optional = (dim == Dim::kBatch && (arg.flags & kOptionalBatch)) ||
+                          (dim == Dim::kAxes && (arg.flags & kOptionalAxes)) ||
+                          (dim == Dim::kPages && (arg.flags & kOptionalPages)) ||
+                          (dim == Dim::kKHeads && (arg.flags & kBroadcast));
+    if (optional) out += '?';
+  }
+  return out + "]";
+}
+
+namespace {
+
+const char* KindName(Kind kind) {
+  switch (kind) {
+    case Kind::kTensor: return "tensor";
+    case Kind::kHandle: return "handle";
+    case Kind::kInt: return "int";
+    case Kind::kBool: return "bool";
+    case Kind::kChoice: return "choice";
+    case Kind::kDouble: return "float";
+  }
+  return "";
+}
+
+}  // namespace
+
+std::string DescriptionJson(const char* op, std::span<const Arg> args_table) {
+  std::string out = Text("{\"op\": ", JsonString(op), ", \"args\": [");
+  for (size_t i = 0; i < args_table.size(); ++i) {
+    const Arg& arg = args_table[i];
+    Append(&out, Text(i ? ", " : "", "{\"name\": ", JsonString(arg.name), ", \"kind\": ", JsonString(KindName(arg.kind)),
+                      ", \"default\": ", JsonString(arg.default_text), ", \"doc\": ", JsonString(arg.doc)));
+    if (arg.kind == Kind::kTensor) {
+      const std::string dtypes = arg.like ? Text("that of ", arg.like, arg.dtypes & kFp8 ? ", or fp8" : "")
+                                          : DtypeNames(arg.dtypes);
+      Append(&out, Text(", \"intent\": ",
+                        JsonString(arg.intent == Intent::kIn ? "in" : arg.intent == Intent::kOut ? "out" : "inout"),
+                        ", \"shape\": ", JsonString(ShapeSpec(arg)), ", \"dtypes\": ", JsonString(dtypes),
+                        ", \"unit_stride\": ", arg.flags & kUnitStride ? "true" : "false",
+                        ", \"required\": ", arg.flags & kRequired ? "true" : "false"));
+    }
+    if (arg.kind == Kind::kChoice) {
+      Append(&out, Text(", \"choices\": [", JsonString(arg.choices[0]), ", ", JsonString(arg.choices[1]), "]"));
+    }
+    out += "}";
+  }
+  return out + "]}";
+}
+
+std::string TorchSchema(const char* op, std::span<const Arg> args_table) {
+  std::string out = Text(op, "(");
+  char alias = 'a';
+  for (size_t i = 0; i < args_table.size(); ++i) {
+    const Arg& arg = args_table[i];
+    if (i) out += ", ";
+    switch (arg.kind) {
+      case Kind::kTensor: {
+        const std::string optional = arg.flags & kRequired ? "" : "?";
+        const std::string mark = arg.intent == Intent::kIn ? "" : Text("(", alias++, "!)");
+        Append(&out, Text("Tensor", mark, optional, " ", arg.name, optional.empty() ? "" : "=None"));
+        break;
+      }
+      case Kind::kHandle: Append(&out, Text("int ", arg.name, "=0")); break;
+      case Kind::kDouble: Append(&out, Text("float ", arg.name, "=", arg.default_text)); break;
+      default: Append(&out, Text("int ", arg.name, "=0")); break;
+    }
+  }
+  return out + ") -> ()";
+}
+
+}  // namespace ropewalk

@@ -1,0 +1,32 @@
+// Whether two strided tensors share memory.
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <dlpack/dlpack.h>
+
+#include <cstdint>
+
+namespace ropewalk {
+
+// The bytes that a tensor's elements occupy: dimensions by falling stride, dense ones merged, sizes of 1 dropped.
+struct Footprint {
+  struct Axis {
+    int64_t stride, size;
+    bool operator==(const Axis&) const = default;
+  };
+  uintptr_t base = 0;
+  int64_t item = 0;    // bytes of the innermost dense run; 0: no elements
+  int count = 0;
+  Axis axes[4] = {};
+
+  bool operator==(const Footprint&) const = default;
+  bool empty() const { return item == 0; }
+  bool repeats() const;     // some element is met twice (a stride of 0)
+  uintptr_t end() const;    // one past the last byte
+};
+
+Footprint FootprintOf(const DLTensor& tensor);
+// False only if no byte is shared, up to a bounded search: tensors so entangled that it gives up count as apart.
+bool Overlap(const Footprint& a, const Footprint& b);
+
+}  // namespace ropewalk

@@ -1,0 +1,180 @@
+// Ropewalk: rotary position embedding on queries and keys, fused with the per-head RMSNorm before it and the KV-cache
+// store after it. This header is the whole C ABI; ropewalk.hpp adds a C++ face to it.
+// SPDX-License-Identifier: Apache-2.0
+#ifndef ROPEWALK_ROPEWALK_H_
+#define ROPEWALK_ROPEWALK_H_
+
+#include <dlpack/dlpack.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#define ROPEWALK_VERSION_MAJOR 0
+#define ROPEWALK_VERSION_MINOR 1
+#define ROPEWALK_VERSION_PATCH 0
+
+#define ROPEWALK_API __attribute__((visibility("default")))
+
+#ifdef __cplusplus
+#define ROPEWALK_DEFAULT(value) = value
+extern "C" {
+#else
+#define ROPEWALK_DEFAULT(value)
+#endif
+
+// What a function returns. Text for anything but ROPEWALK_OK: ropewalk_last_error().
+typedef enum ropewalk_code {
+  ROPEWALK_OK = 0,
+  ROPEWALK_INVALID_ARGUMENT = 1,  // the caller's fault; nothing was written
+  ROPEWALK_UNAVAILABLE = 2,       // no backend can serve this call here
+  ROPEWALK_DRIVER_ERROR = 3,      // a driver or the operating system refused
+  ROPEWALK_FAULT = 4,             // found by ropewalk_check_faults()
+  ROPEWALK_INTERNAL = 5           // a bug in Ropewalk
+} ropewalk_code;
+
+// Which elements of the rotated part form a pair.
+typedef enum ropewalk_pairing {
+  ROPEWALK_NEOX = 0,        // (i, i + rotary_dim/2): the two halves
+  ROPEWALK_INTERLEAVED = 1  // (2i, 2i + 1): neighbours (GPT-J)
+} ropewalk_pairing;
+
+// What happens to each head before the rotation. A weight given means RMS.
+typedef enum ropewalk_norm { ROPEWALK_NORM_NONE = 0, ROPEWALK_NORM_RMS = 1 } ropewalk_norm;
+
+// Where results are rounded to the tensors' dtype.
+typedef enum ropewalk_rounding {
+  ROPEWALK_ROUND_FUSED = 0,     // once, at the store
+  ROPEWALK_ROUND_REFERENCE = 1  // after each operation, where the Hugging Face chain rounds
+} ropewalk_rounding;
+
+// Rotation frequencies and what belongs to them; see ropewalk_frequencies_create.
+typedef struct ropewalk_frequencies ropewalk_frequencies;
+
+// The arguments of the one operation: normalise (optional), rotate, store. Absent tensors are NULL. `batch?` marks a
+// dimension that q's rank decides: q of 4 dimensions has it. Strides are free, but for q, k, v, the outputs, the caches
+// and the weights the last one must be 1. T is q's dtype: float32, float16 or bfloat16.
+typedef struct ropewalk_rope_args {
+  uint32_t struct_size ROPEWALK_DEFAULT(sizeof(ropewalk_rope_args));  // sizeof of the caller's struct
+
+  int32_t pairing ROPEWALK_DEFAULT(ROPEWALK_NEOX);                    // ropewalk_pairing
+
+  DLTensor* q ROPEWALK_DEFAULT(nullptr);                // [batch?, tokens, q_heads, head_dim] T, rotated in place unless q_out
+  DLTensor* k ROPEWALK_DEFAULT(nullptr);                // [batch?, tokens, k_heads, head_dim] T, optional
+  const DLTensor* positions ROPEWALK_DEFAULT(nullptr);  // [axes?, batch?, tokens] int32 | int64; NULL: 0, 1, 2, ..
+  const DLTensor* offsets ROPEWALK_DEFAULT(nullptr);    // [batch?, tokens] int32 | int64, added to positions
+
+  const ropewalk_frequencies* frequencies ROPEWALK_DEFAULT(nullptr);  // angles computed, exact; or a table:
+  const DLTensor* cos ROPEWALK_DEFAULT(nullptr);      // [batch?, rows, rotary_dim/2] float32 | float16 | bfloat16
+  const DLTensor* sin ROPEWALK_DEFAULT(nullptr);      // like cos
+  const DLTensor* cos_sin ROPEWALK_DEFAULT(nullptr);  // [batch?, rows, rotary_dim]: cos, then sin, instead of the two
+  const DLTensor* axes ROPEWALK_DEFAULT(nullptr);     // [rotary_dim/2] int32: the row of positions each pair takes
+
+  int32_t rotary_dim ROPEWALK_DEFAULT(0);     // even, <= head_dim; 0: what frequencies or the table say
+  int32_t rotary_offset ROPEWALK_DEFAULT(0);  // where the rotated part begins in the head
+  int32_t inverse ROPEWALK_DEFAULT(0);        // 1: rotate back
+
+  int32_t norm ROPEWALK_DEFAULT(ROPEWALK_NORM_NONE);  // ropewalk_norm
+  const DLTensor* q_weight ROPEWALK_DEFAULT(nullptr);  // [head_dim] float32 | float16 | bfloat16
+  const DLTensor* k_weight ROPEWALK_DEFAULT(nullptr);  // [head_dim] dtype of q_weight
+  int32_t zero_centered_weight ROPEWALK_DEFAULT(0);    // 1: multiply by 1 + weight (Gemma)
+  int32_t rounding ROPEWALK_DEFAULT(ROPEWALK_ROUND_FUSED);  // ropewalk_rounding
+  double eps ROPEWALK_DEFAULT(1e-6);
+
+  DLTensor* q_out ROPEWALK_DEFAULT(nullptr);  // like q: written instead of q
+  DLTensor* k_out ROPEWALK_DEFAULT(nullptr);  // like k: written instead of k
+
+  const DLTensor* v ROPEWALK_DEFAULT(nullptr);   // [batch?, tokens, k_heads, v_dim] T, only stored
+  DLTensor* k_cache ROPEWALK_DEFAULT(nullptr);   // [slots, k_heads, head_dim] or [pages, page_size, k_heads, head_dim], T | fp8
+  DLTensor* v_cache ROPEWALK_DEFAULT(nullptr);   // [slots, k_heads, v_dim] or [pages, page_size, k_heads, v_dim], as k_cache
+  const DLTensor* slots ROPEWALK_DEFAULT(nullptr);    // [batch?, tokens] int32 | int64; negative: the token is not stored
+  const DLTensor* k_scale ROPEWALK_DEFAULT(nullptr);  // [] or [k_heads] float32: an fp8 cache holds k / k_scale
+  const DLTensor* v_scale ROPEWALK_DEFAULT(nullptr);  // [] or [k_heads] float32: an fp8 cache holds v / v_scale
+} ropewalk_rope_args;
+
+#ifdef __cplusplus
+#define ROPEWALK_ROPE_ARGS_INIT ropewalk_rope_args{}
+#else
+#define ROPEWALK_ROPE_ARGS_INIT {.struct_size = sizeof(ropewalk_rope_args), .eps = 1e-6}
+#endif
+
+// Does the operation. `stream` is the caller's stream or queue on the device of q (a CUstream, a ze_command_list_handle_t,
+// a cl_command_queue); NULL: the device's default. On the CPU it is ignored and the call returns when the work is done.
+// Bad arguments are refused with one sentence and nothing is written. A position past the table gives NaN in that token,
+// a slot past the cache is not stored, and ropewalk_check_faults() tells of both.
+ROPEWALK_API int ropewalk_rope(const ropewalk_rope_args* args, void* stream);
+
+// Makes everything a later ropewalk_rope with such arguments needs (code, device copies), so that it neither compiles
+// nor allocates and may be captured. Tensors' data is neither read nor written.
+ROPEWALK_API int ropewalk_prepare(const ropewalk_rope_args* args);
+
+// Which backend, kernel and source would serve the call, and why: a JSON object. NULL if the arguments are refused.
+// The text is this thread's until its next call of a Ropewalk function that returns text.
+ROPEWALK_API const char* ropewalk_explain(const ropewalk_rope_args* args);
+
+// ROPEWALK_OK if no kernel finished since the last call met a position outside its table or a slot outside its cache;
+// else ROPEWALK_FAULT, and the text names the first such token. Waits for the devices. The record is cleared.
+ROPEWALK_API int ropewalk_check_faults(void);
+
+// The text of this thread's last failure; "" if there was none.
+ROPEWALK_API const char* ropewalk_last_error(void);
+
+// The backends, available or not: a JSON array of {name, available, detail, remedy}.
+ROPEWALK_API const char* ropewalk_backends(void);
+
+// Serves calls with this backend only ("cpu", "cuda", ..) or with one CPU target ("cpu:avx2"); NULL ends that.
+ROPEWALK_API int ropewalk_force_backend(const char* name);
+
+// How often each kernel was launched since the start: a JSON object from "backend kernel" to a count.
+ROPEWALK_API const char* ropewalk_counters(void);
+
+// The version, "major.minor.patch".
+ROPEWALK_API const char* ropewalk_version(void);
+
+// The description of the arguments, as JSON, and as a torch schema ("rope_(Tensor(a!) q, ..)"): for bindings and docs.
+ROPEWALK_API const char* ropewalk_description(void);
+ROPEWALK_API const char* ropewalk_torch_schema(void);
+
+// How the CPU backend splits its work. `body(begin, end, body_context)` must be called for disjoint ranges that cover
+// [begin, end), each of at least `grain` where possible, and all must have returned before the function does.
+typedef void (*ropewalk_parallel_for)(int64_t begin, int64_t end, int64_t grain,
+                                      void (*body)(int64_t begin, int64_t end, const void* body_context),
+                                      const void* body_context, void* context);
+ROPEWALK_API int ropewalk_set_parallel_for(ropewalk_parallel_for parallel_for, void* context);  // NULL: back to the default
+// The opt-in pool: `threads` threads of our own, the caller's included. 1 (the default): none. Safe across fork().
+ROPEWALK_API int ropewalk_set_threads(int32_t threads);
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Frequencies
+
+// Frequencies theta^(-2i/rotary_dim), i < rotary_dim/2, changed by a scaling rule in Hugging Face's spelling:
+// `scaling_json` is NULL or a JSON object such as {"rope_type": "yarn", "factor": 4.0, ..}. `sequence_length` chooses
+// what depends on it (dynamic, longrope); 0: the original length. Unknown or contradictory fields are refused by name.
+ROPEWALK_API int ropewalk_frequencies_create(double theta, int64_t rotary_dim, const char* scaling_json,
+                                             int64_t sequence_length, ropewalk_frequencies** out);
+
+// From the frequencies themselves, in radians per position. `axes` is NULL or one row of positions for each.
+ROPEWALK_API int ropewalk_frequencies_from_array(const double* inv_freq, int64_t count, double attention_scaling,
+                                                 const int32_t* axes, ropewalk_frequencies** out);
+
+// From the text of a model's config.json. `name` is what messages call it (its path). `layer_type` is NULL or a key of
+// nested rope_parameters ("full_attention").
+ROPEWALK_API int ropewalk_frequencies_from_config(const char* json, const char* name, const char* layer_type,
+                                                  int64_t sequence_length, ropewalk_frequencies** out);
+
+// Shared by counting: create and from_* begin at one, release at zero frees. A call in flight must hold one.
+ROPEWALK_API void ropewalk_frequencies_retain(ropewalk_frequencies* frequencies);
+ROPEWALK_API void ropewalk_frequencies_release(ropewalk_frequencies* frequencies);
+
+ROPEWALK_API int64_t ropewalk_frequencies_rotary_dim(const ropewalk_frequencies* frequencies);
+ROPEWALK_API double ropewalk_frequencies_attention_scaling(const ropewalk_frequencies* frequencies);
+ROPEWALK_API const double* ropewalk_frequencies_inv_freq(const ropewalk_frequencies* frequencies);  // [rotary_dim/2]
+ROPEWALK_API const int32_t* ropewalk_frequencies_axes(const ropewalk_frequencies* frequencies);  // [rotary_dim/2] or NULL
+
+// Fills cos and sin [rows, rotary_dim/2] (float32, float16 or bfloat16, on the host, any strides) for positions
+// 0 .. rows-1 as Hugging Face does: the angle is a float32 product of position and float32 frequency.
+ROPEWALK_API int ropewalk_frequencies_table(const ropewalk_frequencies* frequencies, DLTensor* cos, DLTensor* sin);
+
+#ifdef __cplusplus
+}  // extern "C"
+#endif
+
+#endif  // ROPEWALK_ROPEWALK_H_

@@ -1,0 +1,95 @@
+// The C++20 face of Ropewalk: arguments by designated initialisers, a Result, frequencies that free themselves. Nothing
+// here that is not in ropewalk.h.
+//
+//   auto f = ropewalk::Frequencies::Make(1e6, 128);
+//   auto r = ropewalk::rope({.q = &q, .k = &k, .positions = &positions, .frequencies = f.get()});
+//   if (!r) std::puts(r.text.c_str());
+// SPDX-License-Identifier: Apache-2.0
+#ifndef ROPEWALK_ROPEWALK_HPP_
+#define ROPEWALK_ROPEWALK_HPP_
+
+#include <ropewalk/ropewalk.h>
+
+#include <optional>
+#include <string>
+#include <utility>
+
+namespace ropewalk {
+
+using RopeArgs = ropewalk_rope_args;
+
+// What went wrong, or nothing.
+struct Result {
+  ropewalk_code code = ROPEWALK_OK;
+  std::string text;
+  explicit operator bool() const { return code == ROPEWALK_OK; }
+};
+
+inline Result MakeResult(int code) {
+  return {static_cast<ropewalk_code>(code), code == ROPEWALK_OK ? "" : ropewalk_last_error()};
+}
+
+inline Result rope(const RopeArgs& args, void* stream = nullptr) { return MakeResult(ropewalk_rope(&args, stream)); }
+inline Result prepare(const RopeArgs& args) { return MakeResult(ropewalk_prepare(&args)); }
+inline Result check_faults() { return MakeResult(ropewalk_check_faults()); }
+inline Result force_backend(const char* name) { return MakeResult(ropewalk_force_backend(name)); }
+
+// A JSON object, or nothing with the reason in ropewalk_last_error().
+inline std::optional<std::string> explain(const RopeArgs& args) {
+  const char* text = ropewalk_explain(&args);
+  return text ? std::optional<std::string>(text) : std::nullopt;
+}
+
+// Owns a share of a ropewalk_frequencies. Empty if making it failed; `result()` then says why.
+class Frequencies {
+ public:
+  static Frequencies Make(double theta, int64_t rotary_dim, const std::string& scaling_json = "",
+                          int64_t sequence_length = 0) {
+    Frequencies f;
+    f.result_ = MakeResult(ropewalk_frequencies_create(theta, rotary_dim, scaling_json.empty() ? nullptr : scaling_json.c_str(),
+                                                       sequence_length, &f.handle_));
+    return f;
+  }
+  static Frequencies FromArray(const double* inv_freq, int64_t count, double attention_scaling = 1.0,
+                               const int32_t* axes = nullptr) {
+    Frequencies f;
+    f.result_ = MakeResult(ropewalk_frequencies_from_array(inv_freq, count, attention_scaling, axes, &f.handle_));
+    return f;
+  }
+  static Frequencies FromConfig(const std::string& json, const std::string& name, const std::string& layer_type = "",
+                                int64_t sequence_length = 0) {
+    Frequencies f;
+    f.result_ = MakeResult(ropewalk_frequencies_from_config(json.c_str(), name.c_str(),
+                                                            layer_type.empty() ? nullptr : layer_type.c_str(),
+                                                            sequence_length, &f.handle_));
+    return f;
+  }
+
+  Frequencies() = default;
+  Frequencies(const Frequencies& other) : handle_(other.handle_), result_(other.result_) {
+    ropewalk_frequencies_retain(handle_);
+  }
+  Frequencies(Frequencies&& other) noexcept
+      : handle_(std::exchange(other.handle_, nullptr)), result_(std::move(other.result_)) {}
+  Frequencies& operator=(Frequencies other) noexcept {
+    std::swap(handle_, other.handle_);
+    std::swap(result_, other.result_);
+    return *this;
+  }
+  ~Frequencies() { ropewalk_frequencies_release(handle_); }
+
+  explicit operator bool() const { return handle_ != nullptr; }
+  const Result& result() const { return result_; }
+  const ropewalk_frequencies* get() const { return handle_; }
+  int64_t rotary_dim() const { return ropewalk_frequencies_rotary_dim(handle_); }
+  double attention_scaling() const { return ropewalk_frequencies_attention_scaling(handle_); }
+  const double* inv_freq() const { return ropewalk_frequencies_inv_freq(handle_); }
+
+ private:
+  ropewalk_frequencies* handle_ = nullptr;
+  Result result_;
+};
+
+}  // namespace ropewalk
+
+#endif  // ROPEWALK_ROPEWALK_HPP_

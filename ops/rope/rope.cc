@@ -1,0 +1,360 @@
+// The operation: its description, and the rules that a table cannot say.
+// SPDX-License-Identifier: Apache-2.0
+#include <algorithm>
+#include <array>
+#include <cstring>
+
+#include "core/overlap.h"
+#include "core/text.h"
+#include "ops/rope/rope_call.h"
+
+namespace ropewalk {
+namespace {
+
+#define FIELD(name) #name, Kind::kTensor, offsetof(ropewalk_rope_args, name)
+#define SCALAR(name, kind) #name, Kind::kind, offsetof(ropewalk_rope_args, name)
+
+constexpr Arg kArgs[] = {
+    {FIELD(q), "rotated in place, unless q_out is given", Intent::kInOut, kFloats, nullptr,
+     {Dim::kBatch, Dim::kTokens, Dim::kQHeads, Dim::kHeadDim}, kRequired | kUnitStride | kOptionalBatch},
+    {FIELD(k), "rotated in place, unless k_out is given", Intent::kInOut, kFloats, "q",
+     {Dim::kBatch, Dim::kTokens, Dim::kKHeads, Dim::kHeadDim}, kUnitStride | kOptionalBatch},
+    {FIELD(positions), "of each token; any sign with frequencies, a row of the table else; None: 0, 1, 2, ..",
+     Intent::kIn, kInts, nullptr, {Dim::kAxes, Dim::kBatch, Dim::kTokens}, kOptionalAxes | kOptionalBatch | kBroadcast},
+    {FIELD(offsets), "added to positions", Intent::kIn, kInts, nullptr, {Dim::kBatch, Dim::kTokens},
+     kOptionalBatch | kBroadcast},
+    {SCALAR(frequencies, kHandle), "a Frequencies: angles are computed, exact at every position"},
+    {FIELD(cos), "table of cosines, used as it is", Intent::kIn, kFloats, nullptr,
+     {Dim::kBatch, Dim::kRows, Dim::kPairs}, kOptionalBatch | kBroadcast},
+    {FIELD(sin), "table of sines", Intent::kIn, kFloats, "cos", {Dim::kBatch, Dim::kRows, Dim::kPairs},
+     kOptionalBatch | kBroadcast},
+    {FIELD(cos_sin), "packed table instead of cos and sin: cosines, then sines", Intent::kIn, kFloats, nullptr,
+     {Dim::kBatch, Dim::kRows, Dim::kRotaryDim}, kOptionalBatch | kBroadcast},
+    {FIELD(axes), "the row of positions that each pair takes (mrope, 2-D and 3-D rope)", Intent::kIn, kI32, nullptr,
+     {Dim::kPairs}},
+    {.name = "pairing", .kind = Kind::kChoice, .offset = offsetof(ropewalk_rope_args, pairing),
+     .doc = "which elements form a pair: halves (neox) or neighbours (interleaved)",
+     .choices = {"neox", "interleaved"}, .default_text = "\"neox\""},
+    {.name = "rotary_dim", .kind = Kind::kInt, .offset = offsetof(ropewalk_rope_args, rotary_dim),
+     .doc = "how many elements of a head are rotated; 0: as many as frequencies or the table say", .default_text = "0"},
+    {.name = "rotary_offset", .kind = Kind::kInt, .offset = offsetof(ropewalk_rope_args, rotary_offset),
+     .doc = "where the rotated part begins in the head", .default_text = "0"},
+    {.name = "inverse", .kind = Kind::kBool, .offset = offsetof(ropewalk_rope_args, inverse),
+     .doc = "rotate by the negative angle", .default_text = "False"},
+    {.name = "norm", .kind = Kind::kChoice, .offset = offsetof(ropewalk_rope_args, norm),
+     .doc = "what happens to each head before the rotation; a weight given means rms", .choices = {"none", "rms"},
+     .default_text = "None"},
+    {FIELD(q_weight), "of the norm, for q", Intent::kIn, kFloats, nullptr, {Dim::kHeadDim}, kUnitStride},
+    {FIELD(k_weight), "of the norm, for k", Intent::kIn, kFloats, "q_weight", {Dim::kHeadDim}, kUnitStride},
+    {.name = "zero_centered_weight", .kind = Kind::kBool, .offset = offsetof(ropewalk_rope_args, zero_centered_weight),
+     .doc = "multiply by 1 + weight (Gemma)", .default_text = "False"},
+    {.name = "eps", .kind = Kind::kDouble, .offset = offsetof(ropewalk_rope_args, eps),
+     .doc = "added to the mean square", .default_text = "1e-6"},
+    {.name = "rounding", .kind = Kind::kChoice, .offset = offsetof(ropewalk_rope_args, rounding),
+     .doc = "round once at the end (fused), or where the Hugging Face chain rounds (reference)",
+     .choices = {"fused", "reference"}, .default_text = "\"fused\""},
+    {FIELD(q_out), "written instead of q", Intent::kOut, kFloats, "q",
+     {Dim::kBatch, Dim::kTokens, Dim::kQHeads, Dim::kHeadDim}, kUnitStride | kOptionalBatch},
+    {FIELD(k_out), "written instead of k", Intent::kOut, kFloats, "q",
+     {Dim::kBatch, Dim::kTokens, Dim::kKHeads, Dim::kHeadDim}, kUnitStride | kOptionalBatch},
+    {FIELD(v), "only stored in v_cache", Intent::kIn, kFloats, "q",
+     {Dim::kBatch, Dim::kTokens, Dim::kKHeads, Dim::kVDim}, kUnitStride | kOptionalBatch},
+    {FIELD(k_cache), "takes the rotated k; any strides (NHD, HND, flat)", Intent::kInOut, kFloats | kFp8, "q",
+     {Dim::kPages, Dim::kPageSize, Dim::kKHeads, Dim::kHeadDim}, kUnitStride | kOptionalPages},
+    {FIELD(v_cache), "takes v", Intent::kInOut, kFloats | kFp8, "q",
+     {Dim::kPages, Dim::kPageSize, Dim::kKHeads, Dim::kVDim}, kUnitStride | kOptionalPages},
+    {FIELD(slots), "where each token goes in the caches: page * page_size + place; negative: not stored", Intent::kIn,
+     kInts, nullptr, {Dim::kBatch, Dim::kTokens}, kOptionalBatch},
+    {FIELD(k_scale), "an fp8 k_cache holds k / k_scale", Intent::kIn, kF32, nullptr, {Dim::kKHeads},
+     kBroadcast | kHostScalar},
+    {FIELD(v_scale), "an fp8 v_cache holds v / v_scale", Intent::kIn, kF32, nullptr, {Dim::kKHeads},
+     kBroadcast | kHostScalar},
+};
+
+constexpr size_t Index(std::string_view name) {
+  for (size_t i = 0; i < std::size(kArgs); ++i) {
+    if (kArgs[i].name == name) return i;
+  }
+  return std::size(kArgs);  // fails to index a constexpr array
+}
+
+uint8_t Constant(const DLTensor* tensor) {
+  if (!tensor) return kRopeNoDtype;
+  switch (DtypeOf(tensor->dtype)) {
+    case kF32: return kRopeF32;
+    case kF16: return kRopeF16;
+    case kBF16: return kRopeBF16;
+    case kE4M3: return kRopeE4M3;
+    case kE5M2: return kRopeE5M2;
+    case kI32: return kRopeI32;
+    case kI64: return kRopeI64;
+    default: return kRopeNoDtype;
+  }
+}
+
+template <class... Parts>
+Status Invalid(const Parts&... parts) {
+  return Status::Invalid(Text("rope: ", parts...));
+}
+
+// Which arguments go together.
+Status CheckCombination(const ropewalk_rope_args& a) {
+  if (a.cos_sin && (a.cos || a.sin)) return Invalid("cos_sin is given together with ", a.cos ? "cos" : "sin",
+                                                    ": give cos_sin, or cos and sin");
+  if (!a.cos != !a.sin) return Invalid(a.cos ? "sin" : "cos", " is missing: cos and sin go together");
+  const bool table = a.cos || a.cos_sin;
+  if (table && a.frequencies) return Invalid("frequencies and ", a.cos ? "cos" : "cos_sin",
+                                             " are both given: angles come from one of them");
+  if (!table && !a.frequencies) return Invalid("frequencies are missing: give frequencies, or cos and sin, or cos_sin");
+  if (!a.k) {
+    const char* needs_k = a.k_out ? "k_out" : a.k_weight ? "k_weight" : a.k_cache ? "k_cache" : nullptr;
+    if (needs_k) return Invalid(needs_k, " is given, but k is missing");
+  }
+  if (a.k_weight && !a.q_weight) return Invalid("q_weight is missing, but k_weight is given: give both or neither");
+  if (a.q_weight && a.k && !a.k_weight) {
+    return Invalid("k_weight is missing, but q_weight is given, and k is normalised too: give both or neither");
+  }
+  if (a.zero_centered_weight && !a.q_weight) return Invalid("zero_centered_weight is given, but q_weight is missing");
+  if (!a.v != !a.v_cache) return Invalid(a.v ? "v_cache is missing, but v is given: v is only stored"
+                                             : "v is missing, but v_cache is given");
+  const bool store = a.k_cache || a.v_cache;
+  if (store && !a.slots) return Invalid("slots are missing, but ", a.k_cache ? "k_cache" : "v_cache", " is given");
+  if (!store && a.slots) return Invalid("slots are given, but k_cache and v_cache are missing");
+  const auto fp8 = [](const DLTensor* cache) { return cache && (DtypeOf(cache->dtype) & kFp8); };
+  if (a.k_scale && !fp8(a.k_cache)) return Invalid("k_scale is given, but k_cache is not an fp8 cache");
+  if (a.v_scale && !fp8(a.v_cache)) return Invalid("v_scale is given, but v_cache is not an fp8 cache");
+  if (a.k_cache && a.v_cache && Constant(a.k_cache) != Constant(a.v_cache)) {
+    return Invalid("v_cache must be ", DtypeName(a.k_cache->dtype), " like k_cache, but is ",
+                   DtypeName(a.v_cache->dtype));
+  }
+  return {};
+}
+
+// What is rotated: rotary_dim, from the argument, the frequencies or the table.
+Status FindRotaryDim(const ropewalk_rope_args& a, const Sizes& sizes, int64_t* rotary_dim) {
+  const int64_t head_dim = sizes[Dim::kHeadDim];
+  if (head_dim % 2 != 0 || head_dim < 2 || head_dim > 8192) {
+    return Invalid("q must have an even head_dim from 2 to 8192, but has head_dim ", head_dim);
+  }
+  const char* source = a.frequencies ? "frequencies" : a.cos_sin ? "cos_sin" : "cos";
+  const int64_t said = a.frequencies ? a.frequencies->rotary_dim
+                       : a.cos_sin   ? sizes[Dim::kRotaryDim]
+                                     : 2 * sizes[Dim::kPairs];
+  *rotary_dim = a.rotary_dim ? a.rotary_dim : said;
+  if (*rotary_dim % 2 != 0) return Invalid(a.rotary_dim ? "rotary_dim" : source, " must be even, but is ", *rotary_dim,
+                                           a.rotary_dim ? "" : " wide");
+  if (*rotary_dim < 2) return Invalid(source, " must hold at least one pair, but holds none");
+  if (*rotary_dim != said) {
+    if (a.frequencies) return Invalid("rotary_dim is ", *rotary_dim, ", but frequencies are for ", said);
+    const int64_t width = a.cos_sin ? *rotary_dim : *rotary_dim / 2;
+    return Invalid(source, " must be ", width, " wide for rotary_dim ", *rotary_dim, ", but is ",
+                   a.cos_sin ? said : said / 2, " wide");
+  }
+  if (*rotary_dim + a.rotary_offset > head_dim) {
+    if (a.rotary_offset) {
+      return Invalid("rotary_offset ", a.rotary_offset, " and rotary_dim ", *rotary_dim, " must fit in head_dim ",
+                     head_dim);
+    }
+    return Invalid("rotary_dim must be at most head_dim ", head_dim, ", but is ", *rotary_dim,
+                   a.rotary_dim ? Text() : Text(" (from ", source, ")"));
+  }
+  if (a.axes && sizes[Dim::kPairs] != *rotary_dim / 2) {
+    return Invalid("axes must have ", *rotary_dim / 2, " entries for rotary_dim ", *rotary_dim, ", but has ",
+                   sizes[Dim::kPairs]);
+  }
+  return {};
+}
+
+// Written memory must be one tensor's alone, each element once.
+Status CheckOverlap(const ropewalk_rope_args& a) {
+  std::array<Footprint, std::size(kArgs)> footprints;
+  std::array<bool, std::size(kArgs)> written = {};
+  for (size_t i = 0; i < std::size(kArgs); ++i) {
+    const DLTensor* tensor = kArgs[i].kind == Kind::kTensor ? TensorOf(kArgs[i], &a) : nullptr;
+    if (!tensor) continue;
+    footprints[i] = FootprintOf(*tensor);
+    written[i] = kArgs[i].intent != Intent::kIn;
+  }
+  // With an output of its own, q is only read; so is k.
+  const auto same = [](const Footprint& x, const Footprint& y) { return x == y; };
+  constexpr size_t kQ = Index("q"), kK = Index("k"), kQOut = Index("q_out"), kKOut = Index("k_out");
+  if (a.q_out) same(footprints[kQ], footprints[kQOut]) ? void(footprints[kQ] = {}) : void(written[kQ] = false);
+  if (a.k_out) same(footprints[kK], footprints[kKOut]) ? void(footprints[kK] = {}) : void(written[kK] = false);
+  for (size_t i = 0; i < std::size(kArgs); ++i) {
+    if (!written[i] || footprints[i].empty()) continue;
+    if (footprints[i].repeats()) {
+      return Invalid(kArgs[i].name, " is written, but some of its elements share memory (a stride of 0)");
+    }
+    for (size_t j = 0; j < std::size(kArgs); ++j) {
+      if (i == j || (written[j] && j < i) || footprints[j].empty()) continue;
+      if (Overlap(footprints[i], footprints[j])) {
+        return Invalid(kArgs[std::max(i, j)].name, " must not share memory with ", kArgs[std::min(i, j)].name,
+                       ", which it overlaps: ", kArgs[i].name, " is written");
+      }
+    }
+  }
+  return {};
+}
+
+rope_strides HeadStrides(const Strides& s, Dim heads) {
+  return {s[Dim::kBatch], s[Dim::kTokens], s[heads]};
+}
+
+}  // namespace
+
+std::span<const Arg> RopeDescription() { return kArgs; }
+
+Status LowerRope(const ropewalk_rope_args& a, void* stream, RopeCall* call) {
+  const bool mapped = a.axes || (a.frequencies && !a.frequencies->axes.empty());
+  Sizes sizes;
+  std::array<Strides, std::size(kArgs)> strides = {};
+  ROPEWALK_TRY(Check("rope", kArgs, &a, mapped, &sizes, strides));
+  ROPEWALK_TRY(CheckCombination(a));
+  int64_t rotary_dim = 0;
+  ROPEWALK_TRY(FindRotaryDim(a, sizes, &rotary_dim));
+
+  constexpr int64_t kMaxHeads = 1 << 20;
+  if (sizes[Dim::kQHeads] > kMaxHeads) return Invalid("q must have at most ", kMaxHeads, " heads, but has ", sizes[Dim::kQHeads]);
+  if (sizes[Dim::kKHeads] > kMaxHeads) return Invalid("k must have at most ", kMaxHeads, " heads, but has ", sizes[Dim::kKHeads]);
+  if (sizes[Dim::kVDim] > 65536) return Invalid("v must have a v_dim of at most 65536, but has ", sizes[Dim::kVDim]);
+
+  call->frequencies = a.frequencies;
+  call->device = a.q->device;
+  call->stream = stream;
+  RopeTensors& t = call->tensors;
+  rope_params& p = call->params;
+  RopeVariant& v = call->variant;
+  t = {};
+  v = {};
+  std::memset(&p, 0, sizeof(p));
+
+  const auto data = [](const DLTensor* tensor) { return tensor ? DataOf(*tensor) : nullptr; };
+  p.batch = a.q->ndim == 4 ? sizes[Dim::kBatch] : 1;
+  p.tokens = sizes[Dim::kTokens];
+  p.q_heads = static_cast<rw_i32>(sizes[Dim::kQHeads]);
+  p.k_heads = a.k ? static_cast<rw_i32>(sizes[Dim::kKHeads]) : 0;
+  p.head_dim = static_cast<rw_i32>(sizes[Dim::kHeadDim]);
+  p.rotary_dim = static_cast<rw_i32>(rotary_dim);
+  p.rotary_offset = a.rotary_offset;
+  p.eps = static_cast<float>(a.eps);
+  p.axes = 1;
+  p.k_scale = p.v_scale = 1.0f;
+  v.dtype = Constant(a.q);
+  v.pairing = static_cast<uint8_t>(a.pairing);
+  v.inverse = static_cast<uint8_t>(a.inverse);
+  v.rounding = static_cast<uint8_t>(a.rounding);
+
+  p.q = HeadStrides(strides[Index("q")], Dim::kQHeads);
+  p.k = HeadStrides(strides[Index("k")], Dim::kKHeads);
+  p.q_out = a.q_out ? HeadStrides(strides[Index("q_out")], Dim::kQHeads) : p.q;
+  p.k_out = a.k_out ? HeadStrides(strides[Index("k_out")], Dim::kKHeads) : p.k;
+  t.q = data(a.q);
+  t.k = data(a.k);
+  t.q_out = a.q_out ? data(a.q_out) : t.q;
+  t.k_out = a.k_out ? data(a.k_out) : t.k;
+  v.out_of_place = t.q_out != t.q || t.k_out != t.k;
+
+  // Positions: their rows are axes if pairs are mapped.
+  const Strides& positions = strides[Index("positions")];
+  p.positions_axis = positions[Dim::kAxes];
+  p.positions_batch = positions[Dim::kBatch];
+  p.positions_token = positions[Dim::kTokens];
+  p.offsets_batch = strides[Index("offsets")][Dim::kBatch];
+  p.offsets_token = strides[Index("offsets")][Dim::kTokens];
+  t.positions = data(a.positions);
+  t.offsets = data(a.offsets);
+  v.positions_dtype = Constant(a.positions);
+  v.offsets_dtype = Constant(a.offsets);
+  if (mapped && sizes[Dim::kAxes] >= 0) {
+    if (sizes[Dim::kAxes] < 1) return Invalid("positions must have a row for each axis, but have none");
+    if (sizes[Dim::kAxes] > 1 << 20) return Invalid("positions has ", sizes[Dim::kAxes], " axes, too many");
+    p.axes = static_cast<rw_i32>(sizes[Dim::kAxes]);
+    t.axes = static_cast<const int32_t*>(data(a.axes));
+    v.axes = 1;
+    if (!a.axes) {
+      const int32_t needed = 1 + *std::ranges::max_element(a.frequencies->axes);
+      if (p.axes < needed) {
+        return Invalid("positions must have ", needed, " rows, one for each axis of frequencies, but has ", p.axes);
+      }
+    }
+  }
+
+  if (a.frequencies) {
+    p.attention_scaling = static_cast<float>(a.frequencies->attention_scaling);
+  } else {
+    const DLTensor* cos = a.cos_sin ? a.cos_sin : a.cos;
+    const Strides& sc = strides[a.cos_sin ? Index("cos_sin") : Index("cos")];
+    const Strides& ss = strides[a.cos_sin ? Index("cos_sin") : Index("sin")];
+    const Dim pair = a.cos_sin ? Dim::kRotaryDim : Dim::kPairs;
+    p.rows = sizes[Dim::kRows];
+    p.cos_batch = sc[Dim::kBatch];
+    p.cos_row = sc[Dim::kRows];
+    p.cos_pair = sc[pair];
+    p.sin_batch = ss[Dim::kBatch];
+    p.sin_row = ss[Dim::kRows];
+    p.sin_pair = ss[pair];
+    t.cos = data(cos);
+    t.sin = a.cos_sin && t.cos ? static_cast<const char*>(t.cos) +
+                                     p.cos_pair * (rotary_dim / 2) * DtypeBytes(DtypeOf(cos->dtype))
+                               : data(a.sin);
+    v.table_dtype = Constant(cos);
+    p.attention_scaling = 1.0f;
+    if (!a.positions && !a.offsets && p.batch > 0 && p.tokens > p.rows) {
+      return Invalid("positions run from 0 to ", p.tokens - 1, " (none given), but ", a.cos_sin ? "cos_sin" : "cos",
+                     " has ", p.rows, " rows");
+    }
+  }
+
+  if (a.norm == ROPEWALK_NORM_RMS || a.q_weight) {
+    v.norm = 1;
+    if (a.q_weight) v.weight = a.zero_centered_weight ? kRopeZeroCenteredWeight : kRopeWeight;
+    v.weight_dtype = Constant(a.q_weight);
+    t.q_weight = data(a.q_weight);
+    t.k_weight = data(a.k_weight);
+  }
+
+  if (a.slots) {
+    const Strides& slots = strides[Index("slots")];
+    p.slots_batch = slots[Dim::kBatch];
+    p.slots_token = slots[Dim::kTokens];
+    t.slots = data(a.slots);
+    v.slots_dtype = Constant(a.slots);
+    const DLTensor* cache = a.k_cache ? a.k_cache : a.v_cache;
+    v.cache_dtype = Constant(cache);
+    p.page_size = sizes[Dim::kPageSize];
+    p.slots = p.page_size * (cache->ndim == 4 ? cache->shape[0] : 1);
+    if (a.k_cache && a.v_cache && a.k_cache->ndim != a.v_cache->ndim) {
+      return Invalid("v_cache must have ", a.k_cache->ndim, " dimensions like k_cache, but has ", a.v_cache->ndim);
+    }
+    const auto cache_strides = [&](size_t i) {
+      return rope_strides{strides[i][Dim::kPages], strides[i][Dim::kPageSize], strides[i][Dim::kKHeads]};
+    };
+    p.k_cache = cache_strides(Index("k_cache"));
+    p.v_cache = cache_strides(Index("v_cache"));
+    p.v = HeadStrides(strides[Index("v")], Dim::kKHeads);
+    p.v_dim = a.v ? static_cast<rw_i32>(sizes[Dim::kVDim]) : 0;
+    p.k_heads = static_cast<rw_i32>(sizes[Dim::kKHeads]);
+    t.k_cache = data(a.k_cache);
+    t.v_cache = data(a.v_cache);
+    t.v = data(a.v);
+    v.store_k = a.k_cache != nullptr;
+    v.store_v = a.v_cache != nullptr;
+    const auto scale = [&](const DLTensor* tensor, size_t i, const char* name, float* value, const float** pointer,
+                           rw_i32* stride) -> Status {
+      if (!tensor) return {};
+      if (tensor->device.device_type == kDLCPU && (tensor->ndim == 0 || tensor->shape[0] == 1)) {
+        *value = *static_cast<const float*>(DataOf(*tensor));
+        if (!(*value > 0.0f) || *value > 3.4e38f) return Invalid(name, " must be a finite number > 0, but is ", *value);
+        return {};
+      }
+      *pointer = static_cast<const float*>(DataOf(*tensor));
+      *stride = static_cast<rw_i32>(strides[i][Dim::kKHeads]);
+      return {};
+    };
+    ROPEWALK_TRY(scale(a.k_scale, Index("k_scale"), "k_scale", &p.k_scale, &t.k_scale, &p.k_scale_head));
+    ROPEWALK_TRY(scale(a.v_scale, Index("v_scale"), "v_scale", &p.v_scale, &t.v_scale, &p.v_scale_head));
+  }
+  return CheckOverlap(a);
+}
+
+}  // namespace ropewalk

@@ -1,0 +1,71 @@
+// A checked call, ready for a backend: what lower() makes of ropewalk_rope_args.
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <ropewalk/ropewalk.h>
+
+#include "core/frequencies.h"
+#include "core/op.h"
+#include "core/status.h"
+#include "ops/rope/rope_params.h"
+
+namespace ropewalk {
+
+// The compile-time choices of a kernel; fields hold the constants of rope_params.h. A backend may treat some of them as
+// run-time values.
+struct RopeVariant {
+  uint8_t dtype = kRopeNoDtype;           // of q, k, v and the outputs
+  uint8_t pairing = ROPEWALK_NEOX;
+  uint8_t inverse = 0;
+  uint8_t norm = 0;                       // 1: RMS
+  uint8_t weight = kRopeNoWeight;
+  uint8_t weight_dtype = kRopeNoDtype;
+  uint8_t rounding = kRopeRoundFused;
+  uint8_t table_dtype = kRopeNoDtype;     // none: angles from turns
+  uint8_t positions_dtype = kRopeNoDtype; // none: 0, 1, 2, ..
+  uint8_t offsets_dtype = kRopeNoDtype;   // none: no offsets
+  uint8_t slots_dtype = kRopeNoDtype;
+  uint8_t cache_dtype = kRopeNoDtype;     // none: no store
+  uint8_t axes = 0;                       // 1: pairs are mapped to rows of positions
+  uint8_t store_k = 0, store_v = 0;       // which caches are there
+  uint8_t out_of_place = 0;               // 1: q_out or k_out differs from its input
+
+  bool operator==(const RopeVariant&) const = default;
+};
+
+// Data pointers in the order in which every kernel takes them. On the host or on the device of the call.
+struct RopeTensors {
+  void* q = nullptr;
+  void* k = nullptr;
+  const void* positions = nullptr;
+  const void* offsets = nullptr;
+  const void* cos = nullptr;
+  const void* sin = nullptr;
+  const int32_t* axes = nullptr;      // the caller's tensor; null: those of `frequencies`, if the variant has axes
+  const void* q_weight = nullptr;
+  const void* k_weight = nullptr;
+  void* q_out = nullptr;              // q where in place
+  void* k_out = nullptr;
+  const void* v = nullptr;
+  void* k_cache = nullptr;
+  void* v_cache = nullptr;
+  const void* slots = nullptr;
+  const float* k_scale = nullptr;     // null: params.k_scale
+  const float* v_scale = nullptr;
+};
+
+struct RopeCall {
+  RopeVariant variant;
+  RopeTensors tensors;
+  rope_params params;
+  const ropewalk_frequencies* frequencies = nullptr;
+  DLDevice device;
+  void* stream = nullptr;
+};
+
+std::span<const Arg> RopeDescription();
+
+// Checks the arguments and fills the call. Nothing is read from tensors' data but scales on the host.
+Status LowerRope(const ropewalk_rope_args& args, void* stream, RopeCall* call);
+
+}  // namespace ropewalk
