@@ -61,8 +61,8 @@ inline const DoubleDouble kLn2{0x1.62e42fefa39efp-1, 0x1.abc9e3b39803fp-56};
 inline const DoubleDouble kTwoPi{0x1.921fb54442d18p+2, 0x1.1a62633145c07p-52};
 inline const DoubleDouble kInverseTwoPi{0x1.45f306dc9c883p-3, -0x1.6b01ec5417056p-57};
 
-// e^a for |a| < 700: a Taylor series for e^r - 1 of r = (a - k ln 2) / 512, then nine doublings of the angle, which keep
-// the 1 apart so that nothing is lost to it.
+// e^a for |a| < 700: a Taylor series for e^r - 1 of r = (a - k ln 2) / 512, then nine doublings of the angle, which
+// keep the 1 apart so that nothing is lost to it.
 inline DoubleDouble Exp(DoubleDouble a) {
   const double k = std::nearbyint(a.hi / kLn2.hi);
   const DoubleDouble scaled = a - kLn2 * k;

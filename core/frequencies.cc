@@ -25,7 +25,8 @@ using Frequencies = ::ropewalk_frequencies;
 DoubleDouble NtkRatio(const RopeRule& rule) {
   if (rule.type != RopeType::kDynamic) return 1.0;
   if (rule.alpha != 0) return rule.alpha;
-  return DoubleDouble(rule.factor) * static_cast<double>(rule.sequence_length) / static_cast<double>(rule.max_position) -
+  return DoubleDouble(rule.factor) * static_cast<double>(rule.sequence_length) /
+             static_cast<double>(rule.max_position) -
          (DoubleDouble(rule.factor) - 1.0);
 }
 
@@ -128,7 +129,8 @@ void AppendTable(const RopeRule& rule, int64_t dim, std::vector<float>* out) {
     const double exponent = static_cast<double>(dim) / static_cast<double>(dim - 2);
     if (rule.alpha != 0) {
       theta *= std::pow(rule.alpha, exponent);
-    } else if (rule.sequence_length > rule.max_position) {  // the length is a tensor there, so that even theta' is float32
+    } else if (rule.sequence_length >
+               rule.max_position) {  // the length is a tensor there, so that even theta' is float32
       const float product = F(D(F(rule.factor)) * D(F(static_cast<double>(rule.sequence_length))));
       const float ratio = F(D(F(D(product) / D(F(static_cast<double>(rule.max_position))))) - D(F(rule.factor - 1)));
       theta = D(F(D(F(theta)) * D(F(std::pow(D(ratio), exponent)))));
@@ -300,8 +302,8 @@ Status FrequenciesFromArray(const double* inv_freq, int64_t count, double attent
   return WithoutThrowing([&]() -> Status {
     constexpr double kMaxFrequency = 1e6;
     if (count < 1 || count > kMaxRotaryDim / 2) {
-      return Status::Invalid("inv_freq must have from 1 to " + std::to_string(kMaxRotaryDim / 2) + " elements, but has " +
-                             std::to_string(count));
+      return Status::Invalid("inv_freq must have from 1 to " + std::to_string(kMaxRotaryDim / 2) +
+                             " elements, but has " + std::to_string(count));
     }
     if (inv_freq == nullptr) return Status::Invalid("inv_freq is missing");
     if (!(std::fabs(attention_scaling) <= kMaxFrequency)) {

@@ -12,8 +12,8 @@ constexpr int kMaxDepth = 64;
 constexpr size_t kMaxBytes = size_t{64} << 20;
 constexpr size_t kMaxShown = 60;  // of a value, in a message
 
-// Python writes infinities and NaN as bare words, which JSON does not have. As strings they parse, and are refused by name
-// where a number is wanted.
+// Python writes infinities and NaN as bare words, which JSON does not have. As strings they parse, and are refused by
+// name where a number is wanted.
 std::string QuoteBareWords(std::string_view text) {
   std::string out;
   bool in_string = false;
@@ -176,8 +176,8 @@ Status Fields::Numbers(std::string_view key, double low, double high, std::optio
   std::vector<double> numbers(value->size());
   for (size_t i = 0; i < numbers.size(); ++i) {
     if (!ReadNumber((*value)[i], low, high, &numbers[i])) {
-      return Status::Invalid(Name(key) + "[" + std::to_string(i) + "] must be a number" +
-                             Range(Show(low), Show(high)) + ", but is " + Show((*value)[i]));
+      return Status::Invalid(Name(key) + "[" + std::to_string(i) + "] must be a number" + Range(Show(low), Show(high)) +
+                             ", but is " + Show((*value)[i]));
     }
   }
   *out = std::move(numbers);

@@ -1,6 +1,6 @@
-// Reads the fields of one JSON object by name, for configurations: every wrong value becomes one sentence that names the
-// field and the file, and what was never asked for is refused. Nothing here throws.
-// SPDX-License-Identifier: Apache-2.0
+// Reads the fields of one JSON object by name, for configurations: every wrong value becomes one sentence that names
+// the field and the file, and what was never asked for is refused. Nothing here throws. SPDX-License-Identifier:
+// Apache-2.0
 #pragma once
 
 #include <cstdint>
@@ -21,8 +21,8 @@ using Json = nlohmann::json;
 template <class Body>
 Status WithoutThrowing(Body body) noexcept;
 
-// Parses `text`, called `name` in messages, into an object. Nesting beyond 64 levels, a key twice in one object and more
-// than 64 MiB are refused.
+// Parses `text`, called `name` in messages, into an object. Nesting beyond 64 levels, a key twice in one object and
+// more than 64 MiB are refused.
 Status ParseJsonObject(std::string_view text, std::string_view name, Json* out);
 
 // A value as messages show it: one line, not long.

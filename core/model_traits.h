@@ -1,6 +1,6 @@
-// What a model's code fixes and its config.json does not say: the pairing, the norm, defaults of absent fields. Read from
-// the modeling and configuration files of transformers 5.23 and diffusers 0.42.
-// SPDX-License-Identifier: Apache-2.0
+// What a model's code fixes and its config.json does not say: the pairing, the norm, defaults of absent fields. Read
+// from the modeling and configuration files of transformers 5.23 and diffusers 0.42. SPDX-License-Identifier:
+// Apache-2.0
 #pragma once
 
 #include <array>
@@ -22,12 +22,12 @@ struct ModelTraits {
   bool interleaved = false;
   TraitNorm norm = TraitNorm::kNone;  // per head, before the rotation
   bool norm_if_asked = false;         // only with use_qk_norm: true
-  double theta = 0;        // of configurations that do not say; 0: transformers' own default, 10000
-  double local_theta = 0;  // of sliding layers, where the model has two
-  double partial = 0;      // partial_rotary_factor of configurations that do not say; 0: 1
+  double theta = 0;                   // of configurations that do not say; 0: transformers' own default, 10000
+  double local_theta = 0;             // of sliding layers, where the model has two
+  double partial = 0;                 // partial_rotary_factor of configurations that do not say; 0: 1
   TraitMrope mrope = TraitMrope::kContiguous;
-  int q_heads = 0, k_heads = 0, head_dim = 0;     // of configurations that do not say; 0: they must
-  std::array<int, 4> axes_dims{};                 // diffusion, likewise
+  int q_heads = 0, k_heads = 0, head_dim = 0;  // of configurations that do not say; 0: they must
+  std::array<int, 4> axes_dims{};              // diffusion, likewise
   bool double_table = false;
 };
 

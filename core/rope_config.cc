@@ -1,6 +1,5 @@
-// Reads scaling rules and config.json into a RopeRule: one place for every spelling, old and new, and for everything that
-// can be wrong with them.
-// SPDX-License-Identifier: Apache-2.0
+// Reads scaling rules and config.json into a RopeRule: one place for every spelling, old and new, and for everything
+// that can be wrong with them. SPDX-License-Identifier: Apache-2.0
 #include "core/rope_config.h"
 
 #include <algorithm>
@@ -21,11 +20,15 @@ constexpr int64_t kMaxHeads = int64_t{1} << 20;
 
 const std::map<std::string, RopeType, std::less<>>& RopeTypes() {
   static const std::map<std::string, RopeType, std::less<>> types{
-      {"default", RopeType::kDefault},   {"linear", RopeType::kLinear},     {"dynamic", RopeType::kDynamic},
-      {"yarn", RopeType::kYarn},         {"longrope", RopeType::kLongrope}, {"llama3", RopeType::kLlama3},
+      {"default", RopeType::kDefault},
+      {"linear", RopeType::kLinear},
+      {"dynamic", RopeType::kDynamic},
+      {"yarn", RopeType::kYarn},
+      {"longrope", RopeType::kLongrope},
+      {"llama3", RopeType::kLlama3},
       {"proportional", RopeType::kProportional},
-      {"su", RopeType::kLongrope},       // Phi-3's first name for longrope
-      {"mrope", RopeType::kDefault}};    // Qwen2-VL's first name for default with mrope_section
+      {"su", RopeType::kLongrope},     // Phi-3's first name for longrope
+      {"mrope", RopeType::kDefault}};  // Qwen2-VL's first name for default with mrope_section
   return types;
 }
 
@@ -63,13 +66,13 @@ Status Agree(std::initializer_list<std::pair<std::string, std::optional<Value>>>
 
 // What stands around a rope_parameters object and decides with it.
 struct Surroundings {
-  std::string prefix;  // of messages: "config.json: "
-  std::optional<double> theta, partial;           // of the configuration itself
+  std::string prefix;                    // of messages: "config.json: "
+  std::optional<double> theta, partial;  // of the configuration itself
   std::string theta_name = "rope_theta", partial_name = "partial_rotary_factor";
   double default_theta = 0, default_partial = 1;  // 0: theta must be given
   std::optional<int64_t> max_position, original_position;
-  int64_t head_dim = 0;                           // before `partial` is applied
-  std::optional<int64_t> rotary_dim;              // given outright
+  int64_t head_dim = 0;               // before `partial` is applied
+  std::optional<int64_t> rotary_dim;  // given outright
   int64_t sequence_length = 0;
   TraitMrope mrope = TraitMrope::kContiguous;
   std::string_view model_type;
@@ -86,8 +89,10 @@ Status ReadType(Fields* fields, std::string* name, RopeType* out) {
   *name = new_name.value_or(old_name.value_or("default"));
   for (const auto& [key, text] : {std::pair{"rope_type", new_name}, std::pair{"type", old_name}}) {
     if (text && RopeTypes().count(*text) == 0) {
-      return Status::Invalid(fields->Name(key) + " must be one of " + AnyOf(std::vector<std::string>{
-          "default", "linear", "dynamic", "yarn", "longrope", "llama3", "proportional"}) + ", but is " + Quoted(*text));
+      return Status::Invalid(fields->Name(key) + " must be one of " +
+                             AnyOf(std::vector<std::string>{"default", "linear", "dynamic", "yarn", "longrope",
+                                                            "llama3", "proportional"}) +
+                             ", but is " + Quoted(*text));
     }
   }
   *out = RopeTypes().find(*name)->second;
@@ -152,7 +157,8 @@ Status ReadLongrope(Fields* fields, const Surroundings& around, std::string_view
   if (!short_factor) return Missing(*fields, "short_factor", type);
   if (!long_factor) return Missing(*fields, "long_factor", type);
   if (!original) return Missing(*fields, "original_max_position_embeddings", type);
-  for (const auto& [key, numbers] : {std::pair{"short_factor", &short_factor}, std::pair{"long_factor", &long_factor}}) {
+  for (const auto& [key, numbers] :
+       {std::pair{"short_factor", &short_factor}, std::pair{"long_factor", &long_factor}}) {
     if (std::ssize(**numbers) != rule->rotary_dim / 2) {
       return Status::Invalid(fields->Name(key) + " must have " + std::to_string(rule->rotary_dim / 2) +
                              " numbers, one for each pair of the rotated part, but has " +
@@ -203,7 +209,8 @@ Status ReadDynamic(Fields* fields, const Surroundings& around, std::optional<dou
   std::optional<double> alpha;
   std::optional<int64_t> original, inside, max_position;
   ROPEWALK_TRY(fields->Number("alpha", 1e-6, 1e9, &alpha));
-  if (rule->rotary_dim <= 2) return Status::Invalid(fields->Name("rope_type") + " \"dynamic\" needs more than one pair");
+  if (rule->rotary_dim <= 2)
+    return Status::Invalid(fields->Name("rope_type") + " \"dynamic\" needs more than one pair");
   if (alpha) {  // HunYuan: theta is stretched once, whatever the length; its configurations carry yarn's fields unused
     for (const char* unused : {"beta_fast", "beta_slow", "mscale", "mscale_all_dim"}) fields->Find(unused);
     rule->alpha = *alpha;
@@ -220,7 +227,8 @@ Status ReadDynamic(Fields* fields, const Surroundings& around, std::optional<dou
   rule->max_position = *max_position;
   rule->sequence_length = std::max(around.sequence_length, *max_position);
   const double ratio = rule->factor * static_cast<double>(rule->sequence_length) / static_cast<double>(*max_position);
-  if (!(ratio - (rule->factor - 1) < 1e12)) {
+  const auto dim = static_cast<double>(rule->rotary_dim);
+  if (!(rule->theta * std::pow(ratio - (rule->factor - 1), dim / (dim - 2)) < 1e30)) {  // the table's theta is float32
     return Status::Invalid(fields->Name("factor") + " " + Show(rule->factor) + " is too large for a sequence of " +
                            std::to_string(rule->sequence_length));
   }
@@ -295,8 +303,8 @@ Status ReadRule(const Json& object, const std::string& where, const Surroundings
 
   std::optional<double> theta_inside, theta;
   ROPEWALK_TRY(fields.Number("rope_theta", 1, kMaxTheta, &theta_inside));
-  ROPEWALK_TRY(Agree<double>({{fields.Name("rope_theta"), theta_inside},
-                              {around.prefix + around.theta_name, around.theta}}, &theta));
+  ROPEWALK_TRY(Agree<double>(
+      {{fields.Name("rope_theta"), theta_inside}, {around.prefix + around.theta_name, around.theta}}, &theta));
   if (!theta && around.default_theta == 0) return Status::Invalid(around.prefix + "rope_theta is missing");
   rule->theta = theta.value_or(around.default_theta);
   if (!(rule->theta > 1)) return Status::Invalid(around.prefix + "rope_theta must be greater than 1, but is 1");
@@ -304,8 +312,9 @@ Status ReadRule(const Json& object, const std::string& where, const Surroundings
   // How much of the head turns.
   std::optional<double> partial_inside, partial;
   ROPEWALK_TRY(fields.Number("partial_rotary_factor", 0, 1, &partial_inside));
-  ROPEWALK_TRY(Agree<double>({{fields.Name("partial_rotary_factor"), partial_inside},
-                              {around.prefix + around.partial_name, around.partial}}, &partial));
+  ROPEWALK_TRY(Agree<double>(
+      {{fields.Name("partial_rotary_factor"), partial_inside}, {around.prefix + around.partial_name, around.partial}},
+      &partial));
   rule->rotary_dim = around.head_dim;
   if (rule->type == RopeType::kProportional) {
     rule->partial = partial.value_or(around.default_partial);
@@ -313,10 +322,10 @@ Status ReadRule(const Json& object, const std::string& where, const Surroundings
     rule->rotary_dim = *around.rotary_dim;
     const auto by_factor = static_cast<int64_t>(static_cast<double>(around.head_dim) * partial.value_or(1));
     if (partial && by_factor != rule->rotary_dim && (*partial != 1 || around.head_dim == 0)) {
-      return Status::Invalid((partial_inside ? fields.Name("partial_rotary_factor")
-                                             : around.prefix + around.partial_name) +
-                             " is " + Show(*partial) + ", but rotary_dim is " + std::to_string(rule->rotary_dim) +
-                             (around.head_dim > 0 ? " of a head of " + std::to_string(around.head_dim) : ""));
+      return Status::Invalid(
+          (partial_inside ? fields.Name("partial_rotary_factor") : around.prefix + around.partial_name) + " is " +
+          Show(*partial) + ", but rotary_dim is " + std::to_string(rule->rotary_dim) +
+          (around.head_dim > 0 ? " of a head of " + std::to_string(around.head_dim) : ""));
     }
   } else {
     const double part = partial.value_or(around.default_partial);
@@ -541,7 +550,8 @@ Status ReadChoices(Fields* fields, const ModelTraits& traits, const Surroundings
 
   std::optional<double> local_theta, global_theta;
   std::string local_name, global_name;
-  ROPEWALK_TRY(FirstNumber(fields, {"rope_local_base_freq", "local_rope_theta"}, 1, kMaxTheta, &local_theta, &local_name));
+  ROPEWALK_TRY(
+      FirstNumber(fields, {"rope_local_base_freq", "local_rope_theta"}, 1, kMaxTheta, &local_theta, &local_name));
   ROPEWALK_TRY(FirstNumber(fields, {"global_rope_theta"}, 1, kMaxTheta, &global_theta, &global_name));
 
   const bool nested = std::any_of(object->begin(), object->end(), [](const Json& value) { return value.is_object(); });
@@ -701,13 +711,15 @@ Status ReadRopeConfig(std::string_view json, std::string_view name, std::string_
   if (traits.partial != 0) around.default_partial = traits.partial;
   ROPEWALK_TRY(FirstNumber(&fields, {"rope_theta", "rotary_emb_base", "rope_base", "rotary_base"}, 1, kMaxTheta,
                            &around.theta, &around.theta_name));
-  ROPEWALK_TRY(FirstNumber(&fields, {"partial_rotary_factor", "rotary_pct", "rope_pct", "rotary_percent",
-                                     "rotary_emb_fraction"}, 0, 1, &around.partial, &around.partial_name));
+  ROPEWALK_TRY(FirstNumber(&fields,
+                           {"partial_rotary_factor", "rotary_pct", "rope_pct", "rotary_percent", "rotary_emb_fraction"},
+                           0, 1, &around.partial, &around.partial_name));
   ROPEWALK_TRY(fields.Integer("original_max_position_embeddings", 1, kMaxLength, &around.original_position));
 
   std::vector<std::string> layer_list;  // of each layer in turn
   if (const Json* list = fields.Find("layer_types"); list != nullptr) {
-    if (!list->is_array()) return Status::Invalid(fields.Name("layer_types") + " must be an array, but is " + Show(*list));
+    if (!list->is_array())
+      return Status::Invalid(fields.Name("layer_types") + " must be an array, but is " + Show(*list));
     for (const Json& entry : *list) {
       if (!entry.is_string()) {
         return Status::Invalid(fields.Name("layer_types") + " must hold strings, but holds " + Show(entry));

@@ -1,6 +1,5 @@
-// What a scaling text or a model's config.json says about rotary embedding, checked and in one spelling: the maths is in
-// frequencies.cc. The field names are those of Hugging Face.
-// SPDX-License-Identifier: Apache-2.0
+// What a scaling text or a model's config.json says about rotary embedding, checked and in one spelling: the maths is
+// in frequencies.cc. The field names are those of Hugging Face. SPDX-License-Identifier: Apache-2.0
 #pragma once
 
 #include <cstdint>
@@ -21,21 +20,21 @@ enum class RopeType { kDefault, kLinear, kDynamic, kYarn, kLongrope, kLlama3, kP
 struct RopeRule {
   RopeType type = RopeType::kDefault;
   double theta = 0;
-  int64_t rotary_dim = 0;         // twice the number of frequencies
-  double partial = 1;             // proportional: this part of the frequencies turns, the others are zero
-  double factor = 1;              // linear, dynamic, yarn, llama3, proportional
-  double alpha = 0;               // dynamic with a fixed alpha (HunYuan); 0: none
-  int64_t max_position = 0;       // dynamic
-  int64_t original_position = 0;  // yarn, llama3: the length that the model was first trained on
-  int64_t sequence_length = 0;    // dynamic; 0: max_position
-  double beta_fast = 32, beta_slow = 1;                 // yarn
-  bool truncate = true;                                 // yarn
-  double low_freq_factor = 1, high_freq_factor = 4;     // llama3
-  std::vector<double> divisors;   // longrope: the short or the long factors, already chosen
+  int64_t rotary_dim = 0;                // twice the number of frequencies
+  double partial = 1;                    // proportional: this part of the frequencies turns, the others are zero
+  double factor = 1;                     // linear, dynamic, yarn, llama3, proportional
+  double alpha = 0;                      // dynamic with a fixed alpha (HunYuan); 0: none
+  int64_t max_position = 0;              // dynamic
+  int64_t original_position = 0;         // yarn, llama3: the length that the model was first trained on
+  int64_t sequence_length = 0;           // dynamic; 0: max_position
+  double beta_fast = 32, beta_slow = 1;  // yarn
+  bool truncate = true;                  // yarn
+  double low_freq_factor = 1, high_freq_factor = 4;  // llama3
+  std::vector<double> divisors;                      // longrope: the short or the long factors, already chosen
   double attention_scaling = 1;
-  std::vector<int32_t> axes;      // the row of positions each pair takes; empty: one row
+  std::vector<int32_t> axes;       // the row of positions each pair takes; empty: one row
   std::vector<int64_t> axes_dims;  // diffusion: frequencies of each axis on its own, one after the other
-  bool double_table = false;      // diffusion: its own table is made in double, not in float32
+  bool double_table = false;       // diffusion: its own table is made in double, not in float32
 };
 
 // A model as its config.json describes it, at one layer type.

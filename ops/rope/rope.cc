@@ -270,7 +270,7 @@ Status LowerRope(const ropewalk_rope_args& a, void* stream, RopeCall* call) {
     if (sizes[Dim::kAxes] > 1 << 20) return Invalid("positions has ", sizes[Dim::kAxes], " axes, too many");
     p.axes = static_cast<rw_i32>(sizes[Dim::kAxes]);
     t.axes = static_cast<const int32_t*>(data(a.axes));
-    v.axes = 1;
+    v.axes = a.axes ? 2 : 1;
     if (!a.axes) {
       const int32_t needed = 1 + *std::ranges::max_element(a.frequencies->axes);
       if (p.axes < needed) {

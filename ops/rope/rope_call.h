@@ -26,7 +26,7 @@ struct RopeVariant {
   uint8_t offsets_dtype = kRopeNoDtype;   // none: no offsets
   uint8_t slots_dtype = kRopeNoDtype;
   uint8_t cache_dtype = kRopeNoDtype;     // none: no store
-  uint8_t axes = 0;                       // 1: pairs are mapped to rows of positions
+  uint8_t axes = 0;                       // pairs are mapped to rows of positions: 1 by the frequencies, 2 by the caller
   uint8_t store_k = 0, store_v = 0;       // which caches are there
   uint8_t out_of_place = 0;               // 1: q_out or k_out differs from its input
 

@@ -1,0 +1,65 @@
+// A case made real: buffers with canaries around and between the elements, and the arguments of the call.
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <ropewalk/ropewalk.h>
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "conformance/memory.h"
+#include "core/status.h"
+#include "ops/rope/rope_cases.h"
+
+namespace ropewalk {
+
+class CaseCall {
+ public:
+  // Allocates and fills everything; the data depends on the case's name alone.
+  static Status Make(const RopeCase& c, DeviceMemory& memory, std::unique_ptr<CaseCall>* out);
+  ~CaseCall();
+  CaseCall(const CaseCall&) = delete;
+  CaseCall& operator=(const CaseCall&) = delete;
+
+  const RopeCase& test_case() const { return case_; }
+  ropewalk_rope_args& args() { return args_; }                    // tensors on the device
+  const ropewalk_rope_args& host_args() const { return host_args_; }  // the same tensors as they were made, on the host
+  const ropewalk_frequencies* frequencies() const { return frequencies_; }
+
+  Status Run();    // ropewalk_rope and, where the device runs on its own, the wait for it
+  Status Reset();  // puts the first data back
+  // Compares every byte of every buffer with what the reference says of the first data. "" if all is right.
+  // `worst` is the largest error in units of its tolerance, `elements` how many were compared.
+  Status Verify(std::string* message, double* worst, int64_t* elements) const;
+  // "" if every byte of every buffer is as it was made: for calls that must be refused.
+  Status VerifyUntouched(std::string* message) const;
+  // What the text of ropewalk_check_faults() must contain; "" if the call has no fault. Valid after Verify.
+  const std::string& expected_fault() const { return expected_fault_; }
+
+  // What the operation must read and write once, for floors and GB/s.
+  int64_t bytes_moved() const;
+  int64_t rotated_elements() const;
+
+ private:
+  struct Buffer;
+  struct Tensor;
+  struct Builder;
+
+  CaseCall(const RopeCase& c, DeviceMemory& memory);
+  Status Fetch(std::vector<std::vector<uint8_t>>* bytes) const;  // of each buffer
+  std::string Compare(const std::vector<std::vector<uint8_t>>& expected,
+                      const std::vector<std::vector<uint8_t>>& now) const;
+
+  RopeCase case_;
+  DeviceMemory& memory_;
+  std::vector<std::unique_ptr<Buffer>> buffers_;
+  std::vector<std::unique_ptr<Tensor>> tensors_;
+  ropewalk_frequencies* frequencies_ = nullptr;
+  ropewalk_rope_args args_;
+  ropewalk_rope_args host_args_;
+  mutable std::string expected_fault_;
+};
+
+}  // namespace ropewalk

@@ -1,0 +1,39 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "conformance/memory.h"
+
+#include <cstdlib>
+#include <cstring>
+
+#include "core/text.h"
+
+namespace ropewalk {
+namespace {
+
+class Host final : public DeviceMemory {
+ public:
+  DLDevice device() const override { return {kDLCPU, 0}; }
+  Status Allocate(size_t bytes, void** out) override {
+    constexpr size_t kAlignment = 256;
+    *out = std::aligned_alloc(kAlignment, (bytes + kAlignment - 1) / kAlignment * kAlignment);
+    return *out ? Status() : Status::Driver(Text("the host has no ", bytes, " bytes left"));
+  }
+  void Free(void* memory) override { std::free(memory); }
+  Status CopyIn(void* device, const void* host, size_t bytes) override {
+    std::memcpy(device, host, bytes);
+    return {};
+  }
+  Status CopyOut(void* host, const void* device, size_t bytes) override {
+    std::memcpy(host, device, bytes);
+    return {};
+  }
+  Status Synchronize() override { return {}; }
+};
+
+}  // namespace
+
+DeviceMemory& HostMemory() {
+  static Host host;
+  return host;
+}
+
+}  // namespace ropewalk

@@ -1,0 +1,27 @@
+// Memory of a device, as little of it as the runner needs, so that one runner drives every backend.
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <dlpack/dlpack.h>
+
+#include <cstddef>
+
+#include "core/status.h"
+
+namespace ropewalk {
+
+class DeviceMemory {
+ public:
+  virtual ~DeviceMemory() = default;
+  virtual DLDevice device() const = 0;
+  virtual void* stream() const { return nullptr; }  // for ropewalk_rope
+  virtual Status Allocate(size_t bytes, void** out) = 0;  // aligned to 256 bytes at least
+  virtual void Free(void* memory) = 0;
+  virtual Status CopyIn(void* device, const void* host, size_t bytes) = 0;
+  virtual Status CopyOut(void* host, const void* device, size_t bytes) = 0;
+  virtual Status Synchronize() = 0;
+};
+
+DeviceMemory& HostMemory();
+
+}  // namespace ropewalk

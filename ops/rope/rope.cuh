@@ -1,0 +1,537 @@
+// The CUDA kernel: one body; every stage, dtype and size is a compile-time choice of `K` (made by rope_cuda.cc).
+//
+// A group of kLanes threads works on a head. A thread holds units of two vectors that belong together: in halves (neox)
+// the second lies half the rotated part behind the first, and their elements pair up; of neighbours (interleaved) both
+// vectors hold whole pairs, and lie apart only to keep accesses coalesced. So no pairing needs a shuffle. Cosines and
+// sines of a thread's pairs are the same for all heads of a token and stay in its registers.
+// SPDX-License-Identifier: Apache-2.0
+#ifndef ROPEWALK_OPS_ROPE_ROPE_CUH_
+#define ROPEWALK_OPS_ROPE_ROPE_CUH_
+
+#include "kernels/cuda/angle.cuh"
+#include "kernels/cuda/vector.cuh"
+#include "ops/rope/rope_cuda_args.h"
+
+namespace ropewalk {
+
+// What follows from the choices.
+template <class K>
+struct Shape {
+  static constexpr bool kTable = K::kTableDtype != kRopeNoDtype;
+  static constexpr bool kReference = K::kRounding == kRopeRoundReference;
+  static constexpr bool kStores = K::kCacheDtype != kRopeNoDtype;
+  // Neighbours can share a vector, unless it has one element.
+  static constexpr bool kPairsInside = K::kInterleaved && K::kVector > 1;
+  static constexpr int kVectorBytes = K::kVector * kBytes<K::kDtype>;
+  static constexpr int kUnits = K::kRotaryDim / (2 * K::kVector);
+  static constexpr int kUnitsPerLane = (kUnits + K::kLanes - 1) / K::kLanes;
+  static constexpr int kGroups = K::kThreads / K::kLanes;
+  // Vectors outside the rotated part, which matter if they are normalised, copied or stored.
+  static constexpr bool kRestMatters = K::kNorm || K::kOutOfPlace || K::kStoreK;
+  static constexpr int kBefore = K::kRotaryOffset / K::kVector;
+  static constexpr int kRest = kRestMatters ? (K::kHeadDim - K::kRotaryDim) / K::kVector : 0;
+  static constexpr int kRestPerLane = (kRest + K::kLanes - 1) / K::kLanes;
+};
+
+// The first element of the first vector of a unit, the distance to the second, and the pair of an element of the unit:
+// `i` < kVector numbers its pairs.
+template <class K>
+__device__ __forceinline__ int UnitBegin(int unit) {
+  constexpr bool kAlone = K::kInterleaved && K::kVector == 1;
+  return K::kRotaryOffset + (kAlone ? 2 * unit : K::kVector * unit);
+}
+template <class K>
+constexpr int kUnitDistance = K::kInterleaved && K::kVector == 1 ? 1 : K::kRotaryDim / 2;
+template <class K>
+__device__ __forceinline__ int PairOf(int unit, int i) {
+  if constexpr (!Shape<K>::kPairsInside) return K::kVector * unit + i;
+  constexpr int kHalf = K::kVector / 2;
+  return kHalf * unit + (i < kHalf ? i : K::kRotaryDim / 4 + i - kHalf);
+}
+template <class K>
+__device__ __forceinline__ int RestBegin(int i) {
+  return K::kVector * i + (i < Shape<K>::kBefore ? 0 : K::kRotaryDim);
+}
+
+// What a token needs beside its heads.
+struct Token {
+  rw_i64 batch, token;
+  rw_i64 slot;       // < 0: not stored
+  bool left_out;     // padding with a position outside the table
+  bool poisoned;
+};
+
+template <class K>
+__device__ __forceinline__ rw_i64 PositionOf(const rope_cuda_args& a, rw_i64 batch, rw_i64 token, int axis) {
+  const rope_params& p = a.params;
+  rw_i64 position = token;
+  if constexpr (K::kPositionsDtype != kRopeNoDtype) {
+    position = LoadInt<K::kPositionsDtype>(
+        a.positions, axis * p.positions_axis + batch * p.positions_batch + token * p.positions_token);
+  }
+  if constexpr (K::kOffsetsDtype != kRopeNoDtype) {
+    position += LoadInt<K::kOffsetsDtype>(a.offsets, batch * p.offsets_batch + token * p.offsets_token);
+  }
+  return position;
+}
+
+// Keeps the fault of the lowest row. Rare, so one after the other.
+__device__ __noinline__ void RecordFault(rope_fault* fault, rw_i64 row, int kind, rw_i64 value, rw_i64 limit,
+                                         rw_i64 tokens, int axis) {
+  if (!fault) return;
+  const rw_u64 key = static_cast<rw_u64>(row) * 4 + kind;
+  if (key >= *static_cast<volatile rw_u64*>(&fault->key)) return;
+  while (atomicCAS(&fault->lock, 0u, 1u) != 0u) __nanosleep(100);
+  __threadfence();
+  if (key < *static_cast<volatile rw_u64*>(&fault->key)) {
+    fault->value = value;
+    fault->limit = limit;
+    fault->tokens = tokens;
+    fault->axis = static_cast<rw_u32>(axis);
+    *static_cast<volatile rw_u64*>(&fault->key) = key;
+  }
+  __threadfence();
+  atomicExch(&fault->lock, 0u);
+}
+
+// Slot and position of the row; `reports`: whether this thread tells of a fault.
+template <class K>
+__device__ __forceinline__ Token PlanToken(const rope_cuda_args& a, rw_i64 row, bool reports) {
+  const rope_params& p = a.params;
+  Token t = {0, row, -1, false, false};
+  if (p.batch > 1) {
+    t.batch = row / p.tokens;
+    t.token = row - t.batch * p.tokens;
+  }
+  bool padding = false;
+  rw_i64 slot = -1;
+  if constexpr (K::kSlotsDtype != kRopeNoDtype) {
+    slot = LoadInt<K::kSlotsDtype>(a.slots, t.batch * p.slots_batch + t.token * p.slots_token);
+    padding = slot < 0;
+  }
+  if constexpr (K::kCheckAxes) {
+    for (int i = 0; i < K::kRotaryDim / 2; ++i) {
+      const int axis = __ldg(a.axes + i);
+      if (axis >= 0 && axis < p.axes) continue;
+      t.poisoned = true;
+      if (reports) RecordFault(a.fault, row, kRopeFaultAxis, axis, p.axes, p.tokens, i);
+      return t;
+    }
+  }
+  if constexpr (Shape<K>::kTable) {
+    const int axes = K::kAxes ? p.axes : 1;
+    for (int axis = 0; axis < axes; ++axis) {
+      const rw_i64 position = PositionOf<K>(a, t.batch, t.token, axis);
+      if (static_cast<rw_u64>(position) < static_cast<rw_u64>(p.rows)) continue;
+      t.left_out = padding;
+      t.poisoned = !padding;
+      if (reports && !padding) {
+        RecordFault(a.fault, row, kRopeFaultPosition, position, p.rows, p.tokens, axis);
+      }
+      return t;
+    }
+  }
+  if (slot >= p.slots) {
+    if (K::kSlotsDtype != kRopeNoDtype && reports) RecordFault(a.fault, row, kRopeFaultSlot, slot, p.slots, p.tokens, 0);
+  } else {
+    t.slot = slot;
+  }
+  return t;
+}
+
+// Cosines and sines of the pairs of one unit.
+template <class K>
+__device__ __forceinline__ void CosSinOf(const rope_cuda_args& a, const Token& t, rw_i64 position, int unit,
+                                         float (&cos)[K::kVector], float (&sin)[K::kVector]) {
+  const rope_params& p = a.params;
+  if constexpr (Shape<K>::kTable) {
+    // Pairs that follow each other in the table, so that several come with one access.
+    constexpr int kRun = Shape<K>::kPairsInside ? K::kVector / 2 : K::kVector;
+    constexpr int kStep = K::kTableVector < kRun ? K::kTableVector : kRun;
+    constexpr int kSize = kBytes<K::kTableDtype>;
+#pragma unroll
+    for (int i = 0; i < K::kVector; i += kStep) {
+      const int pair = PairOf<K>(unit, i);
+      rw_i64 row = position;
+      if constexpr (K::kAxes) row = PositionOf<K>(a, t.batch, t.token, __ldg(a.axes + pair));
+      const rw_i64 at_cos = t.batch * p.cos_batch + row * p.cos_row, at_sin = t.batch * p.sin_batch + row * p.sin_row;
+      if constexpr (kStep > 1) {
+        float c[kStep], s[kStep];
+        Unpack<K::kTableDtype, kStep>(
+            LoadShared<kStep * kSize>(static_cast<const char*>(a.cos) + (at_cos + pair) * kSize), c);
+        Unpack<K::kTableDtype, kStep>(
+            LoadShared<kStep * kSize>(static_cast<const char*>(a.sin) + (at_sin + pair) * kSize), s);
+#pragma unroll
+        for (int j = 0; j < kStep; ++j) {
+          cos[i + j] = c[j];
+          sin[i + j] = K::kInverse ? -s[j] : s[j];
+        }
+      } else {
+        cos[i] = LoadFloat<K::kTableDtype>(a.cos, at_cos + pair * p.cos_pair);
+        const float s = LoadFloat<K::kTableDtype>(a.sin, at_sin + pair * p.sin_pair);
+        sin[i] = K::kInverse ? -s : s;
+      }
+    }
+  } else {
+    // The reduced phase is the product modulo 2^64; its upper half is what a float32 can tell apart.
+    rw_u64 turns[K::kVector];
+#pragma unroll
+    for (int i = 0; i < K::kVector; ++i) turns[i] = __ldg(a.turns + PairOf<K>(unit, i));
+#pragma unroll
+    for (int i = 0; i < K::kVector; ++i) {
+      rw_i64 at = position;
+      if constexpr (K::kAxes) at = PositionOf<K>(a, t.batch, t.token, __ldg(a.axes + PairOf<K>(unit, i)));
+      const rw_u32 phase = static_cast<rw_u32>(static_cast<rw_u64>(at) * turns[i] >> 32);
+      if constexpr (K::kDtype == kRopeF32 || Shape<K>::kReference) {
+        AccurateCosSin(phase, cos[i], sin[i]);
+      } else {
+        FastCosSin(phase, cos[i], sin[i]);
+      }
+      cos[i] *= p.attention_scaling;
+      sin[i] *= K::kInverse ? -p.attention_scaling : p.attention_scaling;
+      if constexpr (Shape<K>::kReference) {
+        cos[i] = RoundTo<K::kDtype>(cos[i]);
+        sin[i] = RoundTo<K::kDtype>(sin[i]);
+      }
+    }
+  }
+}
+
+// (x, y) -> (x cos - y sin, y cos + x sin)
+template <class K>
+__device__ __forceinline__ void RotatePair(float& x, float& y, float c, float s) {
+  if constexpr (Shape<K>::kReference) {
+    constexpr bool kRound = !Shape<K>::kTable || K::kTableDtype == K::kDtype;
+    constexpr int kDtype = kRound ? K::kDtype : kRopeF32;
+    const float xc = RoundTo<kDtype>(__fmul_rn(x, c)), ys = RoundTo<kDtype>(__fmul_rn(y, s));
+    const float yc = RoundTo<kDtype>(__fmul_rn(y, c)), xs = RoundTo<kDtype>(__fmul_rn(x, s));
+    x = __fsub_rn(xc, ys);
+    y = __fadd_rn(yc, xs);
+  } else {
+    const float old = x;
+    x = fmaf(-y, s, x * c);
+    y = fmaf(old, s, y * c);
+  }
+}
+
+template <class K>
+__device__ __forceinline__ void RotateUnit(float (&x)[K::kVector], float (&y)[K::kVector],
+                                           const float (&cos)[K::kVector], const float (&sin)[K::kVector]) {
+  if constexpr (Shape<K>::kPairsInside) {
+    constexpr int kHalf = K::kVector / 2;
+#pragma unroll
+    for (int i = 0; i < kHalf; ++i) {
+      RotatePair<K>(x[2 * i], x[2 * i + 1], cos[i], sin[i]);
+      RotatePair<K>(y[2 * i], y[2 * i + 1], cos[kHalf + i], sin[kHalf + i]);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < K::kVector; ++i) RotatePair<K>(x[i], y[i], cos[i], sin[i]);
+  }
+}
+
+// v times 1 / rms times weight.
+template <class K>
+__device__ __forceinline__ void NormaliseVector(float (&v)[K::kVector], float rstd, const void* weight, int begin) {
+  float w[K::kVector];
+  if constexpr (K::kWeight != kRopeNoWeight) {
+    constexpr int kSize = kBytes<K::kWeightDtype> * K::kVector;
+    Unpack<K::kWeightDtype, K::kVector>(
+        LoadShared<kSize>(static_cast<const char*>(weight) + begin * kBytes<K::kWeightDtype>), w);
+  }
+#pragma unroll
+  for (int i = 0; i < K::kVector; ++i) {
+    const float factor = K::kWeight == kRopeNoWeight ? 1.0f : K::kWeight == kRopeWeight ? w[i] : 1.0f + w[i];
+    if constexpr (!Shape<K>::kReference) {
+      v[i] = v[i] * rstd * factor;
+    } else {
+      // Llama rounds, then multiplies by the weight; Gemma multiplies, then rounds.
+      const float unit = __fmul_rn(v[i], rstd);
+      v[i] = RoundTo<K::kDtype>(
+          __fmul_rn(K::kWeight == kRopeZeroCenteredWeight ? unit : RoundTo<K::kDtype>(unit), factor));
+    }
+  }
+}
+
+// Where a head lies. The element type is known: pointers are to bytes.
+struct HeadPlace {
+  const char* in;
+  char* out;
+  char* cache;          // null: not stored
+  const void* weight;
+  float inverse_scale;  // of an fp8 cache
+};
+
+template <class K>
+__device__ __forceinline__ void WriteCache(char* cache, int begin, const float (&v)[K::kVector],
+                                           const Words<Shape<K>::kVectorBytes>& packed, float inverse_scale) {
+  if constexpr (K::kCacheDtype == K::kDtype) {
+    Store(cache + begin * kBytes<K::kDtype>, packed);
+  } else {
+    float scaled[K::kVector];
+#pragma unroll
+    for (int i = 0; i < K::kVector; ++i) {
+      scaled[i] = (Shape<K>::kReference ? RoundTo<K::kDtype>(v[i]) : v[i]) * inverse_scale;
+    }
+    Store(cache + begin, Pack<K::kCacheDtype, K::kVector>(scaled));
+  }
+}
+
+template <class K>
+__device__ __forceinline__ void Write(const HeadPlace& head, int begin, const float (&v)[K::kVector]) {
+  const auto packed = Pack<K::kDtype, K::kVector>(v);
+  Store(head.out + begin * kBytes<K::kDtype>, packed);
+  if constexpr (K::kStoreK) {
+    if (head.cache) WriteCache<K>(head.cache, begin, v, packed, head.inverse_scale);
+  }
+}
+
+template <class K>
+__device__ __forceinline__ float InverseScale(const float* scale, float value, int head, int stride) {
+  if constexpr (K::kCacheDtype != kRopeE4M3 && K::kCacheDtype != kRopeE5M2) return 1.0f;
+  return 1.0f / (scale ? __ldg(scale + static_cast<rw_i64>(head) * stride) : value);
+}
+
+template <class K>
+__device__ __forceinline__ HeadPlace PlaceOf(const rope_cuda_args& a, const Token& t, int h) {
+  const rope_params& p = a.params;
+  constexpr int kSize = kBytes<K::kDtype>;
+  HeadPlace place;
+  if (h < p.q_heads) {
+    const rw_i64 in = t.batch * p.q.batch + t.token * p.q.token + h * p.q.head;
+    place.in = static_cast<const char*>(a.q) + in * kSize;
+    place.out = static_cast<char*>(a.q_out) +
+                (K::kOutOfPlace ? t.batch * p.q_out.batch + t.token * p.q_out.token + h * p.q_out.head : in) * kSize;
+    place.weight = a.q_weight;
+    place.cache = nullptr;
+    place.inverse_scale = 1.0f;
+  } else {
+    h -= p.q_heads;
+    const rw_i64 in = t.batch * p.k.batch + t.token * p.k.token + h * p.k.head;
+    place.in = static_cast<const char*>(a.k) + in * kSize;
+    place.out = static_cast<char*>(a.k_out) +
+                (K::kOutOfPlace ? t.batch * p.k_out.batch + t.token * p.k_out.token + h * p.k_out.head : in) * kSize;
+    place.weight = a.k_weight;
+    place.cache = nullptr;
+    place.inverse_scale = 1.0f;
+    if constexpr (K::kStoreK) {
+      if (t.slot >= 0) {
+        const rw_i64 page = t.slot / p.page_size;
+        place.cache = static_cast<char*>(a.k_cache) + (page * p.k_cache.batch +
+                                                       (t.slot - page * p.page_size) * p.k_cache.token +
+                                                       h * p.k_cache.head) * kBytes<K::kCacheDtype>;
+        place.inverse_scale = InverseScale<K>(a.k_scale, p.k_scale, h, p.k_scale_head);
+      }
+    }
+  }
+  return place;
+}
+
+// A head of v to its cache.
+template <class K>
+__device__ __forceinline__ void StoreV(const rope_cuda_args& a, const Token& t, int h, int lane) {
+  const rope_params& p = a.params;
+  constexpr int kSize = kBytes<K::kDtype>;
+  if (t.slot < 0) return;
+  const rw_i64 page = t.slot / p.page_size;
+  const char* in = static_cast<const char*>(a.v) + (t.batch * p.v.batch + t.token * p.v.token + h * p.v.head) * kSize;
+  char* cache = static_cast<char*>(a.v_cache) +
+                (page * p.v_cache.batch + (t.slot - page * p.page_size) * p.v_cache.token + h * p.v_cache.head) *
+                    kBytes<K::kCacheDtype>;
+  const float inverse = InverseScale<K>(a.v_scale, p.v_scale, h, p.v_scale_head);
+#pragma unroll 2
+  for (int i = lane; i < K::kVDim / K::kVector; i += K::kLanes) {
+    const auto packed = Load<Shape<K>::kVectorBytes>(in + i * Shape<K>::kVectorBytes);
+    float v[K::kVector];
+    Unpack<K::kDtype, K::kVector>(packed, v);
+    WriteCache<K>(cache, i * K::kVector, v, packed, inverse);
+  }
+}
+
+// Every element of the thread's share of a head: NaN, or copied.
+template <class K>
+__device__ __noinline__ void FillHead(const HeadPlace& head, bool nan, int lane) {
+  constexpr int kNanBits = K::kDtype == kRopeF16 ? 0x7e007e00 : K::kDtype == kRopeBF16 ? 0x7fc07fc0 : 0x7fc00000;
+  for (int i = lane; i < K::kHeadDim / K::kVector; i += K::kLanes) {
+    Words<Shape<K>::kVectorBytes> words;
+    if (nan) {
+#pragma unroll
+      for (int j = 0; j < Words<Shape<K>::kVectorBytes>::kCount; ++j) words.w[j] = kNanBits;
+    } else {
+      words = Load<Shape<K>::kVectorBytes>(head.in + i * Shape<K>::kVectorBytes);
+    }
+    Store(head.out + i * Shape<K>::kVectorBytes, words);
+  }
+}
+
+template <class K>
+__device__ __forceinline__ void RopeBody(const rope_cuda_args& a) {
+  using S = Shape<K>;
+  constexpr int kSize = kBytes<K::kDtype>;
+  static_assert(K::kThreads % 32 == 0 && 32 % K::kLanes == 0, "groups must not straddle warps");
+  static_assert(K::kRotaryDim % (2 * K::kVector) == 0 && K::kRotaryOffset % K::kVector == 0 &&
+                    K::kHeadDim % K::kVector == 0, "vectors must not straddle parts of a head");
+
+  const rope_params& p = a.params;
+  const int lane = threadIdx.x % K::kLanes, group = threadIdx.x / K::kLanes;
+  const rw_i64 row = blockIdx.x;
+  const int heads = p.q_heads + (a.k ? p.k_heads : 0);
+  const int all_heads = heads + (K::kStoreV ? p.k_heads : 0);
+  const int step = gridDim.y * S::kGroups;
+  const int first = blockIdx.y * S::kGroups + group;
+
+#if __CUDA_ARCH__ >= 900
+  if constexpr (K::kDependentLaunch) asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+
+  rw_i64 batch = 0, token = row;
+  if (p.batch > 1) {
+    batch = row / p.tokens;
+    token = row - batch * p.tokens;
+  }
+
+  Words<S::kVectorBytes> x[K::kInFlight][S::kUnitsPerLane], y[K::kInFlight][S::kUnitsPerLane];
+  Words<S::kVectorBytes> rest[K::kInFlight][S::kRestPerLane > 0 ? S::kRestPerLane : 1];
+  const auto load = [&](int base) {
+    Token here = {batch, token, -1, false, false};
+#pragma unroll
+    for (int u = 0; u < K::kInFlight; ++u) {
+      const int h = base + u * step;
+      if (h >= heads) continue;
+      const char* in = PlaceOf<K>(a, here, h).in;
+#pragma unroll
+      for (int i = 0; i < S::kUnitsPerLane; ++i) {
+        const int unit = lane + i * K::kLanes;
+        if (S::kUnits % K::kLanes != 0 && unit >= S::kUnits) continue;
+        const char* at = in + UnitBegin<K>(unit) * kSize;
+        x[u][i] = Load<S::kVectorBytes>(at);
+        y[u][i] = Load<S::kVectorBytes>(at + kUnitDistance<K> * kSize);
+      }
+#pragma unroll
+      for (int i = 0; i < S::kRestPerLane; ++i) {
+        const int vector = lane + i * K::kLanes;
+        if (S::kRest % K::kLanes != 0 && vector >= S::kRest) continue;
+        rest[u][i] = Load<S::kVectorBytes>(in + RestBegin<K>(vector) * kSize);
+      }
+    }
+  };
+  load(first);
+
+  const Token t = PlanToken<K>(a, row, lane == 0 && first == 0);
+  if (S::kTable || K::kCheckAxes) {
+    if (t.poisoned || t.left_out) {
+      if (t.left_out && !K::kOutOfPlace) return;
+      for (int h = first; h < heads; h += step) FillHead<K>(PlaceOf<K>(a, t, h), t.poisoned, lane);
+      return;
+    }
+  }
+  float cos[S::kUnitsPerLane][K::kVector], sin[S::kUnitsPerLane][K::kVector];
+  const rw_i64 position = K::kAxes ? 0 : PositionOf<K>(a, t.batch, t.token, 0);
+#pragma unroll
+  for (int i = 0; i < S::kUnitsPerLane; ++i) {
+    const int unit = lane + i * K::kLanes;
+    if (S::kUnits % K::kLanes != 0 && unit >= S::kUnits) continue;
+    CosSinOf<K>(a, t, position, unit, cos[i], sin[i]);
+  }
+
+  // All groups of a warp take the same number of turns, so that all its threads meet at the shuffles.
+  const int warp_first = blockIdx.y * S::kGroups + threadIdx.x / 32 * (32 / K::kLanes);
+  for (int base = first, warp_base = warp_first; warp_base < heads;
+       base += step * K::kInFlight, warp_base += step * K::kInFlight) {
+    float rstd[K::kInFlight];
+    if constexpr (K::kNorm) {
+#pragma unroll
+      for (int u = 0; u < K::kInFlight; ++u) {
+        float sum = 0.0f;
+        float v[K::kVector];
+#pragma unroll
+        for (int i = 0; i < S::kUnitsPerLane; ++i) {
+          if (S::kUnits % K::kLanes != 0 && lane + i * K::kLanes >= S::kUnits) continue;
+          Unpack<K::kDtype, K::kVector>(x[u][i], v);
+#pragma unroll
+          for (int j = 0; j < K::kVector; ++j) sum = fmaf(v[j], v[j], sum);
+          Unpack<K::kDtype, K::kVector>(y[u][i], v);
+#pragma unroll
+          for (int j = 0; j < K::kVector; ++j) sum = fmaf(v[j], v[j], sum);
+        }
+#pragma unroll
+        for (int i = 0; i < S::kRestPerLane; ++i) {
+          if (S::kRest % K::kLanes != 0 && lane + i * K::kLanes >= S::kRest) continue;
+          Unpack<K::kDtype, K::kVector>(rest[u][i], v);
+#pragma unroll
+          for (int j = 0; j < K::kVector; ++j) sum = fmaf(v[j], v[j], sum);
+        }
+        rstd[u] = sum;
+      }
+#pragma unroll
+      for (int mask = K::kLanes / 2; mask > 0; mask /= 2) {
+#pragma unroll
+        for (int u = 0; u < K::kInFlight; ++u) rstd[u] += __shfl_xor_sync(0xffffffffu, rstd[u], mask);
+      }
+#pragma unroll
+      for (int u = 0; u < K::kInFlight; ++u) {
+        const float mean = rstd[u] * (1.0f / K::kHeadDim) + p.eps;
+        rstd[u] = K::kDtype == kRopeF32 || S::kReference ? __frcp_rn(__fsqrt_rn(mean)) : rsqrtf(mean);
+      }
+    }
+#pragma unroll
+    for (int u = 0; u < K::kInFlight; ++u) {
+      const int h = base + u * step;
+      if (h >= heads) continue;
+      const HeadPlace head = PlaceOf<K>(a, t, h);
+#pragma unroll
+      for (int i = 0; i < S::kUnitsPerLane; ++i) {
+        const int unit = lane + i * K::kLanes;
+        if (S::kUnits % K::kLanes != 0 && unit >= S::kUnits) continue;
+        const int begin = UnitBegin<K>(unit);
+        float vx[K::kVector], vy[K::kVector];
+        Unpack<K::kDtype, K::kVector>(x[u][i], vx);
+        Unpack<K::kDtype, K::kVector>(y[u][i], vy);
+        if constexpr (K::kNorm) {
+          NormaliseVector<K>(vx, rstd[u], head.weight, begin);
+          NormaliseVector<K>(vy, rstd[u], head.weight, begin + kUnitDistance<K>);
+        }
+        RotateUnit<K>(vx, vy, cos[i], sin[i]);
+        Write<K>(head, begin, vx);
+        Write<K>(head, begin + kUnitDistance<K>, vy);
+      }
+#pragma unroll
+      for (int i = 0; i < S::kRestPerLane; ++i) {
+        const int vector = lane + i * K::kLanes;
+        if (S::kRest % K::kLanes != 0 && vector >= S::kRest) continue;
+        const int begin = RestBegin<K>(vector);
+        if constexpr (K::kNorm) {
+          float v[K::kVector];
+          Unpack<K::kDtype, K::kVector>(rest[u][i], v);
+          NormaliseVector<K>(v, rstd[u], head.weight, begin);
+          Write<K>(head, begin, v);
+        } else {
+          // The same bits, untouched by any conversion.
+          if (K::kOutOfPlace) Store(head.out + begin * kSize, rest[u][i]);
+          if constexpr (K::kStoreK) {
+            if (head.cache) {
+              float v[K::kVector];
+              Unpack<K::kDtype, K::kVector>(rest[u][i], v);
+              WriteCache<K>(head.cache, begin, v, rest[u][i], head.inverse_scale);
+            }
+          }
+        }
+      }
+    }
+    if constexpr (K::kFewTokens) break;  // the grid has a group for every head
+    load(base + step * K::kInFlight);
+  }
+  if constexpr (K::kStoreV) {
+    // After the heads of q and k, in the same order: the group that would take head h + 1 of them takes head 0 of v.
+    int h = first;
+    if (h < heads) h += (heads - h + step - 1) / step * step;
+    for (; h < all_heads; h += step) StoreV<K>(a, t, h - heads, lane);
+  }
+#if __CUDA_ARCH__ >= 900
+  if constexpr (K::kDependentLaunch) asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
+}  // namespace ropewalk
+
+#endif  // ROPEWALK_OPS_ROPE_ROPE_CUH_

@@ -1,0 +1,183 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "ops/rope/rope_cuda.h"
+
+#include <algorithm>
+#include <bit>
+#include <cstdint>
+
+#include "core/text.h"
+
+namespace ropewalk {
+namespace {
+
+int Bytes(uint8_t dtype) {
+  switch (dtype) {
+    case kRopeF32:
+    case kRopeI32: return 4;
+    case kRopeI64: return 8;
+    case kRopeE4M3:
+    case kRopeE5M2: return 1;
+    default: return 2;
+  }
+}
+
+// The largest power of two up to `limit` that divides the address, in elements of `bytes`, and every stride.
+int Alignment(int limit, const void* data, int bytes, std::initializer_list<int64_t> strides) {
+  const auto elements = static_cast<int64_t>(reinterpret_cast<uintptr_t>(data) / static_cast<uintptr_t>(bytes));
+  const auto divides = [&](int vector) {
+    return elements % vector == 0 &&
+           std::ranges::all_of(strides, [&](int64_t stride) { return stride % vector == 0; });
+  };
+  while (limit > 1 && !divides(limit)) limit /= 2;
+  return limit;
+}
+
+int Alignment(int limit, const void* data, int bytes, const rope_strides& s) {
+  return data ? Alignment(limit, data, bytes, {s.batch, s.token, s.head}) : limit;
+}
+
+}  // namespace
+
+Status PlanRopeCuda(const RopeCall& call, const CudaDevice& device, bool dependent_launch, RopeCudaPlan* plan) {
+  const RopeVariant& v = call.variant;
+  const rope_params& p = call.params;
+  const RopeTensors& t = call.tensors;
+  *plan = {};
+  const int64_t rows = p.batch * p.tokens;
+  const int64_t heads = int64_t{p.q_heads} + (t.k ? p.k_heads : 0);
+  const int64_t all_heads = heads + (v.store_v ? p.k_heads : 0);
+  if (rows == 0 || all_heads == 0) return {};
+  if (rows > INT32_MAX) {
+    return Status::Invalid(Text("rope: q must have fewer than 2^31 tokens on a GPU, but has ", rows));
+  }
+
+  RopeCudaKey& key = plan->key;
+  key.variant = v;
+  key.head_dim = static_cast<uint16_t>(p.head_dim);
+  key.rotary_dim = static_cast<uint16_t>(p.rotary_dim);
+  key.rotary_offset = static_cast<uint16_t>(p.rotary_offset);
+  key.v_dim = static_cast<uint16_t>(v.store_v ? p.v_dim : 0);
+  key.dependent_launch = dependent_launch && device.major >= 9;
+
+  // The widest access that every address allows.
+  const int bytes = Bytes(v.dtype), cache_bytes = Bytes(v.cache_dtype);
+  int vector = 16 / bytes;
+  while (p.head_dim % vector || p.rotary_offset % vector || (p.rotary_dim / 2) % vector ||
+         (v.store_v && p.v_dim % vector)) {
+    vector /= 2;
+  }
+  vector = Alignment(vector, t.q, bytes, p.q);
+  vector = Alignment(vector, t.q_out, bytes, p.q_out);
+  vector = Alignment(vector, t.k, bytes, p.k);
+  vector = Alignment(vector, t.k_out, bytes, p.k_out);
+  vector = Alignment(vector, t.v, bytes, p.v);
+  vector = Alignment(vector, t.k_cache, cache_bytes, p.k_cache);
+  vector = Alignment(vector, t.v_cache, cache_bytes, p.v_cache);
+  if (v.weight_dtype != kRopeNoDtype) {
+    vector = Alignment(vector, t.q_weight, Bytes(v.weight_dtype), {});
+    if (t.k_weight) vector = Alignment(vector, t.k_weight, Bytes(v.weight_dtype), {});
+  }
+
+  // Few tokens: as many threads as there are 8-byte accesses, every load issued at once (docs/cuda.md).
+  const int64_t work = rows * heads * p.head_dim * bytes;
+  const bool few = work <= int64_t{device.sm_count} * 64 * 1024;
+  key.few_tokens = few;
+  if (few) vector = std::min(vector, 8 / bytes);
+  const int units = std::max(1, p.rotary_dim / (2 * vector));
+  const int lanes = static_cast<int>(std::min<unsigned>(32, std::bit_ceil(static_cast<unsigned>(units))));
+  key.vector = static_cast<uint8_t>(vector);
+  key.lanes = static_cast<uint8_t>(lanes);
+  if (few) {
+    key.in_flight = 1;
+    key.threads = 128;
+    plan->grid_y = static_cast<uint32_t>((all_heads + 128 / lanes - 1) / (128 / lanes));
+    plan->why = "few tokens: the heads of a token are spread over blocks";
+  } else {
+    key.in_flight = 2;
+    const int64_t wanted = (heads + 1) / 2 * lanes;
+    key.threads = static_cast<uint16_t>(std::clamp<int64_t>((wanted + 31) / 32 * 32, 64, 256));
+    plan->why = "many tokens: a block for each token";
+  }
+  plan->grid_x = static_cast<uint32_t>(rows);
+
+  key.table_vector = 1;
+  if (v.table_dtype != kRopeNoDtype && p.cos_pair == 1 && p.sin_pair == 1) {
+    const int table_bytes = Bytes(v.table_dtype);
+    int table_vector = 16 / table_bytes;
+    // A run of pairs begins at a multiple of the vector, or of half of it where neighbours share one; and an axis may
+    // end anywhere.
+    const int run = v.pairing == ROPEWALK_INTERLEAVED && vector > 1 ? vector / 2 : vector;
+    table_vector = std::min(table_vector, run);
+    if (v.pairing == ROPEWALK_INTERLEAVED) {
+      while (table_vector > 1 && (p.rotary_dim / 4) % table_vector) table_vector /= 2;
+    }
+    table_vector = Alignment(table_vector, t.cos, table_bytes, {p.cos_batch, p.cos_row});
+    table_vector = Alignment(table_vector, t.sin, table_bytes, {p.sin_batch, p.sin_row});
+    key.table_vector = static_cast<uint8_t>(v.axes ? 1 : table_vector);
+  }
+  return {};
+}
+
+std::string RopeCudaSource(const RopeCudaKey& key) {
+  const RopeVariant& v = key.variant;
+  const std::pair<const char*, int> constants[] = {
+      {"Dtype", v.dtype},
+      {"Interleaved", v.pairing == ROPEWALK_INTERLEAVED},
+      {"Inverse", v.inverse},
+      {"Norm", v.norm},
+      {"Weight", v.weight},
+      {"WeightDtype", v.weight_dtype},
+      {"Rounding", v.rounding},
+      {"TableDtype", v.table_dtype},
+      {"PositionsDtype", v.positions_dtype},
+      {"OffsetsDtype", v.offsets_dtype},
+      {"SlotsDtype", v.slots_dtype},
+      {"CacheDtype", v.cache_dtype},
+      {"Axes", v.axes != 0},
+      {"CheckAxes", v.axes == 2},
+      {"StoreK", v.store_k},
+      {"StoreV", v.store_v},
+      {"OutOfPlace", v.out_of_place},
+      {"HeadDim", key.head_dim},
+      {"RotaryDim", key.rotary_dim},
+      {"RotaryOffset", key.rotary_offset},
+      {"VDim", key.v_dim},
+      {"Threads", key.threads},
+      {"Vector", key.vector},
+      {"Lanes", key.lanes},
+      {"InFlight", key.in_flight},
+      {"FewTokens", key.few_tokens},
+      {"DependentLaunch", key.dependent_launch},
+      {"TableVector", key.table_vector},
+  };
+  std::string text = "#include \"ops/rope/rope.cuh\"\nstruct K {\n";
+  for (const auto& [name, value] : constants) Append(&text, Text("  static constexpr int k", name, " = ", value, ";\n"));
+  return text +
+         "};\nextern \"C\" __global__ void __launch_bounds__(K::kThreads) "
+         "rope_kernel(const __grid_constant__ rope_cuda_args args) {\n  ropewalk::RopeBody<K>(args);\n}\n";
+}
+
+std::string RopeCudaName(const RopeCudaKey& key) {
+  constexpr const char* kDtypes[] = {"", "float32", "float16", "bfloat16", "e4m3", "e5m2", "int32", "int64"};
+  const RopeVariant& v = key.variant;
+  std::string name = Text(kDtypes[v.dtype], v.pairing ? " interleaved" : " neox", v.inverse ? " inverse" : "");
+  if (v.norm) {
+    constexpr const char* kWeights[] = {" rms", " rms*w", " rms*(1+w)"};
+    Append(&name, Text(kWeights[v.weight], v.weight ? Text(":", kDtypes[v.weight_dtype]) : ""));
+  }
+  if (v.rounding) name += " reference";
+  Append(&name, v.table_dtype ? Text(" table:", kDtypes[v.table_dtype], "x", key.table_vector) : Text(" turns"));
+  if (v.axes) name += v.axes == 2 ? " axes" : " frequency_axes";
+  if (v.positions_dtype) Append(&name, Text(" positions:", kDtypes[v.positions_dtype]));
+  if (v.offsets_dtype) Append(&name, Text(" offsets:", kDtypes[v.offsets_dtype]));
+  if (v.cache_dtype) {
+    Append(&name, Text(" store", v.store_k ? "_k" : "", v.store_v ? "_v" : "", ":", kDtypes[v.cache_dtype], " slots:",
+                       kDtypes[v.slots_dtype], v.store_v ? Text(" v", key.v_dim) : ""));
+  }
+  if (v.out_of_place) name += " out";
+  return Text(name, " d", key.head_dim, " r", key.rotary_dim, key.rotary_offset ? Text("@", key.rotary_offset) : "",
+              key.few_tokens ? " few" : " many", " v", key.vector, " l", key.lanes, " x", key.in_flight, " t",
+              key.threads, key.dependent_launch ? " pdl" : "");
+}
+
+}  // namespace ropewalk

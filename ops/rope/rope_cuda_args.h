@@ -1,0 +1,46 @@
+// The one parameter of the CUDA kernel: the tensors in order, then the params. Read by g++, nvcc and NVRTC.
+// SPDX-License-Identifier: Apache-2.0
+#ifndef ROPEWALK_OPS_ROPE_ROPE_CUDA_ARGS_H_
+#define ROPEWALK_OPS_ROPE_ROPE_CUDA_ARGS_H_
+
+#include "ops/rope/rope_params.h"
+
+// What a kernel leaves behind of the first token that it poisoned or did not store. On the device; `key` is all ones
+// while there is none.
+typedef struct {
+  rw_u64 key;       // row (of batch x tokens), times 4, plus the kind (kRopeFault..)
+  rw_i64 value;     // the position, slot or axis
+  rw_i64 limit;     // rows of the table, slots of the cache, axes
+  rw_i64 tokens;    // of a batch entry, to tell the row's batch and token
+  rw_u32 lock;
+  rw_u32 axis;      // of a position; the pair of an axis
+} rope_fault;
+
+typedef struct {
+  void* q;
+  void* k;
+  const void* positions;
+  const void* offsets;
+  const void* cos;
+  const void* sin;
+  const int* axes;          // of the caller or of the frequencies, on the device
+  const rw_u64* turns;      // of the frequencies, on the device
+  const void* q_weight;
+  const void* k_weight;
+  void* q_out;
+  void* k_out;
+  const void* v;
+  void* k_cache;
+  void* v_cache;
+  const void* slots;
+  const float* k_scale;
+  const float* v_scale;
+  rope_fault* fault;
+  rope_params params;
+} rope_cuda_args;
+
+#if defined(__cplusplus)
+static_assert(sizeof(rope_cuda_args) == 19 * 8 + ROPE_PARAMS_SIZE, "rope_cuda_args must have one layout");
+#endif
+
+#endif  // ROPEWALK_OPS_ROPE_ROPE_CUDA_ARGS_H_

@@ -1,0 +1,409 @@
+"""Frequencies against transformers' own rope functions, and against 40 digits."""
+
+# SPDX-License-Identifier: Apache-2.0
+import glob
+import importlib
+import inspect
+import itertools
+import json
+import os
+import pathlib
+
+import pytest
+
+import ropewalk
+
+np = pytest.importorskip("numpy")
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+mpmath = pytest.importorskip("mpmath")
+
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS  # noqa: E402
+
+MODELS = pathlib.Path(__file__).resolve().parents[2] / "models"
+
+# transformers computes in float32, and is itself off by this much; in yarn's and llama3's blends by more, because there
+# it subtracts near 1. The exactness of ours is shown by mpmath, below.
+RELATIVE = 4e-7
+RELATIVE_OF_BLENDS = 3e-6
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    transformers.utils.logging.set_verbosity_error()
+
+
+def relative_difference(ours, theirs):
+    theirs = theirs.double().numpy()
+    assert ours.shape == theirs.shape
+    assert np.array_equal(ours == 0, theirs == 0)
+    turning = theirs != 0
+    return np.max(np.abs(ours[turning] / theirs[turning] - 1), initial=0.0)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Every rule, through LlamaConfig
+
+LENGTHS = dict(original_max_position_embeddings=4096)
+YARN = [
+    {},
+    {"truncate": False},
+    {"beta_fast": 8, "beta_slow": 2},
+    {"mscale": 0.707, "mscale_all_dim": 0.707},
+    {"mscale": 1.0, "mscale_all_dim": 0.8},
+    {"mscale": 1.0},
+    {"attention_factor": 1.25},
+    {"attention_factor": 1.0},
+    {"beta_fast": 1, "beta_slow": 1},
+    {"truncate": False, "beta_fast": 3, "beta_slow": 3},
+]
+RULES = (
+    [{"rope_type": "linear", "factor": f} for f in (1.5, 2, 8.0, 40)]
+    + [{"rope_type": "dynamic", "factor": f} for f in (1.0, 2.0, 4.0, 8.0)]
+    + [{"rope_type": "yarn", "factor": f, **more, **LENGTHS} for f in (1.0, 4.0, 40) for more in YARN]
+    + [
+        {"rope_type": "llama3", "factor": f, "low_freq_factor": low, "high_freq_factor": high, **LENGTHS}
+        for f, low, high in ((8.0, 1.0, 4.0), (32.0, 1.0, 4.0), (16, 2, 8.5))
+    ]
+    + [
+        {"rope_type": "proportional", "partial_rotary_factor": p, **more}
+        for p in (0.25, 0.3, 1.0)
+        for more in ({}, {"factor": 8.0})
+    ]
+    + [{"rope_type": "longrope", **more, **LENGTHS} for more in ({}, {"factor": 32.0}, {"attention_factor": 1.19})]
+)
+
+
+def llama(rule, theta, head_dim, partial=None):
+    rule = dict(rule, rope_theta=theta)
+    if partial is not None:
+        rule["partial_rotary_factor"] = partial
+    if rule["rope_type"] == "longrope":
+        pairs = int(head_dim * (partial or 1)) // 2
+        rule["short_factor"] = [1 + 0.02 * i for i in range(pairs)]
+        rule["long_factor"] = [1 + 1.3 * i for i in range(pairs)]
+    return transformers.LlamaConfig(
+        hidden_size=8 * head_dim,
+        num_attention_heads=8,
+        head_dim=head_dim,
+        max_position_embeddings=16384,
+        rope_parameters=rule,
+    )
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: json.dumps(rule))
+def test_rule(rule):
+    kind = rule["rope_type"]
+    lengths = (None, 20000, 131072) if kind in ("dynamic", "longrope") else (None,)
+    partials = (None,) if kind == "proportional" else (None, 0.5)
+    for theta, head_dim, partial, length in itertools.product((1e4, 5e5, 1e6), (64, 96, 128), partials, lengths):
+        config = llama(rule, theta, head_dim, partial)
+        theirs, attention = ROPE_INIT_FUNCTIONS[kind](config, "cpu", seq_len=length)
+        ours = ropewalk.Frequencies.from_config(config, sequence_length=length)
+        assert ours.attention_scaling == attention
+        limit = RELATIVE_OF_BLENDS if kind in ("yarn", "llama3") else 5e-7 if kind == "dynamic" else RELATIVE
+        assert relative_difference(ours.inv_freq, theirs) <= limit
+        if partial is None and kind != "dynamic":  # the same from numbers
+            scaling = dict(config.rope_parameters, max_position_embeddings=16384)
+            again = ropewalk.Frequencies(theta, head_dim, scaling, length)
+            assert np.array_equal(again.inv_freq, ours.inv_freq)
+            assert again.attention_scaling == attention
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Every model of transformers that makes its frequencies from its configuration
+
+# Not a rotation of one head by one frequency per pair, or a configuration of an encoder that we do not read.
+NOT_OURS = {
+    "EfficientLoFTRRotaryEmbedding",  # partial_rotary_factor 4 of a width that is no head
+    "EomtDinov3RotaryEmbedding",  # 2-D, a quarter of the frequencies
+    "MoonshineRotaryEmbedding",  # encoder_num_attention_heads
+    "MusicFlamingoRotaryEmbedding",  # times in seconds
+    "DiaRotaryEmbedding",  # an encoder and a decoder in one configuration, likewise:
+    "T5GemmaRotaryEmbedding",
+    "MiniMaxM3VLRotaryEmbedding",  # its default configuration has a rotary_dim that its code does not read
+    # Their configurations' own defaults contradict themselves: hidden_size is no multiple of num_attention_heads.
+    "Glm4MoeRotaryEmbedding",
+    "Glm4vMoeTextRotaryEmbedding",
+    "Qwen3OmniMoeRotaryEmbedding",
+    "Qwen3OmniMoeTalkerRotaryEmbedding",
+    "Qwen3OmniMoeThinkerTextRotaryEmbedding",
+}
+
+
+def rotary_embeddings():
+    """(name, configuration, module) of each rotary embedding that transformers can build by default."""
+    root = os.path.join(os.path.dirname(transformers.__file__), "models")
+    for path in sorted(glob.glob(os.path.join(root, "*", "modeling_*.py"))):
+        if "compute_default_rope_parameters" not in pathlib.Path(path).read_text(encoding="utf-8"):
+            continue
+        folder, name = path.split(os.sep)[-2:]
+        try:
+            module = importlib.import_module(f"transformers.models.{folder}.{name[:-3]}")
+        except ImportError:  # needs a package that is not here
+            continue
+        for class_name, cls in inspect.getmembers(module, inspect.isclass):
+            if cls.__module__ != module.__name__ or not hasattr(cls, "compute_default_rope_parameters"):
+                continue
+            annotation = inspect.signature(cls.__init__).parameters["config"].annotation
+            if isinstance(annotation, str):
+                annotation = getattr(module, annotation, None)
+            if not inspect.isclass(annotation) or class_name in NOT_OURS:
+                continue
+            try:
+                config = annotation()
+                text = config.get_text_config()
+                yield class_name, config, cls(text)
+            except Exception:  # a default configuration that its own model cannot use
+                continue
+
+
+def test_every_model_of_transformers():
+    done, failures, table_differs, elements = set(), [], 0, 0
+    for name, config, module in rotary_embeddings():
+        buffers = {k: v for k, v in module.named_buffers() if k.endswith("inv_freq") and "original" not in k}
+        for key, theirs in buffers.items():
+            layer_type = None if key == "inv_freq" else key[: -len("_inv_freq")]
+            attention = getattr(module, f"{layer_type}_attention_scaling" if layer_type else "attention_scaling", 1.0)
+            try:
+                ours = ropewalk.Frequencies.from_config(config, layer_type=layer_type)
+            except ValueError as error:
+                failures.append((name, layer_type, str(error)))
+                continue
+            values = ours.inv_freq
+            if name.startswith("Ernie4_5_VL"):  # theirs are stored as height, width, time; used in the natural order
+                values = np.concatenate([values[:44:2], values[1:44:2], values[44:]])
+            # llama3 and yarn by default: see RELATIVE_OF_BLENDS.
+            limit = RELATIVE if name != "HiggsAudioV2RotaryEmbedding" else 4.1e-7
+            if values.shape != tuple(theirs.shape) or relative_difference(values, theirs) > limit:
+                failures.append((name, layer_type, f"{theirs.shape}, ours {values.shape}: frequencies differ"))
+                continue
+            if ours.attention_scaling != attention:
+                failures.append((name, layer_type, f"{ours.attention_scaling} is not {attention}"))
+                continue
+            done.add(type(config).__name__)
+            if name.startswith("Ernie4_5_VL"):
+                continue
+            # The table's row of position 1 tells whether the float32 frequencies are theirs to the bit.
+            cos, sin = ours.table(2, torch.float32)
+            expected = torch.sin(theirs.double()).float() * attention
+            table_differs += int((sin[1] != expected).sum())
+            elements += theirs.numel()
+    print(f"{len(done)} configuration classes; of {elements} sines {table_differs} differ")
+    assert not failures, "\n".join(map(str, failures))
+    assert len(done) >= 40
+    # Those that differ come from frequencies one unit off, on CPUs whose torch takes other blocks through its vector
+    # power; on x86-64 with AVX-512 there are none.
+    assert table_differs <= elements // 100
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Exact
+
+
+def exact(rule, theta, dim, length=0):
+    """The frequencies in 40 digits, and the way of transformers to them in words of its paper."""
+    mp = mpmath.mp
+    w = [mp.mpf(theta) ** (-mp.mpf(2 * i) / dim) for i in range(dim // 2)]
+    kind, factor = rule.get("rope_type", "default"), mp.mpf(rule.get("factor", 1))
+    if kind == "linear":
+        return [x / factor for x in w]
+    if kind == "dynamic":
+        longest = mp.mpf(rule["max_position_embeddings"])
+        ratio = factor * max(length, longest) / longest - (factor - 1)
+        base = mp.mpf(theta) * ratio ** (mp.mpf(dim) / (dim - 2))
+        return [base ** (-mp.mpf(2 * i) / dim) for i in range(dim // 2)]
+    if kind == "proportional":
+        turning = int(rule["partial_rotary_factor"] * dim // 2)
+        return [x / factor if i < turning else mp.mpf(0) for i, x in enumerate(w)]
+    original = mp.mpf(rule.get("original_max_position_embeddings", 0))
+    if kind == "longrope":
+        chosen = rule["long_factor"] if length > original else rule["short_factor"]
+        return [x / mp.mpf(f) for x, f in zip(w, chosen, strict=True)]
+    if kind == "llama3":
+        low, high = mp.mpf(rule["low_freq_factor"]), mp.mpf(rule["high_freq_factor"])
+        out = []
+        for x in w:
+            turns = original * x / (2 * mp.pi)
+            smooth = min(max((turns - low) / (high - low), 0), 1)
+            out.append(x * (smooth + (1 - smooth) / factor))
+        return out
+    if kind == "yarn":
+        at = [
+            dim * mp.log(original / (beta * 2 * mp.pi)) / (2 * mp.log(theta))
+            for beta in (mp.mpf(rule.get("beta_fast", 32)), mp.mpf(rule.get("beta_slow", 1)))
+        ]
+        if rule.get("truncate", True):
+            at = [mp.floor(at[0]), mp.ceil(at[1])]
+        low, high = max(at[0], 0), min(at[1], dim - 1)
+        if low == high:
+            high += mp.mpf(0.001)
+        ramp = [min(max((i - low) / (high - low), 0), 1) for i in range(dim // 2)]
+        return [x * (r / factor + 1 - r) for x, r in zip(w, ramp, strict=True)]
+    return w
+
+
+@pytest.mark.parametrize("rule", [{}, *RULES], ids=lambda rule: json.dumps(rule))
+def test_exact(rule):
+    with mpmath.workdps(40):
+        for theta, dim, length in itertools.product((1e4, 5e5, 11158840.0), (20, 128), (0, 20000)):
+            rule = dict(rule)
+            if rule.get("rope_type") == "dynamic":
+                rule["max_position_embeddings"] = 16384
+            if rule.get("rope_type") == "longrope":
+                rule["short_factor"] = [1 + 0.02 * i for i in range(dim // 2)]
+                rule["long_factor"] = [1 + 1.3 * i for i in range(dim // 2)]
+                rule.setdefault("factor", 32.0)
+            ours = ropewalk.Frequencies(theta, dim, rule or None, length or None)
+            for value, expected in zip(ours.inv_freq, exact(rule, theta, dim, length), strict=True):
+                assert abs(mpmath.mpf(float(value)) - expected) <= mpmath.mpf(1e-15) * expected
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The table
+
+
+def units_apart(a, b):
+    """How many float32 values lie between two arrays, element by element."""
+
+    def order(x):
+        bits = x.contiguous().view(torch.int32).to(torch.int64)
+        return torch.where(bits < 0, -(bits & 0x7FFFFFFF), bits)
+
+    return (order(a) - order(b)).abs()
+
+
+TABLES = [
+    ("LlamaConfig", {}),
+    ("LlamaConfig", {"rope_type": "linear", "factor": 3.0}),
+    ("LlamaConfig", {"rope_type": "dynamic", "factor": 2.0}),
+    ("LlamaConfig", {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096}),
+    ("LlamaConfig", {"rope_type": "yarn", "factor": 32.0, "truncate": False, "original_max_position_embeddings": 4096}),
+    (
+        "LlamaConfig",
+        {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+    ),
+    ("Phi3Config", {"rope_type": "longrope", "original_max_position_embeddings": 4096}),
+]
+
+
+@pytest.mark.parametrize("which, rule", TABLES, ids=lambda x: json.dumps(x))
+@pytest.mark.parametrize("theta, head_dim", [(10000.0, 128), (500000.0, 64), (1e6, 128), (150000.0, 64)])
+def test_table(which, rule, theta, head_dim):
+    rows = 20000
+    rule = dict(rule, rope_theta=theta)
+    rule.setdefault("rope_type", "default")
+    if rule["rope_type"] == "longrope":
+        rule["short_factor"] = [1 + 0.02 * i for i in range(head_dim // 2)]
+        rule["long_factor"] = [1 + 1.3 * i for i in range(head_dim // 2)]
+    config = getattr(transformers, which)(
+        hidden_size=4 * head_dim,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=16384,
+        pad_token_id=0,
+        rope_parameters=rule,
+    )
+    modeling = importlib.import_module(f"transformers.models.{config.model_type}.modeling_{config.model_type}")
+    module = getattr(modeling, which[: -len("Config")] + "RotaryEmbedding")(config)
+    positions = torch.arange(rows)[None]
+    ours = ropewalk.Frequencies.from_config(config, sequence_length=rows)
+    pairs = head_dim // 2
+
+    theirs = [x[0, :, :pairs] for x in module(torch.zeros(1, dtype=torch.float32), positions)]
+    for mine, other in zip(ours.table(rows, torch.float32), theirs, strict=True):
+        apart = units_apart(mine, other)
+        # torch's cosine may be one unit off, which times the attention scaling can be two.
+        assert apart.max() <= (1 if ours.attention_scaling == 1 else 2)
+        assert (apart != 0).float().mean() <= 0.10  # torch's own cosine is off by one in 5 % of entries
+
+    theirs = [x[0, :, :pairs] for x in module(torch.zeros(1, dtype=torch.bfloat16), positions)]
+    same = [
+        (mine == other).float().mean().item()
+        for mine, other in zip(ours.table(rows, torch.bfloat16), theirs, strict=True)
+    ]
+    assert min(same) >= 0.9999
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Configurations
+
+
+@pytest.mark.parametrize("path", sorted(MODELS.glob("*.json")), ids=lambda path: path.stem)
+def test_models(path):
+    """Each of models/ against transformers reading the same file."""
+    document = json.loads(path.read_text(encoding="utf-8"))
+    if "_class_name" in document:
+        ours = ropewalk.Frequencies.from_config(path)
+        expected = np.concatenate([1e4 ** (-np.arange(0, dim, 2) / dim) for dim in document["axes_dims_rope"]])
+        assert np.allclose(ours.inv_freq, expected, rtol=1e-14, atol=0)
+        assert np.array_equal(ours.axes, np.repeat([0, 1, 2], [dim // 2 for dim in document["axes_dims_rope"]]))
+        return
+    config = transformers.AutoConfig.for_model(**document).get_text_config()
+    if document["model_type"] == "gptj":
+        assert np.array_equal(ropewalk.Frequencies.from_config(path).inv_freq, ropewalk.Frequencies(1e4, 64).inv_freq)
+        return
+    config_class = type(config)
+    modeling = importlib.import_module(config_class.__module__.replace("configuration_", "modeling_"))
+    classes = [
+        cls
+        for name, cls in inspect.getmembers(modeling, inspect.isclass)
+        if hasattr(cls, "compute_default_rope_parameters") and "Vision" not in name
+    ]
+    assert classes
+    module = classes[0](config)
+    for layer_type in [None] if hasattr(module, "inv_freq") else ["full_attention", "sliding_attention"]:
+        prefix = f"{layer_type}_" if layer_type else ""
+        ours = ropewalk.Frequencies.from_config(path, layer_type=layer_type)
+        assert relative_difference(ours.inv_freq, getattr(module, prefix + "inv_freq")) <= 4.2e-7
+        assert ours.attention_scaling == getattr(module, prefix + "attention_scaling")
+        again = ropewalk.Frequencies.from_config(config, layer_type=layer_type)  # as transformers serialises it
+        assert np.array_equal(again.inv_freq, ours.inv_freq)
+
+
+def test_longrope_goes_by_the_length():
+    path = MODELS / "phi-3-mini-128k.json"
+    scaling = json.loads(path.read_text(encoding="utf-8"))["rope_scaling"]
+    plain = ropewalk.Frequencies(1e4, 96).inv_freq
+    for length, key in ((None, "short_factor"), (4096, "short_factor"), (4097, "long_factor")):
+        ours = ropewalk.Frequencies.from_config(path, sequence_length=length)
+        assert np.allclose(ours.inv_freq, plain / np.array(scaling[key]), rtol=1e-15, atol=0)
+
+
+def test_mrope_axes():
+    """Which row a pair takes, asked of transformers: frequencies of one row each, told apart by their values."""
+    for name, stem in (("qwen2_5_vl", "qwen2.5-vl-7b"), ("qwen3_vl", "qwen3-vl-8b")):
+        document = json.loads((MODELS / f"{stem}.json").read_text(encoding="utf-8"))
+        config = transformers.AutoConfig.for_model(**document).get_text_config()
+        modeling = importlib.import_module(f"transformers.models.{name}.modeling_{name}")
+        (cls,) = (
+            c
+            for n, c in inspect.getmembers(modeling, inspect.isclass)
+            if hasattr(c, "compute_default_rope_parameters") and "Vision" not in n
+        )
+        positions = torch.tensor([0, 1, 2]).reshape(3, 1, 1)
+        _, sin = cls(config)(torch.zeros(1, dtype=torch.float32), positions)
+        ours = ropewalk.Frequencies.from_config(document)
+        pairs = ours.rotary_dim // 2
+        expected = np.sin(np.asarray(ours.axes) * ours.inv_freq)
+        assert np.allclose(sin[0, 0, :pairs].double().numpy(), expected, rtol=1e-6, atol=0)
+
+
+def test_errors_name_the_field_and_the_file(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text('{"num_attention_heads": 8, "head_dim": 64, "rope_parameters": {"rope_type": "yarn"}}')
+    missing = r'config\.json: rope_parameters\.factor is missing, but rope_type "yarn" needs it'
+    with pytest.raises(ValueError, match=missing):
+        ropewalk.Frequencies.from_config(path)
+    with pytest.raises(ValueError, match=r"scaling\.fctor is not a field that rope_type \"linear\" knows"):
+        ropewalk.Frequencies(1e4, 64, {"rope_type": "linear", "factor": 2.0, "fctor": 2.0})
+    with pytest.raises(ValueError, match="rotary_dim must be an even number from 2 to 8192, but is 63"):
+        ropewalk.Frequencies(1e4, 63)
+    with pytest.raises(ValueError, match=r'layer_type is missing, but .*"full_attention" or "sliding_attention"'):
+        ropewalk.Frequencies.from_config(MODELS / "gemma-3-4b.json")
