@@ -244,17 +244,6 @@ std::string ShapeText(const DLTensor& tensor) {
 
 const char* DimName(Dim dim) { return kDims[static_cast<size_t>(dim)].name; }
 
-const DLTensor* TensorOf(const Arg& arg, const void* args) { return Field<const DLTensor*>(args, arg); }
-
-int64_t StrideOf(const DLTensor& tensor, int dim) {
-  if (tensor.strides) return tensor.strides[dim];
-  int64_t stride = 1;
-  for (int i = tensor.ndim - 1; i > dim; --i) stride *= tensor.shape[i];
-  return stride;
-}
-
-void* DataOf(const DLTensor& tensor) { return static_cast<char*>(tensor.data) + tensor.byte_offset; }
-
 Status Check(const char* op, std::span<const Arg> args_table, const void* args, bool mapped_axes, Sizes* sizes,
              std::span<Strides> strides) {
   sizes->value.fill(-1);
@@ -276,6 +265,7 @@ Status Check(const char* op, std::span<const Arg> args_table, const void* args, 
       checker.first = tensor;
       if (tensor->ndim != 3 && tensor->ndim != 4) return checker.WrongRank(arg, *tensor);
     }
+    strides[i] = {};
     ROPEWALK_TRY(checker.CheckTensor(arg, *tensor, &strides[i]));
   }
   return {};

@@ -9,6 +9,7 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <initializer_list>
 #include <span>
 #include <string>
@@ -81,13 +82,24 @@ struct Sizes {
 
 // A tensor's dimensions as the description names them: strides by name, in elements, 0 where absent or of size 1.
 struct Strides {
-  std::array<int64_t, static_cast<size_t>(Dim::kCount)> value = {};
+  std::array<int64_t, static_cast<size_t>(Dim::kCount)> value;
   int64_t operator[](Dim dim) const { return value[static_cast<size_t>(dim)]; }
 };
 
-const DLTensor* TensorOf(const Arg& arg, const void* args);
-int64_t StrideOf(const DLTensor& tensor, int dim);  // also where strides is null
-void* DataOf(const DLTensor& tensor);               // data + byte_offset
+inline const DLTensor* TensorOf(const Arg& arg, const void* args) {
+  const DLTensor* tensor;
+  std::memcpy(&tensor, static_cast<const char*>(args) + arg.offset, sizeof(tensor));
+  return tensor;
+}
+// Also where strides is null.
+inline int64_t StrideOf(const DLTensor& tensor, int dim) {
+  if (tensor.strides) return tensor.strides[dim];
+  int64_t stride = 1;
+  for (int i = tensor.ndim - 1; i > dim; --i) stride *= tensor.shape[i];
+  return stride;
+}
+// data + byte_offset
+inline void* DataOf(const DLTensor& tensor) { return static_cast<char*>(tensor.data) + tensor.byte_offset; }
 
 // Checks every argument of a call against the description and collects the sizes. `mapped_axes`: pairs have a map to
 // axes. `strides` gets one entry an argument.

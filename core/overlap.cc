@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "core/overlap.h"
 
-#include <algorithm>
+#include <utility>
 
 #include "core/op.h"
 
@@ -32,7 +32,7 @@ bool Search(Footprint a, Footprint b, int* budget) {
   for (Footprint* part : {&low, &high}) {
     if (part->axes[0].size == 1) {
       for (int i = 1; i < part->count; ++i) part->axes[i - 1] = part->axes[i];
-      part->axes[--part->count] = {};
+      --part->count;
     }
   }
   return Search(low, b, budget) || Search(high, b, budget);
@@ -52,12 +52,17 @@ uintptr_t Footprint::end() const {
 
 Footprint FootprintOf(const DLTensor& tensor) {
   Footprint f;
+  f.count = 0;
   const int64_t bytes = tensor.dtype.bits / 8;
   f.base = reinterpret_cast<uintptr_t>(DataOf(tensor));
   f.item = bytes;
   for (int i = 0; i < tensor.ndim; ++i) {
     const int64_t size = tensor.shape[i];
-    if (size == 0) return {};
+    if (size == 0) {
+      f.item = 0;
+      f.count = 0;
+      return f;
+    }
     if (size == 1) continue;
     int64_t stride = StrideOf(tensor, i) * bytes;
     if (stride < 0) {
@@ -70,7 +75,7 @@ Footprint FootprintOf(const DLTensor& tensor) {
   }
   while (f.count && f.axes[f.count - 1].stride == f.item) {
     f.item *= f.axes[f.count - 1].size;
-    f.axes[--f.count] = {};
+    --f.count;
   }
   return f;
 }

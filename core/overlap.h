@@ -4,6 +4,7 @@
 
 #include <dlpack/dlpack.h>
 
+#include <algorithm>
 #include <cstdint>
 
 namespace ropewalk {
@@ -14,12 +15,14 @@ struct Footprint {
     int64_t stride, size;
     bool operator==(const Axis&) const = default;
   };
-  uintptr_t base = 0;
-  int64_t item = 0;    // bytes of the innermost dense run; 0: no elements
-  int count = 0;
-  Axis axes[4] = {};
+  uintptr_t base;
+  int64_t item;    // bytes of the innermost dense run; 0: no elements
+  int count;
+  Axis axes[4];    // `count` of them
 
-  bool operator==(const Footprint&) const = default;
+  bool operator==(const Footprint& other) const {
+    return base == other.base && item == other.item && std::equal(axes, axes + count, other.axes, other.axes + other.count);
+  }
   bool empty() const { return item == 0; }
   bool repeats() const;     // some element is met twice (a stride of 0)
   uintptr_t end() const;    // one past the last byte

@@ -32,6 +32,10 @@ constexpr DH16 dh16;
 constexpr int kLanes = HWY_LANES(float);
 constexpr int kBlock = 2 * kLanes;   // elements
 constexpr int kMaxHeadDim = 8192;
+#ifndef ROPE_PREFETCH
+#define ROPE_PREFETCH 8
+#endif
+constexpr int kPrefetchHeads = ROPE_PREFETCH;
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Conversions. Round to nearest, ties to even.
@@ -114,6 +118,13 @@ struct BF16 {
 template <class T, bool kPairs>
 constexpr bool kEvenOdd = kPairs || T::kDtype == kRopeBF16;
 
+// A block of bfloat16.
+HWY_INLINE void UnpackBf16(hn::Vec<D16> block, V& a, V& b) {
+  const VU words = hn::BitCast(du, block);
+  a = hn::BitCast(df, hn::ShiftLeft<16>(words));
+  b = hn::BitCast(df, hn::And(words, hn::Set(du, 0xffff0000u)));
+}
+
 // Loads a block. kPairs: as its even and odd elements, whatever the dtype.
 template <class T, bool kPairs>
 HWY_INLINE void LoadBlock(const typename T::Raw* p, V& a, V& b) {
@@ -125,10 +136,10 @@ HWY_INLINE void LoadBlock(const typename T::Raw* p, V& a, V& b) {
       b = hn::LoadU(df, p + kLanes);
     }
   } else {
-    const VU words = hn::BitCast(du, hn::LoadU(d16, p));
+    const auto block = hn::LoadU(d16, p);
+    const VU words = hn::BitCast(du, block);
     if constexpr (T::kDtype == kRopeBF16) {
-      a = hn::BitCast(df, hn::ShiftLeft<16>(words));
-      b = hn::BitCast(df, hn::And(words, hn::Set(du, 0xffff0000u)));
+      UnpackBf16(block, a, b);
     } else if constexpr (kPairs) {
       a = DecodeF16(hn::TruncateTo(dh16, words));
       b = DecodeF16(hn::TruncateTo(dh16, hn::ShiftRight<16>(words)));
@@ -345,6 +356,8 @@ struct Scratch {
   alignas(64) float sin[kMaxHeadDim / 2 + 2 * kBlock];
   alignas(64) float q_weight[kMaxHeadDim + 8 * kBlock];
   alignas(64) float k_weight[kMaxHeadDim + 8 * kBlock];
+  alignas(64) float q_folded[2 * kMaxHeadDim + 8 * kBlock];  // cosines and sines times weights: four of each pair
+  alignas(64) float k_folded[2 * kMaxHeadDim + 8 * kBlock];
   alignas(64) uint32_t position_low[kMaxHeadDim / 2 + 2 * kBlock];
   alignas(64) uint32_t position_high[kMaxHeadDim / 2 + 2 * kBlock];
 };
@@ -452,14 +465,44 @@ HWY_NOINLINE void FillWeights(const RopeCall& call, const Layout& layout, const 
   }
 }
 
+// Cosines and sines times the weights of the elements that they multiply, so that the norm costs a head no product but
+// 1 / rms: for each vector of pairs x cos, y sin, y cos, x sin.
+template <bool kInterleaved>
+HWY_NOINLINE void FoldWeights(const Layout& layout, const float* cos, const float* sin, const float* weight, float* out) {
+  const Run& run = layout.part[1];
+  const int blocks = run.blocks + run.tail;
+  const float* x_weight = weight + run.table;
+  const float* y_weight = weight + (kInterleaved ? run.table + kLanes : layout.part[2].table);
+  constexpr int kWeightStep = kInterleaved ? kBlock : kLanes;
+  const int vectors = kInterleaved ? blocks : 2 * blocks;
+  for (int i = 0; i < vectors; ++i) {
+    const V c = hn::Load(df, cos + i * kLanes), s = hn::Load(df, sin + i * kLanes);
+    const V x = hn::LoadU(df, x_weight + i * kWeightStep), y = hn::LoadU(df, y_weight + i * kWeightStep);
+    hn::Store(hn::Mul(c, x), df, out + 4 * i * kLanes);
+    hn::Store(hn::Mul(s, y), df, out + (4 * i + 1) * kLanes);
+    hn::Store(hn::Mul(c, y), df, out + (4 * i + 2) * kLanes);
+    hn::Store(hn::Mul(s, x), df, out + (4 * i + 3) * kLanes);
+  }
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 // Heads
 
-template <class T>
+template <class T, bool kNative>
 HWY_INLINE float SumOfSquares(const typename T::Raw* head, int count) {
   V sum0 = hn::Zero(df), sum1 = sum0, sum2 = sum0, sum3 = sum0;
   V a, b;
   int i = 0;
+#if HWY_TARGET == HWY_AVX3
+  if constexpr (kNative) {  // takes subnormal numbers for zero, whose squares are that anyway
+    for (; i + 2 * kBlock <= count; i += 2 * kBlock) {
+      const auto x = reinterpret_cast<__m512bh>(_mm512_loadu_si512(head + i));
+      const auto y = reinterpret_cast<__m512bh>(_mm512_loadu_si512(head + i + kBlock));
+      sum0.raw = _mm512_dpbf16_ps(sum0.raw, x, x);
+      sum1.raw = _mm512_dpbf16_ps(sum1.raw, y, y);
+    }
+  }
+#endif
   for (; i + 2 * kBlock <= count; i += 2 * kBlock) {
     LoadBlock<T, false>(head + i, a, b);
     sum0 = hn::MulAdd(a, a, sum0);
@@ -482,21 +525,48 @@ HWY_INLINE float SumOfSquares(const typename T::Raw* head, int count) {
   return hn::GetLane(hn::SumOfLanes(df, hn::Add(hn::Add(sum0, sum1), hn::Add(sum2, sum3))));
 }
 
+// The same in the order in which torch adds on the CPU, so that reference rounding gives its bits: four accumulators of
+// eight lanes take groups of eight in turn (what is left after whole rounds goes to the first), then the accumulators are
+// added, then their lanes.
+template <class T>
+HWY_NOINLINE float SumOfSquaresLikeTorch(const typename T::Raw* head, int count) {
+  alignas(64) float values[kMaxHeadDim + kBlock];
+  ConvertRow(head, T::kDtype, 1, count, values);
+  float sums[4][8] = {};
+  const int rounds = count / 32 * 32, groups = count / 8 * 8;
+  for (int i = 0; i < groups; i += 8) {
+    float* sum = sums[i < rounds ? i / 8 % 4 : 0];
+    for (int j = 0; j < 8; ++j) sum[j] += values[i + j] * values[i + j];
+  }
+  float total = 0.0f;
+  for (int j = 0; j < 8; ++j) {
+    const float lane = sums[0][j] + sums[1][j] + sums[2][j] + sums[3][j];
+    total = j ? total + lane : lane;
+  }
+  for (int i = groups; i < count; ++i) total += values[i] * values[i];
+  return total;
+}
+
 // Whether the CPU's own bfloat16 rounding, which takes subnormal numbers for zero, could be wrong by more than 2^-20 of a
-// pair: only if an element other than zero is below 2^-62.
+// pair: only if an element other than zero is below 2^-62. -2x of a small positive or negative x is just below 2^16 in
+// 16 bits; of zero it is zero.
+HWY_INLINE hn::Vec<D16> MostTiny(hn::Vec<D16> most, hn::Vec<D16> block) {
+  return hn::Max(most, hn::Sub(hn::Sub(hn::Zero(d16), block), block));
+}
+HWY_INLINE bool IsTiny(hn::Vec<D16> most) {
+  constexpr auto kBound = static_cast<uint16_t>(0x10000u - 2 * (65u << 7));
+  return !hn::AllFalse(d16, hn::Gt(most, hn::Set(d16, kBound)));
+}
 HWY_INLINE bool HasTiny(const uint16_t* head, int count) {
-  const auto minus_two = hn::Set(d16, uint16_t{0xfffe});
   auto most = hn::Zero(d16);
   int i = 0;
-  for (; i + kBlock <= count; i += kBlock) most = hn::Max(most, hn::Mul(hn::LoadU(d16, head + i), minus_two));
+  for (; i + kBlock <= count; i += kBlock) most = MostTiny(most, hn::LoadU(d16, head + i));
   if (i < count) {
     uint16_t padded[kBlock] = {};
     std::memcpy(padded, head + i, static_cast<size_t>(count - i) * sizeof(uint16_t));
-    most = hn::Max(most, hn::Mul(hn::LoadU(d16, padded), minus_two));
+    most = MostTiny(most, hn::LoadU(d16, padded));
   }
-  // -2x of a small positive or negative x is just below 2^16; of zero it is zero.
-  constexpr auto kBound = static_cast<uint16_t>(0x10000u - 2 * (65u << 7));
-  return !hn::AllFalse(d16, hn::Gt(most, hn::Set(d16, kBound)));
+  return IsTiny(most);
 }
 
 enum Store { kNoStore, kStoreSame, kStoreFp8 };
@@ -517,19 +587,26 @@ struct Heads {
   const float* cos;
   const float* sin;
   const float* weight;
+  const float* folded;
   float eps, scale_value;
   bool e4m3;
   bool zero_centered;
   bool round_products;              // reference rounding, in the dtype of the tensors rather than in float32
 };
 
-// One head. C: the configuration; kStore: whether and how it also goes to a cache.
-template <class C, int kStore, bool kNative>
+// Vectors that a kernel of kFixed blocks keeps in registers: of a head, and of the table it is rotated with.
+template <class C, int kFixed>
+constexpr int kHeadVectors = kFixed == 0 ? 1 : C::kInterleaved ? kFixed : 2 * kFixed;
+template <class C, int kFixed>
+constexpr int kTableVectors = kFixed == 0 ? 1 : (C::kInterleaved ? 1 : 2) * kFixed * (C::kNorm ? 4 : 2);
+
+// One head. C: the configuration; kStore: whether and how it also goes to a cache; kFixed: 0, or the number of blocks of
+// the rotated part (neox: of a half) where that is the whole head, whose blocks then were loaded once, into `blocks`, and
+// whose table all heads find in registers.
+template <class C, int kStore, bool kNative, int kFixed>
 struct Head {
   using T = typename C::T;
   using Raw = typename C::Raw;
-  static constexpr bool kSplit = kEvenOdd<T, false>;
-
   const Heads<T>& heads;
   const Layout& layout;
   const Raw* in;
@@ -537,6 +614,8 @@ struct Head {
   void* cache;
   V rstd;
   V inverse_scale;
+  const hn::Vec<D16> (&blocks)[kHeadVectors<C, kFixed>];
+  const V (&table)[kTableVectors<C, kFixed>];
 
   HWY_INLINE V Normalise(V v, V weight) const {
     const V unit = hn::Mul(v, rstd);
@@ -545,11 +624,11 @@ struct Head {
     return T::Round(hn::Mul(heads.zero_centered ? unit : T::Round(unit), weight));
   }
 
-  // Block `i` of a run, from element `at` of it.
-  template <bool kPairs>
+  // Block `i` of a run, from element `at` of it. kFolded: its weights are in the table that it is rotated with.
+  template <bool kPairs, bool kFolded>
   HWY_INLINE void Load(const Run& run, int i, int at, V& a, V& b) const {
     LoadBlock<T, kPairs>(in + run.begin + at, a, b);
-    if constexpr (C::kNorm) {
+    if constexpr (C::kNorm && !kFolded) {
       const float* weight = heads.weight + run.table + i * kBlock;
       a = Normalise(a, hn::LoadU(df, weight));
       b = Normalise(b, hn::LoadU(df, weight + kLanes));
@@ -558,26 +637,52 @@ struct Head {
 
   template <bool kPairs>
   HWY_INLINE void Write(const Run& run, int at, V a, V b) const {
-    StoreBlock<T, kPairs, kNative>(out + run.begin + at, a, b);
-    WriteCache<kPairs>(run, at, a, b);
+    WriteAt<kPairs>(run.begin + at, a, b);
+  }
+
+  // `at` from here on counts from the head's first element.
+  template <bool kPairs>
+  HWY_INLINE void WriteAt(int at, V a, V b) const {
+    StoreBlock<T, kPairs, kNative>(out + at, a, b);
+    WriteCache<kPairs>(at, a, b);
   }
 
   template <bool kPairs>
-  HWY_INLINE void WriteCache(const Run& run, int at, V a, V b) const {
+  HWY_INLINE void WriteCache(int at, V a, V b) const {
     if constexpr (kStore == kStoreSame) {
-      StoreBlock<T, kPairs, kNative>(static_cast<Raw*>(cache) + run.begin + at, a, b);
+      StoreBlock<T, kPairs, kNative>(static_cast<Raw*>(cache) + at, a, b);
     } else if constexpr (kStore == kStoreFp8) {
       if constexpr (C::kReference) {
         a = T::Round(a);
         b = T::Round(b);
       }
-      StoreFp8Block<kEvenOdd<T, kPairs>>(static_cast<uint8_t*>(cache) + run.begin + at, hn::Mul(a, inverse_scale),
+      StoreFp8Block<kEvenOdd<T, kPairs>>(static_cast<uint8_t*>(cache) + at, hn::Mul(a, inverse_scale),
                                          hn::Mul(b, inverse_scale), heads.e4m3);
     }
   }
 
-  // (x, y) -> (x cos - y sin, y cos + x sin)
-  HWY_INLINE void Rotate(V& x, V& y, V c, V s) const {
+  static constexpr bool kFolded = C::kNorm && !C::kReference;
+
+  // (x, y) -> (x cos - y sin, y cos + x sin), for the i-th vector of pairs.
+  HWY_INLINE void Rotate(V& x, V& y, int i) const {
+    if constexpr (kFolded) {
+      const auto factor = [&](int j) HWY_ATTR {
+        if constexpr (kFixed > 0) return table[4 * i + j];
+        return hn::Load(df, heads.folded + (4 * i + j) * kLanes);
+      };
+      const V old = x;
+      x = hn::Mul(hn::NegMulAdd(y, factor(1), hn::Mul(x, factor(0))), rstd);
+      y = hn::Mul(hn::MulAdd(old, factor(3), hn::Mul(y, factor(2))), rstd);
+      return;
+    }
+    V c, s;
+    if constexpr (kFixed > 0) {
+      c = table[2 * i];
+      s = table[2 * i + 1];
+    } else {
+      c = hn::Load(df, heads.cos + i * kLanes);
+      s = hn::Load(df, heads.sin + i * kLanes);
+    }
     if constexpr (C::kReference) {
       V xc = hn::Mul(x, c), ys = hn::Mul(y, s), yc = hn::Mul(y, c), xs = hn::Mul(x, s);
       if (heads.round_products) {
@@ -598,13 +703,23 @@ struct Head {
   // Neighbours: one part; a block holds kLanes pairs.
   HWY_INLINE void RotateInterleaved() const {
     const Run& run = layout.part[1];
+    if constexpr (kFixed > 0) {
+      HWY_UNROLL(32)
+      for (int i = 0; i < kFixed; ++i) {
+        V x, y;
+        UnpackBf16(blocks[i], x, y);
+        Rotate(x, y, i);
+        WriteAt<true>(i * kBlock, x, y);
+      }
+      return;
+    }
     V last_x = hn::Zero(df), last_y = last_x;
     for (int i = run.tail ? -1 : 0; i < run.blocks; ++i) {
       const int block = i < 0 ? run.blocks : i;
       const int at = i < 0 ? run.tail_begin() : i * kBlock;
       V x, y;
-      Load<true>(run, block, at, x, y);
-      Rotate(x, y, hn::Load(df, heads.cos + block * kLanes), hn::Load(df, heads.sin + block * kLanes));
+      Load<true, kFolded>(run, block, at, x, y);
+      Rotate(x, y, block);
       if (i < 0) {
         last_x = x;
         last_y = y;
@@ -619,17 +734,28 @@ struct Head {
   HWY_INLINE void RotateHalves() const {
     const Run& run = layout.part[1];
     const Run& other = layout.part[2];
+    if constexpr (kFixed > 0) {
+      HWY_UNROLL(32)
+      for (int i = 0; i < kFixed; ++i) {
+        V xa, xb, ya, yb;
+        UnpackBf16(blocks[i], xa, xb);
+        UnpackBf16(blocks[kFixed + i], ya, yb);
+        Rotate(xa, ya, 2 * i);
+        Rotate(xb, yb, 2 * i + 1);
+        WriteAt<false>(i * kBlock, xa, xb);
+        WriteAt<false>((kFixed + i) * kBlock, ya, yb);
+      }
+      return;
+    }
     V last_xa = hn::Zero(df), last_xb = last_xa, last_ya = last_xa, last_yb = last_xa;
     for (int i = run.tail ? -1 : 0; i < run.blocks; ++i) {
       const int block = i < 0 ? run.blocks : i;
       const int at = i < 0 ? run.tail_begin() : i * kBlock;
-      const float* cos = heads.cos + block * kBlock;
-      const float* sin = heads.sin + block * kBlock;
       V xa, xb, ya, yb;
-      Load<false>(run, block, at, xa, xb);
-      Load<false>(other, block, at, ya, yb);
-      Rotate(xa, ya, hn::Load(df, cos), hn::Load(df, sin));
-      Rotate(xb, yb, hn::Load(df, cos + kLanes), hn::Load(df, sin + kLanes));
+      Load<false, kFolded>(run, block, at, xa, xb);
+      Load<false, kFolded>(other, block, at, ya, yb);
+      Rotate(xa, ya, 2 * block);
+      Rotate(xb, yb, 2 * block + 1);
       if (i < 0) {
         last_xa = xa;
         last_xb = xb;
@@ -659,12 +785,12 @@ struct Head {
       if constexpr (C::kNorm) {
         Write<false>(run, at, a, b);
       } else {
-        WriteCache<false>(run, at, a, b);
+        WriteCache<false>(run.begin + at, a, b);
       }
     };
     for (int i = run.tail ? -1 : 0; i < run.blocks; ++i) {
       V a, b;
-      Load<false>(run, i < 0 ? run.blocks : i, i < 0 ? run.tail_begin() : i * kBlock, a, b);
+      Load<false, false>(run, i < 0 ? run.blocks : i, i < 0 ? run.tail_begin() : i * kBlock, a, b);
       if (i < 0) {
         last_a = a;
         last_b = b;
@@ -676,13 +802,13 @@ struct Head {
   }
 
   HWY_INLINE void All() const {
-    if (layout.part[0].length) Rest(layout.part[0]);
+    if (kFixed == 0 && layout.part[0].length) Rest(layout.part[0]);
     if constexpr (C::kInterleaved) {
       RotateInterleaved();
     } else {
       RotateHalves();
     }
-    if (layout.part[3].length) Rest(layout.part[3]);
+    if (kFixed == 0 && layout.part[3].length) Rest(layout.part[3]);
   }
 };
 
@@ -699,7 +825,10 @@ HWY_NOINLINE void PaddedHead(const Heads<typename C::T>& heads, const typename C
     std::memcpy(padded + heads.padded->part[i].begin, in + layout.part[i].begin,
                 static_cast<size_t>(layout.part[i].length) * sizeof(Raw));
   }
-  Head<C, kStore, false>{heads, *heads.padded, padded, padded, padded_cache, rstd, inverse_scale}.All();
+  const hn::Vec<D16> no_blocks[1] = {hn::Zero(d16)};
+  const V no_table[1] = {hn::Zero(df)};
+  Head<C, kStore, false, 0>{heads, *heads.padded, padded, padded, padded_cache, rstd, inverse_scale, no_blocks,
+                            no_table}.All();
   const size_t cache_bytes = kStore == kStoreFp8 ? 1 : sizeof(Raw);
   for (int i = 0; i < 4; ++i) {
     const auto from = static_cast<size_t>(heads.padded->part[i].begin), to = static_cast<size_t>(layout.part[i].begin);
@@ -712,41 +841,101 @@ HWY_NOINLINE void PaddedHead(const Heads<typename C::T>& heads, const typename C
   }
 }
 
-template <class C, int kStore, bool kNative>
-HWY_NOINLINE void DoHeads(const Heads<typename C::T>& heads) {
+template <class C, int kStore, bool kNative, int kFixed>
+HWY_NOINLINE void DoHeads(const Heads<typename C::T>& all) {
   using T = typename C::T;
-  constexpr int64_t kCacheBytes = kStore == kStoreFp8 ? 1 : sizeof(typename C::Raw);
-  for (int64_t h = 0; h < heads.count; ++h) {
-    const auto* in = heads.in + h * heads.in_head;
-    auto* out = heads.out + h * heads.out_head;
+  using Raw = typename C::Raw;
+  constexpr int64_t kCacheBytes = kStore == kStoreFp8 ? 1 : sizeof(Raw);
+  const Heads<T> heads = all;  // a copy that no store can alias
+  V table[kTableVectors<C, kFixed>];
+  table[0] = hn::Zero(df);
+  if constexpr (kFixed > 0) {
+    HWY_UNROLL(32)
+    for (int i = 0; i < kTableVectors<C, kFixed>; ++i) {
+      const float* from = C::kNorm ? heads.folded + i * kLanes : (i % 2 ? heads.sin : heads.cos) + i / 2 * kLanes;
+      table[i] = hn::Load(df, from);
+    }
+  }
+  const Raw* in = heads.in;
+  Raw* out = heads.out;
+  for (int64_t h = 0; h < heads.count; ++h, in += heads.in_head, out += heads.out_head) {
+    // Some heads ahead: what the hardware's prefetchers bring comes too late where a head's own latency is long.
+    const int head_dim = kFixed > 0 ? kHeadVectors<C, kFixed> * kBlock : heads.head_dim;
+    HWY_UNROLL(32)
+    for (int at = 0; at < head_dim; at += 64 / static_cast<int>(sizeof(Raw))) {
+      hwy::Prefetch(in + kPrefetchHeads * heads.in_head + at);
+    }
     void* cache = nullptr;
     V rstd = hn::Zero(df), inverse_scale = rstd;
     if constexpr (kStore != kNoStore) cache = static_cast<char*>(heads.cache) + h * heads.cache_head * kCacheBytes;
     if constexpr (kStore == kStoreFp8) {
       inverse_scale = hn::Set(df, 1.0f / (heads.scale ? heads.scale[h * heads.scale_head] : heads.scale_value));
     }
-    if constexpr (C::kNorm) {
-      const float mean = SumOfSquares<T>(in, heads.head_dim) / static_cast<float>(heads.head_dim);
-      rstd = hn::Set(df, 1.0f / std::sqrt(mean + heads.eps));
+    hn::Vec<D16> blocks[kHeadVectors<C, kFixed>];
+    blocks[0] = hn::Zero(d16);
+    bool tiny = false;
+    float sum = 0.0f;
+#if HWY_TARGET == HWY_AVX3
+    if constexpr (kFixed > 0) {
+      auto most = hn::Zero(d16);
+      V sums[2] = {hn::Zero(df), hn::Zero(df)};
+      HWY_UNROLL(32)
+      for (int i = 0; i < kHeadVectors<C, kFixed>; ++i) {
+        blocks[i] = hn::LoadU(d16, in + i * kBlock);
+        most = MostTiny(most, blocks[i]);
+        const auto x = reinterpret_cast<__m512bh>(blocks[i].raw);
+        if constexpr (C::kNorm) sums[i % 2].raw = _mm512_dpbf16_ps(sums[i % 2].raw, x, x);
+      }
+      tiny = IsTiny(most);
+      if constexpr (C::kNorm) sum = hn::GetLane(hn::SumOfLanes(df, hn::Add(sums[0], sums[1])));
     }
-    if (HWY_UNLIKELY(heads.layout->needs_padding)) {
+#endif
+    if constexpr (kFixed == 0) {
+      if constexpr (kNative) tiny = HasTiny(in, heads.head_dim);
+      if constexpr (C::kNorm) {
+        sum = C::kReference ? SumOfSquaresLikeTorch<T>(in, heads.head_dim)
+                            : SumOfSquares<T, kNative>(in, heads.head_dim);
+      }
+    }
+    if constexpr (C::kNorm) {
+      rstd = hn::Set(df, 1.0f / std::sqrt(sum / static_cast<float>(head_dim) + heads.eps));
+    }
+    if (kFixed == 0 && HWY_UNLIKELY(heads.layout->needs_padding)) {
       PaddedHead<C, kStore>(heads, in, out, cache, rstd, inverse_scale);
       continue;
     }
     if constexpr (kNative) {
-      if (HWY_UNLIKELY(HasTiny(in, heads.head_dim))) {
+      if (HWY_UNLIKELY(tiny)) {
         Heads<T> one = heads;
         one.in = in;
         one.out = out;
         one.cache = cache;
         one.count = 1;
         if (heads.scale) one.scale = heads.scale + h * heads.scale_head;
-        DoHeads<C, kStore, false>(one);
+        DoHeads<C, kStore, false, 0>(one);
         continue;
       }
     }
-    Head<C, kStore, kNative>{heads, *heads.layout, in, out, cache, rstd, inverse_scale}.All();
+    Head<C, kStore, kNative, kFixed>{heads, *heads.layout, in, out, cache, rstd, inverse_scale, blocks, table}.All();
   }
+}
+
+// The heads of a token: by a kernel that knows how long they are, where there is one.
+template <class C, int kStore, bool kNative>
+HWY_INLINE void ChooseHeads(const Heads<typename C::T>& heads) {
+  if constexpr (kNative) {
+    const Layout& layout = *heads.layout;
+    if (layout.part[0].length == 0 && layout.part[3].length == 0 && !layout.part[1].tail) {
+      constexpr int kUnit = C::kInterleaved ? 2 : 1;  // blocks of a head of 64 elements
+      switch (layout.part[1].blocks) {
+        case kUnit: return DoHeads<C, kStore, true, kUnit>(heads);
+        case 2 * kUnit: return DoHeads<C, kStore, true, 2 * kUnit>(heads);
+        case 4 * kUnit: return DoHeads<C, kStore, true, 4 * kUnit>(heads);
+        default: break;
+      }
+    }
+  }
+  DoHeads<C, kStore, kNative, 0>(heads);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -766,6 +955,8 @@ HWY_NOINLINE void StoreV(const RopeCall& call, const RowPlan& plan) {
   heads.layout = &layout;
   heads.padded = &padded;
   heads.e4m3 = call.variant.cache_dtype == kRopeE4M3;
+  const hn::Vec<D16> no_blocks[1] = {hn::Zero(d16)};
+  const V no_table[1] = {hn::Zero(df)};
   for (int64_t h = 0; h < p.k_heads; ++h) {
     const Raw* in = v + h * p.v.head;
     const int64_t at = base + h * p.v_cache.head;
@@ -781,10 +972,12 @@ HWY_NOINLINE void StoreV(const RopeCall& call, const RowPlan& plan) {
       Raw block[kBlock] = {};
       uint8_t codes[kBlock];
       std::memcpy(block, in, static_cast<size_t>(p.v_dim) * sizeof(Raw));
-      Head<C, kStoreFp8, false>{heads, padded, block, block, codes, hn::Zero(df), inverse_scale}.Rest(padded.part[0]);
+      Head<C, kStoreFp8, false, 0>{heads, padded, block, block, codes, hn::Zero(df), inverse_scale, no_blocks, no_table}
+          .Rest(padded.part[0]);
       std::memcpy(cache, codes, static_cast<size_t>(p.v_dim));
     } else {
-      Head<C, kStoreFp8, false>{heads, layout, in, out, cache, hn::Zero(df), inverse_scale}.Rest(layout.part[0]);
+      Head<C, kStoreFp8, false, 0>{heads, layout, in, out, cache, hn::Zero(df), inverse_scale, no_blocks, no_table}
+          .Rest(layout.part[0]);
     }
   }
 }
@@ -826,6 +1019,7 @@ HWY_NOINLINE void RopeRows(const RopeCall& call, int64_t begin, int64_t end, std
   q.cos = scratch.cos;
   q.sin = scratch.sin;
   q.weight = scratch.q_weight;
+  q.folded = scratch.q_folded;
   q.eps = p.eps;
   q.zero_centered = variant.weight == kRopeZeroCenteredWeight;
   q.round_products = variant.table_dtype == kRopeNoDtype || variant.table_dtype == variant.dtype;
@@ -838,6 +1032,7 @@ HWY_NOINLINE void RopeRows(const RopeCall& call, int64_t begin, int64_t end, std
   k.scale_head = p.k_scale_head;
   k.count = p.k_heads;
   k.weight = scratch.k_weight;
+  k.folded = scratch.k_folded;
   k.e4m3 = variant.cache_dtype == kRopeE4M3;
   if constexpr (C::kNorm) {
     FillWeights<C::kInterleaved, kEvenOddHalves>(call, layout, t.q_weight, scratch.q_weight);
@@ -857,10 +1052,14 @@ HWY_NOINLINE void RopeRows(const RopeCall& call, int64_t begin, int64_t end, std
       continue;
     }
     FillCosSin<C::kInterleaved, kEvenOddHalves>(call, plan, scratch);
+    if constexpr (C::kNorm && !C::kReference) {
+      FoldWeights<C::kInterleaved>(layout, scratch.cos, scratch.sin, scratch.q_weight, scratch.q_folded);
+      if (t.k) FoldWeights<C::kInterleaved>(layout, scratch.cos, scratch.sin, scratch.k_weight, scratch.k_folded);
+    }
 
     q.in = static_cast<const Raw*>(t.q) + plan.batch * p.q.batch + plan.token * p.q.token;
     q.out = static_cast<Raw*>(t.q_out) + plan.batch * p.q_out.batch + plan.token * p.q_out.token;
-    DoHeads<C, kNoStore, kNative>(q);
+    ChooseHeads<C, kNoStore, kNative>(q);
     const bool store = plan.slot >= 0;
     if (t.k) {
       k.in = static_cast<const Raw*>(t.k) + plan.batch * p.k.batch + plan.token * p.k.token;
@@ -869,13 +1068,13 @@ HWY_NOINLINE void RopeRows(const RopeCall& call, int64_t begin, int64_t end, std
         const int64_t at = plan.slot / p.page_size * p.k_cache.batch + plan.slot % p.page_size * p.k_cache.token;
         if (variant.cache_dtype == T::kDtype) {
           k.cache = static_cast<Raw*>(t.k_cache) + at;
-          DoHeads<C, kStoreSame, kNative>(k);
+          ChooseHeads<C, kStoreSame, kNative>(k);
         } else {
           k.cache = static_cast<uint8_t*>(t.k_cache) + at;
-          DoHeads<C, kStoreFp8, kNative>(k);
+          ChooseHeads<C, kStoreFp8, kNative>(k);
         }
       } else {
-        DoHeads<C, kNoStore, kNative>(k);
+        ChooseHeads<C, kNoStore, kNative>(k);
       }
     }
     if (store && t.v_cache) StoreV<T>(call, plan);

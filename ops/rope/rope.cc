@@ -71,11 +71,11 @@ constexpr Arg kArgs[] = {
      kBroadcast | kHostScalar},
 };
 
-constexpr size_t Index(std::string_view name) {
+consteval size_t Index(std::string_view name) {
   for (size_t i = 0; i < std::size(kArgs); ++i) {
     if (kArgs[i].name == name) return i;
   }
-  return std::size(kArgs);  // fails to index a constexpr array
+  throw "no argument of that name";  // a consteval function cannot: a compile error
 }
 
 uint8_t Constant(const DLTensor* tensor) {
@@ -167,30 +167,42 @@ Status FindRotaryDim(const ropewalk_rope_args& a, const Sizes& sizes, int64_t* r
 
 // Written memory must be one tensor's alone, each element once.
 Status CheckOverlap(const ropewalk_rope_args& a) {
-  std::array<Footprint, std::size(kArgs)> footprints;
-  std::array<bool, std::size(kArgs)> written = {};
-  for (size_t i = 0; i < std::size(kArgs); ++i) {
-    const DLTensor* tensor = kArgs[i].kind == Kind::kTensor ? TensorOf(kArgs[i], &a) : nullptr;
+  struct Part {
+    const Arg* arg;
+    bool written;
+    Footprint footprint;
+  };
+  Part parts[std::size(kArgs)];
+  size_t count = 0;
+  for (const Arg& arg : kArgs) {
+    const DLTensor* tensor = arg.kind == Kind::kTensor ? TensorOf(arg, &a) : nullptr;
     if (!tensor) continue;
-    footprints[i] = FootprintOf(*tensor);
-    written[i] = kArgs[i].intent != Intent::kIn;
+    Part& part = parts[count] = {&arg, arg.intent != Intent::kIn, FootprintOf(*tensor)};
+    if (!part.footprint.empty()) ++count;
   }
-  // With an output of its own, q is only read; so is k.
-  const auto same = [](const Footprint& x, const Footprint& y) { return x == y; };
-  constexpr size_t kQ = Index("q"), kK = Index("k"), kQOut = Index("q_out"), kKOut = Index("k_out");
-  if (a.q_out) same(footprints[kQ], footprints[kQOut]) ? void(footprints[kQ] = {}) : void(written[kQ] = false);
-  if (a.k_out) same(footprints[kK], footprints[kKOut]) ? void(footprints[kK] = {}) : void(written[kK] = false);
-  for (size_t i = 0; i < std::size(kArgs); ++i) {
-    if (!written[i] || footprints[i].empty()) continue;
-    if (footprints[i].repeats()) {
-      return Invalid(kArgs[i].name, " is written, but some of its elements share memory (a stride of 0)");
+  // With an output of its own, q is only read; and if that is q itself, it is one tensor. So for k.
+  const auto give_way = [&](const DLTensor* in, const DLTensor* out, size_t in_arg) {
+    if (!out) return;
+    const bool same = FootprintOf(*in) == FootprintOf(*out);
+    for (size_t i = 0; i < count; ++i) {
+      if (parts[i].arg != &kArgs[in_arg]) continue;
+      parts[i].written = false;
+      if (same) parts[i] = parts[--count];
+      return;
     }
-    for (size_t j = 0; j < std::size(kArgs); ++j) {
-      if (i == j || (written[j] && j < i) || footprints[j].empty()) continue;
-      if (Overlap(footprints[i], footprints[j])) {
-        return Invalid(kArgs[std::max(i, j)].name, " must not share memory with ", kArgs[std::min(i, j)].name,
-                       ", which it overlaps: ", kArgs[i].name, " is written");
-      }
+  };
+  give_way(a.q, a.q_out, Index("q"));
+  give_way(a.k, a.k_out, Index("k"));
+  for (size_t i = 0; i < count; ++i) {
+    if (!parts[i].written) continue;
+    if (parts[i].footprint.repeats()) {
+      return Invalid(parts[i].arg->name, " is written, but some of its elements share memory (a stride of 0)");
+    }
+    for (size_t j = 0; j < count; ++j) {
+      if (i == j || (parts[j].written && j < i) || !Overlap(parts[i].footprint, parts[j].footprint)) continue;
+      const auto [first, second] = std::minmax(parts[i].arg, parts[j].arg);
+      return Invalid(second->name, " must not share memory with ", first->name, ", which it overlaps: ",
+                     parts[i].arg->name, " is written");
     }
   }
   return {};
@@ -207,7 +219,9 @@ std::span<const Arg> RopeDescription() { return kArgs; }
 Status LowerRope(const ropewalk_rope_args& a, void* stream, RopeCall* call) {
   const bool mapped = a.axes || (a.frequencies && !a.frequencies->axes.empty());
   Sizes sizes;
-  std::array<Strides, std::size(kArgs)> strides = {};
+  std::array<Strides, std::size(kArgs)> strides;  // of absent tensors undefined: read only what is there
+  static constexpr Strides kAbsent = {};
+  const auto strides_of = [&](size_t i) -> const Strides& { return TensorOf(kArgs[i], &a) ? strides[i] : kAbsent; };
   ROPEWALK_TRY(Check("rope", kArgs, &a, mapped, &sizes, strides));
   ROPEWALK_TRY(CheckCombination(a));
   int64_t rotary_dim = 0;
@@ -244,10 +258,10 @@ Status LowerRope(const ropewalk_rope_args& a, void* stream, RopeCall* call) {
   v.inverse = static_cast<uint8_t>(a.inverse);
   v.rounding = static_cast<uint8_t>(a.rounding);
 
-  p.q = HeadStrides(strides[Index("q")], Dim::kQHeads);
-  p.k = HeadStrides(strides[Index("k")], Dim::kKHeads);
-  p.q_out = a.q_out ? HeadStrides(strides[Index("q_out")], Dim::kQHeads) : p.q;
-  p.k_out = a.k_out ? HeadStrides(strides[Index("k_out")], Dim::kKHeads) : p.k;
+  p.q = HeadStrides(strides_of(Index("q")), Dim::kQHeads);
+  p.k = HeadStrides(strides_of(Index("k")), Dim::kKHeads);
+  p.q_out = a.q_out ? HeadStrides(strides_of(Index("q_out")), Dim::kQHeads) : p.q;
+  p.k_out = a.k_out ? HeadStrides(strides_of(Index("k_out")), Dim::kKHeads) : p.k;
   t.q = data(a.q);
   t.k = data(a.k);
   t.q_out = a.q_out ? data(a.q_out) : t.q;
@@ -255,12 +269,12 @@ Status LowerRope(const ropewalk_rope_args& a, void* stream, RopeCall* call) {
   v.out_of_place = t.q_out != t.q || t.k_out != t.k;
 
   // Positions: their rows are axes if pairs are mapped.
-  const Strides& positions = strides[Index("positions")];
+  const Strides& positions = strides_of(Index("positions"));
   p.positions_axis = positions[Dim::kAxes];
   p.positions_batch = positions[Dim::kBatch];
   p.positions_token = positions[Dim::kTokens];
-  p.offsets_batch = strides[Index("offsets")][Dim::kBatch];
-  p.offsets_token = strides[Index("offsets")][Dim::kTokens];
+  p.offsets_batch = strides_of(Index("offsets"))[Dim::kBatch];
+  p.offsets_token = strides_of(Index("offsets"))[Dim::kTokens];
   t.positions = data(a.positions);
   t.offsets = data(a.offsets);
   v.positions_dtype = Constant(a.positions);
@@ -283,8 +297,8 @@ Status LowerRope(const ropewalk_rope_args& a, void* stream, RopeCall* call) {
     p.attention_scaling = static_cast<float>(a.frequencies->attention_scaling);
   } else {
     const DLTensor* cos = a.cos_sin ? a.cos_sin : a.cos;
-    const Strides& sc = strides[a.cos_sin ? Index("cos_sin") : Index("cos")];
-    const Strides& ss = strides[a.cos_sin ? Index("cos_sin") : Index("sin")];
+    const Strides& sc = strides_of(a.cos_sin ? Index("cos_sin") : Index("cos"));
+    const Strides& ss = strides_of(a.cos_sin ? Index("cos_sin") : Index("sin"));
     const Dim pair = a.cos_sin ? Dim::kRotaryDim : Dim::kPairs;
     p.rows = sizes[Dim::kRows];
     p.cos_batch = sc[Dim::kBatch];
@@ -314,7 +328,7 @@ Status LowerRope(const ropewalk_rope_args& a, void* stream, RopeCall* call) {
   }
 
   if (a.slots) {
-    const Strides& slots = strides[Index("slots")];
+    const Strides& slots = strides_of(Index("slots"));
     p.slots_batch = slots[Dim::kBatch];
     p.slots_token = slots[Dim::kTokens];
     t.slots = data(a.slots);
@@ -327,11 +341,11 @@ Status LowerRope(const ropewalk_rope_args& a, void* stream, RopeCall* call) {
       return Invalid("v_cache must have ", a.k_cache->ndim, " dimensions like k_cache, but has ", a.v_cache->ndim);
     }
     const auto cache_strides = [&](size_t i) {
-      return rope_strides{strides[i][Dim::kPages], strides[i][Dim::kPageSize], strides[i][Dim::kKHeads]};
+      return rope_strides{strides_of(i)[Dim::kPages], strides_of(i)[Dim::kPageSize], strides_of(i)[Dim::kKHeads]};
     };
     p.k_cache = cache_strides(Index("k_cache"));
     p.v_cache = cache_strides(Index("v_cache"));
-    p.v = HeadStrides(strides[Index("v")], Dim::kKHeads);
+    p.v = HeadStrides(strides_of(Index("v")), Dim::kKHeads);
     p.v_dim = a.v ? static_cast<rw_i32>(sizes[Dim::kVDim]) : 0;
     p.k_heads = static_cast<rw_i32>(sizes[Dim::kKHeads]);
     t.k_cache = data(a.k_cache);
@@ -348,7 +362,7 @@ Status LowerRope(const ropewalk_rope_args& a, void* stream, RopeCall* call) {
         return {};
       }
       *pointer = static_cast<const float*>(DataOf(*tensor));
-      *stride = static_cast<rw_i32>(strides[i][Dim::kKHeads]);
+      *stride = static_cast<rw_i32>(strides_of(i)[Dim::kKHeads]);
       return {};
     };
     ROPEWALK_TRY(scale(a.k_scale, Index("k_scale"), "k_scale", &p.k_scale, &t.k_scale, &p.k_scale_head));

@@ -25,12 +25,15 @@ struct Shape {
   static constexpr int kVectorBytes = K::kVector * kBytes<K::kDtype>;
   static constexpr int kUnits = K::kRotaryDim / (2 * K::kVector);
   static constexpr int kUnitsPerLane = (kUnits + K::kLanes - 1) / K::kLanes;
-  static constexpr int kGroups = K::kThreads / K::kLanes;
+  static constexpr int kGroupsPerWarp = 32 / K::kLanes;  // threads left over are idle
+  static constexpr int kGroups = K::kThreads / 32 * kGroupsPerWarp;
   // Vectors outside the rotated part, which matter if they are normalised, copied or stored.
   static constexpr bool kRestMatters = K::kNorm || K::kOutOfPlace || K::kStoreK;
   static constexpr int kBefore = K::kRotaryOffset / K::kVector;
   static constexpr int kRest = kRestMatters ? (K::kHeadDim - K::kRotaryDim) / K::kVector : 0;
   static constexpr int kRestPerLane = (kRest + K::kLanes - 1) / K::kLanes;
+  // Fetched through shared memory: what one asynchronous copy can carry.
+  static constexpr bool kStaged = !K::kFewTokens && kVectorBytes >= 4 && K::kInFlight > 0;
 };
 
 // The first element of the first vector of a unit, the distance to the second, and the pair of an element of the unit:
@@ -61,16 +64,42 @@ struct Token {
   bool poisoned;
 };
 
+// Heads and strides: constants where the variant knows them.
+template <class K>
+__device__ __forceinline__ int QHeads(const rope_params& p) {
+  return K::kQHeads ? K::kQHeads : p.q_heads;
+}
+template <class K>
+__device__ __forceinline__ int KHeads(const rope_params& p) {
+  return K::kQHeads ? K::kKHeads : p.k_heads;
+}
+template <class K>
+__device__ __forceinline__ rw_i64 Offset(const rope_strides& s, int token_stride, rw_i64 batch, rw_i64 token, int head) {
+  rw_i64 at = K::kBatched ? batch * s.batch : 0;
+  if constexpr (K::kQHeads != 0) return at + token * token_stride + head * K::kHeadDim;
+  return at + token * s.token + head * s.head;
+}
+template <class K>
+__device__ __forceinline__ void SplitRow(const rope_params& p, rw_i64 row, rw_i64& batch, rw_i64& token) {
+  batch = 0;
+  token = row;
+  if constexpr (K::kBatched) {
+    batch = row / p.tokens;
+    token = row - batch * p.tokens;
+  }
+}
+
 template <class K>
 __device__ __forceinline__ rw_i64 PositionOf(const rope_cuda_args& a, rw_i64 batch, rw_i64 token, int axis) {
   const rope_params& p = a.params;
   rw_i64 position = token;
   if constexpr (K::kPositionsDtype != kRopeNoDtype) {
     position = LoadInt<K::kPositionsDtype>(
-        a.positions, axis * p.positions_axis + batch * p.positions_batch + token * p.positions_token);
+        a.positions, (K::kAxes ? axis * p.positions_axis : 0) + (K::kBatched ? batch * p.positions_batch : 0) +
+            token * p.positions_token);
   }
   if constexpr (K::kOffsetsDtype != kRopeNoDtype) {
-    position += LoadInt<K::kOffsetsDtype>(a.offsets, batch * p.offsets_batch + token * p.offsets_token);
+    position += LoadInt<K::kOffsetsDtype>(a.offsets, (K::kBatched ? batch * p.offsets_batch : 0) + token * p.offsets_token);
   }
   return position;
 }
@@ -99,10 +128,7 @@ template <class K>
 __device__ __forceinline__ Token PlanToken(const rope_cuda_args& a, rw_i64 row, bool reports) {
   const rope_params& p = a.params;
   Token t = {0, row, -1, false, false};
-  if (p.batch > 1) {
-    t.batch = row / p.tokens;
-    t.token = row - t.batch * p.tokens;
-  }
+  SplitRow<K>(p, row, t.batch, t.token);
   bool padding = false;
   rw_i64 slot = -1;
   if constexpr (K::kSlotsDtype != kRopeNoDtype) {
@@ -187,8 +213,11 @@ __device__ __forceinline__ void CosSinOf(const rope_cuda_args& a, const Token& t
       } else {
         FastCosSin(phase, cos[i], sin[i]);
       }
-      cos[i] *= p.attention_scaling;
-      sin[i] *= K::kInverse ? -p.attention_scaling : p.attention_scaling;
+      if constexpr (!K::kUnitScaling) {
+        cos[i] *= p.attention_scaling;
+        sin[i] *= p.attention_scaling;
+      }
+      if constexpr (K::kInverse) sin[i] = -sin[i];
       if constexpr (Shape<K>::kReference) {
         cos[i] = RoundTo<K::kDtype>(cos[i]);
         sin[i] = RoundTo<K::kDtype>(sin[i]);
@@ -230,15 +259,22 @@ __device__ __forceinline__ void RotateUnit(float (&x)[K::kVector], float (&y)[K:
   }
 }
 
+// The weights of a vector, as they lie in memory.
+template <class K>
+using WeightWords = Words<K::kWeight == kRopeNoWeight ? 4 : kBytes<K::kWeightDtype> * K::kVector>;
+
+template <class K>
+__device__ __forceinline__ WeightWords<K> LoadWeight(const void* weight, int begin) {
+  if constexpr (K::kWeight == kRopeNoWeight) return {};
+  constexpr int kSize = kBytes<K::kWeightDtype>;
+  return LoadShared<kSize * K::kVector>(static_cast<const char*>(weight) + begin * kSize);
+}
+
 // v times 1 / rms times weight.
 template <class K>
-__device__ __forceinline__ void NormaliseVector(float (&v)[K::kVector], float rstd, const void* weight, int begin) {
+__device__ __forceinline__ void NormaliseVector(float (&v)[K::kVector], float rstd, const WeightWords<K>& weight) {
   float w[K::kVector];
-  if constexpr (K::kWeight != kRopeNoWeight) {
-    constexpr int kSize = kBytes<K::kWeightDtype> * K::kVector;
-    Unpack<K::kWeightDtype, K::kVector>(
-        LoadShared<kSize>(static_cast<const char*>(weight) + begin * kBytes<K::kWeightDtype>), w);
-  }
+  if constexpr (K::kWeight != kRopeNoWeight) Unpack<K::kWeightDtype, K::kVector>(weight, w);
 #pragma unroll
   for (int i = 0; i < K::kVector; ++i) {
     const float factor = K::kWeight == kRopeNoWeight ? 1.0f : K::kWeight == kRopeWeight ? w[i] : 1.0f + w[i];
@@ -251,6 +287,24 @@ __device__ __forceinline__ void NormaliseVector(float (&v)[K::kVector], float rs
           __fmul_rn(K::kWeight == kRopeZeroCenteredWeight ? unit : RoundTo<K::kDtype>(unit), factor));
     }
   }
+}
+
+// The sum over a group of lanes, for all of them. The whole warp takes part.
+template <int kLanes>
+__device__ __forceinline__ float SumOfGroup(float value, int lane) {
+  if constexpr ((kLanes & (kLanes - 1)) == 0) {
+#pragma unroll
+    for (int mask = kLanes / 2; mask > 0; mask /= 2) value += __shfl_xor_sync(0xffffffffu, value, mask);
+    return value;
+  }
+  constexpr int kHalf = kLanes > 16 ? 16 : kLanes > 8 ? 8 : kLanes > 4 ? 4 : kLanes > 2 ? 2 : 1;
+  const int begin = threadIdx.x % 32 - lane;
+#pragma unroll
+  for (int step = kHalf; step > 0; step /= 2) {
+    const float other = __shfl_sync(0xffffffffu, value, begin + lane + step);
+    if (lane < step && lane + step < kLanes) value += other;
+  }
+  return __shfl_sync(0xffffffffu, value, begin);
 }
 
 // Where a head lies. The element type is known: pointers are to bytes.
@@ -297,20 +351,22 @@ __device__ __forceinline__ HeadPlace PlaceOf(const rope_cuda_args& a, const Toke
   const rope_params& p = a.params;
   constexpr int kSize = kBytes<K::kDtype>;
   HeadPlace place;
-  if (h < p.q_heads) {
-    const rw_i64 in = t.batch * p.q.batch + t.token * p.q.token + h * p.q.head;
+  if (h < QHeads<K>(p)) {
+    const rw_i64 in = Offset<K>(p.q, K::kQToken, t.batch, t.token, h);
     place.in = static_cast<const char*>(a.q) + in * kSize;
-    place.out = static_cast<char*>(a.q_out) +
-                (K::kOutOfPlace ? t.batch * p.q_out.batch + t.token * p.q_out.token + h * p.q_out.head : in) * kSize;
+    place.out = K::kOutOfPlace
+                    ? static_cast<char*>(a.q_out) + Offset<K>(p.q_out, K::kQToken, t.batch, t.token, h) * kSize
+                    : static_cast<char*>(a.q) + in * kSize;
     place.weight = a.q_weight;
     place.cache = nullptr;
     place.inverse_scale = 1.0f;
   } else {
-    h -= p.q_heads;
-    const rw_i64 in = t.batch * p.k.batch + t.token * p.k.token + h * p.k.head;
+    h -= QHeads<K>(p);
+    const rw_i64 in = Offset<K>(p.k, K::kKToken, t.batch, t.token, h);
     place.in = static_cast<const char*>(a.k) + in * kSize;
-    place.out = static_cast<char*>(a.k_out) +
-                (K::kOutOfPlace ? t.batch * p.k_out.batch + t.token * p.k_out.token + h * p.k_out.head : in) * kSize;
+    place.out = K::kOutOfPlace
+                    ? static_cast<char*>(a.k_out) + Offset<K>(p.k_out, K::kKToken, t.batch, t.token, h) * kSize
+                    : static_cast<char*>(a.k) + in * kSize;
     place.weight = a.k_weight;
     place.cache = nullptr;
     place.inverse_scale = 1.0f;
@@ -350,7 +406,7 @@ __device__ __forceinline__ void StoreV(const rope_cuda_args& a, const Token& t, 
 
 // Every element of the thread's share of a head: NaN, or copied.
 template <class K>
-__device__ __noinline__ void FillHead(const HeadPlace& head, bool nan, int lane) {
+__device__ __noinline__ void FillHead(const char* in, char* out, bool nan, int lane) {
   constexpr int kNanBits = K::kDtype == kRopeF16 ? 0x7e007e00 : K::kDtype == kRopeBF16 ? 0x7fc07fc0 : 0x7fc00000;
   for (int i = lane; i < K::kHeadDim / K::kVector; i += K::kLanes) {
     Words<Shape<K>::kVectorBytes> words;
@@ -358,9 +414,9 @@ __device__ __noinline__ void FillHead(const HeadPlace& head, bool nan, int lane)
 #pragma unroll
       for (int j = 0; j < Words<Shape<K>::kVectorBytes>::kCount; ++j) words.w[j] = kNanBits;
     } else {
-      words = Load<Shape<K>::kVectorBytes>(head.in + i * Shape<K>::kVectorBytes);
+      words = Load<Shape<K>::kVectorBytes>(in + i * Shape<K>::kVectorBytes);
     }
-    Store(head.out + i * Shape<K>::kVectorBytes, words);
+    Store(out + i * Shape<K>::kVectorBytes, words);
   }
 }
 
@@ -368,60 +424,98 @@ template <class K>
 __device__ __forceinline__ void RopeBody(const rope_cuda_args& a) {
   using S = Shape<K>;
   constexpr int kSize = kBytes<K::kDtype>;
-  static_assert(K::kThreads % 32 == 0 && 32 % K::kLanes == 0, "groups must not straddle warps");
+  static_assert(K::kThreads % 32 == 0 && K::kLanes <= 32, "groups must not straddle warps");
   static_assert(K::kRotaryDim % (2 * K::kVector) == 0 && K::kRotaryOffset % K::kVector == 0 &&
                     K::kHeadDim % K::kVector == 0, "vectors must not straddle parts of a head");
 
   const rope_params& p = a.params;
-  const int lane = threadIdx.x % K::kLanes, group = threadIdx.x / K::kLanes;
+  const int lane = threadIdx.x % 32 % K::kLanes, group_in_warp = threadIdx.x % 32 / K::kLanes;
+  const int warp_group = threadIdx.x / 32 * S::kGroupsPerWarp;  // the warp's first group
+  const bool idle = S::kGroupsPerWarp * K::kLanes != 32 && group_in_warp >= S::kGroupsPerWarp;
   const rw_i64 row = blockIdx.x;
-  const int heads = p.q_heads + (a.k ? p.k_heads : 0);
-  const int all_heads = heads + (K::kStoreV ? p.k_heads : 0);
-  const int step = gridDim.y * S::kGroups;
-  const int first = blockIdx.y * S::kGroups + group;
+  const bool has_k = K::kQHeads ? K::kKToken != 0 : a.k != nullptr;
+  const int heads = QHeads<K>(p) + (has_k ? KHeads<K>(p) : 0);
+  const int all_heads = heads + (K::kStoreV ? KHeads<K>(p) : 0);
+  const int step = (K::kFewTokens ? gridDim.y : 1) * S::kGroups;
+  // All groups of a warp take the same number of turns, so that all its threads meet at the shuffles.
+  const int warp_first = (K::kFewTokens ? blockIdx.y * S::kGroups : 0) + warp_group;
+  const int first = idle ? 1 << 30 : warp_first + group_in_warp;
+  const auto unit_of = [&](int i) { return lane + i * K::kLanes; };
+  const auto has_unit = [&](int i) { return S::kUnits % K::kLanes == 0 || unit_of(i) < S::kUnits; };
+  const auto has_rest = [&](int i) { return S::kRest % K::kLanes == 0 || unit_of(i) < S::kRest; };
 
 #if __CUDA_ARCH__ >= 900
   if constexpr (K::kDependentLaunch) asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 
-  rw_i64 batch = 0, token = row;
-  if (p.batch > 1) {
-    batch = row / p.tokens;
-    token = row - batch * p.tokens;
-  }
+  rw_i64 batch, token;
+  SplitRow<K>(p, row, batch, token);
+  const Token here = {batch, token, -1, false, false};
 
-  Words<S::kVectorBytes> x[K::kInFlight][S::kUnitsPerLane], y[K::kInFlight][S::kUnitsPerLane];
-  Words<S::kVectorBytes> rest[K::kInFlight][S::kRestPerLane > 0 ? S::kRestPerLane : 1];
-  const auto load = [&](int base) {
-    Token here = {batch, token, -1, false, false};
-#pragma unroll
-    for (int u = 0; u < K::kInFlight; ++u) {
-      const int h = base + u * step;
-      if (h >= heads) continue;
+  // The thread's share of a head on its way: in registers, or for many tokens in shared memory, where every thread reads
+  // only what it fetched itself, so that no barrier is needed and several heads are in flight at no cost in registers.
+  Words<S::kVectorBytes> x[S::kUnitsPerLane], y[S::kUnitsPerLane];
+  Words<S::kVectorBytes> rest[S::kRestPerLane > 0 ? S::kRestPerLane : 1];
+  constexpr int kSlots = 2 * S::kUnitsPerLane + S::kRestPerLane;
+  __shared__ Aligned<S::kVectorBytes> staged[S::kStaged ? K::kInFlight * kSlots * K::kThreads : 1];
+  const auto slot = [&](int stage, int i) { return &staged[(stage * kSlots + i) * K::kThreads + threadIdx.x]; };
+  const auto fetch = [&](int h, int stage) {
+    if (h < heads) {
       const char* in = PlaceOf<K>(a, here, h).in;
+      const auto get = [&](int i, Words<S::kVectorBytes>& words, const char* at) {
+        if constexpr (S::kStaged) {
+          CopyAsync<S::kVectorBytes>(slot(stage, i), at);
+        } else {
+          words = Load<S::kVectorBytes>(at);
+        }
+      };
 #pragma unroll
       for (int i = 0; i < S::kUnitsPerLane; ++i) {
-        const int unit = lane + i * K::kLanes;
-        if (S::kUnits % K::kLanes != 0 && unit >= S::kUnits) continue;
-        const char* at = in + UnitBegin<K>(unit) * kSize;
-        x[u][i] = Load<S::kVectorBytes>(at);
-        y[u][i] = Load<S::kVectorBytes>(at + kUnitDistance<K> * kSize);
+        if (!has_unit(i)) continue;
+        const char* at = in + UnitBegin<K>(unit_of(i)) * kSize;
+        get(2 * i, x[i], at);
+        get(2 * i + 1, y[i], at + kUnitDistance<K> * kSize);
       }
 #pragma unroll
       for (int i = 0; i < S::kRestPerLane; ++i) {
-        const int vector = lane + i * K::kLanes;
-        if (S::kRest % K::kLanes != 0 && vector >= S::kRest) continue;
-        rest[u][i] = Load<S::kVectorBytes>(in + RestBegin<K>(vector) * kSize);
+        if (has_rest(i)) get(2 * S::kUnitsPerLane + i, rest[i], in + RestBegin<K>(unit_of(i)) * kSize);
+      }
+    }
+    if constexpr (S::kStaged) asm volatile("cp.async.commit_group;" ::: "memory");
+  };
+  if constexpr (S::kStaged) {
+#pragma unroll
+    for (int stage = 0; stage < K::kInFlight; ++stage) fetch(first + stage * step, stage);
+  } else {
+    fetch(first, 0);
+  }
+  // For few tokens everything is asked for at once; for many the weights are in L1 when they are wanted.
+  WeightWords<K> wx[S::kUnitsPerLane], wy[S::kUnitsPerLane], wrest[S::kRestPerLane > 0 ? S::kRestPerLane : 1];
+  const auto fetch_weights = [&](const void* weight) {
+    if constexpr (K::kWeight != kRopeNoWeight) {
+#pragma unroll
+      for (int i = 0; i < S::kUnitsPerLane; ++i) {
+        if (!has_unit(i)) continue;
+        wx[i] = LoadWeight<K>(weight, UnitBegin<K>(unit_of(i)));
+        wy[i] = LoadWeight<K>(weight, UnitBegin<K>(unit_of(i)) + kUnitDistance<K>);
+      }
+#pragma unroll
+      for (int i = 0; i < S::kRestPerLane; ++i) {
+        if (has_rest(i)) wrest[i] = LoadWeight<K>(weight, RestBegin<K>(unit_of(i)));
       }
     }
   };
-  load(first);
+  if constexpr (K::kFewTokens) fetch_weights(first < QHeads<K>(p) ? a.q_weight : a.k_weight);
 
   const Token t = PlanToken<K>(a, row, lane == 0 && first == 0);
   if (S::kTable || K::kCheckAxes) {
     if (t.poisoned || t.left_out) {
+      if (S::kStaged) asm volatile("cp.async.wait_all;" ::: "memory");
       if (t.left_out && !K::kOutOfPlace) return;
-      for (int h = first; h < heads; h += step) FillHead<K>(PlaceOf<K>(a, t, h), t.poisoned, lane);
+      for (int h = first; h < heads; h += step) {
+        const HeadPlace head = PlaceOf<K>(a, t, h);
+        FillHead<K>(head.in, head.out, t.poisoned, lane);
+      }
       return;
     }
   }
@@ -429,67 +523,56 @@ __device__ __forceinline__ void RopeBody(const rope_cuda_args& a) {
   const rw_i64 position = K::kAxes ? 0 : PositionOf<K>(a, t.batch, t.token, 0);
 #pragma unroll
   for (int i = 0; i < S::kUnitsPerLane; ++i) {
-    const int unit = lane + i * K::kLanes;
-    if (S::kUnits % K::kLanes != 0 && unit >= S::kUnits) continue;
-    CosSinOf<K>(a, t, position, unit, cos[i], sin[i]);
+    if (has_unit(i)) CosSinOf<K>(a, t, position, unit_of(i), cos[i], sin[i]);
   }
 
-  // All groups of a warp take the same number of turns, so that all its threads meet at the shuffles.
-  const int warp_first = blockIdx.y * S::kGroups + threadIdx.x / 32 * (32 / K::kLanes);
-  for (int base = first, warp_base = warp_first; warp_base < heads;
-       base += step * K::kInFlight, warp_base += step * K::kInFlight) {
-    float rstd[K::kInFlight];
-    if constexpr (K::kNorm) {
-#pragma unroll
-      for (int u = 0; u < K::kInFlight; ++u) {
-        float sum = 0.0f;
-        float v[K::kVector];
-#pragma unroll
-        for (int i = 0; i < S::kUnitsPerLane; ++i) {
-          if (S::kUnits % K::kLanes != 0 && lane + i * K::kLanes >= S::kUnits) continue;
-          Unpack<K::kDtype, K::kVector>(x[u][i], v);
-#pragma unroll
-          for (int j = 0; j < K::kVector; ++j) sum = fmaf(v[j], v[j], sum);
-          Unpack<K::kDtype, K::kVector>(y[u][i], v);
-#pragma unroll
-          for (int j = 0; j < K::kVector; ++j) sum = fmaf(v[j], v[j], sum);
-        }
-#pragma unroll
-        for (int i = 0; i < S::kRestPerLane; ++i) {
-          if (S::kRest % K::kLanes != 0 && lane + i * K::kLanes >= S::kRest) continue;
-          Unpack<K::kDtype, K::kVector>(rest[u][i], v);
-#pragma unroll
-          for (int j = 0; j < K::kVector; ++j) sum = fmaf(v[j], v[j], sum);
-        }
-        rstd[u] = sum;
-      }
-#pragma unroll
-      for (int mask = K::kLanes / 2; mask > 0; mask /= 2) {
-#pragma unroll
-        for (int u = 0; u < K::kInFlight; ++u) rstd[u] += __shfl_xor_sync(0xffffffffu, rstd[u], mask);
-      }
-#pragma unroll
-      for (int u = 0; u < K::kInFlight; ++u) {
-        const float mean = rstd[u] * (1.0f / K::kHeadDim) + p.eps;
-        rstd[u] = K::kDtype == kRopeF32 || S::kReference ? __frcp_rn(__fsqrt_rn(mean)) : rsqrtf(mean);
-      }
-    }
-#pragma unroll
-    for (int u = 0; u < K::kInFlight; ++u) {
-      const int h = base + u * step;
-      if (h >= heads) continue;
-      const HeadPlace head = PlaceOf<K>(a, t, h);
+  int stage = 0;
+  for (int h = first, warp_h = warp_first; warp_h < heads; h += step, warp_h += step) {
+    if constexpr (S::kStaged) {
+      asm volatile("cp.async.wait_group %0;" ::"n"(K::kInFlight - 1) : "memory");
 #pragma unroll
       for (int i = 0; i < S::kUnitsPerLane; ++i) {
-        const int unit = lane + i * K::kLanes;
-        if (S::kUnits % K::kLanes != 0 && unit >= S::kUnits) continue;
-        const int begin = UnitBegin<K>(unit);
+        x[i] = slot(stage, 2 * i)->words;
+        y[i] = slot(stage, 2 * i + 1)->words;
+      }
+#pragma unroll
+      for (int i = 0; i < S::kRestPerLane; ++i) rest[i] = slot(stage, 2 * S::kUnitsPerLane + i)->words;
+    }
+    const HeadPlace head = PlaceOf<K>(a, t, h < heads ? h : heads - 1);
+    float rstd = 0.0f;
+    if constexpr (K::kNorm) {
+      if constexpr (!K::kFewTokens) fetch_weights(head.weight);
+      const auto square = [&](const Words<S::kVectorBytes>& words) {
+        float v[K::kVector];
+        Unpack<K::kDtype, K::kVector>(words, v);
+#pragma unroll
+        for (int j = 0; j < K::kVector; ++j) rstd = fmaf(v[j], v[j], rstd);
+      };
+#pragma unroll
+      for (int i = 0; i < S::kUnitsPerLane; ++i) {
+        if (!has_unit(i)) continue;
+        square(x[i]);
+        square(y[i]);
+      }
+#pragma unroll
+      for (int i = 0; i < S::kRestPerLane; ++i) {
+        if (has_rest(i)) square(rest[i]);
+      }
+      rstd = SumOfGroup<K::kLanes>(rstd, lane);
+      const float mean = rstd * (1.0f / K::kHeadDim) + __uint_as_float(K::kEpsBits);
+      rstd = K::kDtype == kRopeF32 || S::kReference ? __frcp_rn(__fsqrt_rn(mean)) : rsqrtf(mean);
+    }
+    if (h < heads) {
+#pragma unroll
+      for (int i = 0; i < S::kUnitsPerLane; ++i) {
+        if (!has_unit(i)) continue;
+        const int begin = UnitBegin<K>(unit_of(i));
         float vx[K::kVector], vy[K::kVector];
-        Unpack<K::kDtype, K::kVector>(x[u][i], vx);
-        Unpack<K::kDtype, K::kVector>(y[u][i], vy);
+        Unpack<K::kDtype, K::kVector>(x[i], vx);
+        Unpack<K::kDtype, K::kVector>(y[i], vy);
         if constexpr (K::kNorm) {
-          NormaliseVector<K>(vx, rstd[u], head.weight, begin);
-          NormaliseVector<K>(vy, rstd[u], head.weight, begin + kUnitDistance<K>);
+          NormaliseVector<K>(vx, rstd, wx[i]);
+          NormaliseVector<K>(vy, rstd, wy[i]);
         }
         RotateUnit<K>(vx, vy, cos[i], sin[i]);
         Write<K>(head, begin, vx);
@@ -497,29 +580,29 @@ __device__ __forceinline__ void RopeBody(const rope_cuda_args& a) {
       }
 #pragma unroll
       for (int i = 0; i < S::kRestPerLane; ++i) {
-        const int vector = lane + i * K::kLanes;
-        if (S::kRest % K::kLanes != 0 && vector >= S::kRest) continue;
-        const int begin = RestBegin<K>(vector);
+        if (!has_rest(i)) continue;
+        const int begin = RestBegin<K>(unit_of(i));
+        float v[K::kVector];
+        Unpack<K::kDtype, K::kVector>(rest[i], v);
         if constexpr (K::kNorm) {
-          float v[K::kVector];
-          Unpack<K::kDtype, K::kVector>(rest[u][i], v);
-          NormaliseVector<K>(v, rstd[u], head.weight, begin);
+          NormaliseVector<K>(v, rstd, wrest[i]);
           Write<K>(head, begin, v);
         } else {
           // The same bits, untouched by any conversion.
-          if (K::kOutOfPlace) Store(head.out + begin * kSize, rest[u][i]);
+          if constexpr (K::kOutOfPlace) Store(head.out + begin * kSize, rest[i]);
           if constexpr (K::kStoreK) {
-            if (head.cache) {
-              float v[K::kVector];
-              Unpack<K::kDtype, K::kVector>(rest[u][i], v);
-              WriteCache<K>(head.cache, begin, v, rest[u][i], head.inverse_scale);
-            }
+            if (head.cache) WriteCache<K>(head.cache, begin, v, rest[i], head.inverse_scale);
           }
         }
       }
     }
     if constexpr (K::kFewTokens) break;  // the grid has a group for every head
-    load(base + step * K::kInFlight);
+    if constexpr (S::kStaged) {
+      fetch(h + K::kInFlight * step, stage);
+      stage = stage + 1 == K::kInFlight ? 0 : stage + 1;
+    } else {
+      fetch(h + step, 0);
+    }
   }
   if constexpr (K::kStoreV) {
     // After the heads of q and k, in the same order: the group that would take head h + 1 of them takes head 0 of v.

@@ -481,6 +481,11 @@ void AddData(List* list) {
         list->Add({.dtype = dtype, .head_dim = 64, .data = data, .pairing = pairing,
                    .rounding = norm ? ROPEWALK_ROUND_REFERENCE : ROPEWALK_ROUND_FUSED, .angles = Angles::kTable,
                    .positions = Positions::kRandom});
+        for (const uint32_t cache_dtype : {static_cast<uint32_t>(kE4M3), static_cast<uint32_t>(kE5M2), dtype}) {
+          list->Add({.dtype = dtype, .head_dim = 64, .rotary_dim = 48, .data = data, .pairing = pairing,
+                     .rounding = norm ? ROPEWALK_ROUND_REFERENCE : ROPEWALK_ROUND_FUSED, .angles = Angles::kTable,
+                     .positions = Positions::kRandom, .cache = Cache::kFlat, .cache_dtype = cache_dtype, .v_dim = 80});
+        }
       }
     });
   }

@@ -36,6 +36,21 @@ int Alignment(int limit, const void* data, int bytes, const rope_strides& s) {
   return data ? Alignment(limit, data, bytes, {s.batch, s.token, s.head}) : limit;
 }
 
+// Threads for a head of that many units, each taking up to three: as few idle threads in a warp as can be.
+int ChooseLanes(int units) {
+  int best = 32, best_busy = 0;
+  for (int each = 1; each <= 3; ++each) {
+    const int lanes = (units + each - 1) / each;
+    if (lanes > 32) continue;
+    const int busy = 96 / each * (32 / lanes) * units / 32;  // units at work, in 1/96 of what could be
+    if (busy > best_busy) {
+      best = lanes;
+      best_busy = busy;
+    }
+  }
+  return best;
+}
+
 }  // namespace
 
 Status PlanRopeCuda(const RopeCall& call, const CudaDevice& device, bool dependent_launch, RopeCudaPlan* plan) {
@@ -78,27 +93,51 @@ Status PlanRopeCuda(const RopeCall& call, const CudaDevice& device, bool depende
     if (t.k_weight) vector = Alignment(vector, t.k_weight, Bytes(v.weight_dtype), {});
   }
 
-  // Few tokens: as many threads as there are 8-byte accesses, every load issued at once (docs/cuda.md).
-  const int64_t work = rows * heads * p.head_dim * bytes;
-  const bool few = work <= int64_t{device.sm_count} * 64 * 1024;
+  // Few tokens: narrow accesses and so many threads, every load issued at once. Many tokens: wide accesses, several heads
+  // of a group on their way through shared memory. The numbers were searched on an H200 (docs/cuda.md).
+  const int64_t bytes_moved = rows * heads * p.head_dim * bytes;
+  const bool few = bytes_moved <= int64_t{device.sm_count} * 32 * 1024;
   key.few_tokens = few;
-  if (few) vector = std::min(vector, 8 / bytes);
-  const int units = std::max(1, p.rotary_dim / (2 * vector));
-  const int lanes = static_cast<int>(std::min<unsigned>(32, std::bit_ceil(static_cast<unsigned>(units))));
+  if (few) vector = std::min(vector, (bytes_moved <= int64_t{device.sm_count} * 1536 ? 4 : 8) / bytes);
+  vector = std::max(vector, 1);
+  const int units = p.rotary_dim / (2 * vector);
+  const int lanes = ChooseLanes(units);
+  const int per_warp = 32 / lanes;
   key.vector = static_cast<uint8_t>(vector);
   key.lanes = static_cast<uint8_t>(lanes);
   if (few) {
     key.in_flight = 1;
     key.threads = 128;
-    plan->grid_y = static_cast<uint32_t>((all_heads + 128 / lanes - 1) / (128 / lanes));
+    const int64_t groups = 4 * per_warp;
+    plan->grid_y = static_cast<uint32_t>((all_heads + groups - 1) / groups);
     plan->why = "few tokens: the heads of a token are spread over blocks";
   } else {
-    key.in_flight = 2;
-    const int64_t wanted = (heads + 1) / 2 * lanes;
-    key.threads = static_cast<uint16_t>(std::clamp<int64_t>((wanted + 31) / 32 * 32, 64, 256));
+    const int64_t warps = rows < 1536   ? 4
+                          : rows < 3072 ? 2
+                                        : std::clamp<int64_t>((std::min<int64_t>((heads + 1) / 2, 24) + per_warp - 1) / per_warp, 2, 8);
+    const int64_t groups = warps * per_warp;
+    const int64_t rest = (p.head_dim - p.rotary_dim) / vector;
+    const int64_t slots = 2 * ((units + lanes - 1) / lanes) + (rest + lanes - 1) / lanes;
+    const int64_t stage_bytes = slots * warps * 32 * vector * bytes;
+    const int64_t turns = rows < 3072 ? std::min<int64_t>((heads + groups - 1) / groups, 6) : 2;
+    key.threads = static_cast<uint16_t>(warps * 32);
+    key.in_flight = static_cast<uint8_t>(std::clamp<int64_t>(48 * 1024 / stage_bytes, 1, std::max<int64_t>(turns, 1)));
     plan->why = "many tokens: a block for each token";
   }
   plan->grid_x = static_cast<uint32_t>(rows);
+  key.batched = p.batch > 1;
+  key.unit_scaling = p.attention_scaling == 1.0f;
+  key.eps = v.norm ? p.eps : 0.0f;
+  const auto dense = [&](const rope_strides& s, int count) {
+    return (count <= 1 || s.head == p.head_dim) && s.token > 0 && s.token <= INT32_MAX;
+  };
+  if (!v.out_of_place && p.q_heads > 0 && p.q_heads <= UINT16_MAX && p.k_heads <= UINT16_MAX &&
+      dense(p.q, p.q_heads) && (!t.k || dense(p.k, p.k_heads))) {
+    key.q_heads = static_cast<uint16_t>(p.q_heads);
+    key.k_heads = static_cast<uint16_t>(p.k_heads);
+    key.q_token = static_cast<int32_t>(p.q.token);
+    key.k_token = t.k ? static_cast<int32_t>(p.k.token) : 0;
+  }
 
   key.table_vector = 1;
   if (v.table_dtype != kRopeNoDtype && p.cos_pair == 1 && p.sin_pair == 1) {
@@ -149,9 +188,16 @@ std::string RopeCudaSource(const RopeCudaKey& key) {
       {"FewTokens", key.few_tokens},
       {"DependentLaunch", key.dependent_launch},
       {"TableVector", key.table_vector},
+      {"QHeads", key.q_heads},
+      {"KHeads", key.k_heads},
+      {"QToken", key.q_token},
+      {"KToken", key.k_token},
+      {"Batched", key.batched},
+      {"UnitScaling", key.unit_scaling},
   };
   std::string text = "#include \"ops/rope/rope.cuh\"\nstruct K {\n";
   for (const auto& [name, value] : constants) Append(&text, Text("  static constexpr int k", name, " = ", value, ";\n"));
+  Append(&text, Text("  static constexpr unsigned kEpsBits = ", std::bit_cast<uint32_t>(key.eps), "u;\n"));
   return text +
          "};\nextern \"C\" __global__ void __launch_bounds__(K::kThreads) "
          "rope_kernel(const __grid_constant__ rope_cuda_args args) {\n  ropewalk::RopeBody<K>(args);\n}\n";
@@ -176,7 +222,7 @@ std::string RopeCudaName(const RopeCudaKey& key) {
   }
   if (v.out_of_place) name += " out";
   return Text(name, " d", key.head_dim, " r", key.rotary_dim, key.rotary_offset ? Text("@", key.rotary_offset) : "",
-              key.few_tokens ? " few" : " many", " v", key.vector, " l", key.lanes, " x", key.in_flight, " t",
+              key.q_heads ? Text(" h", key.q_heads, "/", key.k_heads) : Text(), key.few_tokens ? " few" : " many", " v", key.vector, " l", key.lanes, " x", key.in_flight, " t",
               key.threads, key.dependent_launch ? " pdl" : "");
 }
 

@@ -18,20 +18,30 @@ struct CudaDevice {
 };
 
 // Everything a kernel is specialised for. Plain bytes without padding, so that it can be hashed and compared as such.
+// Heads and strides are part of it where a model fixes them, that is where the heads of a token lie side by side: a
+// kernel then reads little but its pointers, which at few tokens is a third of its time (docs/cuda.md). Otherwise they are
+// 0 here and come with the params, so that a stride that changes with the sequence compiles nothing.
 struct RopeCudaKey {
   RopeVariant variant;         // 16 bytes
   uint16_t head_dim = 0, rotary_dim = 0, rotary_offset = 0, v_dim = 0;
   uint16_t threads = 0;        // of a block
+  uint16_t q_heads = 0, k_heads = 0;  // q_heads 0: with the params
+  uint16_t reserved = 0;
+  int32_t q_token = 0, k_token = 0;   // strides in elements; 0: all strides of q, k and the outputs with the params
   uint8_t vector = 0;          // elements of one access: 1, 2, 4 or 8
-  uint8_t lanes = 0;           // threads of one head: a power of two up to 32
+  uint8_t lanes = 0;           // threads of one head, up to 32
   uint8_t in_flight = 0;       // heads a group loads before it uses the first
   uint8_t few_tokens = 0;      // layout: 0 a block for each token, 1 heads of a token spread over blocks
   uint8_t dependent_launch = 0;  // programmatic dependent launch
   uint8_t table_vector = 0;    // elements of one access to the table
+  uint8_t batched = 0;         // more than one batch entry
+  uint8_t unit_scaling = 0;    // attention_scaling is 1
+  float eps = 0.0f;            // 0 without a norm
+  uint32_t reserved2 = 0;
 
   bool operator==(const RopeCudaKey&) const = default;
 };
-static_assert(sizeof(RopeCudaKey) == 32);
+static_assert(sizeof(RopeCudaKey) == 56);
 
 struct RopeCudaPlan {
   RopeCudaKey key;

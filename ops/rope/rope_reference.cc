@@ -322,6 +322,7 @@ class Reference {
 
   static Range WithError(double value, double error) {
     if (!std::isfinite(value)) return {value, value, value};
+    error += 0x1p-148;  // two roundings among the subnormal numbers of float32, whose distance is no part of a length
     return {value, value - error, value + error};
   }
 

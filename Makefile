@@ -1,0 +1,65 @@
+# Ropewalk: every command does its own set-up first. `make` alone lists them.
+# SPDX-License-Identifier: Apache-2.0
+.DEFAULT_GOAL := help
+.PHONY: help run test setup wheel test-asan test-tsan test-arm fuzz bench format lint docs clean
+.NOTPARALLEL:
+
+setup := scripts/setup.sh
+FUZZ_SECONDS ?= 600
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+run:  ## see it work: what serves here, real models' shapes checked and timed, a real language model
+	@$(setup) system base wheel
+	.venv/bin/ropewalk doctor
+	.venv/bin/ropewalk run
+	@$(setup) full
+	.venv/bin/python examples/smollm2.py
+
+test:  ## all tests, C++ and Python
+	@$(setup) system base wheel full
+	@scripts/test.sh
+
+setup:  ## only the set-up: system packages, .venv, the wheel in it
+	@$(setup) system base wheel full
+
+wheel:  ## a wheel for other machines, in dist/
+	@$(setup) system base dev
+	@scripts/wheel.sh
+
+test-asan:  ## all tests under AddressSanitizer and UndefinedBehaviorSanitizer
+	@$(setup) system base wheel full
+	@scripts/test.sh asan
+
+test-tsan:  ## the threaded tests under ThreadSanitizer
+	@$(setup) system base
+	@scripts/test.sh tsan
+
+test-arm:  ## the C++ tests and the conformance cases for aarch64, under qemu
+	@$(setup) system arm base
+	@scripts/test.sh arm
+
+fuzz:  ## each fuzz target for FUZZ_SECONDS seconds (600)
+	@$(setup) system fuzz base
+	@scripts/fuzz.sh $(FUZZ_SECONDS)
+
+bench:  ## the speed of every shape beside its floor and the peers installed; results in build/bench/
+	@$(setup) system base wheel full
+	@scripts/bench.sh
+
+format:  ## format C++ and Python in place
+	@$(setup) base dev
+	@scripts/format.sh
+
+lint:  ## formatting, clang-tidy, ruff, headers, versions
+	@$(setup) system base dev
+	@scripts/lint.sh
+
+docs:  ## regenerate docs/arguments.md from the description
+	@$(setup) system base wheel
+	.venv/bin/ropewalk describe --markdown > build/arguments.md
+	mv build/arguments.md docs/arguments.md
+
+clean:  ## remove what was built; .venv stays
+	rm -rf build dist .venv/.stamps/wheel

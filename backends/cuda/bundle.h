@@ -1,0 +1,55 @@
+// Bundles: kernels compiled ahead for machines without NVRTC. `ropewalk compile` writes a directory with one file for each
+// architecture; $ROPEWALK_BUNDLE names such a directory or file, and a directory `bundles` beside the library is used too.
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <functional>
+#include <map>
+#include <string>
+#include <vector>
+
+#include "backends/cuda/cache.h"
+#include "backends/cuda/nvrtc.h"
+#include "core/status.h"
+#include "ops/rope/rope_cuda.h"
+
+namespace ropewalk {
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Reading
+
+// False if no bundle of this process has the variant for this device.
+bool FindInBundles(const RopeCudaKey& key, const CudaDevice& device, Cubin* out);
+// Whether some bundle has kernels that run on the device.
+bool BundlesServe(const CudaDevice& device);
+// Why bundles do not help: "the bundle PATH has kernels for sm_80, but the GPU is sm_90", "no bundle was found: ..".
+std::string BundleRefusals(const CudaDevice& device);
+// The bundles in use, for doctor: "PATH (sm_90a, 412 kernels)"; refused ones with the reason. Empty if there are none.
+std::vector<std::string> BundleTexts();
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Writing, for `ropewalk compile`
+
+// The architectures that bundles are made for: "sm_80", "sm_86", "sm_89", "sm_90a", "sm_100a", "sm_103a", "sm_120a".
+std::vector<std::string> BundleArchs();
+// The devices of such an architecture, by their number of multiprocessors, which the choice of a kernel depends on.
+// Refuses other names.
+Status BundleDevices(const std::string& arch, std::vector<CudaDevice>* devices);
+
+// The variants that `call` needs on the devices with 1 to `max_tokens` tokens, appended to `keys` unless they are there.
+// The call has two tokens at least; its memory is not touched, alignments and strides are its own.
+Status CollectBundleKeys(const RopeCall& call, const std::vector<CudaDevice>& devices, int64_t max_tokens,
+                         std::vector<RopeCudaKey>* keys);
+
+struct BundleReport {
+  std::string path;      // of the file
+  size_t kernels = 0;
+  size_t bytes = 0;
+  double milliseconds = 0;  // of compiling
+};
+
+// Compiles the variants for `arch` and writes DIRECTORY/ropewalk-ARCH.bundle. `progress` may be empty.
+Status WriteBundle(const std::vector<RopeCudaKey>& keys, const std::string& arch, const std::string& directory,
+                   const std::function<void(size_t done, const RopeCudaKey& key)>& progress, BundleReport* report);
+
+}  // namespace ropewalk

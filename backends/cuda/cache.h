@@ -1,0 +1,55 @@
+// Compiled kernels (cubins) by content: in memory, from bundles, from the disk, or compiled now. A cubin's identity is
+// everything that decides its bytes, as text; files are named by a digest of it and hold the whole of it, so that a
+// stale or foreign file simply does not match. Whatever is wrong with a file, the next source serves.
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "core/status.h"
+#include "ops/rope/rope_cuda.h"
+
+namespace ropewalk {
+
+struct Cubin {
+  std::string bytes;
+  std::string source;  // "bundle PATH", "disk PATH", "compiled by NVRTC 13.0 (PATH) in 38 ms"
+};
+
+// The cubin of this variant for this device. Threads that ask for one variant at a time wait for one compilation.
+// `no_disk`: not from the disk, whose file the driver refused.
+Status GetCubin(const RopeCudaKey& key, const CudaDevice& device, bool no_disk, std::shared_ptr<const Cubin>* out);
+// Where GetCubin would take it from: "bundle PATH", "disk PATH", "would be compiled now by NVRTC (PATH)".
+Status FindCubinSource(const RopeCudaKey& key, const CudaDevice& device, std::string* source);
+
+// Where cubins are kept: $ROPEWALK_CACHE_DIR (empty: nowhere), $XDG_CACHE_HOME/ropewalk, ~/.cache/ropewalk; "" if nowhere.
+std::string DiskCacheDirectory();
+// One sentence on it for doctor: "/root/.cache/ropewalk", or why nothing is written there.
+std::string DiskCacheText();
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Identities and files, shared with bundles
+
+// 128 bits of FNV-1a. Against accidents, not against enemies: whoever writes these files may run code as the user anyway.
+using Digest = std::array<uint8_t, 16>;
+Digest DigestOf(std::string_view bytes);
+std::string Hex(const Digest& digest);
+
+// All but the compiler: versions, options, architecture, the variant's text.
+std::string KernelIdentity(const RopeCudaKey& key, const std::string& arch);
+
+// A file of ours: magic, sizes, checksum, identity, payload.
+std::string Sealed(std::string_view magic, std::string_view identity, std::string_view payload);
+// False if the bytes are cut short, changed, or not such a file.
+bool Unseal(std::string_view bytes, std::string_view magic, std::string_view* identity, std::string_view* payload);
+
+bool ReadFile(const std::string& path, std::string* bytes);
+// Written to a private file beside it, flushed, then renamed: a reader sees all of it or nothing.
+Status PublishFile(const std::string& path, std::string_view bytes);
+
+}  // namespace ropewalk

@@ -1,0 +1,333 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "backends/cuda/context.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "core/text.h"
+
+namespace ropewalk {
+namespace {
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Helpers
+
+size_t HashOf(const RopeCudaKey& key) {
+  static_assert(sizeof(key) % sizeof(uint64_t) == 0);
+  uint64_t words[sizeof(key) / sizeof(uint64_t)];
+  std::memcpy(words, &key, sizeof(words));
+  uint64_t hash = 0;
+  for (const uint64_t word : words) {
+    hash = (hash ^ word) * 0x9e3779b97f4a7c15u;
+    hash ^= hash >> 32;
+  }
+  return static_cast<size_t>(hash);
+}
+
+// Lets this thread allocate and load while streams are being captured: what it does is no part of any capture.
+class RelaxedCapture {
+ public:
+  explicit RelaxedCapture(const CudaDriver& driver) : driver_(driver) { driver_.ExchangeCaptureMode(&mode_); }
+  ~RelaxedCapture() { driver_.ExchangeCaptureMode(&mode_); }
+  RelaxedCapture(const RelaxedCapture&) = delete;
+  RelaxedCapture& operator=(const RelaxedCapture&) = delete;
+
+ private:
+  const CudaDriver& driver_;
+  int mode_ = cu::kCaptureModeRelaxed;
+};
+
+// Those of one device.
+struct DeviceContexts {
+  std::atomic<CudaContext*> primary{nullptr};
+  std::atomic<CudaContext*> others{nullptr};
+};
+
+std::mutex contexts_mutex;
+
+// Never destroyed, as the driver's contexts may be gone first.
+std::vector<DeviceContexts>& AllContexts() {
+  static auto* const contexts = new std::vector<DeviceContexts>(GetCudaDriver().devices.size());
+  return *contexts;
+}
+
+CudaContext* FindOther(const DeviceContexts& contexts, cu::Context handle) {
+  for (CudaContext* context = contexts.others.load(std::memory_order_acquire); context; context = context->next) {
+    if (context->handle == handle && context->Alive()) return context;
+  }
+  return nullptr;
+}
+
+// The primary context; retained for good, so that its handle stays what it is.
+Status Primary(const CudaDriver& driver, int ordinal, CudaContext** out) {
+  DeviceContexts& contexts = AllContexts()[static_cast<size_t>(ordinal)];
+  const std::lock_guard lock(contexts_mutex);
+  if (!contexts.primary.load(std::memory_order_relaxed)) {
+    cu::Context handle = nullptr;
+    ROPEWALK_TRY(driver.Check(driver.PrimaryCtxRetain(&handle, driver.devices[static_cast<size_t>(ordinal)].handle),
+                              "cuDevicePrimaryCtxRetain"));
+    contexts.primary.store(new CudaContext(driver, ordinal, handle, 0, true), std::memory_order_release);
+  }
+  *out = contexts.primary.load(std::memory_order_relaxed);
+  return {};
+}
+
+// The caller's current context on the device, met for the first time.
+Status Adopt(const CudaDriver& driver, int ordinal, cu::Context handle, CudaContext** out) {
+  const cu::Device device = driver.devices[static_cast<size_t>(ordinal)].handle;
+  unsigned flags = 0;
+  int active = 0;
+  ROPEWALK_TRY(driver.Check(driver.PrimaryCtxGetState(device, &flags, &active), "cuDevicePrimaryCtxGetState"));
+  if (active) {
+    cu::Context primary = nullptr;
+    ROPEWALK_TRY(driver.Check(driver.PrimaryCtxRetain(&primary, device), "cuDevicePrimaryCtxRetain"));
+    driver.PrimaryCtxRelease(device);
+    if (primary == handle) return Primary(driver, ordinal, out);
+  }
+  DeviceContexts& contexts = AllContexts()[static_cast<size_t>(ordinal)];
+  const std::lock_guard lock(contexts_mutex);
+  if ((*out = FindOther(contexts, handle))) return {};
+  unsigned long long id = 0;
+  ROPEWALK_TRY(driver.Check(driver.CtxGetId(handle, &id), "cuCtxGetId"));
+  *out = new CudaContext(driver, ordinal, handle, id, false);
+  (*out)->next = contexts.others.load(std::memory_order_relaxed);
+  contexts.others.store(*out, std::memory_order_release);
+  return {};
+}
+
+std::string FaultText(const rope_fault& fault, bool batched, bool offsets) {
+  const auto row = static_cast<int64_t>(fault.key >> 2);
+  const int64_t tokens = std::max<int64_t>(fault.tokens, 1);
+  const std::string where = batched ? Text("[", row / tokens, ", ", row % tokens, "]") : Text("[", row, "]");
+  switch (static_cast<int>(fault.key & 3)) {
+    case kRopeFaultPosition:
+      return Text("rope: positions", where, " is ", fault.value, fault.axis ? Text(" on axis ", fault.axis) : "",
+                  offsets ? " with its offset" : "", ", but the table has ", fault.limit,
+                  " rows; the token was filled with NaN");
+    case kRopeFaultSlot:
+      return Text("rope: slots", where, " is ", fault.value, ", but the cache has ", fault.limit,
+                  " slots; the token was not stored");
+    default:
+      return Text("rope: axes[", fault.axis, "] is ", fault.value, ", but positions have ", fault.limit,
+                  " rows; all tokens were filled with NaN");
+  }
+}
+
+constexpr int kFaultRecords = 4;
+
+}  // namespace
+
+bool CudaContext::Alive() const {
+  unsigned long long now = 0;
+  return primary || (driver.CtxGetId(handle, &now) == cu::kSuccess && now == id);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Kernels
+
+const CudaKernel* CudaKernelTable::Find(const RopeCudaKey& key) const {
+  const Slots* slots = current_.load(std::memory_order_acquire);
+  if (!slots) return nullptr;
+  for (size_t i = HashOf(key) & slots->mask;; i = (i + 1) & slots->mask) {
+    const CudaKernel* kernel = slots->kernels[i].load(std::memory_order_acquire);
+    if (!kernel || kernel->key == key) return kernel;
+  }
+}
+
+void CudaKernelTable::Put(Slots* slots, const CudaKernel* kernel) {
+  size_t i = HashOf(kernel->key) & slots->mask;
+  while (slots->kernels[i].load(std::memory_order_relaxed)) i = (i + 1) & slots->mask;
+  slots->kernels[i].store(kernel, std::memory_order_release);
+}
+
+void CudaKernelTable::Insert(std::unique_ptr<const CudaKernel> kernel) {
+  kernels_.push_back(std::move(kernel));
+  if (slots_.empty() || kernels_.size() * 2 > slots_.back()->kernels.size()) {
+    slots_.push_back(std::make_unique<Slots>(slots_.empty() ? 64 : slots_.back()->kernels.size() * 4));
+    for (const auto& known : kernels_) Put(slots_.back().get(), known.get());
+    current_.store(slots_.back().get(), std::memory_order_release);
+  } else {
+    Put(slots_.back().get(), kernels_.back().get());
+  }
+}
+
+Status CudaContext::LoadKernel(const RopeCudaKey& key) {
+  for (bool no_disk = false;; no_disk = true) {
+    // Not under the lock: other variants may compile meanwhile.
+    std::shared_ptr<const Cubin> cubin;
+    ROPEWALK_TRY(GetCubin(key, device().properties, no_disk, &cubin));
+    const std::lock_guard lock(mutex_);
+    if (kernels_.Find(key)) return {};
+    const RelaxedCapture relaxed(driver);
+    ROPEWALK_TRY(Prepare());
+    cu::Module module = nullptr;
+    const cu::Result result = driver.ModuleLoadData(&module, cubin->bytes.data());
+    const bool unfit = result == cu::kInvalidImage || result == cu::kNoBinaryForGpu || result == cu::kUnsupportedPtxVersion;
+    if (unfit && !no_disk && cubin->source.starts_with("disk ")) continue;  // made for another driver: compile again
+    ROPEWALK_TRY(driver.Check(result, "cuModuleLoadData",
+                              Text(" for ", RopeCudaName(key), ", ", cubin->source,
+                                   unfit ? Text("; the driver is for CUDA ", CudaVersionText(driver.version),
+                                                ": use an NVRTC no newer than that (ROPEWALK_LIBNVRTC)")
+                                         : "")));
+    auto kernel = std::make_unique<CudaKernel>();
+    kernel->key = key;
+    kernel->name = RopeCudaName(key);
+    kernel->source = cubin->source;
+    Status status = driver.Check(driver.ModuleGetFunction(&kernel->function, module, "rope_kernel"), "cuModuleGetFunction");
+    for (const auto& [attribute, value] : {std::pair{cu::kNumRegs, &kernel->registers},
+                                           {cu::kLocalSizeBytes, &kernel->local_bytes},
+                                           {cu::kSharedSizeBytes, &kernel->shared_bytes}}) {
+      if (status.ok()) status = driver.Check(driver.FuncGetAttribute(value, attribute, kernel->function), "cuFuncGetAttribute");
+    }
+    if (!status.ok()) {
+      driver.ModuleUnload(module);
+      return status;
+    }
+    kernels_.Insert(std::move(kernel));
+    return {};
+  }
+}
+
+void CudaContext::ForEachKernel(const std::function<void(const CudaKernel&)>& visit) const {
+  const std::lock_guard lock(mutex_);
+  for (const auto& kernel : kernels_.all()) visit(*kernel);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Frequencies
+
+cu::DevicePtr CudaContext::FindFrequencies(const ropewalk_frequencies& frequencies) {
+  // A writer clears the id before it changes the address: the address read between two equal ids is theirs.
+  FrequenciesSlot& slot = frequencies_slots_[frequencies.id % frequencies_slots_.size()];
+  if (slot.id.load(std::memory_order_acquire) == frequencies.id) {
+    const cu::DevicePtr address = slot.address.load(std::memory_order_acquire);
+    if (slot.id.load(std::memory_order_relaxed) == frequencies.id) return address;
+  }
+  std::string content(reinterpret_cast<const char*>(frequencies.turns.data()), frequencies.turns.size() * sizeof(uint64_t));
+  content.append(reinterpret_cast<const char*>(frequencies.axes.data()), frequencies.axes.size() * sizeof(int32_t));
+  const std::lock_guard lock(mutex_);
+  const auto it = frequencies_.find(DigestOf(content));
+  if (it == frequencies_.end()) return 0;
+  slot.id.store(0, std::memory_order_release);
+  slot.address.store(it->second, std::memory_order_release);
+  slot.id.store(frequencies.id, std::memory_order_release);
+  return it->second;
+}
+
+Status CudaContext::UploadFrequencies(const ropewalk_frequencies& frequencies) {
+  std::string content(reinterpret_cast<const char*>(frequencies.turns.data()), frequencies.turns.size() * sizeof(uint64_t));
+  content.append(reinterpret_cast<const char*>(frequencies.axes.data()), frequencies.axes.size() * sizeof(int32_t));
+  const std::lock_guard lock(mutex_);
+  const Digest digest = DigestOf(content);
+  if (frequencies_.contains(digest)) return {};
+  const RelaxedCapture relaxed(driver);
+  ROPEWALK_TRY(Prepare());
+  cu::DevicePtr address = 0;
+  ROPEWALK_TRY(Allocate(content.size(), &address));
+  ROPEWALK_TRY(CopyIn(address, content.data(), content.size()));
+  frequencies_[digest] = address;
+  return {};
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Memory and faults
+
+Status CudaContext::Allocate(size_t bytes, cu::DevicePtr* out) {
+  constexpr size_t kAlignment = 256, kSlabBytes = 64 * 1024;
+  bytes = (bytes + kAlignment - 1) / kAlignment * kAlignment;
+  if (slab_bytes_ < bytes) {
+    const size_t size = std::max(bytes, kSlabBytes);
+    cu::DevicePtr slab = 0;
+    ROPEWALK_TRY(driver.Check(driver.MemAlloc(&slab, size), "cuMemAlloc", Text(" for ", size, " bytes")));
+    slab_ = slab;
+    slab_bytes_ = size;
+  }
+  *out = slab_;
+  slab_ += bytes;
+  slab_bytes_ -= bytes;
+  return {};
+}
+
+Status CudaContext::CopyIn(cu::DevicePtr to, const void* from, size_t bytes) {
+  ROPEWALK_TRY(driver.Check(driver.MemcpyHtoDAsync(to, from, bytes, stream_), "cuMemcpyHtoDAsync"));
+  return driver.Check(driver.StreamSynchronize(stream_), "cuStreamSynchronize");
+}
+
+Status CudaContext::ResetFaults() {
+  rope_fault none[kFaultRecords] = {};
+  for (rope_fault& fault : none) fault.key = ~rw_u64{0};
+  return CopyIn(faults_, none, sizeof(none));
+}
+
+Status CudaContext::Prepare() {
+  if (!stream_) ROPEWALK_TRY(driver.Check(driver.StreamCreate(&stream_, cu::kStreamNonBlocking), "cuStreamCreate"));
+  if (faults_) return {};
+  ROPEWALK_TRY(Allocate(sizeof(rope_fault) * kFaultRecords, &faults_));
+  const Status status = ResetFaults();
+  if (!status.ok()) faults_ = 0;
+  return status;
+}
+
+Status CudaContext::TakeFaults(std::string* text) {
+  const std::lock_guard lock(mutex_);
+  if (!faults_ || !launched.exchange(false)) return {};
+  rope_fault faults[kFaultRecords];
+  Status status = driver.Check(driver.CtxSynchronize(), "cuCtxSynchronize");
+  if (status.ok()) {
+    status = driver.Check(driver.MemcpyDtoHAsync(faults, faults_, sizeof(faults), stream_), "cuMemcpyDtoHAsync");
+  }
+  if (status.ok()) status = driver.Check(driver.StreamSynchronize(stream_), "cuStreamSynchronize");
+  if (!status.ok()) {
+    launched.store(true);  // the next call asks again
+    return status;
+  }
+  const auto* first = std::ranges::min_element(faults, {}, &rope_fault::key);
+  if (first->key == ~rw_u64{0}) return {};
+  const auto index = static_cast<unsigned>(first - faults);
+  *text = FaultText(*first, index & 1u, index & 2u);
+  return ResetFaults();
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Which context
+
+CudaContextScope::~CudaContextScope() {
+  cu::Context popped = nullptr;
+  if (pushed_) context_->driver.CtxPopCurrent(&popped);
+}
+
+Status CudaContextScope::Enter(const CudaDriver& driver, int ordinal) {
+  const DeviceContexts& contexts = AllContexts()[static_cast<size_t>(ordinal)];
+  cu::Context current = nullptr;
+  ROPEWALK_TRY(driver.Check(driver.CtxGetCurrent(&current), "cuCtxGetCurrent"));
+  CudaContext* primary = contexts.primary.load(std::memory_order_acquire);
+  if (current && primary && primary->handle == current) {
+    context_ = primary;
+    return {};
+  }
+  if (current) {
+    if ((context_ = FindOther(contexts, current))) return {};
+    cu::Device device = -1;
+    ROPEWALK_TRY(driver.Check(driver.CtxGetDevice(&device), "cuCtxGetDevice"));
+    if (device == driver.devices[static_cast<size_t>(ordinal)].handle) return Adopt(driver, ordinal, current, &context_);
+  }
+  if (!primary) ROPEWALK_TRY(Primary(driver, ordinal, &primary));
+  return Enter(primary);
+}
+
+Status CudaContextScope::Enter(CudaContext* context) {
+  ROPEWALK_TRY(context->driver.Check(context->driver.CtxPushCurrent(context->handle), "cuCtxPushCurrent"));
+  context_ = context;
+  pushed_ = true;
+  return {};
+}
+
+void ForEachCudaContext(const std::function<void(CudaContext*)>& visit) {
+  if (!CudaDriverWasLoaded()) return;
+  for (const DeviceContexts& contexts : AllContexts()) {
+    if (CudaContext* context = contexts.primary.load(std::memory_order_acquire)) visit(context);
+    for (CudaContext* c = contexts.others.load(std::memory_order_acquire); c; c = c->next) visit(c);
+  }
+}
+
+}  // namespace ropewalk

@@ -1,0 +1,339 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "backends/cuda/cuda.h"
+
+#include <array>
+#include <atomic>
+#include <cstddef>
+#include <cstdlib>
+#include <string_view>
+
+#include "backends/cuda/bundle.h"
+#include "backends/cuda/cache.h"
+#include "backends/cuda/context.h"
+#include "backends/cuda/driver.h"
+#include "backends/cuda/nvrtc.h"
+#include "core/text.h"
+#include "ops/rope/rope_cuda.h"
+
+namespace ropewalk {
+namespace {
+
+constexpr int kOldestMajor = 8;  // sm_80
+
+// ROPEWALK_PDL=0 turns programmatic dependent launch off.
+bool DependentLaunchAllowed() {
+  static const bool allowed = [] {
+    const char* value = std::getenv("ROPEWALK_PDL");
+    return !value || std::string_view(value) != "0";
+  }();
+  return allowed;
+}
+
+std::string DeviceText(const CudaDriver& driver, int ordinal) {
+  const CudaDeviceInfo& info = driver.devices[static_cast<size_t>(ordinal)];
+  return Text("cuda:", ordinal, " (", info.name, ", ", CudaArchText(info.properties), ")");
+}
+
+// The device of the call, if it can serve.
+Status Usable(const CudaDriver& driver, const RopeCall& call) {
+  if (!driver.status.ok()) {
+    return Status(driver.status.code(), Text("rope: q is on ", DeviceName(call.device), ", but CUDA is not available: ",
+                                             driver.status.text(), driver.remedy.empty() ? "" : "; ", driver.remedy));
+  }
+  const int ordinal = call.device.device_id;
+  const auto count = static_cast<int>(driver.devices.size());
+  if (ordinal < 0 || ordinal >= count) {
+    return Status::Invalid(Text("rope: q is on cuda:", ordinal, ", but this machine has ", count,
+                                count == 1 ? " CUDA device" : " CUDA devices"));
+  }
+  if (driver.devices[static_cast<size_t>(ordinal)].properties.major < kOldestMajor) {
+    return Status::Unavailable(Text("rope: q is on ", DeviceText(driver, ordinal),
+                                    ", but sm_80 or newer is needed; move the tensors to the CPU"));
+  }
+  return {};
+}
+
+Status Plan(const CudaDriver& driver, const RopeCall& call, RopeCudaPlan* plan) {
+  const CudaDeviceInfo& info = driver.devices[static_cast<size_t>(call.device.device_id)];
+  return PlanRopeCuda(call, info.properties, DependentLaunchAllowed() && info.properties.major >= 9, plan);
+}
+
+bool NeedsFrequencies(const RopeCall& call) { return call.variant.table_dtype == kRopeNoDtype; }
+
+// What a launch needs and prepare() makes.
+struct Ready {
+  const CudaKernel* kernel = nullptr;
+  cu::DevicePtr frequencies = 0;
+};
+
+bool FindReady(CudaContext* context, const RopeCall& call, const RopeCudaKey& key, Ready* ready) {
+  ready->kernel = context->FindKernel(key);
+  if (NeedsFrequencies(call)) ready->frequencies = context->FindFrequencies(*call.frequencies);
+  return ready->kernel && (ready->frequencies || !NeedsFrequencies(call));
+}
+
+Status MakeReady(CudaContext* context, const RopeCall& call, const RopeCudaKey& key, Ready* ready) {
+  if (!context->FindKernel(key)) ROPEWALK_TRY(context->LoadKernel(key));
+  if (NeedsFrequencies(call)) ROPEWALK_TRY(context->UploadFrequencies(*call.frequencies));
+  if (!FindReady(context, call, key, ready)) return Status::Internal("rope: a kernel was loaded, but is not found");
+  return {};
+}
+
+Status RefuseCapture(const CudaDriver& driver, const RopeCall& call, const RopeCudaKey& key, const Ready& ready) {
+  int capturing = 0;
+  const cu::Result result = driver.StreamIsCapturing(static_cast<cu::Stream>(call.stream), &capturing);
+  if (result != cu::kStreamCaptureImplicit && capturing == 0) return {};
+  return Status::Invalid(Text("rope: the stream is being captured, but ",
+                              ready.kernel ? std::string("these frequencies are not on the device yet")
+                                           : Text("the kernel (", RopeCudaName(key), ") is not loaded yet"),
+                              "; call prepare() with these arguments before the capture"));
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Pointers. Asking the driver about one costs tenths of a microsecond, so the answer is kept for its page of 2 MB, the
+// granularity of device memory; a hit is one load and one comparison. Only "this is memory of that device" is kept, so
+// that a stale answer can let a freed page pass, as without the check, but never refuse a good one.
+
+struct TensorName {
+  const char* name;
+  size_t offset;
+};
+#define ROPEWALK_TENSOR(name) {#name, offsetof(RopeTensors, name)}
+constexpr TensorName kTensorNames[] = {
+    ROPEWALK_TENSOR(q),        ROPEWALK_TENSOR(k),        ROPEWALK_TENSOR(positions), ROPEWALK_TENSOR(offsets),
+    ROPEWALK_TENSOR(cos),      ROPEWALK_TENSOR(sin),      ROPEWALK_TENSOR(axes),      ROPEWALK_TENSOR(q_weight),
+    ROPEWALK_TENSOR(k_weight), ROPEWALK_TENSOR(q_out),    ROPEWALK_TENSOR(k_out),     ROPEWALK_TENSOR(v),
+    ROPEWALK_TENSOR(k_cache),  ROPEWALK_TENSOR(v_cache),  ROPEWALK_TENSOR(slots),     ROPEWALK_TENSOR(k_scale),
+    ROPEWALK_TENSOR(v_scale)};
+#undef ROPEWALK_TENSOR
+static_assert(sizeof(kTensorNames) / sizeof(TensorName) * sizeof(void*) == sizeof(RopeTensors));
+
+constexpr size_t kKnownPages = 1024;
+std::array<std::atomic<uint64_t>, kKnownPages> known_pages{};  // page * 256 + device + 1
+
+Status AskPointer(const CudaDriver& driver, int ordinal, const char* name, cu::DevicePtr pointer, bool* keep) {
+  int attributes[] = {cu::kMemoryType, cu::kIsManaged, cu::kDeviceOrdinal, cu::kAccessFlags};
+  uint64_t memory_type = 0, managed = 0, access = 0;
+  int owner = -1;
+  void* values[] = {&memory_type, &managed, &owner, &access};
+  ROPEWALK_TRY(driver.Check(driver.PointerGetAttributes(4, attributes, values, pointer), "cuPointerGetAttributes",
+                            Text(" for ", name)));
+  *keep = false;
+  if (managed & 0xff) return {};
+  if (static_cast<uint32_t>(memory_type) != cu::kMemoryTypeDevice) {
+    return Status::Invalid(Text("rope: ", name, " is said to be on cuda:", ordinal, ", but its data is in host memory"));
+  }
+  // Another device's memory serves if it is mapped for this one.
+  if (owner != ordinal && static_cast<uint32_t>(access) == 0) {
+    return Status::Invalid(Text("rope: ", name, " is said to be on cuda:", ordinal, ", but its data is on cuda:", owner));
+  }
+  *keep = true;
+  return {};
+}
+
+Status CheckPointers(const CudaDriver& driver, const RopeCall& call) {
+  const int ordinal = call.device.device_id;
+  for (const TensorName& tensor : kTensorNames) {
+    const auto pointer = *reinterpret_cast<const uintptr_t*>(reinterpret_cast<const char*>(&call.tensors) + tensor.offset);
+    if (!pointer) continue;
+    const uint64_t page = pointer >> 21;
+    const uint64_t entry = page * 256 + static_cast<uint64_t>(ordinal) + 1;
+    std::atomic<uint64_t>& known = known_pages[page % kKnownPages];
+    if (known.load(std::memory_order_relaxed) == entry) continue;
+    bool keep = false;
+    ROPEWALK_TRY(AskPointer(driver, ordinal, tensor.name, pointer, &keep));
+    if (keep) known.store(entry, std::memory_order_relaxed);
+  }
+  return {};
+}
+
+// The driver refuses a stream of another context by its handle alone; here is what it means.
+Status LaunchFailed(CudaContext* context, const RopeCall& call, cu::Result result) {
+  const CudaDriver& driver = context->driver;
+  cu::Context owner = nullptr;
+  const auto stream = static_cast<cu::Stream>(call.stream);
+  if ((result == cu::kInvalidHandle || result == cu::kInvalidContext) && stream &&
+      driver.StreamGetCtx(stream, &owner) == cu::kSuccess && owner != context->handle) {
+    cu::Device device = -1;
+    cu::Context popped = nullptr;
+    if (driver.CtxPushCurrent(owner) == cu::kSuccess) {
+      driver.CtxGetDevice(&device);
+      driver.CtxPopCurrent(&popped);
+    }
+    for (size_t i = 0; i < driver.devices.size(); ++i) {
+      if (driver.devices[i].handle != device || static_cast<int>(i) == context->ordinal) continue;
+      return Status::Invalid(Text("rope: q is on cuda:", context->ordinal, ", but the stream is one of cuda:", i));
+    }
+    return Status::Invalid(Text("rope: the stream belongs to another context of cuda:", context->ordinal,
+                                " than the current one"));
+  }
+  return driver.Check(result, "cuLaunchKernelEx", Text(" on cuda:", context->ordinal));
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The backend
+
+bool Serves(DLDevice device) { return device.device_type == kDLCUDA || device.device_type == kDLCUDAManaged; }
+
+Availability Available() {
+  const CudaDriver& driver = GetCudaDriver();
+  if (!driver.status.ok()) return {false, driver.status.text(), driver.remedy};
+  std::string detail = Text("driver for CUDA ", CudaVersionText(driver.version));
+  bool usable = false, bundled = true;
+  for (size_t i = 0; i < driver.devices.size(); ++i) {
+    const CudaDevice& properties = driver.devices[i].properties;
+    const bool new_enough = properties.major >= kOldestMajor;
+    Append(&detail, Text("; ", DeviceText(driver, static_cast<int>(i)), new_enough ? "" : " is too old: sm_80 or newer is needed"));
+    usable |= new_enough;
+    bundled &= !new_enough || BundlesServe(properties);
+  }
+  if (!usable) return {false, detail, "use a GPU of compute capability 8.0 (Ampere) or newer"};
+  const Nvrtc* nvrtc = nullptr;
+  const Status compiler = OpenNvrtc(&nvrtc);
+  Append(&detail, Text("; ", compiler.ok() ? NvrtcText(*nvrtc) : compiler.text(), "; kernels kept in ", DiskCacheText()));
+  for (const std::string& bundle : BundleTexts()) Append(&detail, Text("; bundle ", bundle));
+  if (!compiler.ok() && !bundled) return {false, detail, "install NVRTC (pip install nvidia-cuda-nvrtc), or set ROPEWALK_BUNDLE"};
+  return {true, detail, ""};
+}
+
+Status Launch(const RopeCall& call) {
+  const CudaDriver& driver = GetCudaDriver();
+  ROPEWALK_TRY(Usable(driver, call));
+  RopeCudaPlan plan;
+  ROPEWALK_TRY(Plan(driver, call, &plan));
+  if (plan.grid_x == 0) return {};
+
+  CudaContextScope scope;
+  ROPEWALK_TRY(scope.Enter(driver, call.device.device_id));
+  CudaContext* const context = scope.context();
+  ROPEWALK_TRY(CheckPointers(driver, call));
+  Ready ready;
+  if (!FindReady(context, call, plan.key, &ready)) {
+    ROPEWALK_TRY(RefuseCapture(driver, call, plan.key, ready));
+    ROPEWALK_TRY(MakeReady(context, call, plan.key, &ready));
+  }
+
+  const RopeTensors& t = call.tensors;
+  rope_cuda_args args;
+  args.q = t.q;
+  args.k = t.k;
+  args.positions = t.positions;
+  args.offsets = t.offsets;
+  args.cos = t.cos;
+  args.sin = t.sin;
+  args.turns = reinterpret_cast<const rw_u64*>(ready.frequencies);
+  args.axes = t.axes;
+  if (!t.axes && call.variant.axes) {
+    args.axes = reinterpret_cast<const int*>(ready.frequencies + call.frequencies->turns.size() * sizeof(uint64_t));
+  }
+  args.q_weight = t.q_weight;
+  args.k_weight = t.k_weight;
+  args.q_out = t.q_out;
+  args.k_out = t.k_out;
+  args.v = t.v;
+  args.k_cache = t.k_cache;
+  args.v_cache = t.v_cache;
+  args.slots = t.slots;
+  args.k_scale = t.k_scale;
+  args.v_scale = t.v_scale;
+  args.fault = context->Fault(call.params.batch > 1, t.offsets != nullptr);
+  args.params = call.params;
+
+  cu::LaunchAttribute attribute;
+  attribute.id = cu::kProgrammaticStreamSerialization;
+  attribute.value.number = 1;
+  const cu::LaunchConfig config = {plan.grid_x,      plan.grid_y, 1, plan.key.threads, 1, 1, 0,
+                                   static_cast<cu::Stream>(call.stream), &attribute, plan.key.dependent_launch};
+  void* parameters[] = {&args};
+  const cu::Result result = driver.LaunchKernelEx(&config, ready.kernel->function, parameters, nullptr);
+  if (result != cu::kSuccess) return LaunchFailed(context, call, result);
+  ready.kernel->launches.fetch_add(1, std::memory_order_relaxed);
+  if (!context->launched.load(std::memory_order_relaxed)) context->launched.store(true, std::memory_order_relaxed);
+  return {};
+}
+
+Status Prepare(const RopeCall& call) {
+  const CudaDriver& driver = GetCudaDriver();
+  ROPEWALK_TRY(Usable(driver, call));
+  RopeCudaPlan plan;
+  ROPEWALK_TRY(Plan(driver, call, &plan));
+  if (plan.grid_x == 0) return {};
+  CudaContextScope scope;
+  ROPEWALK_TRY(scope.Enter(driver, call.device.device_id));
+  Ready ready;
+  return FindReady(scope.context(), call, plan.key, &ready) ? Status() : MakeReady(scope.context(), call, plan.key, &ready);
+}
+
+Status Explain(const RopeCall& call, Explanation* explanation) {
+  const CudaDriver& driver = GetCudaDriver();
+  ROPEWALK_TRY(Usable(driver, call));
+  RopeCudaPlan plan;
+  ROPEWALK_TRY(Plan(driver, call, &plan));
+  const auto add = [&](const char* key, std::string value) { explanation->emplace_back(key, std::move(value)); };
+  add("device", DeviceText(driver, call.device.device_id));
+  if (plan.grid_x == 0) {
+    add("kernel", "none");
+    add("why", "there is no work");
+    return {};
+  }
+  const CudaKernel* kernel = nullptr;
+  ForEachCudaContext([&](CudaContext* context) {
+    if (context->ordinal == call.device.device_id && !kernel) kernel = context->FindKernel(plan.key);
+  });
+  add("kernel", Text("cuda ", RopeCudaName(plan.key)));
+  if (kernel) {
+    add("source", Text("memory, from ", kernel->source));
+    add("registers", Text(kernel->registers));
+    add("spilled bytes", Text(kernel->local_bytes));
+    add("shared bytes", Text(kernel->shared_bytes));
+  } else {
+    std::string source;
+    ROPEWALK_TRY(FindCubinSource(plan.key, driver.devices[static_cast<size_t>(call.device.device_id)].properties, &source));
+    add("source", source);
+  }
+  add("angles", NeedsFrequencies(call) ? "frequencies" : "table");
+  add("grid", Text(plan.grid_x, " x ", plan.grid_y));
+  add("block", Text(plan.key.threads));
+  add("dependent launch", plan.key.dependent_launch ? "yes"
+                          : DependentLaunchAllowed() ? "no"
+                                                     : "no (ROPEWALK_PDL=0)");
+  add("why", plan.why);
+  return {};
+}
+
+Status CheckFaults() {
+  std::string fault;
+  Status error;
+  // A device that is lost must not hide another's fault.
+  ForEachCudaContext([&](CudaContext* context) {
+    if (!context->launched.load(std::memory_order_relaxed) || !context->Alive()) return;
+    CudaContextScope scope;
+    std::string text;
+    Status status = scope.Enter(context);
+    if (status.ok()) status = context->TakeFaults(&text);
+    if (fault.empty()) fault = std::move(text);
+    if (error.ok()) error = std::move(status);
+  });
+  return fault.empty() ? error : Status::Fault(std::move(fault));
+}
+
+Status Force(const std::string& part) {
+  if (part.empty()) return {};
+  return Status::Invalid(Text("force_backend: cuda has no parts, but \"", part, "\" is asked for"));
+}
+
+void Counters(std::vector<std::pair<std::string, int64_t>>* counters) {
+  std::map<std::string, int64_t> counts;
+  ForEachCudaContext([&](CudaContext* context) {
+    context->ForEachKernel([&](const CudaKernel& kernel) {
+      if (const int64_t count = kernel.launches.load(std::memory_order_relaxed)) counts[kernel.name] += count;
+    });
+  });
+  for (const auto& [name, count] : counts) counters->emplace_back(Text("cuda ", name), count);
+}
+
+}  // namespace
+
+const Backend kCudaBackend = {"cuda", Serves, Available, Launch, Prepare, Explain, CheckFaults, Force, Counters};
+
+}  // namespace ropewalk

@@ -1,0 +1,49 @@
+// NVRTC, NVIDIA's run-time compiler: found where it may lie, opened when something must be compiled.
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "core/status.h"
+#include "ops/rope/rope_cuda.h"
+
+namespace ropewalk {
+
+struct NvrtcFile {
+  std::string path;
+  std::string identity;  // "libnvrtc.so.13.0.88 109304232": name and size; told without opening it (2 to 11 ms)
+};
+
+// The library that OpenNvrtc would open. Once one is found it stays; until then each call looks again.
+Status LocateNvrtc(NvrtcFile* file);
+
+struct Nvrtc {
+  NvrtcFile file;
+  int major = 0, minor = 0;
+  std::vector<int> archs;  // that it compiles for: 80, 90, ..
+};
+
+// Opens it and checks its version.
+Status OpenNvrtc(const Nvrtc** nvrtc);
+std::string NvrtcText(const Nvrtc& nvrtc);  // "NVRTC 13.0 (/usr/local/cuda/lib64/libnvrtc.so.13.0.88)"
+
+// The architecture to compile for: "sm_90a" for compute capability 9.0. A device newer than NVRTC gets the nearest one
+// that it runs ("sm_120" for 12.1).
+Status ChooseArch(const Nvrtc& nvrtc, const CudaDevice& device, std::string* arch);
+// "sm_90a" for 9.0, "sm_86" for 8.6: from 9.0 on the instructions of that architecture alone are allowed.
+std::string ExactArch(const CudaDevice& device);
+// Whether code for `arch` runs on the device: its own, and without the suffix a lower minor version's.
+bool ArchServes(const std::string& arch, const CudaDevice& device);
+
+struct Compilation {
+  std::string cubin;
+  std::string log;     // "" if there was nothing to say; with `verbose`, ptxas's registers and spills
+  double milliseconds = 0;
+};
+// Compiles `source`, which may include the embedded device files. A failure's text holds the compiler's.
+Status CompileCuda(const Nvrtc& nvrtc, const std::string& source, const std::string& arch, bool verbose, Compilation* out);
+// All options but the architecture, as part of a kernel's identity.
+std::string CompileOptionsText();
+
+}  // namespace ropewalk

@@ -1,0 +1,425 @@
+// Searches the block shapes of the CUDA kernel against the searched floor, on the shapes of docs/cuda.md: how the
+// constants in ops/rope/rope_cuda.cc were found. Needs the toolkit and a GPU:
+//   g++ -std=c++20 -O2 -I. -Iinclude -I$CUDA/include bench/cuda_tune.cc ops/rope/rope_cuda.cc -L$CUDA/lib64 -lnvrtc
+//   -lcuda
+// SPDX-License-Identifier: Apache-2.0
+#include <cuda.h>
+#include <nvrtc.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <fstream>
+#include <functional>
+#include <future>
+#include <map>
+#include <sstream>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "ops/rope/rope_cuda.h"
+
+namespace ropewalk {
+namespace {
+
+void Check(CUresult result, const char* call) {
+  if (result == CUDA_SUCCESS) return;
+  const char* name = "?";
+  cuGetErrorName(result, &name);
+  std::fprintf(stderr, "%s: %s\n", call, name);
+  std::exit(1);
+}
+#define CU(call) Check(call, #call)
+
+std::string ReadFile(const std::string& path) {
+  std::ifstream in(path);
+  std::stringstream text;
+  text << in.rdbuf();
+  return text.str();
+}
+
+struct Kernel {
+  CUfunction function = nullptr;
+  int registers = 0, local = 0;
+};
+
+std::string Compile(const std::string& source) {
+  static const std::vector<std::string> paths = {"kernels/kernel_types.h",    "ops/rope/rope_params.h",
+                                                 "ops/rope/rope_cuda_args.h", "kernels/cuda/vector.cuh",
+                                                 "kernels/cuda/angle.cuh",    "ops/rope/rope.cuh"};
+  static const std::vector<std::string> texts = [] {
+    std::vector<std::string> out;
+    for (const auto& path : paths) out.push_back(ReadFile(path));
+    return out;
+  }();
+  std::vector<const char*> text_pointers, path_pointers;
+  for (size_t i = 0; i < paths.size(); ++i) {
+    text_pointers.push_back(texts[i].c_str());
+    path_pointers.push_back(paths[i].c_str());
+  }
+  nvrtcProgram program;
+  nvrtcCreateProgram(&program, source.c_str(), "k.cu", static_cast<int>(paths.size()), text_pointers.data(),
+                     path_pointers.data());
+  const char* options[] = {"--gpu-architecture=sm_90a", "-std=c++17"};
+  const nvrtcResult result = nvrtcCompileProgram(program, 2, options);
+  if (result != NVRTC_SUCCESS) {
+    size_t size;
+    nvrtcGetProgramLogSize(program, &size);
+    std::string log(size, 0);
+    nvrtcGetProgramLog(program, log.data());
+    std::fprintf(stderr, "%s\n", log.c_str());
+    std::exit(1);
+  }
+  size_t size;
+  nvrtcGetCUBINSize(program, &size);
+  std::string cubin(size, 0);
+  nvrtcGetCUBIN(program, cubin.data());
+  nvrtcDestroyProgram(&program);
+  return cubin;
+}
+
+Kernel LoadKernel(const std::string& cubin, const char* name) {
+  CUmodule module;
+  CU(cuModuleLoadData(&module, cubin.data()));
+  Kernel kernel;
+  CU(cuModuleGetFunction(&kernel.function, module, name));
+  CU(cuFuncGetAttribute(&kernel.registers, CU_FUNC_ATTRIBUTE_NUM_REGS, kernel.function));
+  CU(cuFuncGetAttribute(&kernel.local, CU_FUNC_ATTRIBUTE_LOCAL_SIZE_BYTES, kernel.function));
+  return kernel;
+}
+
+void Launch(CUstream stream, const Kernel& kernel, unsigned x, unsigned y, unsigned threads, bool pdl, void** params) {
+  CUlaunchConfig config = {};
+  config.gridDimX = x;
+  config.gridDimY = y;
+  config.gridDimZ = 1;
+  config.blockDimX = threads;
+  config.blockDimY = config.blockDimZ = 1;
+  config.hStream = stream;
+  CUlaunchAttribute attribute = {};
+  attribute.id = CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
+  attribute.value.programmaticStreamSerializationAllowed = 1;
+  config.attrs = &attribute;
+  config.numAttrs = pdl ? 1 : 0;
+  CU(cuLaunchKernelEx(&config, kernel.function, params, nullptr));
+}
+
+double Time(const std::function<void(CUstream, int)>& launch, int buffers, int count) {
+  CUstream stream;
+  CU(cuStreamCreate(&stream, CU_STREAM_NON_BLOCKING));
+  CUgraph graph;
+  CUgraphExec exec;
+  CU(cuStreamBeginCapture(stream, CU_STREAM_CAPTURE_MODE_GLOBAL));
+  for (int i = 0; i < count; ++i) launch(stream, i % buffers);
+  CU(cuStreamEndCapture(stream, &graph));
+  CU(cuGraphInstantiate(&exec, graph, 0));
+  CUevent begin, end;
+  CU(cuEventCreate(&begin, 0));
+  CU(cuEventCreate(&end, 0));
+  std::vector<float> times;
+  for (int i = 0; i < 10; ++i) {
+    CU(cuEventRecord(begin, stream));
+    CU(cuGraphLaunch(exec, stream));
+    CU(cuEventRecord(end, stream));
+    CU(cuEventSynchronize(end));
+    float ms;
+    CU(cuEventElapsedTime(&ms, begin, end));
+    if (i >= 3) times.push_back(ms * 1e3f / static_cast<float>(count));
+  }
+  std::sort(times.begin(), times.end());
+  cuGraphExecDestroy(exec);
+  cuGraphDestroy(graph);
+  cuEventDestroy(begin);
+  cuEventDestroy(end);
+  cuStreamDestroy(stream);
+  return times[times.size() / 2];
+}
+
+// In-place read-modify-write of the q and k part of packed rows.
+constexpr const char* kFloorSource = R"(
+template <int U, bool Cached> __device__ void Row(uint4* base, long long row, int vectors) {
+  uint4* p = base + blockIdx.x * row;
+  for (int i = threadIdx.x; i < vectors; i += U * blockDim.x) {
+    uint4 v[U];
+#pragma unroll
+    for (int u = 0; u < U; ++u) { int j = i + u * blockDim.x; if (j < vectors) { if (Cached) v[u] = p[j]; else
+      asm volatile("ld.global.L1::no_allocate.v4.u32 {%0,%1,%2,%3},[%4];":"=r"(v[u].x),"=r"(v[u].y),"=r"(v[u].z),"=r"(v[u].w):"l"(p+j)); } }
+#pragma unroll
+    for (int u = 0; u < U; ++u) { int j = i + u * blockDim.x; if (j < vectors) { v[u].x ^= 1; if (Cached) p[j] = v[u]; else
+      asm volatile("st.global.L1::no_allocate.v4.u32 [%0],{%1,%2,%3,%4};"::"l"(p+j),"r"(v[u].x),"r"(v[u].y),"r"(v[u].z),"r"(v[u].w):"memory"); } }
+  }
+}
+template <int U> __device__ void Flat(uint4* base, long long row, int vectors, long long n) {
+  long long i = (long long)blockIdx.x * blockDim.x * U + threadIdx.x; uint4 v[U];
+#pragma unroll
+  for (int u = 0; u < U; ++u) { long long j = i + u * blockDim.x; if (j < n) v[u] = base[j / vectors * row + j % vectors]; }
+#pragma unroll
+  for (int u = 0; u < U; ++u) { long long j = i + u * blockDim.x; if (j < n) { v[u].x ^= 1; base[j / vectors * row + j % vectors] = v[u]; } }
+}
+extern "C" {
+#define ROW(U, C) __global__ void row##U##C(uint4* b, long long r, int q, long long) { Row<U, C>(b, r, q); }
+ROW(1,0) ROW(2,0) ROW(4,0) ROW(1,1) ROW(2,1) ROW(4,1)
+#define FLAT(U) __global__ void flat##U(uint4* b, long long r, int q, long long n) { Flat<U>(b, r, q, n); }
+FLAT(1) FLAT(2) FLAT(4)
+// At few tokens: reads the position and a weight beside the row, all loads at once.
+#define DEP(NAME, PDL) __global__ void NAME(uint2* p, const long long* pos, const uint2* w, int row, int per, int n) { \
+  if (PDL) asm volatile("griddepcontrol.wait;" ::: "memory"); int i = blockIdx.x * blockDim.x + threadIdx.x; if (i < n) { \
+  int t = i / per; uint2* at = p + (long long)t * row + i % per; uint2 v = *at; long long P = pos[t]; uint2 ww = w[i & 31]; v.x ^= (unsigned)P ^ ww.x; v.y ^= ww.y; *at = v; } \
+  if (PDL) asm volatile("griddepcontrol.launch_dependents;"); }
+DEP(dep, 0) DEP(dep_pdl, 1)
+__global__ void empty() {}
+}
+)";
+
+struct TuneShape {
+  const char* name;
+  int tokens, q_heads, k_heads, head_dim;
+};
+
+}  // namespace
+}  // namespace ropewalk
+
+using namespace ropewalk;
+
+int main(int argc, char** argv) {
+  const std::string what = argc > 1 ? argv[1] : "all";
+  CU(cuInit(0));
+  CUdevice device;
+  CU(cuDeviceGet(&device, 0));
+  CUcontext context;
+  CU(cuDevicePrimaryCtxRetain(&context, device));
+  CU(cuCtxSetCurrent(context));
+  char name[256];
+  CU(cuDeviceGetName(name, sizeof(name), device));
+  std::printf("%s\n", name);
+
+  const std::string floor_cubin = Compile(kFloorSource);
+  std::map<std::string, Kernel> floors;
+  for (const char* f :
+       {"row10", "row20", "row40", "row11", "row21", "row41", "flat1", "flat2", "flat4", "dep", "dep_pdl", "empty"}) {
+    floors[f] = LoadKernel(floor_cubin, f);
+  }
+
+  const TuneShape many[] = {
+      {"1024 32/8", 1024, 32, 8, 128},   {"2048 32/8", 2048, 32, 8, 128},     {"flux", 4096, 24, 24, 128},
+      {"qwen_image", 4096, 32, 32, 128}, {"8192 32/4", 8192, 32, 4, 128},     {"16384 32/8", 16384, 32, 8, 128},
+      {"4096 32/8x64", 4096, 32, 8, 64}, {"4096 16/4x256", 4096, 16, 4, 256}, {"4096 32/8x80", 4096, 32, 8, 80}};
+  const TuneShape few[] = {{"1", 1, 32, 8, 128},   {"4", 4, 32, 8, 128},     {"16", 16, 32, 8, 128},
+                           {"64", 64, 32, 8, 128}, {"256", 256, 32, 8, 128}, {"1024", 1024, 32, 8, 128}};
+
+  CUdeviceptr base, weights, turns, positions, table, fault;
+  const size_t pool = size_t{1200} << 20;
+  CU(cuMemAlloc(&base, pool));
+  CU(cuMemAlloc(&weights, 1 << 16));
+  CU(cuMemAlloc(&turns, 1 << 16));
+  CU(cuMemAlloc(&positions, 8 << 16));
+  CU(cuMemAlloc(&table, size_t{16384} * 1024 * 4));
+  CU(cuMemAlloc(&fault, 256));
+  {
+    std::vector<uint16_t> data(1 << 22);
+    for (auto& x : data) x = static_cast<uint16_t>(0x3f00 + (std::rand() & 0xff) + (std::rand() & 1) * 0x8000);
+    for (size_t at = 0; at + data.size() * 2 <= pool; at += data.size() * 2)
+      CU(cuMemcpyHtoD(base + at, data.data(), data.size() * 2));
+    CU(cuMemcpyHtoD(weights, data.data(), 1 << 16));
+    std::vector<uint64_t> t(8192);
+    for (size_t i = 0; i < t.size(); ++i)
+      t[i] = static_cast<uint64_t>(std::pow(1e6, -static_cast<double>(i % 64) / 64.) / 6.283185307179586 *
+                                   18446744073709551616.0);
+    CU(cuMemcpyHtoD(turns, t.data(), 1 << 16));
+    std::vector<int64_t> pos(1 << 16);
+    for (size_t i = 0; i < pos.size(); ++i) pos[i] = static_cast<int64_t>(i % 16384);
+    CU(cuMemcpyHtoD(positions, pos.data(), 8 << 16));
+    CU(cuMemsetD8(table, 0x3e, size_t{16384} * 1024 * 4));
+    CU(cuMemsetD8(fault, 0xff, 256));
+  }
+
+  struct Mode {
+    const char* name;
+    int pairing, norm, table;
+  };
+  const Mode modes[] = {{"rope neox turns", 0, 0, 0}, {"rope il turns", 1, 0, 0}, {"rope neox table", 0, 0, 1},
+                        {"norm neox turns", 0, 1, 0}, {"norm il turns", 1, 1, 0}, {"norm neox table", 0, 1, 1}};
+
+  const auto run = [&](const TuneShape& s, bool is_few) {
+    const int row = (s.q_heads + 2 * s.k_heads) * s.head_dim;  // packed
+    const size_t bytes = static_cast<size_t>(row) * 2 * static_cast<size_t>(s.tokens);
+    const bool cold = s.tokens >= 1024;
+    const int buffers = static_cast<int>(std::clamp<size_t>(cold ? 800000000 / bytes : 64, 4, 512));
+    const int count = is_few && !cold ? 512 : std::max(buffers, 64);
+    if (bytes * static_cast<size_t>(buffers) > pool) std::exit(2);
+    const auto at = [&](int b) { return base + bytes * static_cast<size_t>(b); };
+    double best = 1e9, best_pdl = 1e9;
+    std::string winner;
+    const int vectors = (s.q_heads + s.k_heads) * s.head_dim / 8;
+    for (const char* f : {"row10", "row20", "row40", "row11", "row21", "row41", "flat1", "flat2", "flat4"}) {
+      if (is_few && !cold) break;
+      for (int threads : {64, 128, 256, 384, 512, 768, 1024}) {
+        const bool flat = f[0] == 'f';
+        const long long n = static_cast<long long>(s.tokens) * vectors;
+        const int per = threads * (flat ? f[4] - '0' : 1);
+        const unsigned grid = flat ? static_cast<unsigned>((n + per - 1) / per) : static_cast<unsigned>(s.tokens);
+        const double t = Time(
+            [&](CUstream stream, int b) {
+              CUdeviceptr p = at(b);
+              long long r = row / 8, nn = n;
+              int q = vectors;
+              void* params[] = {&p, &r, &q, &nn};
+              Launch(stream, floors[f], grid, 1, static_cast<unsigned>(threads), false, params);
+            },
+            buffers, count);
+        if (t < best) best = t, winner = std::string(f) + "/" + std::to_string(threads);
+      }
+    }
+    if (is_few) {
+      for (int threads : {32, 64, 128, 256, 512}) {
+        for (bool pdl : {false, true}) {
+          const int per = (s.q_heads + s.k_heads) * s.head_dim / 4;
+          const double t = Time(
+              [&](CUstream stream, int b) {
+                CUdeviceptr p = at(b);
+                int r = row / 4, q = per, n = s.tokens * per;
+                void* params[] = {&p, &positions, &weights, &r, &q, &n};
+                Launch(stream, floors[pdl ? "dep_pdl" : "dep"], static_cast<unsigned>((n + threads - 1) / threads), 1,
+                       static_cast<unsigned>(threads), pdl, params);
+              },
+              buffers, count);
+          double& b = pdl ? best_pdl : best;
+          if (t < b) {
+            b = t;
+            if (!pdl) winner = "dep/" + std::to_string(threads);
+          }
+        }
+      }
+    }
+    std::printf("\n%s (%s) x%d: floor %.2f us (%s, %.0f GB/s)", s.name, is_few ? "few" : "many", s.head_dim, best,
+                winner.c_str(), static_cast<double>(vectors) * 32 * s.tokens / best / 1e3);
+    if (is_few) std::printf(" pdl floor %.2f", best_pdl);
+    std::printf("\n");
+
+    for (const Mode& mode : modes) {
+      for (int pdl = 0; pdl <= (is_few ? 1 : 0); ++pdl) {
+        struct Candidate {
+          RopeCudaKey key;
+          unsigned grid_y;
+          std::future<std::string> cubin;
+          double time = 1e9;
+          int registers = 0, local = 0, min_blocks = 0;
+        };
+        std::vector<Candidate> candidates;
+        const auto add = [&](int vector, int lanes, int threads, int in_flight, int min_blocks) {
+          RopeCudaKey key;
+          key.variant.dtype = kRopeBF16;
+          key.variant.pairing = static_cast<uint8_t>(mode.pairing);
+          key.variant.norm = static_cast<uint8_t>(mode.norm);
+          key.variant.weight = mode.norm ? kRopeWeight : kRopeNoWeight;
+          key.variant.weight_dtype = mode.norm ? kRopeBF16 : kRopeNoDtype;
+          key.variant.table_dtype = mode.table ? kRopeF32 : kRopeNoDtype;
+          key.variant.positions_dtype = kRopeI64;
+          key.head_dim = key.rotary_dim = static_cast<uint16_t>(s.head_dim);
+          key.threads = static_cast<uint16_t>(threads);
+          key.vector = static_cast<uint8_t>(vector);
+          key.lanes = static_cast<uint8_t>(lanes);
+          key.in_flight = static_cast<uint8_t>(in_flight);
+          key.few_tokens = is_few;
+          key.q_heads = static_cast<uint16_t>(s.q_heads);
+          key.k_heads = static_cast<uint16_t>(s.k_heads);
+          key.q_token = key.k_token = row;
+          key.unit_scaling = 1;
+          key.dependent_launch = static_cast<uint8_t>(pdl);
+          key.table_vector = mode.table ? static_cast<uint8_t>(std::min(4, mode.pairing ? vector / 2 : vector)) : 1;
+          const int groups = threads / lanes;
+          const unsigned grid_y = is_few ? static_cast<unsigned>((s.q_heads + s.k_heads + groups - 1) / groups) : 1;
+          std::string source = RopeCudaSource(key);
+          if (min_blocks) {
+            const std::string bounds = "__launch_bounds__(K::kThreads";
+            source.replace(source.find(bounds), bounds.size(), bounds + ", " + std::to_string(min_blocks));
+          }
+          candidates.push_back({key, grid_y, std::async(std::launch::async, Compile, source), 1e9, 0, 0, min_blocks});
+        };
+        const auto pow2 = [](int x) {
+          int r = 1;
+          while (r < x) r *= 2;
+          return r;
+        };
+        if (is_few) {
+          for (int threads : {64, 128, 256}) {
+            add(4, pow2(s.head_dim / 8), threads, 1, 0);
+            add(8, pow2(s.head_dim / 16), threads, 1, 0);
+            add(2, std::min(32, pow2(s.head_dim / 4)), threads, 1, 0);
+          }
+        } else {
+          const int lanes = pow2(s.head_dim / 16);
+          for (int threads : {64, 96, 128, 160, 192, 256, 320}) {
+            for (int in_flight : {1, 2, 3, 4, 5}) {
+              const int groups = threads / lanes;
+              if ((in_flight - 1) * groups >= s.q_heads + s.k_heads || in_flight * threads * 32 > 48 * 1024) continue;
+              for (int warps : {0, 40, 48}) {
+                const int min_blocks = warps * 32 / threads;
+                if (warps && min_blocks == 0) continue;
+                add(8, lanes, threads, in_flight, min_blocks);
+              }
+            }
+          }
+        }
+        for (Candidate& c : candidates) {
+          const Kernel kernel = LoadKernel(c.cubin.get(), "rope_kernel");
+          c.registers = kernel.registers;
+          c.local = kernel.local;
+          if (kernel.local) continue;
+          std::vector<rope_cuda_args> args(static_cast<size_t>(buffers));
+          for (int b = 0; b < buffers; ++b) {
+            rope_cuda_args& a = args[static_cast<size_t>(b)];
+            std::memset(&a, 0, sizeof(a));
+            a.q = a.q_out = reinterpret_cast<void*>(at(b));
+            a.k = a.k_out = reinterpret_cast<void*>(at(b) + static_cast<size_t>(s.q_heads * s.head_dim) * 2);
+            a.positions = reinterpret_cast<void*>(positions);
+            a.turns = reinterpret_cast<const rw_u64*>(turns);
+            a.cos = reinterpret_cast<void*>(table);
+            a.sin = reinterpret_cast<void*>(table + static_cast<size_t>(s.head_dim / 2) * 4);
+            a.q_weight = reinterpret_cast<void*>(weights);
+            a.k_weight = reinterpret_cast<void*>(weights + 1024);
+            a.fault = reinterpret_cast<rope_fault*>(fault);
+            rope_params& p = a.params;
+            p.batch = 1;
+            p.tokens = s.tokens;
+            p.rows = 16384;
+            p.q = p.k = p.q_out = p.k_out = {0, row, s.head_dim};
+            p.positions_token = 1;
+            p.cos_row = p.sin_row = s.head_dim;
+            p.cos_pair = p.sin_pair = 1;
+            p.q_heads = s.q_heads;
+            p.k_heads = s.k_heads;
+            p.head_dim = p.rotary_dim = s.head_dim;
+            p.axes = 1;
+            p.eps = 1e-6f;
+            p.attention_scaling = 1.0f;
+          }
+          c.time = Time(
+              [&](CUstream stream, int b) {
+                void* params[] = {&args[static_cast<size_t>(b)]};
+                Launch(stream, kernel, static_cast<unsigned>(s.tokens), c.grid_y, c.key.threads, pdl, params);
+              },
+              buffers, count);
+        }
+        std::sort(candidates.begin(), candidates.end(), [](const auto& a, const auto& b) { return a.time < b.time; });
+        std::printf("  %-16s%s", mode.name, pdl ? " pdl" : "");
+        for (size_t i = 0; i < std::min<size_t>(5, candidates.size()); ++i) {
+          const Candidate& c = candidates[i];
+          std::printf(" | %.2f=%.3f v%d l%d t%d x%d b%d r%d", c.time, c.time / (pdl ? best_pdl : best), c.key.vector,
+                      c.key.lanes, c.key.threads, c.key.in_flight, c.min_blocks, c.registers);
+        }
+        std::printf("\n");
+        std::fflush(stdout);
+      }
+    }
+  };
+  if (what == "all" || what == "few") {
+    for (const TuneShape& s : few) run(s, true);
+  }
+  if (what == "all" || what == "many") {
+    for (const TuneShape& s : many) run(s, false);
+  }
+}

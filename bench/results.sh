@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# The numbers of docs/results/, all from one run on a quiet machine: `ropewalk bench`, the Google Benchmark program, the
+# cost of a call from Python, torch beside us; then the page that shows them.
+#   bench/results.sh [--quick]     --quick: a few shapes and no torch.compile, to try the script; writes to build/bench
+# Set ROPEWALK and ROPE_BENCH to programs built elsewhere.
+# SPDX-License-Identifier: Apache-2.0
+set -euo pipefail
+cd "$(dirname "$0")/.."
+python=${PYTHON:-.venv/bin/python}
+ropewalk=${ROPEWALK:-.venv/bin/ropewalk}
+rope_bench=${ROPE_BENCH:-build/dev/bench/rope_bench}
+out=docs/results bench_options=() google_options=() torch_options=()
+if [[ ${1:-} == --quick ]]; then
+  out=build/bench
+  bench_options=(--dtype bf16 --threads 1 --seconds 0.05)
+  google_options=(--benchmark_filter='call|checks')
+  torch_options=(--tokens 1,64 --heads 32,8,128 --threads 1 --no-compile)
+fi
+for program in "$python" "$ropewalk" "$rope_bench"; do
+  [[ -x $program ]] || { echo "error: $program is not there: run make setup, and cmake --workflow --preset dev" >&2; exit 2; }
+done
+date=$(date -u +%F)
+cpu=$(sed -n 's/^model name[^:]*: //p' /proc/cpuinfo | head -n 1 | tr '[:upper:]' '[:lower:]' | tr -cs 'a-z0-9\n' '-' | sed 's/^-//; s/-$//')
+stem=$out/$date-${cpu:-cpu}
+mkdir -p "$out"
+
+echo "load before: $(cut -d' ' -f1 /proc/loadavg)"
+"$ropewalk" bench "${bench_options[@]}" --json "$stem-bench.json" --csv "$stem-bench.csv"
+"$rope_bench" "${google_options[@]}" --benchmark_out="$stem-google.json" --benchmark_out_format=json
+[[ ! -e bench/python_call.py ]] || "$python" bench/python_call.py --json "$stem-python.json"
+"$python" bench/cpu_compare.py "${torch_options[@]}" --json "$stem-torch.json"
+"$python" bench/summary.py --stem "$stem" --markdown "$out/cpu.md"

@@ -1,0 +1,132 @@
+"""Writes docs/results/cpu.md from the JSON files that bench/results.sh has left: every number comes from that run.
+
+    python bench/summary.py --stem docs/results/2026-01-31-some-cpu [--markdown docs/results/cpu.md]
+"""
+
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import argparse
+import json
+import pathlib
+import sys
+from typing import Any
+
+
+def aim(row: dict[str, Any]) -> float | None:
+    """The least ratio to the floor that the design asks for (bfloat16, 32/8 heads of 128); None: reported only."""
+    if row["dtype"] != "bf16" or (row["q_heads"], row["k_heads"], row["head_dim"]) != (32, 8, 128):
+        return None
+    if row["memory"] == "DRAM":
+        return 0.95 if row["op"] == "rope" else 0.85
+    if row["memory"] == "L3" and row["op"] == "rope":
+        return 0.80 if row["pairing"] == "neox" else 0.70
+    return None
+
+
+def table(headings: list[str], rows: list[list[str]]) -> str:
+    rule = ["---:" if heading.startswith(">") else "---" for heading in headings]
+    lines = [[heading.removeprefix(">") for heading in headings], rule, *rows]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def floor_part(bench: dict[str, Any]) -> str:
+    machine, results = bench["machine"], bench["results"]
+    rows, met, asked = [], 0, 0
+    for row in results:
+        least = aim(row)
+        verdict = ""
+        if least is not None:
+            asked += 1
+            met += row["ratio"] >= least
+            verdict = f"{least:.2f} {'met' if row['ratio'] >= least else 'missed'}"
+        rows.append([
+            row["memory"], str(row["tokens"]), row["dtype"], str(row["threads"]), f"{row['op']} {row['pairing']}",
+            f"{row['floor_us']:.2f}", f"{row['us']:.2f}", f"{row['gb_per_s']:.1f}", f"{row['ratio']:.3f}", verdict,
+        ])  # fmt: skip
+    kernels = sorted({row["kernel"] for row in results})
+    headings = ["data in", ">tokens", "dtype", ">threads", "op", ">floor us", ">us", ">GB/s", ">of floor", "aim"]
+    return (
+        "## Against the floor\n\n"
+        f"{machine['cpu']}, {machine['cores']} cores, L2 {machine['l2_bytes'] >> 10} KB, "
+        f"L3 {machine['l3_bytes'] >> 20} MB; "
+        f"{machine['date']}, load {machine['load_before']:.2f} before. Heads and dimensions "
+        f"{', '.join(sorted({row['label'] for row in results}))}; in place; angles computed. The floor is an in-place "
+        "read-modify-write of the same bytes, the best of several kernels, on the same threads, in turns with ours; "
+        "`of floor` is its time over ours, the median of pairs. Each result was checked first.\n\n"
+        + table(headings, rows)
+        + f"\nAims met: {met} of {asked}. Kernels: {', '.join(f'`{name}`' for name in kernels)}.\n"
+    )
+
+
+def call_part(google: dict[str, Any]) -> str:
+    rows = [
+        [row["name"], f"{row['real_time']:.0f}"]
+        for row in google["benchmarks"]
+        if row["name"].partition("/")[0] in ("call", "checks") and "error_occurred" not in row
+    ]
+    if not rows:
+        return ""
+    return (
+        "## The cost of a call from C\n\n"
+        "1 token, 1 head of 128, bfloat16, by Google Benchmark. `call`: all in; `checks`: of the arguments alone.\n\n"
+        + table(["call", ">ns"], rows)
+    )
+
+
+def python_part(numbers: dict[str, float]) -> str:
+    return (
+        "## The cost of a call from Python\n\n"
+        "1 token, 1 head of 128, float32, q and k, by `bench/python_call.py`.\n\n"
+        + table(["call", ">ns"], [[name, f"{value:.0f}"] for name, value in numbers.items()])
+    )
+
+
+def torch_part(compared: dict[str, Any]) -> str:
+    rows = []
+    for row in compared["results"]:
+        us, faster = row["us"], row["faster_than"]
+        rows.append([
+            row["op"], str(row["threads"]), str(row["tokens"]), f"{row['q_heads']}/{row['k_heads']}x{row['head_dim']}",
+            f"{us['ropewalk']:.2f}", f"{us['eager']:.2f}", f"{us['compile']:.2f}" if "compile" in us else "",
+            f"{faster['eager']:.1f}", f"{faster['compile']:.1f}" if "compile" in faster else "",
+        ])  # fmt: skip
+    fastest = sum(min(row["faster_than"].values()) > 1 for row in compared["results"])
+    headings = ["op", ">threads", ">tokens", "heads", ">ropewalk us", ">eager us", ">compile us"]
+    headings += [">times faster than eager", ">than compile"]
+    return (
+        "## Beside torch\n\n"
+        f"torch {compared['torch']}, transformers {compared['transformers']}, {compared['cpu']}, "
+        f"{compared['date']}; "
+        f"{compared['results'][0]['dtype']}, neox, from Python, medians. Eager and torch.compile (static shapes) "
+        "run transformers' own chain, cosines and sines made beforehand; Ropewalk computes its angles in the call.\n\n"
+        + table(headings, rows)
+        + f"\nRopewalk is the fastest in {fastest} of {len(rows)} shapes.\n"
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stem", required=True, help="what the names of the JSON files begin with")
+    parser.add_argument("--markdown", metavar="FILE", help="write the page here instead of to stdout")
+    arguments = parser.parse_args()
+    parts = []
+    for kind, part in (("bench", floor_part), ("google", call_part), ("python", python_part), ("torch", torch_part)):
+        path = pathlib.Path(f"{arguments.stem}-{kind}.json")
+        if path.exists():
+            parts.append(part(json.loads(path.read_text())))
+    if not parts:
+        print(f"error: there is no {arguments.stem}-*.json", file=sys.stderr)
+        return 1
+    page = "# Speed on the CPU\n\nMade by `bench/results.sh`; do not edit.\n\n"
+    page += "\n".join(part for part in parts if part)
+    if arguments.markdown:
+        pathlib.Path(arguments.markdown).write_text(page)
+        print(f"wrote {arguments.markdown}")
+    else:
+        print(page)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

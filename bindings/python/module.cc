@@ -1,0 +1,304 @@
+// The Python module over tvm-ffi: one function for each of the C API. The operation's arguments are filled by a loop
+// over its description, so that a new argument needs nothing here. Errors become ValueError (the caller's) or
+// RuntimeError. SPDX-License-Identifier: Apache-2.0
+#include <dlfcn.h>
+#include <pthread.h>
+#include <ropewalk/ropewalk.h>
+#include <tvm/ffi/c_api.h>
+#include <tvm/ffi/extra/c_env_api.h>
+
+#include <array>
+#include <atomic>
+#include <cstring>
+#include <string>
+#include <string_view>
+
+#include "ops/rope/rope_call.h"
+
+namespace {
+
+using ropewalk::Arg;
+using ropewalk::Kind;
+
+int Raise(const char* kind, const std::string& text) {
+  TVMFFIErrorSetRaisedFromCStr(kind, text.c_str());
+  return -1;
+}
+
+int Raise(int code) {
+  if (code == ROPEWALK_OK) return 0;
+  return Raise(code == ROPEWALK_INVALID_ARGUMENT ? "ValueError" : "RuntimeError", ropewalk_last_error());
+}
+
+// ---- values out
+// ------------------------------------------------------------------------------------------------------
+
+int Return(TVMFFIAny* result, int64_t value, int32_t type_index = kTVMFFIInt) {
+  *result = {};
+  result->type_index = type_index;
+  result->v_int64 = value;
+  return 0;
+}
+
+int ReturnText(TVMFFIAny* result, const char* text) {
+  if (!text) return Raise(ROPEWALK_INVALID_ARGUMENT);
+  const TVMFFIByteArray bytes{text, std::strlen(text)};
+  return TVMFFIStringFromByteArray(&bytes, result);
+}
+
+int ReturnBytes(TVMFFIAny* result, const void* data, size_t size) {
+  if (!data) return Return(result, 0, kTVMFFINone);
+  const TVMFFIByteArray bytes{static_cast<const char*>(data), size};
+  return TVMFFIBytesFromByteArray(&bytes, result);
+}
+
+// ---- values in; false if the value is of another type
+// -----------------------------------------------------------------
+
+bool IsInt(const TVMFFIAny& value) { return value.type_index == kTVMFFIInt || value.type_index == kTVMFFIBool; }
+bool IsNone(const TVMFFIAny& value) { return value.type_index == kTVMFFINone; }
+
+bool GetDouble(const TVMFFIAny& value, double* out) {
+  if (value.type_index == kTVMFFIFloat) return *out = value.v_float64, true;
+  if (IsInt(value)) return *out = static_cast<double>(value.v_int64), true;
+  return false;
+}
+
+bool GetTensor(const TVMFFIAny& value, DLTensor** out) {
+  if (value.type_index == kTVMFFITensor) return *out = TVMFFITensorGetDLTensorPtr(value.v_obj), true;
+  if (value.type_index == kTVMFFIDLTensorPtr) return *out = static_cast<DLTensor*>(value.v_ptr), true;
+  return false;
+}
+
+// Text or bytes; they live as long as `value`.
+bool GetBytes(const TVMFFIAny& value, std::string_view* out) {
+  if (value.type_index == kTVMFFISmallStr || value.type_index == kTVMFFISmallBytes) {
+    return *out = {value.v_bytes, value.small_str_len}, true;
+  }
+  if (value.type_index != kTVMFFIStr && value.type_index != kTVMFFIBytes) return false;
+  const TVMFFIByteArray* bytes = TVMFFIBytesGetByteArrayPtr(value.v_obj);
+  return *out = {bytes->data, bytes->size}, true;
+}
+
+// ---- the operation
+// ----------------------------------------------------------------------------------------------------
+
+// A scale given as a Python number: a tensor of no dimensions, on the host.
+struct HostScalar {
+  DLTensor tensor = {};
+  float value = 0.0f;
+};
+
+struct RopeArgs {
+  ropewalk_rope_args args;
+  std::array<HostScalar, 2> scalars;
+  size_t scalars_used = 0;
+  void* stream = nullptr;
+
+  template <class T>
+  void Set(const Arg& arg, T value) {
+    std::memcpy(reinterpret_cast<char*>(&args) + arg.offset, &value, sizeof(value));
+  }
+
+  bool SetValue(const Arg& arg, const TVMFFIAny& value) {
+    double number = 0;
+    switch (arg.kind) {
+      case Kind::kTensor: {
+        DLTensor* tensor = nullptr;
+        if (!GetTensor(value, &tensor)) {
+          if (!(arg.flags & ropewalk::kHostScalar) || scalars_used == scalars.size() || !GetDouble(value, &number)) {
+            return false;
+          }
+          HostScalar& scalar = scalars[scalars_used++];
+          scalar.value = static_cast<float>(number);
+          scalar.tensor.data = &scalar.value;
+          scalar.tensor.device = {kDLCPU, 0};
+          scalar.tensor.dtype = {kDLFloat, 32, 1};
+          tensor = &scalar.tensor;
+        }
+        Set(arg, tensor);
+        return true;
+      }
+      case Kind::kHandle:
+        if (!IsInt(value)) return false;
+        Set(arg, reinterpret_cast<void*>(value.v_int64));
+        return true;
+      case Kind::kDouble:
+        if (!GetDouble(value, &number)) return false;
+        Set(arg, number);
+        return true;
+      default:  // an int outside 32 bits becomes -1, which the checks refuse
+        if (!IsInt(value)) return false;
+        Set(arg, value.v_int64 == static_cast<int32_t>(value.v_int64) ? static_cast<int32_t>(value.v_int64) : -1);
+        return true;
+    }
+  }
+
+  // Positional values in the order of the description; None and what is missing at the end stay at their defaults.
+  int Fill(const TVMFFIAny* values, int32_t count) {
+    const std::span<const Arg> table = ropewalk::RopeDescription();
+    if (count > static_cast<int32_t>(table.size())) return Raise("TypeError", "rope: too many arguments");
+    for (int32_t i = 0; i < count; ++i) {
+      if (IsNone(values[i])) continue;
+      const Arg& arg = table[static_cast<size_t>(i)];
+      if (SetValue(arg, values[i])) continue;
+      const char* wanted = arg.kind == Kind::kTensor   ? "a tensor with DLPack (torch, numpy, ..)"
+                           : arg.kind == Kind::kDouble ? "a number"
+                           : arg.kind == Kind::kHandle ? "a ropewalk.Frequencies"
+                                                       : "an int";
+      return Raise("TypeError", std::string("rope: ") + arg.name + " must be " + wanted);
+    }
+    if (args.q && args.q->device.device_type != kDLCPU) {
+      stream = TVMFFIEnvGetStream(static_cast<int32_t>(args.q->device.device_type), args.q->device.device_id);
+    }
+    return 0;
+  }
+};
+
+// ---- torch's threads
+// --------------------------------------------------------------------------------------------------
+
+// torch_parallel_for of torch >= 2.10, found in the library that Python has loaded.
+using TorchParallelFor = int32_t (*)(int64_t begin, int64_t end, int64_t grain, void (*body)(int64_t, int64_t, void*),
+                                     void* context);
+TorchParallelFor torch_parallel_for = nullptr;
+// OpenMP's threads do not survive fork(), and a parallel region would hang: a child works alone.
+std::atomic<bool> is_forked_child = false;
+
+void ParallelForByTorch(int64_t begin, int64_t end, int64_t grain, void (*body)(int64_t, int64_t, const void*),
+                        const void* body_context, void*) {
+  struct Task {
+    void (*body)(int64_t, int64_t, const void*);
+    const void* context;
+  } task{body, body_context};
+  const auto run = [](int64_t first, int64_t last, void* context) {
+    const auto* t = static_cast<const Task*>(context);
+    t->body(first, last, t->context);
+  };
+  if (is_forked_child.load(std::memory_order_relaxed) || torch_parallel_for(begin, end, grain, run, &task) != 0) {
+    body(begin, end, body_context);
+  }
+}
+
+bool UseTorchThreads() {
+  if (torch_parallel_for) return ropewalk_set_parallel_for(ParallelForByTorch, nullptr) == ROPEWALK_OK;
+  void* library = dlopen("libtorch_cpu.so", RTLD_NOW | RTLD_NOLOAD);
+  if (!library) return false;
+  torch_parallel_for = reinterpret_cast<TorchParallelFor>(dlsym(library, "torch_parallel_for"));
+  if (!torch_parallel_for) return false;
+  pthread_atfork(nullptr, nullptr, [] { is_forked_child.store(true, std::memory_order_relaxed); });
+  return ropewalk_set_parallel_for(ParallelForByTorch, nullptr) == ROPEWALK_OK;
+}
+
+// ---- frequencies
+// ------------------------------------------------------------------------------------------------------
+
+ropewalk_frequencies* Handle(const TVMFFIAny& value) { return reinterpret_cast<ropewalk_frequencies*>(value.v_int64); }
+size_t Pairs(const TVMFFIAny& value) { return static_cast<size_t>(ropewalk_frequencies_rotary_dim(Handle(value)) / 2); }
+
+int ReturnFrequencies(TVMFFIAny* result, int code, const ropewalk_frequencies* frequencies) {
+  if (code != ROPEWALK_OK) return Raise(code);
+  return Return(result, reinterpret_cast<int64_t>(frequencies));
+}
+
+// The text, or null for None. `storage` ends it with a zero.
+const char* OptionalText(const TVMFFIAny& value, std::string* storage) {
+  std::string_view text;
+  if (!GetBytes(value, &text)) return nullptr;
+  return storage->assign(text), storage->c_str();
+}
+
+}  // namespace
+
+// Exports Python's function `name` with at least `needed` arguments, whose types the package has seen to.
+#define EXPORT(name, needed)                                                                                          \
+  static int name(const TVMFFIAny* args, int32_t count, TVMFFIAny* result);                                           \
+  extern "C" __attribute__((visibility("default"))) int __tvm_ffi_##name(void*, const TVMFFIAny* args, int32_t count, \
+                                                                         TVMFFIAny* result) {                         \
+    if (count < (needed)) return Raise("TypeError", #name " needs " #needed " arguments");                            \
+    return name(args, count, result);                                                                                 \
+  }                                                                                                                   \
+  static int name([[maybe_unused]] const TVMFFIAny* args, [[maybe_unused]] int32_t count,                             \
+                  [[maybe_unused]] TVMFFIAny* result)
+
+EXPORT(rope, 1) {
+  RopeArgs rope_args{};
+  if (const int error = rope_args.Fill(args, count)) return error;
+  return Raise(ropewalk_rope(&rope_args.args, rope_args.stream));
+}
+EXPORT(prepare, 1) {
+  RopeArgs rope_args{};
+  if (const int error = rope_args.Fill(args, count)) return error;
+  return Raise(ropewalk_prepare(&rope_args.args));
+}
+EXPORT(explain, 1) {
+  RopeArgs rope_args{};
+  if (const int error = rope_args.Fill(args, count)) return error;
+  return ReturnText(result, ropewalk_explain(&rope_args.args));
+}
+EXPORT(check_faults, 0) { return Raise(ropewalk_check_faults()); }
+EXPORT(backends, 0) { return ReturnText(result, ropewalk_backends()); }
+EXPORT(counters, 0) { return ReturnText(result, ropewalk_counters()); }
+EXPORT(version, 0) { return ReturnText(result, ropewalk_version()); }
+EXPORT(description, 0) { return ReturnText(result, ropewalk_description()); }
+EXPORT(torch_schema, 0) { return ReturnText(result, ropewalk_torch_schema()); }
+EXPORT(use_torch_threads, 0) { return Return(result, UseTorchThreads(), kTVMFFIBool); }
+EXPORT(set_threads, 1) { return Raise(ropewalk_set_threads(static_cast<int32_t>(args[0].v_int64))); }
+EXPORT(default_threads, 0) { return Raise(ropewalk_set_parallel_for(nullptr, nullptr)); }
+EXPORT(force_backend, 1) {
+  std::string name;
+  return Raise(ropewalk_force_backend(OptionalText(args[0], &name)));
+}
+// (tensor, code, bits): says what the elements of a tensor are, where the array's own DLPack cannot.
+EXPORT(set_dtype, 3) {
+  DLTensor* tensor = nullptr;
+  if (!GetTensor(args[0], &tensor)) return Raise("TypeError", "set_dtype: needs a tensor");
+  tensor->dtype = {static_cast<uint8_t>(args[1].v_int64), static_cast<uint8_t>(args[2].v_int64), 1};
+  return 0;
+}
+
+EXPORT(frequencies_create, 4) {
+  std::string scaling;
+  ropewalk_frequencies* frequencies = nullptr;
+  const int code = ropewalk_frequencies_create(args[0].v_float64, args[1].v_int64, OptionalText(args[2], &scaling),
+                                               args[3].v_int64, &frequencies);
+  return ReturnFrequencies(result, code, frequencies);
+}
+EXPORT(frequencies_from_array, 3) {  // (bytes of doubles, attention scaling, None or bytes of int32s)
+  std::string_view values, axes;
+  ropewalk_frequencies* frequencies = nullptr;
+  if (!GetBytes(args[0], &values)) return Raise("TypeError", "frequencies_from_array: needs bytes");
+  const std::string doubles(values);  // aligned, as small bytes may not be
+  std::string ints;
+  if (GetBytes(args[2], &axes)) ints = axes;
+  const int code = ropewalk_frequencies_from_array(
+      reinterpret_cast<const double*>(doubles.data()), static_cast<int64_t>(doubles.size() / sizeof(double)),
+      args[1].v_float64, IsNone(args[2]) ? nullptr : reinterpret_cast<const int32_t*>(ints.data()), &frequencies);
+  return ReturnFrequencies(result, code, frequencies);
+}
+EXPORT(frequencies_from_config, 4) {
+  std::string json, name, layer_type;
+  ropewalk_frequencies* frequencies = nullptr;
+  const int code = ropewalk_frequencies_from_config(OptionalText(args[0], &json), OptionalText(args[1], &name),
+                                                    OptionalText(args[2], &layer_type), args[3].v_int64, &frequencies);
+  return ReturnFrequencies(result, code, frequencies);
+}
+EXPORT(frequencies_release, 1) { return ropewalk_frequencies_release(Handle(args[0])), 0; }
+EXPORT(frequencies_rotary_dim, 1) { return Return(result, ropewalk_frequencies_rotary_dim(Handle(args[0]))); }
+EXPORT(frequencies_attention_scaling, 1) {
+  Return(result, 0, kTVMFFIFloat);
+  result->v_float64 = ropewalk_frequencies_attention_scaling(Handle(args[0]));
+  return 0;
+}
+EXPORT(frequencies_inv_freq, 1) {
+  return ReturnBytes(result, ropewalk_frequencies_inv_freq(Handle(args[0])), Pairs(args[0]) * sizeof(double));
+}
+EXPORT(frequencies_axes, 1) {
+  return ReturnBytes(result, ropewalk_frequencies_axes(Handle(args[0])), Pairs(args[0]) * sizeof(int32_t));
+}
+EXPORT(frequencies_table, 3) {
+  DLTensor *cos = nullptr, *sin = nullptr;
+  if (!GetTensor(args[1], &cos) || !GetTensor(args[2], &sin))
+    return Raise("TypeError", "frequencies_table: needs tensors");
+  return Raise(ropewalk_frequencies_table(Handle(args[0]), cos, sin));
+}

@@ -1,0 +1,296 @@
+"""Ropewalk: rotary position embedding on queries and keys, exact at every position, at the speed of memory.
+
+One operation in three stages: normalise each head (optional), rotate, store (in place, into new tensors, or into a KV
+cache). Tensors are anything with DLPack: torch, numpy, jax, cupy.
+"""
+
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from . import _arrays, _module
+from ._frequencies import Frequencies
+
+if TYPE_CHECKING:
+    from typing import TypedDict
+
+    from typing_extensions import Unpack
+
+    class RopeOptions(TypedDict, total=False):
+        """The keywords of `rope_`."""
+
+        positions: Any
+        offsets: Any
+        frequencies: Frequencies | None
+        cos: Any
+        sin: Any
+        cos_sin: Any
+        axes: Any
+        pairing: str
+        rotary_dim: int | None
+        rotary_offset: int
+        inverse: bool
+        norm: str | None
+        q_weight: Any
+        k_weight: Any
+        zero_centered_weight: bool
+        eps: float
+        rounding: str
+        q_out: Any
+        k_out: Any
+        v: Any
+        k_cache: Any
+        v_cache: Any
+        slots: Any
+        k_scale: Any
+        v_scale: Any
+
+
+__all__ = [
+    "Frequencies",
+    "backends",
+    "can_use",
+    "check_faults",
+    "counters",
+    "explain",
+    "force_backend",
+    "prepare",
+    "rope",
+    "rope_",
+    "set_threads",
+]
+
+__version__: str = _module.function("version")()
+
+_rope = _module.function("rope")
+_prepare = _module.function("prepare")
+_explain = _module.function("explain")
+_check_faults = _module.function("check_faults")
+_backends = _module.function("backends")
+_counters = _module.function("counters")
+_force_backend = _module.function("force_backend")
+_set_threads = _module.function("set_threads")
+_default_threads = _module.function("default_threads")
+_use_torch_threads = _module.function("use_torch_threads")
+
+_PAIRING = _arrays.CHOICES["pairing"]
+_NORM = _arrays.CHOICES["norm"]
+_ROUNDING = _arrays.CHOICES["rounding"]
+
+
+class _Absent:
+    """Stands for the array type of a package that is not installed."""
+
+
+_NumpyArray: Any = _Absent if _arrays.numpy is None else _arrays.numpy.ndarray
+
+if _arrays.torch is not None:
+    from . import _torch
+
+    _Tensor: Any = _arrays.torch.Tensor
+    _is_compiling = _arrays.torch.compiler.is_compiling
+    _grad_enabled = _arrays.torch.is_grad_enabled
+    _use_torch_threads()
+else:
+    _Tensor = _Absent
+
+
+def rope_(
+    q: Any,
+    k: Any = None,
+    *,
+    positions: Any = None,
+    frequencies: Frequencies | None = None,
+    cos: Any = None,
+    sin: Any = None,
+    cos_sin: Any = None,
+    offsets: Any = None,
+    pairing: str = "neox",
+    rotary_dim: int | None = None,
+    rotary_offset: int = 0,
+    inverse: bool = False,
+    axes: Any = None,
+    norm: str | None = None,
+    q_weight: Any = None,
+    k_weight: Any = None,
+    zero_centered_weight: bool = False,
+    eps: float = 1e-6,
+    rounding: str = "fused",
+    q_out: Any = None,
+    k_out: Any = None,
+    v: Any = None,
+    k_cache: Any = None,
+    v_cache: Any = None,
+    slots: Any = None,
+    k_scale: Any = None,
+    v_scale: Any = None,
+) -> tuple[Any, Any]:
+    """Rotates q and k in place, optionally normalising each head before and storing k and v in a KV cache after.
+
+    Shapes are written with `batch?` for a dimension that is there if q has four. T is q's dtype: float32, float16 or
+    bfloat16. Any strides will do, but the last dimension of q, k, v, the caches, the weights and the outputs must be
+    contiguous; so slices of a packed QKV row and transposed views serve without a copy.
+
+    A pair (x, y) of a head becomes (x cos a - y sin a, x sin a + y cos a), where the angle a is the token's position
+    times the pair's frequency (Su et al., "RoFormer", 2021, equation 34).
+
+    Args:
+        q: [batch?, tokens, q_heads, head_dim] T.
+        k: [batch?, tokens, k_heads, head_dim] T, or None.
+        positions: [batch?, tokens] int32 or int64; [axes, batch?, tokens] if pairs are mapped to axes. None: 0, 1, 2
+            and so on. With `frequencies` any sign and size; with a table a row of it.
+        frequencies: a Frequencies: angles are computed, exact at every position. Or a table, used as it is:
+        cos, sin: [batch?, rows, rotary_dim/2] float32, float16 or bfloat16, any strides.
+        cos_sin: [batch?, rows, rotary_dim], cosines then sines, instead of the two.
+        offsets: [batch?, tokens] int32 or int64, added to positions.
+        pairing: "neox", pairs (i, i + rotary_dim/2), or "interleaved", pairs (2i, 2i + 1).
+        rotary_dim: how many elements of a head are rotated. None: what frequencies or the table say.
+        rotary_offset: where the rotated part begins in the head.
+        inverse: rotate back.
+        axes: [rotary_dim/2] int32, the row of positions that each pair takes (mrope, 2-D and 3-D rope).
+        norm: None, or "rms": each head is divided by the root of its mean square + eps (Zhang and Sennrich, "Root Mean
+            Square Layer Normalization", 2019) before the rotation.
+        q_weight, k_weight: [head_dim] float32, float16 or bfloat16; multiply the normalised heads. If given, norm is
+            "rms".
+        zero_centered_weight: multiply by 1 + weight (Gemma).
+        eps: of the norm.
+        rounding: "fused" rounds to T once, at the end; "reference" after each operation that rounds in transformers.
+        q_out, k_out: like q and k: written instead of them.
+        v: [batch?, tokens, k_heads, v_dim] T, only stored.
+        k_cache, v_cache: [slots, k_heads, head_dim] or [pages, page_size, k_heads, head_dim] (v_cache: v_dim); T,
+            float8_e4m3fn or float8_e5m2; any strides.
+        slots: [batch?, tokens] int32 or int64, where each token goes: page * page_size + place. Negative: not stored.
+        k_scale, v_scale: a number, or [k_heads] float32: an fp8 cache holds k / k_scale.
+
+    Returns:
+        q and k, or what was written instead of them.
+
+    Raises:
+        ValueError: an argument does not fit; the message names it, its value and what is accepted. Nothing was
+            written.
+        TypeError: an argument is of the wrong Python type.
+        RuntimeError: no backend can serve the call, or a driver failed.
+
+    A position past the table gives NaN in that token, a slot past the cache is not stored; check_faults() tells of
+    both.
+    """
+    try:
+        if not isinstance(q, _Tensor):
+            for array in (q, k, q_out, k_out, k_cache, v_cache):  # what is written must be known to be writeable
+                if array is not None and type(array) is not _NumpyArray:
+                    raise TypeError
+        elif _is_compiling():
+            _torch.rope_(q, k, positions, offsets, frequencies, cos, sin, cos_sin, axes, pairing, rotary_dim,
+                         rotary_offset, inverse, norm, q_weight, k_weight, zero_centered_weight, eps, rounding, q_out,
+                         k_out, v, k_cache, v_cache, slots, k_scale, v_scale)  # fmt: skip
+            return q if q_out is None else q_out, k if k_out is None else k_out
+        else:
+            # What requires grad, is lazily negated or is not torch's is looked at in detail below.
+            grad, special = q.requires_grad, q.is_neg()
+            for tensor in (k, cos, sin, cos_sin, q_weight, k_weight, q_out, k_out, v, k_cache, v_cache):
+                if tensor is not None:
+                    grad = grad or tensor.requires_grad
+                    special = special or tensor.is_neg()
+            if special or (grad and _grad_enabled()):
+                raise TypeError
+        handle = None if frequencies is None else frequencies._handle
+        _rope(q, k, positions, offsets, handle, cos, sin, cos_sin, axes, _PAIRING[pairing], rotary_dim, rotary_offset,
+              inverse, _NORM[norm], q_weight, k_weight, zero_centered_weight, eps, _ROUNDING[rounding], q_out, k_out, v,
+              k_cache, v_cache, slots, k_scale, v_scale)  # fmt: skip
+        return q if q_out is None else q_out, k if k_out is None else k_out
+    except (TypeError, KeyError, AttributeError, BufferError, RuntimeError) as error:
+        # All but a RuntimeError come from the types of the arguments, before anything was written: once more, more
+        # slowly, and with messages that name the argument.
+        failure = error if isinstance(error, RuntimeError) else None
+        arguments = {
+            "q": q, "k": k, "positions": positions, "offsets": offsets, "frequencies": frequencies, "cos": cos,
+            "sin": sin, "cos_sin": cos_sin, "axes": axes, "pairing": pairing, "rotary_dim": rotary_dim,
+            "rotary_offset": rotary_offset, "inverse": inverse, "norm": norm, "q_weight": q_weight,
+            "k_weight": k_weight, "zero_centered_weight": zero_centered_weight, "eps": eps, "rounding": rounding,
+            "q_out": q_out, "k_out": k_out, "v": v, "k_cache": k_cache, "v_cache": v_cache, "slots": slots,
+            "k_scale": k_scale, "v_scale": v_scale,
+        }  # fmt: skip
+    values = _arrays.values(arguments)
+    if failure is not None:
+        raise failure
+    _rope(*values)
+    return q if q_out is None else q_out, k if k_out is None else k_out
+
+
+def rope(q: Any, k: Any = None, **options: Unpack[RopeOptions]) -> tuple[Any, Any]:
+    """As `rope_`, but into new tensors: q and k are left as they are. KV caches are written as there.
+
+    Returns:
+        The new q and k, each like its own (torch, numpy, jax or cupy); None for no k.
+    """
+    q_out = _arrays.empty_like("q", q)
+    k_out = None if k is None else _arrays.empty_like("k", k)
+    return rope_(q, k, q_out=q_out, k_out=k_out, **options)
+
+
+def prepare(q: Any, k: Any = None, **options: Unpack[RopeOptions]) -> None:
+    """Makes all that a later `rope_` with such arguments needs (kernels, device copies), so that it neither compiles
+    nor allocates and may be captured in a graph. Takes the arguments of `rope_`; reads and writes no tensor's data.
+    """
+    _prepare(*_arrays.values({"q": q, "k": k, **_known("prepare", options)}))
+
+
+def can_use(q: Any, k: Any = None, **options: Unpack[RopeOptions]) -> bool:
+    """Whether `rope_` would serve such a call here: True if `prepare` succeeds, which it then has. Never raises."""
+    try:
+        prepare(q, k, **options)
+    except Exception:  # it promises an answer
+        return False
+    return True
+
+
+def explain(q: Any, k: Any = None, **options: Unpack[RopeOptions]) -> dict[str, str]:
+    """Which backend, kernel and source would serve such a call of `rope_`, and why. Writes nothing."""
+    return json.loads(_explain(*_arrays.values({"q": q, "k": k, **_known("explain", options)})))
+
+
+def _known(function: str, options: Any) -> dict[str, Any]:
+    names = {arg["name"] for arg in _module.description()}
+    for name in options:
+        if name not in names:
+            raise TypeError(f"{function}() got an unexpected keyword argument {name!r}")
+    return dict(options)
+
+
+def check_faults() -> None:
+    """Raises a RuntimeError if a kernel finished since the last call met a position outside its table or a slot outside
+    its cache; the message names the first such token. Waits for the devices. The record is cleared."""
+    _check_faults()
+
+
+def force_backend(name: str | None) -> None:
+    """Serves calls with this backend only ("cpu", "cuda", ..), or with one CPU target ("cpu:avx2"). None ends that."""
+    if name is not None and not isinstance(name, str):
+        raise TypeError(f"force_backend: name must be a str or None, but is a {type(name).__name__}")
+    _force_backend(name)
+
+
+def backends() -> list[dict[str, Any]]:
+    """The backends, available or not: name, available, detail (what serves, or why it cannot), remedy."""
+    return json.loads(_backends())
+
+
+def counters() -> dict[str, int]:
+    """How often each kernel was launched since the start, by "backend kernel"."""
+    return json.loads(_counters())
+
+
+def set_threads(threads: int | None) -> None:
+    """How many threads the CPU backend uses: a pool of its own, the caller's thread included. None: torch's threads if
+    torch is installed (the default then, see `torch.set_num_threads`), else one."""
+    if threads is None:
+        _set_threads(1)
+        if _arrays.torch is None or not _use_torch_threads():
+            _default_threads()
+        return
+    if not isinstance(threads, int) or isinstance(threads, bool):
+        raise TypeError(f"set_threads: threads must be an int or None, but is a {type(threads).__name__}")
+    _default_threads()
+    _set_threads(threads)

@@ -1,0 +1,188 @@
+"""From the user's arrays to what the module takes, with messages that name the argument.
+
+The quick way of a call (ropewalk.rope_) hands torch tensors straight to the module. Everything else comes through here.
+"""
+
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import tvm_ffi
+
+from . import _module
+
+torch: Any = sys.modules.get("torch")  # tvm_ffi has imported it if it is installed
+numpy: Any = sys.modules.get("numpy")
+
+_set_dtype = _module.function("set_dtype")
+# DLPack's code and bits of the dtypes that numpy itself lacks (package ml_dtypes).
+_FOREIGN_DTYPES = {"bfloat16": (4, 16), "float8_e4m3fn": (10, 8), "float8_e5m2": (12, 8)}
+# Names of choices, to the constants of ropewalk.h.
+CHOICES: dict[str, dict[Any, int]] = {
+    "pairing": {"neox": 0, "interleaved": 1},
+    "norm": {None: 0, "rms": 1, "none": 0},
+    "rounding": {"fused": 0, "reference": 1},
+}
+
+# Compiled graphs hold a number that is never used again, not an address that might be.
+_handles: dict[int, int | None] = {0: None}
+_next_key = itertools.count(1)
+
+
+def register_handle(handle: int) -> int:
+    key = next(_next_key)
+    _handles[key] = handle
+    return key
+
+
+def forget_handle(key: int, handles: dict[int, int | None] = _handles) -> None:
+    handles.pop(key, None)
+
+
+def handle_of(key: int) -> int | None:
+    try:
+        return _handles[key]
+    except KeyError:
+        raise RuntimeError("rope: the Frequencies that this graph was compiled with have been freed") from None
+
+
+def _type_name(value: Any) -> str:
+    cls = type(value)
+    return cls.__name__ if cls.__module__ in ("builtins", "__main__") else f"{cls.__module__}.{cls.__name__}"
+
+
+def _convert_numpy(name: str, value: Any, written: bool) -> Any:
+    if written and not value.flags.writeable:
+        raise ValueError(f"rope: {name} must be writeable, but is a read-only numpy array")
+    dtype = value.dtype
+    if not dtype.isnative:
+        raise ValueError(f"rope: {name} must be in the machine's byte order, but is {dtype.str}")
+    foreign = _FOREIGN_DTYPES.get(dtype.name)
+    if foreign is not None:
+        value = value.view("u1" if foreign[1] == 8 else "u2")
+    elif dtype.kind not in "biufc":
+        raise ValueError(f"rope: {name} must be an array of numbers, but its dtype is {dtype}")
+    try:
+        if value.flags.writeable:
+            tensor = tvm_ffi.from_dlpack(value)
+        else:  # the old protocol cannot say that it is read-only; numpy >= 2.1 speaks the new one
+            try:
+                tensor = tvm_ffi.from_dlpack(value.__dlpack__(max_version=(1, 0)))
+            except TypeError:
+                tensor = tvm_ffi.from_dlpack(value.copy())
+    except BufferError as error:
+        raise ValueError(f"rope: {name} cannot be taken over, its dtype is {dtype}: {error}") from None
+    if foreign is not None:
+        _set_dtype(tensor, *foreign)
+    return tensor
+
+
+def check_torch(name: str, value: Any) -> None:
+    """Refuses tensors whose bytes do not say what their elements are, or whose gradient would be lost."""
+    if value.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            f"rope: {name} requires grad, and Ropewalk has no backward: call it under torch.no_grad(), "
+            f"or give {name}.detach()"
+        )
+    if value.layout is not torch.strided:
+        raise ValueError(f"rope: {name} must be a strided tensor, but its layout is {value.layout}")
+    if value.device.type == "meta":
+        raise ValueError(f"rope: {name} must hold data, but is on the meta device")
+    if value.is_neg():
+        raise ValueError(f"rope: {name} is a lazily negated view: call {name}.resolve_neg() first")
+
+
+def convert(name: str, value: Any, written: bool) -> Any:
+    """A tensor argument, ready for the module. Raises a ValueError or TypeError that names it."""
+    if torch is not None and isinstance(value, torch.Tensor):
+        check_torch(name, value)
+        return value
+    if numpy is not None and isinstance(value, numpy.ndarray):
+        return _convert_numpy(name, value, written)
+    if not (hasattr(value, "__dlpack__") or isinstance(value, tvm_ffi.Tensor)):
+        raise TypeError(
+            f"rope: {name} must be a tensor with DLPack (torch, numpy, jax, cupy, ..), but is a {_type_name(value)}"
+        )
+    if written and type(value).__module__.partition(".")[0] in ("jax", "jaxlib"):
+        raise ValueError(f"rope: {name} would be written, but jax arrays are immutable: use torch, numpy or cupy")
+    try:
+        return tvm_ffi.from_dlpack(value)
+    except (BufferError, RuntimeError, ValueError, TypeError) as error:
+        raise ValueError(f"rope: {name} cannot be taken over by DLPack: {error}") from None
+
+
+def values(arguments: Mapping[str, Any]) -> list[Any]:
+    """All arguments of the operation by name, checked and in the module's order. Missing ones are None."""
+    out: list[Any] = []
+    for arg in _module.description():
+        name, kind = arg["name"], arg["kind"]
+        value = arguments.get(name)
+        if kind == "choice":
+            value = choice(name, value) if name in arguments else None
+        elif value is None:
+            pass
+        elif kind == "tensor":
+            if not (name in ("k_scale", "v_scale") and isinstance(value, (int, float))):
+                replaced = name in ("q", "k") and arguments.get(f"{name}_out") is not None
+                value = convert(name, value, written=arg["intent"] != "in" and not replaced)
+        elif kind == "handle":
+            handle = getattr(value, "_handle", None)
+            if handle is None:
+                raise TypeError(f"rope: {name} must be a ropewalk.Frequencies, but is a {_type_name(value)}")
+            value = handle
+        elif kind == "float":
+            if not isinstance(value, (int, float)):
+                raise TypeError(f"rope: {name} must be a number, but is a {_type_name(value)}")
+            value = float(value)
+        elif not isinstance(value, int):
+            raise TypeError(
+                f"rope: {name} must be {'a bool' if kind == 'bool' else 'an int'}, but is a {_type_name(value)}"
+            )
+        out.append(value)
+    return out
+
+
+def choice(name: str, value: Any) -> int:
+    """The constant of ropewalk.h for the name of a choice."""
+    accepted = CHOICES[name]
+    if isinstance(value, (str, type(None))) and value in accepted:
+        return accepted[value]
+    names = " or ".join(repr(key) for key in accepted if key != "none")
+    raise (ValueError if isinstance(value, str) else TypeError)(f"rope: {name} must be {names}, but is {value!r}")
+
+
+def empty(shape: tuple[int, ...], dtype: Any) -> Any:
+    """A new array of a torch dtype, a numpy dtype or a dtype's name."""
+    if torch is not None and isinstance(dtype, torch.dtype):
+        return torch.empty(shape, dtype=dtype)
+    if numpy is None:
+        raise ValueError(f"frequencies: a table of dtype {dtype!r} needs numpy, which is not installed")
+    if isinstance(dtype, str) and dtype == "bfloat16":
+        try:
+            from ml_dtypes import bfloat16 as dtype  # type: ignore[import-not-found]  # noqa: PLC0415
+        except ImportError:
+            raise ValueError("frequencies: numpy has no bfloat16: give torch.bfloat16, or install ml_dtypes") from None
+    try:
+        return numpy.empty(shape, dtype=dtype)
+    except TypeError:
+        raise TypeError(f"frequencies: dtype must be float32, float16 or bfloat16, but is {dtype!r}") from None
+
+
+def empty_like(name: str, value: Any) -> Any:
+    """A new array like a given one, of its own kind."""
+    if torch is not None and isinstance(value, torch.Tensor):
+        return torch.empty_like(value)
+    if numpy is not None and isinstance(value, numpy.ndarray):
+        return numpy.empty_like(value, subok=False)
+    module = sys.modules.get(type(value).__module__.partition(".")[0])
+    if module is not None and module.__name__ not in ("jax", "jaxlib") and hasattr(module, "empty_like"):
+        return module.empty_like(value)  # cupy
+    if module is not None and module.__name__ in ("jax", "jaxlib"):
+        return sys.modules["jax"].numpy.array(value, copy=True)  # our own copy, which no one else has seen
+    raise TypeError(
+        f"rope: {name} must be a torch, numpy, jax or cupy array to get a new one like it, but is a {_type_name(value)}"
+    )

@@ -1,0 +1,209 @@
+"""Rotation frequencies: made once on the host by the C++ core, exact at every position."""
+
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import array
+import json
+import os
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from . import _arrays, _module
+
+_create = _module.function("frequencies_create")
+_from_array = _module.function("frequencies_from_array")
+_from_config = _module.function("frequencies_from_config")
+_release = _module.function("frequencies_release")
+_rotary_dim = _module.function("frequencies_rotary_dim")
+_attention_scaling = _module.function("frequencies_attention_scaling")
+_inv_freq = _module.function("frequencies_inv_freq")
+_axes = _module.function("frequencies_axes")
+_table = _module.function("frequencies_table")
+
+
+def _length(sequence_length: int | None) -> int:
+    if sequence_length is not None and sequence_length < 1:
+        raise ValueError(f"frequencies: sequence_length must be at least 1, or None, but is {sequence_length}")
+    return sequence_length or 0
+
+
+class Frequencies:
+    """The rotation frequencies of a model, and what belongs to them. Immutable; share it between layers and threads.
+
+    A pair i of a head is rotated by `position * inv_freq[i]` radians, where `inv_freq[i]` is
+    `theta ** (-2 * i / rotary_dim)` (Su et al., "RoFormer", 2021) changed by a scaling rule. A frequency is held as a
+    64-bit fraction of a turn, so that the angle is exact at every 64-bit position.
+
+    Args:
+        theta: the base, such as 10000.0. A number above 0.
+        rotary_dim: how many elements of a head are rotated. Even.
+        scaling: a rule in the spelling of Hugging Face's `rope_parameters`, such as
+            `{"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}`. Rules: default, linear,
+            dynamic, yarn, llama3, longrope, proportional. None: no scaling.
+        sequence_length: in tokens, for the rules that depend on it (dynamic, longrope). None: the original length.
+
+    Raises:
+        ValueError: a field is unknown, missing or contradictory. The message names it.
+    """
+
+    __slots__ = ("__weakref__", "_handle", "_key", "_recipe")
+    _handle: int  # address of the core's object, of which this one holds a reference
+    _key: int  # never used again in this process: what compiled graphs hold
+    _recipe: tuple[str, tuple[Any, ...]]  # how to make it again, for pickle
+
+    def __init__(
+        self,
+        theta: float,
+        rotary_dim: int,
+        scaling: Mapping[str, Any] | None = None,
+        sequence_length: int | None = None,
+    ) -> None:
+        text = None if scaling is None else json.dumps(dict(scaling), default=str)
+        self._own(_create(float(theta), int(rotary_dim), text, _length(sequence_length)))
+        self._recipe = ("_again", (theta, rotary_dim, text, sequence_length))
+
+    @classmethod
+    def from_array(
+        cls, inv_freq: Iterable[float], attention_scaling: float = 1.0, axes: Sequence[int] | None = None
+    ) -> Frequencies:
+        """From the frequencies themselves.
+
+        Args:
+            inv_freq: [rotary_dim/2] radians per position, as a sequence, an array or a tensor; taken as float64.
+            attention_scaling: multiplies the cosines and sines.
+            axes: [rotary_dim/2] the row of `positions` that each pair takes (mrope, 2-D and 3-D rope). None: one row.
+
+        Raises:
+            ValueError: a frequency is not finite, there are none, or `axes` has another length or a negative entry.
+        """
+        values = array.array("d", [float(x) for x in inv_freq])
+        rows = None if axes is None else array.array("i", [int(x) for x in axes])
+        if rows is not None and len(rows) != len(values):
+            raise ValueError(f"frequencies: axes must have {len(values)} entries like inv_freq, but has {len(rows)}")
+        self = cls.__new__(cls)
+        self._own(_from_array(values.tobytes(), float(attention_scaling), None if rows is None else rows.tobytes()))
+        self._recipe = ("from_array", (list(values), attention_scaling, None if rows is None else list(rows)))
+        return self
+
+    @classmethod
+    def from_config(
+        cls,
+        config: str | os.PathLike[str] | Mapping[str, Any] | Any,
+        layer_type: str | None = None,
+        sequence_length: int | None = None,
+    ) -> Frequencies:
+        """From a model's configuration, in the old (`rope_scaling`, `rope_theta`) and the new (`rope_parameters`)
+        spelling of Hugging Face.
+
+        Args:
+            config: the path of a `config.json` or of the folder that holds one, the parsed JSON, or a transformers
+                configuration.
+            layer_type: a key of nested `rope_parameters`, such as "full_attention" (Gemma 3).
+            sequence_length: in tokens, for the rules that depend on it (dynamic, longrope). None: the original length.
+
+        Raises:
+            ValueError: a field is unknown, missing or contradictory. The message names the field and the file.
+            OSError: the file cannot be read.
+        """
+        if isinstance(config, (str, os.PathLike)):
+            path = os.fspath(config)
+            if os.path.isdir(path):
+                path = os.path.join(path, "config.json")
+            with open(path, encoding="utf-8") as file:
+                text, name = file.read(), path
+        elif isinstance(config, Mapping):
+            text, name = json.dumps(dict(config), default=str), "config"
+        elif hasattr(config, "to_dict"):
+            text, name = json.dumps(config.to_dict(), default=str), type(config).__name__
+        else:
+            raise TypeError(
+                "frequencies: config must be a path, a dict or a transformers configuration, "
+                f"but is a {type(config).__name__}"
+            )
+        return cls._parsed(text, name, layer_type, sequence_length)
+
+    @classmethod
+    def _parsed(cls, text: str, name: str, layer_type: str | None, sequence_length: int | None) -> Frequencies:
+        self = cls.__new__(cls)
+        self._own(_from_config(text, name, layer_type, _length(sequence_length)))
+        self._recipe = ("_parsed", (text, name, layer_type, sequence_length))
+        return self
+
+    @classmethod
+    def _again(cls, theta: float, rotary_dim: int, scaling: str | None, sequence_length: int | None) -> Frequencies:
+        return cls(theta, rotary_dim, None if scaling is None else json.loads(scaling), sequence_length)
+
+    def _own(self, handle: int) -> None:
+        self._handle = handle
+        self._key = _arrays.register_handle(handle)
+
+    def __del__(self, release: Any = _release, forget: Any = _arrays.forget_handle) -> None:
+        if hasattr(self, "_handle"):
+            forget(self._key)
+            release(self._handle)
+
+    @property
+    def rotary_dim(self) -> int:
+        """How many elements of a head are rotated."""
+        return _rotary_dim(self._handle)
+
+    @property
+    def attention_scaling(self) -> float:
+        """What multiplies the cosines and sines (yarn, longrope); 1.0 for most models."""
+        return _attention_scaling(self._handle)
+
+    @property
+    def inv_freq(self) -> Any:
+        """[rotary_dim/2] radians per position: a float64 numpy array, or a list where numpy is not installed."""
+        return _listed("d", "float64", _inv_freq(self._handle))
+
+    @property
+    def axes(self) -> Any:
+        """[rotary_dim/2] the row of positions that each pair takes: an int32 numpy array, or a list; None: one row."""
+        rows = _axes(self._handle)
+        return None if rows is None else _listed("i", "int32", rows)
+
+    def table(self, max_position: int, dtype: Any = "float32") -> tuple[Any, Any]:
+        """The table of cosines and sines as transformers makes it (float32 products of position and frequency), for
+        parity. At large positions it is less exact than `frequencies=`.
+
+        Args:
+            max_position: the number of rows: positions 0 to max_position - 1.
+            dtype: a torch dtype gives torch tensors; a numpy dtype or its name gives numpy arrays. float32, float16 or
+                bfloat16 (for numpy: with ml_dtypes).
+
+        Returns:
+            cos and sin, each [max_position, rotary_dim/2].
+        """
+        if max_position < 0:
+            raise ValueError(f"frequencies: max_position must be >= 0, but is {max_position}")
+        shape = (int(max_position), self.rotary_dim // 2)
+        cos, sin = _arrays.empty(shape, dtype), _arrays.empty(shape, dtype)
+        _table(self._handle, _arrays.convert("cos", cos, written=True), _arrays.convert("sin", sin, written=True))
+        return cos, sin
+
+    def __repr__(self) -> str:
+        scaling = self.attention_scaling
+        extra = "" if scaling == 1.0 else f", attention_scaling={scaling!r}"
+        return f"<ropewalk.Frequencies of rotary_dim {self.rotary_dim}{extra}>"
+
+    def __copy__(self) -> Frequencies:
+        return self
+
+    def __deepcopy__(self, memo: Any) -> Frequencies:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        name, arguments = self._recipe
+        return getattr(Frequencies, name), arguments
+
+
+def _listed(code: str, dtype: str, data: bytes) -> Any:
+    numpy = sys.modules.get("numpy")
+    if numpy is not None:
+        return numpy.frombuffer(data, dtype=dtype).copy()
+    values = array.array(code)
+    values.frombytes(data)
+    return values.tolist()

@@ -1,0 +1,245 @@
+// ropewalk bench: the operation against the floor of the same bytes, in L2, L3 and DRAM; medians, GB/s, ratio.
+// SPDX-License-Identifier: Apache-2.0
+#include <fmt/chrono.h>
+#include <fmt/format.h>
+#include <sched.h>
+#include <unistd.h>
+
+#include <cstdlib>
+#include <ctime>
+
+#include "bench/timed_case.h"
+#include "cli/common.h"
+#include "cli/model_cases.h"
+
+namespace ropewalk::cli {
+namespace {
+
+struct Options {
+  std::vector<std::string> models, shapes;
+  std::vector<int64_t> tokens;
+  std::vector<std::string> dtypes = {"bf16", "f16", "f32"};
+  std::vector<std::string> pairings = {"neox", "interleaved"};
+  std::vector<std::string> ops = {"rope", "norm+rope"};
+  std::vector<int32_t> threads;
+  std::string backend, json, csv;
+  double seconds = 0.4;
+};
+
+struct Item {
+  std::string label;   // of the model, or of the shape
+  std::string memory;  // where the data lies: "L2", "L3", "DRAM", "-"
+  RopeCase test_case;
+  int32_t threads;
+};
+
+RopeCase ParseShape(const std::string& text, uint32_t dtype) {
+  std::vector<int64_t> numbers;
+  for (const std::string& part : CLI::detail::split(text, ',')) {
+    int64_t number = 0;
+    if (!CLI::detail::lexical_cast(part, number) || number < 0) {
+      throw Failure(fmt::format("--shape must be tokens,q_heads,k_heads,head_dim[,rotary_dim], but is {}", text));
+    }
+    numbers.push_back(number);
+  }
+  if (numbers.size() != 4 && numbers.size() != 5) {
+    throw Failure(fmt::format("--shape must be tokens,q_heads,k_heads,head_dim[,rotary_dim], but is {}", text));
+  }
+  RopeCase c = bench::ShapeCase(numbers[0], numbers[1], numbers[2], numbers[3], dtype);
+  if (numbers.size() == 5) c.rotary_dim = numbers[4];
+  bench::Complete(&c);
+  return c;
+}
+
+// A shape with every op and pairing asked for.
+void AddVariants(const Options& options, RopeCase c, std::vector<Item>* items, int32_t threads) {
+  for (const std::string& op : options.ops) {
+    for (const std::string& pairing : options.pairings) {
+      bench::SetVariant(op == "norm+rope", pairing == "neox" ? ROPEWALK_NEOX : ROPEWALK_INTERLEAVED, &c);
+      const std::string label = fmt::format("{}/{}x{}", c.q_heads, c.k_heads, c.head_dim);
+      items->push_back({label, bench::MemoryOf(bench::BytesOf(c)), c, threads});
+    }
+  }
+}
+
+std::vector<Item> Items(const Options& options) {
+  std::vector<Item> items;
+  std::vector<int32_t> threads = options.threads;
+  if (threads.empty()) {
+    threads = {1};
+    cpu_set_t set;
+    if (sched_getaffinity(0, sizeof(set), &set) == 0 && CPU_COUNT(&set) > 1) threads.push_back(2);
+  }
+  const std::vector<Model> models = options.models.empty() ? std::vector<Model>() : LoadModels(options.models);
+  for (const std::string& dtype_name : options.dtypes) {
+    const uint32_t dtype = ParseDtype(dtype_name);
+    for (const int32_t count : threads) {
+      for (const Model& model : models) {
+        const std::vector<int64_t> tokens = options.tokens.empty() ? std::vector<int64_t>{1, 64, 2048} : options.tokens;
+        for (const int64_t number : tokens) {
+          // Its own pairing and norm.
+          for (const RopeCase& c : ModelCases(model, number, dtype)) {
+            items.push_back({ModelLabel(model, c), bench::MemoryOf(bench::BytesOf(c)), c, count});
+          }
+        }
+      }
+      for (const std::string& shape : options.shapes) AddVariants(options, ParseShape(shape, dtype), &items, count);
+      if (models.empty() && options.shapes.empty()) {
+        for (const int64_t number : options.tokens.empty() ? bench::TokensByCache(dtype) : options.tokens) {
+          AddVariants(options, bench::ShapeCase(number, 32, 8, 128, dtype), &items, count);
+        }
+      }
+    }
+  }
+  return items;
+}
+
+Json ToJson(const Item& item, const bench::TimedCase& timed) {
+  const RopeCase& c = item.test_case;
+  return {{"label", item.label},
+          {"memory", item.memory},
+          {"op", c.norm ? "norm+rope" : "rope"},
+          {"pairing", c.pairing == ROPEWALK_NEOX ? "neox" : "interleaved"},
+          {"dtype", ShortDtype(c.dtype)},
+          {"threads", item.threads},
+          {"tokens", c.tokens},
+          {"q_heads", c.q_heads},
+          {"k_heads", c.k_heads},
+          {"head_dim", c.head_dim},
+          {"rotary_dim", c.rotary_dim},
+          {"held", timed.held},
+          {"message", timed.message},
+          {"worst", timed.worst},
+          {"checked_tokens", timed.checked_tokens},
+          {"bytes", timed.bytes},
+          {"us", timed.time.ours * 1e6},
+          {"floor_us", timed.time.floor * 1e6},
+          {"ratio", timed.time.ratio},
+          {"gb_per_s", timed.gigabytes_per_second()},
+          {"pairs", timed.time.pairs},
+          {"calls", timed.time.calls},
+          {"floor_kernel", timed.floor_shape},
+          {"backend", timed.backend},
+          {"kernel", timed.kernel}};
+}
+
+std::string Csv(const Json& results) {
+  std::string out;
+  std::vector<std::string> cells;
+  for (const auto& [key, value] : results[0].items()) cells.push_back(key);
+  out += CsvLine(cells);
+  for (const Json& result : results) {
+    cells.clear();
+    for (const auto& [key, value] : result.items())
+      cells.push_back(value.is_string() ? value.get<std::string>() : value.dump());
+    out += CsvLine(cells);
+  }
+  return out;
+}
+
+Json Machine() {
+  const bench::Caches caches = bench::CacheSizes();
+  double load[3] = {0, 0, 0};
+  if (getloadavg(load, 3) < 1) load[0] = -1;
+  const std::time_t now = std::time(nullptr);
+  return {{"cpu", bench::CpuName()},
+          {"cores", sysconf(_SC_NPROCESSORS_ONLN)},
+          {"l1_bytes", caches.l1},
+          {"l2_bytes", caches.l2},
+          {"l3_bytes", caches.l3},
+          {"load_before", load[0]},
+          {"date", fmt::format("{:%Y-%m-%d}", fmt::gmtime(now))}};
+}
+
+int Bench(const Options& options) {
+  if (!options.backend.empty()) Require(ropewalk_force_backend(options.backend.c_str()));
+  const std::vector<Item> items = Items(options);
+  if (items.empty()) throw Failure("nothing to time", kNotHeld);
+  const Json machine = Machine();
+  Table table(
+      {"shape", "data in", "dtype", ">threads", ">tokens", "op", ">floor us", ">us", ">GB/s", ">of floor", "kernel"});
+  Json results = Json::array();
+  std::vector<std::string> failures;
+  {
+    Progress progress("bench", static_cast<int64_t>(items.size()));
+    for (const Item& item : items) {
+      const RopeCase& c = item.test_case;
+      const std::string what = fmt::format("{}, {} {}, {} tokens, {} thread{}", item.label, bench::OpName(c),
+                                           ShortDtype(c.dtype), c.tokens, item.threads, item.threads == 1 ? "" : "s");
+      progress.Step(what);
+      bench::TimingOptions timing;
+      timing.threads = item.threads;
+      timing.seconds = options.seconds;
+      timing.full_check = int64_t{1} << 20;
+      bench::TimedCase timed;
+      const Status status = bench::TimeCase(c, timing, &timed);
+      if (!status.ok()) timed.message = status.text();
+      timed.held = timed.held && status.ok();
+      if (!timed.held) failures.push_back(what + ": " + timed.message);
+      results.push_back(ToJson(item, timed));
+      table.Add({item.label, item.memory, ShortDtype(c.dtype), std::to_string(item.threads), std::to_string(c.tokens),
+                 bench::OpName(c), timed.held ? fmt::format("{:.2f}", timed.time.floor * 1e6) : "-",
+                 timed.held ? fmt::format("{:.2f}", timed.time.ours * 1e6) : Verdict(false),
+                 timed.held ? fmt::format("{:.1f}", timed.gigabytes_per_second()) : "-",
+                 timed.held ? fmt::format("{:.3f}", timed.time.ratio) : "-", timed.kernel});
+    }
+  }
+  const bool held = failures.empty();
+  Json out = {{"version", ropewalk_version()}, {"machine", machine}, {"held", held}, {"results", results}};
+  if (!options.json.empty()) WriteText(options.json, out.dump(2) + "\n");
+  if (!options.csv.empty()) WriteText(options.csv, Csv(results));
+  if (options.json != "-" && options.csv != "-") {
+    table.Print();
+    fmt::print(
+        "\n{}; load {:.1f}. Each result was checked before it was timed. of floor: the floor's time (an in-place "
+        "read-modify-write\nof the same bytes, best of {} kernels, same threads) over ours, median of pairs taken in "
+        "turns. "
+        "GB/s: bytes read and\nwritten over our median.\n",
+        machine["cpu"].get<std::string>(), machine["load_before"].get<double>(), bench::FloorShapes());
+  }
+  for (const std::string& failure : failures) fmt::print(stderr, "{}  {}\n", Verdict(false), failure);
+  return held ? kHeld : kNotHeld;
+}
+
+}  // namespace
+
+void AddBench(CLI::App* app, int* exit_code) {
+  auto options = std::make_shared<Options>();
+  CLI::App* command = app->add_subcommand("bench", "ours against the floor of the same bytes: medians, GB/s, ratio");
+  AddModelOption(command, &options->models);
+  command->add_option("--shape", options->shapes, "a shape of your own; may be repeated")
+      ->type_name("tokens,q_heads,k_heads,head_dim[,rotary_dim]")
+      ->delimiter(';');
+  command->add_option("--tokens", options->tokens, "tokens in a call (default: to fill L2, L3 and DRAM)")
+      ->delimiter(',')
+      ->check(Above0());
+  command->add_option("--dtype", options->dtypes, "bf16, f16, f32 (default: all three)")
+      ->delimiter(',')
+      ->check(CLI::IsMember({"bf16", "f16", "f32", "bfloat16", "float16", "float32"}))
+      ->type_name("DTYPE");
+  command->add_option("--pairing", options->pairings, "neox, interleaved (default: both)")
+      ->delimiter(',')
+      ->check(CLI::IsMember({"neox", "interleaved"}))
+      ->type_name("PAIRING");
+  command->add_option("--op", options->ops, "rope, norm+rope (default: both)")
+      ->delimiter(',')
+      ->check(CLI::IsMember({"rope", "norm+rope"}))
+      ->type_name("OP");
+  command->add_option("--threads", options->threads, "threads (default: 1, and 2 where there are two cores)")
+      ->delimiter(',')
+      ->check(Above0());
+  command->add_option("--seconds", options->seconds, "of timing for each line")->check(Above0())->capture_default_str();
+  command->add_option("--backend", options->backend, "force a backend, or one CPU target as in cpu:avx2");
+  command->add_option("--json", options->json, "write JSON to this file; -: to stdout")->type_name("FILE");
+  command->add_option("--csv", options->csv, "write CSV to this file; -: to stdout")->type_name("FILE");
+  command->footer(
+      "Examples:\n"
+      "  ropewalk bench                                          32/8 heads of 128, in L2, L3 and DRAM\n"
+      "  ropewalk bench --shape 4096,24,24,128 --dtype bf16      one shape\n"
+      "  ropewalk bench --model qwen3-8b --threads 1,2,4         a model's own pairing and norm\n"
+      "  ropewalk bench --json out.json --csv out.csv            for machines\n\n"
+      "Exit code 0 only if every result was right; speed never fails.");
+  command->callback([options, exit_code] { *exit_code = Bench(*options); });
+}
+
+}  // namespace ropewalk::cli

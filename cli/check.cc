@@ -1,0 +1,165 @@
+// ropewalk check: every case against the double-precision reference, on the backend that is forced.
+// SPDX-License-Identifier: Apache-2.0
+#include <fmt/format.h>
+
+#include <algorithm>
+
+#include "cli/common.h"
+#include "cli/model_cases.h"
+#include "conformance/runner.h"
+
+namespace ropewalk::cli {
+namespace {
+
+struct Options {
+  std::string backend = "cpu", pattern;
+  std::vector<std::string> models;
+  int64_t max_failures = 0;
+  int32_t threads = 1;
+  bool list = false, json = false;
+};
+
+// The cases of the list, or those of the models named.
+std::vector<RopeCase> Cases(const Options& options) {
+  if (options.models.empty()) return RopeCases();
+  std::vector<RopeCase> cases;
+  for (const Model& model : LoadModels(options.models)) {
+    for (const uint32_t dtype : {kBF16, kF16, kF32}) {
+      for (const int64_t tokens : {1, 7, 64}) {
+        const std::vector<RopeCase> found = ModelCases(model, tokens, dtype);
+        cases.insert(cases.end(), found.begin(), found.end());
+      }
+    }
+  }
+  return cases;
+}
+
+Json ToJson(const RunSummary& summary, const Options& options) {
+  const auto counts = [](const std::map<std::string, RunSummary::Count>& of) {
+    Json out = Json::object();
+    for (const auto& [name, count] : of) out[name] = {{"run", count.run}, {"failed", count.failed}};
+    return out;
+  };
+  Json out = {{"version", ropewalk_version()},
+              {"backend", options.backend},
+              {"held", summary.ok()},
+              {"run", summary.run},
+              {"failed", summary.failed},
+              {"elements", summary.elements},
+              {"worst", summary.worst},
+              {"worst_case", summary.worst_case},
+              {"error", summary.error},
+              {"options", counts(summary.tags)},
+              {"kernels", counts(summary.kernels)}};
+  out["failures"] = Json::array();
+  for (const CaseResult& failure : summary.failures) {
+    out["failures"].push_back({{"case", failure.name}, {"message", failure.message}, {"rerun", failure.rerun}});
+  }
+  return out;
+}
+
+// One line for each stage or option: how many cases exercised each of its values.
+void PrintOptions(const RunSummary& summary) {
+  Table table({"stage or option", "cases run (failed)"});
+  std::string option, values;
+  const auto flush = [&] {
+    if (!option.empty()) table.Add({option, values});
+    values.clear();
+  };
+  for (const auto& [tag, count] : summary.tags) {
+    const size_t equals = tag.find('=');
+    const std::string name = tag.substr(0, equals);
+    const std::string value = equals == std::string::npos ? "" : tag.substr(equals + 1);
+    if (name != option) {
+      flush();
+      option = name;
+    }
+    if (!values.empty()) values += ", ";
+    if (!value.empty()) values += value + " ";
+    values += std::to_string(count.run);
+    if (count.failed) values += fmt::format(" ({} failed)", count.failed);
+  }
+  flush();
+  table.Print();
+}
+
+int Check(const Options& options) {
+  const std::vector<RopeCase> cases = Cases(options);
+  if (options.list) {
+    int64_t listed = 0;
+    for (const RopeCase& c : cases) {
+      if (!MatchesFilter(c.name, options.pattern)) continue;
+      fmt::print("{}\n", c.name);
+      ++listed;
+    }
+    if (listed == 0) throw Failure(fmt::format("no case matches \"{}\"", options.pattern), kNotHeld);
+    return kHeld;
+  }
+  Require(ropewalk_set_threads(options.threads));
+  const int64_t matching =
+      std::ranges::count_if(cases, [&](const RopeCase& c) { return MatchesFilter(c.name, options.pattern); });
+  RunSummary summary;
+  {
+    Progress progress("check", matching);
+    RunOptions run;
+    run.backend = options.backend;
+    run.filter = options.pattern;
+    run.max_failures = options.max_failures;
+    run.progress = [&](const CaseResult& result, int64_t, int64_t) { progress.Step(result.name); };
+    summary = RunCases(cases, HostMemory(), run);
+  }
+  // What the list alone does not say.
+  for (CaseResult& failure : summary.failures) {
+    for (const std::string& model : options.models) failure.rerun += fmt::format(" --model '{}'", model);
+    if (options.threads != 1) failure.rerun += fmt::format(" --threads {}", options.threads);
+  }
+  if (options.json) {
+    fmt::print("{}\n", ToJson(summary, options).dump(2));
+    return summary.ok() ? kHeld : kNotHeld;
+  }
+  if (!summary.error.empty()) throw Failure(summary.error, kNotHeld);
+  PrintOptions(summary);
+  fmt::print("\n");
+  Table kernels({"backend and kernel", ">cases", ">failed"});
+  for (const auto& [kernel, count] : summary.kernels) {
+    kernels.Add({kernel, std::to_string(count.run), std::to_string(count.failed)});
+  }
+  kernels.Print();
+  fmt::print("\n");
+  for (const CaseResult& failure : summary.failures) {
+    fmt::print("{}  {}\n        {}\n        again: {}\n", Verdict(false), failure.name, failure.message, failure.rerun);
+  }
+  fmt::print("{}: {} cases ran, {} failed; {} elements compared; worst error {:.3f} of the tolerance ({})\n",
+             Verdict(summary.ok()), summary.run, summary.failed, summary.elements, summary.worst, summary.worst_case);
+  return summary.ok() ? kHeld : kNotHeld;
+}
+
+}  // namespace
+
+void AddCheck(CLI::App* app, int* exit_code) {
+  auto options = std::make_shared<Options>();
+  CLI::App* command =
+      app->add_subcommand("check", "conformance: every case against the reference; how to rerun a failure");
+  command->add_option("--backend", options->backend, "what to force: a backend, or one CPU target as in cpu:avx2")
+      ->capture_default_str();
+  command->add_option("--case", options->pattern, "only cases whose name holds this text; * and ? match the whole name")
+      ->type_name("PATTERN");
+  AddModelOption(command, &options->models);
+  command->add_option("--threads", options->threads, "threads of the CPU backend")
+      ->check(Above0())
+      ->capture_default_str();
+  command->add_option("--max-failures", options->max_failures, "stop after so many; 0: never")->capture_default_str();
+  command->add_flag("--list", options->list, "print the names of the cases and run none");
+  command->add_flag("--json", options->json, "print JSON");
+  command->footer(
+      "Examples:\n"
+      "  ropewalk check                            all cases\n"
+      "  ropewalk check --backend cpu:avx2         on one target of the CPU\n"
+      "  ropewalk check --case 'norm*' --list      which cases a pattern means\n"
+      "  ropewalk check --model my/config.json     one model's shapes, in three dtypes\n\n"
+      "A tolerance is half a unit in the last place of the output and 2^-20 of the pair's length (2^-21 in float32).\n"
+      "Exit code 1 if a case fails or none ran.");
+  command->callback([options, exit_code] { *exit_code = Check(*options); });
+}
+
+}  // namespace ropewalk::cli

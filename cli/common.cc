@@ -1,0 +1,266 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "cli/common.h"
+
+#include <fmt/format.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <filesystem>
+#include <fstream>
+#include <sstream>
+#include <utility>
+
+namespace ropewalk::cli {
+namespace fs = std::filesystem;
+
+void Require(int code) {
+  if (code != ROPEWALK_OK) throw Failure(ropewalk_last_error(), code == ROPEWALK_FAULT ? kNotHeld : kCannot);
+}
+
+Json Parsed(const char* text) {
+  if (!text) throw Failure(ropewalk_last_error());
+  return Json::parse(text);
+}
+
+// ---- tables ---------------------------------------------------------------------------------------------------------
+
+namespace {
+
+// Columns that a cell takes on a terminal: escape sequences and the later bytes of UTF-8 take none.
+size_t Width(std::string_view text) {
+  size_t width = 0;
+  for (size_t i = 0; i < text.size(); ++i) {
+    if (text[i] == '\033') {
+      while (i < text.size() && text[i] != 'm') ++i;
+    } else if ((static_cast<unsigned char>(text[i]) & 0xc0) != 0x80) {
+      ++width;
+    }
+  }
+  return width;
+}
+
+bool Coloured() {
+  static const bool coloured = isatty(STDOUT_FILENO) && !std::getenv("NO_COLOR");
+  return coloured;
+}
+
+}  // namespace
+
+Table::Table(std::vector<std::string> headings) {
+  for (std::string& heading : headings) {
+    const bool right = heading.starts_with('>');
+    right_.push_back(right);
+    headings_.push_back(right ? heading.substr(1) : std::move(heading));
+  }
+}
+
+void Table::Add(std::vector<std::string> cells) {
+  cells.resize(headings_.size());
+  rows_.push_back(std::move(cells));
+}
+
+void Table::Print() const {
+  std::vector<size_t> widths;
+  for (size_t i = 0; i < headings_.size(); ++i) {
+    size_t width = Width(headings_[i]);
+    for (const auto& row : rows_) width = std::max(width, Width(row[i]));
+    widths.push_back(width);
+  }
+  const auto print = [&](const std::vector<std::string>& cells) {
+    std::string line;
+    for (size_t i = 0; i < cells.size(); ++i) {
+      const std::string pad(widths[i] - Width(cells[i]), ' ');
+      line += right_[i] ? pad + cells[i] : cells[i] + pad;
+      if (i + 1 < cells.size()) line += "  ";
+    }
+    line.erase(line.find_last_not_of(' ') + 1);
+    fmt::print("{}\n", line);
+  };
+  print(headings_);
+  std::vector<std::string> rule;
+  for (const size_t width : widths) rule.emplace_back(width, '-');
+  print(rule);
+  for (const auto& row : rows_) print(row);
+  std::fflush(stdout);
+}
+
+std::string Verdict(bool held) {
+  const char* text = held ? "ok" : "FAILED";
+  if (!Coloured()) return text;
+  return fmt::format("\033[{}m{}\033[0m", held ? 32 : 31, text);
+}
+
+// ---- progress -------------------------------------------------------------------------------------------------------
+
+Progress::Progress(std::string label, int64_t total)
+    : label_(std::move(label)), total_(total), shown_(isatty(STDERR_FILENO) != 0) {}
+
+Progress::~Progress() {
+  if (shown_) fmt::print(stderr, "\r\033[K");
+}
+
+void Progress::Step(std::string_view what) {
+  ++done_;
+  if (!shown_) return;
+  // Cut to one line of a narrow terminal, since a line that wraps cannot be written over.
+  std::string line = fmt::format("{} {}/{}  {}", label_, done_, total_, what);
+  if (line.size() > 78) line = line.substr(0, 75) + "...";
+  fmt::print(stderr, "\r{}\033[K", line);
+  std::fflush(stderr);
+}
+
+// ---- models ---------------------------------------------------------------------------------------------------------
+
+namespace {
+
+std::string ReadFile(const fs::path& path) {
+  std::ifstream file(path, std::ios::binary);
+  std::ostringstream text;
+  text << file.rdbuf();
+  if (!file) throw Failure(fmt::format("cannot read {}", path.string()));
+  return text.str();
+}
+
+Model LoadModel(const fs::path& path) {
+  Model model;
+  model.path = path.string();
+  model.json = ReadFile(path);
+  const Status status = ReadModelConfig(model.json, model.path, &model.config);
+  if (!status.ok()) throw Failure(status.text());
+  if (model.config.name.empty()) model.config.name = path.stem().string();
+  return model;
+}
+
+std::vector<fs::path> ConfigsIn(const fs::path& directory) {
+  // A model's own directory, as Hugging Face lays it out.
+  if (fs::exists(directory / "config.json")) return {directory / "config.json"};
+  std::vector<fs::path> paths;
+  for (const auto& entry : fs::directory_iterator(directory)) {
+    if (entry.path().extension() == ".json") paths.push_back(entry.path());
+  }
+  std::ranges::sort(paths);
+  return paths;
+}
+
+bool HoldsModels(const fs::path& directory) {
+  std::error_code ignored;
+  return fs::is_directory(directory, ignored) && !ConfigsIn(directory).empty();
+}
+
+}  // namespace
+
+std::string ModelsDirectory(std::vector<std::string>* tried) {
+  std::vector<fs::path> places = {"models"};
+  if (const char* variable = std::getenv("ROPEWALK_MODELS"); variable && *variable) places.emplace_back(variable);
+  std::error_code error;
+  const fs::path program = fs::read_symlink("/proc/self/exe", error);
+  if (!error) {
+    const fs::path prefix = program.parent_path().parent_path();
+    places.push_back(prefix / "share/ropewalk/models");
+    for (const char* lib : {"lib", "lib64"}) {
+      for (const auto& entry : fs::directory_iterator(prefix / lib, error)) {
+        if (entry.path().filename().string().starts_with("python3")) {
+          places.push_back(entry.path() / "site-packages/ropewalk/models");
+        }
+      }
+    }
+  }
+  for (const fs::path& place : places) {
+    if (HoldsModels(place)) return place.string();
+    if (tried) tried->push_back(place.string());
+  }
+  return "";
+}
+
+std::vector<Model> LoadModels(const std::vector<std::string>& paths) {
+  std::vector<Model> models;
+  std::vector<std::string> places = paths;
+  if (places.empty()) {
+    std::vector<std::string> tried;
+    const std::string directory = ModelsDirectory(&tried);
+    if (directory.empty()) {
+      throw Failure(fmt::format("no models found in {}: give --model CONFIG.json, or set ROPEWALK_MODELS",
+                                fmt::join(tried, ", ")));
+    }
+    places.push_back(directory);
+  }
+  for (const std::string& place : places) {
+    std::error_code error;
+    if (fs::is_directory(place, error)) {
+      const auto found = ConfigsIn(place);
+      if (found.empty()) throw Failure(fmt::format("no model configuration (*.json) in {}", place));
+      for (const fs::path& path : found) models.push_back(LoadModel(path));
+    } else if (fs::exists(place, error)) {
+      models.push_back(LoadModel(place));
+    } else {
+      // A name alone means one of the models that come with Ropewalk.
+      const std::string directory = ModelsDirectory(nullptr);
+      const fs::path named = fs::path(directory) / (place + ".json");
+      if (directory.empty() || place.find('/') != std::string::npos || !fs::exists(named, error)) {
+        throw Failure(fmt::format("--model: no such file or directory: {}", place));
+      }
+      models.push_back(LoadModel(named));
+    }
+  }
+  return models;
+}
+
+FrequenciesPtr ModelFrequencies(const Model& model, const std::string& layer_type, int64_t sequence_length) {
+  ropewalk_frequencies* frequencies = nullptr;
+  Require(ropewalk_frequencies_from_config(model.json.c_str(), model.path.c_str(),
+                                           layer_type.empty() ? nullptr : layer_type.c_str(), sequence_length,
+                                           &frequencies));
+  return FrequenciesPtr(frequencies);
+}
+
+FrequenciesPtr PlainFrequencies(double theta, int64_t rotary_dim) {
+  ropewalk_frequencies* frequencies = nullptr;
+  Require(ropewalk_frequencies_create(theta, rotary_dim, nullptr, 0, &frequencies));
+  return FrequenciesPtr(frequencies);
+}
+
+CLI::Validator Above0() {
+  return CLI::Validator(
+      [](std::string& text) {
+        double number = 0;
+        return CLI::detail::lexical_cast(text, number) && number > 0 ? ""
+                                                                     : fmt::format("must be above 0, but is {}", text);
+      },
+      "");
+}
+
+// ---- output ---------------------------------------------------------------------------------------------------------
+
+void WriteText(const std::string& path, const std::string& text) {
+  if (path == "-") {
+    fmt::print("{}", text);
+    return;
+  }
+  if (const fs::path parent = fs::path(path).parent_path(); !parent.empty()) {
+    std::error_code error;
+    fs::create_directories(parent, error);
+  }
+  std::ofstream file(path, std::ios::binary);
+  file << text;
+  file.close();
+  if (!file) throw Failure(fmt::format("cannot write {}", path));
+}
+
+std::string CsvLine(const std::vector<std::string>& cells) {
+  std::string line;
+  for (const std::string& cell : cells) {
+    if (!line.empty() || &cell != cells.data()) line += ',';
+    if (cell.find_first_of(",\"\n") == std::string::npos) {
+      line += cell;
+      continue;
+    }
+    line += '"';
+    for (const char c : cell) line += c == '"' ? std::string("\"\"") : std::string(1, c);
+    line += '"';
+  }
+  return line + "\n";
+}
+
+}  // namespace ropewalk::cli

@@ -1,0 +1,112 @@
+// What the subcommands share: errors, tables, progress, models, frequencies.
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <ropewalk/ropewalk.h>
+
+#include <CLI/CLI.hpp>
+#include <cstdint>
+#include <memory>
+#include <nlohmann/json.hpp>
+#include <stdexcept>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "core/model_config.h"
+
+namespace ropewalk::cli {
+
+// In the order in which fields were added.
+using Json = nlohmann::ordered_json;
+
+// What a command ends with.
+enum ExitCode : int {
+  kHeld = 0,     // everything asked for held
+  kNotHeld = 1,  // a check failed, or nothing ran
+  kCannot = 2,   // bad usage, a missing file, an absent backend
+};
+
+// Ends a command with one sentence on stderr.
+class Failure : public std::runtime_error {
+ public:
+  explicit Failure(const std::string& text, ExitCode code = kCannot) : std::runtime_error(text), code_(code) {}
+  ExitCode code() const { return code_; }
+
+ private:
+  ExitCode code_;
+};
+
+// Throws what the library said unless `code` is ROPEWALK_OK.
+void Require(int code);
+// Parses text that the library returned; null is a failure.
+Json Parsed(const char* text);
+
+// Columns as wide as their cells need; numbers to the right.
+class Table {
+ public:
+  // A heading that begins with '>' makes a right-aligned column.
+  explicit Table(std::vector<std::string> headings);
+  void Add(std::vector<std::string> cells);
+  void Print() const;
+
+ private:
+  std::vector<std::string> headings_;
+  std::vector<bool> right_;
+  std::vector<std::vector<std::string>> rows_;
+};
+
+// "ok" or "FAILED", in colour on a terminal.
+std::string Verdict(bool held);
+
+// One line on stderr that is written over; silent where stderr is not a terminal.
+class Progress {
+ public:
+  Progress(std::string label, int64_t total);
+  ~Progress();
+  Progress(const Progress&) = delete;
+  Progress& operator=(const Progress&) = delete;
+  void Step(std::string_view what);  // before each part of the work
+
+ private:
+  std::string label_;
+  int64_t total_, done_ = 0;
+  bool shown_;
+};
+
+struct Model {
+  std::string path;
+  std::string json;
+  ModelConfig config;
+};
+
+// A file, or a directory of configurations; "": the models that come with Ropewalk. Throws Failure.
+std::vector<Model> LoadModels(const std::vector<std::string>& paths);
+// The directory of the models that come with Ropewalk; "" if there is none. `tried` gets the places looked at.
+std::string ModelsDirectory(std::vector<std::string>* tried);
+
+struct FrequenciesDeleter {
+  void operator()(ropewalk_frequencies* frequencies) const { ropewalk_frequencies_release(frequencies); }
+};
+using FrequenciesPtr = std::unique_ptr<ropewalk_frequencies, FrequenciesDeleter>;
+FrequenciesPtr ModelFrequencies(const Model& model, const std::string& layer_type, int64_t sequence_length);
+FrequenciesPtr PlainFrequencies(double theta, int64_t rotary_dim);
+
+// For options that are numbers above 0.
+CLI::Validator Above0();
+
+// Writes to the path, or to stdout for "-".
+void WriteText(const std::string& path, const std::string& text);
+// One line for a CSV file; quotes where needed.
+std::string CsvLine(const std::vector<std::string>& cells);
+
+// The subcommands. Each adds itself to `app`; when it is the one chosen, it runs and sets `exit_code`.
+void AddDoctor(CLI::App* app, int* exit_code);
+void AddRun(CLI::App* app, int* exit_code);
+void AddCheck(CLI::App* app, int* exit_code);
+void AddBench(CLI::App* app, int* exit_code);
+void AddExplain(CLI::App* app, int* exit_code);
+void AddCompile(CLI::App* app, int* exit_code);
+void AddDescribe(CLI::App* app, int* exit_code);
+
+}  // namespace ropewalk::cli

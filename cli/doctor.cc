@@ -1,0 +1,173 @@
+// ropewalk doctor: what serves on this machine, why the rest does not, and what would help.
+// SPDX-License-Identifier: Apache-2.0
+#include <dlfcn.h>
+#include <fmt/format.h>
+#include <sched.h>
+#include <unistd.h>
+
+#include <cstdlib>
+#include <filesystem>
+#include <sstream>
+
+#include "bench/floor.h"
+#include "bench/timed_case.h"
+#include "cli/common.h"
+#include "conformance/runner.h"
+
+namespace ropewalk::cli {
+namespace {
+
+namespace fs = std::filesystem;
+
+struct Options {
+  bool json = false;
+};
+
+int Cores() {
+  cpu_set_t set;
+  if (sched_getaffinity(0, sizeof(set), &set) == 0) return CPU_COUNT(&set);
+  return static_cast<int>(sysconf(_SC_NPROCESSORS_ONLN));
+}
+
+// The program's path; "" if it is not in PATH.
+std::string FindProgram(const std::string& name) {
+  const char* path = std::getenv("PATH");
+  std::istringstream directories(path ? path : "");
+  for (std::string directory; std::getline(directories, directory, ':');) {
+    const fs::path candidate = fs::path(directory) / name;
+    if (access(candidate.c_str(), X_OK) == 0) return candidate.string();
+  }
+  return "";
+}
+
+// The path of the first of these libraries that the loader finds; "" if there is none.
+std::string FindLibrary(const std::vector<std::string>& names) {
+  for (const std::string& name : names) {
+    void* library = dlopen(name.c_str(), RTLD_LAZY | RTLD_LOCAL);
+    if (!library) continue;
+    dlclose(library);
+    return name;
+  }
+  return "";
+}
+
+Json Tool(const char* what, const char* used_for, const std::string& found, const char* remedy) {
+  Json tool = {{"what", what}, {"used_for", used_for}, {"found", !found.empty()}, {"where", found}};
+  tool["remedy"] = found.empty() ? remedy : "";
+  return tool;
+}
+
+Json Tools() {
+  Json tools = Json::array();
+  tools.push_back(Tool("NVIDIA driver", "cuda", FindLibrary({"libcuda.so.1"}), "install the NVIDIA driver"));
+  tools.push_back(Tool("NVRTC", "cuda, kernels compiled here",
+                       FindLibrary({"libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so"}),
+                       "install the CUDA toolkit, or the NVRTC of its Python packages"));
+  tools.push_back(Tool("Level Zero loader", "intel", FindLibrary({"libze_loader.so.1"}),
+                       "apt-get install libze1 and Intel's GPU driver"));
+  tools.push_back(Tool("nvcc", "building kernels ahead of time", FindProgram("nvcc"), "install the CUDA toolkit"));
+  tools.push_back(
+      Tool("ocloc", "building Intel kernels ahead of time", FindProgram("ocloc"), "apt-get install intel-opencl-icd"));
+  return tools;
+}
+
+// One small case of each dtype, to see that what is said to serve does.
+Json SelfTest() {
+  RunSummary sum;
+  for (const uint32_t dtype : {kF32, kF16, kBF16}) {
+    const RopeCase c = bench::ShapeCase(5, 3, 2, 128, dtype);
+    const CaseResult result = RunCase(c, HostMemory());
+    ++sum.run;
+    if (!result.passed) {
+      ++sum.failed;
+      sum.error = result.message;
+    }
+    sum.worst = std::max(sum.worst, result.worst);
+  }
+  return {{"cases", sum.run}, {"failed", sum.failed}, {"worst", sum.worst}, {"message", sum.error}};
+}
+
+Json Examine() {
+  Json out;
+  out["version"] = ropewalk_version();
+  const bench::Caches caches = bench::CacheSizes();
+  out["cpu"] = {{"name", bench::CpuName()}, {"cores", Cores()},      {"vector_bytes", bench::FloorVectorBytes()},
+                {"l1_bytes", caches.l1},    {"l2_bytes", caches.l2}, {"l3_bytes", caches.l3}};
+  out["backends"] = Parsed(ropewalk_backends());
+  out["self_test"] = SelfTest();
+  out["kernels_run"] = Parsed(ropewalk_counters());
+  out["tools"] = Tools();
+  std::vector<std::string> tried;
+  const std::string models = ModelsDirectory(&tried);
+  out["models"] = {{"directory", models}, {"tried", tried}};
+  out["kernel_cache"] = "none: the kernels of the CPU are part of the library";
+  return out;
+}
+
+std::string Kib(const Json& bytes) {
+  const auto value = bytes.get<int64_t>();
+  return value >= 1 << 20 ? fmt::format("{} MB", value >> 20) : fmt::format("{} KB", value >> 10);
+}
+
+int Doctor(const Options& options) {
+  const Json found = Examine();
+  const bool held = found["self_test"]["failed"] == 0;
+  if (options.json) {
+    fmt::print("{}\n", found.dump(2));
+    return held ? kHeld : kNotHeld;
+  }
+  const Json& cpu = found["cpu"];
+  fmt::print("Ropewalk {}\n", found["version"].get<std::string>());
+  fmt::print("CPU: {}, {} core{}, {}-byte vectors, caches {} / {} / {}\n\n", cpu["name"].get<std::string>(),
+             cpu["cores"].get<int>(), cpu["cores"].get<int>() == 1 ? "" : "s", cpu["vector_bytes"].get<int>(),
+             Kib(cpu["l1_bytes"]), Kib(cpu["l2_bytes"]), Kib(cpu["l3_bytes"]));
+
+  Table backends({"backend", "serves", "what, or why not", "remedy"});
+  for (const Json& backend : found["backends"]) {
+    backends.Add(
+        {backend["name"], backend["available"].get<bool>() ? "yes" : "no", backend["detail"], backend["remedy"]});
+  }
+  backends.Print();
+  for (const Json& backend : found["backends"]) {
+    const std::string name = backend["name"];
+    std::string parts;
+    for (const Json& part : backend.value("parts", Json::array())) {
+      parts += fmt::format("{}{}:{}", parts.empty() ? "" : ", ", name, part.get<std::string>());
+    }
+    if (!parts.empty()) fmt::print("\n{} can be forced to: {}\n", name, parts);
+  }
+
+  fmt::print("\n");
+  Table tools({"found", "what", "used for", "where, or remedy"});
+  for (const Json& tool : found["tools"]) {
+    const bool there = tool["found"].get<bool>();
+    tools.Add({there ? "yes" : "no", tool["what"], tool["used_for"], there ? tool["where"] : tool["remedy"]});
+  }
+  tools.Print();
+
+  const std::string models = found["models"]["directory"];
+  fmt::print("\nmodels:       {}\n",
+             models.empty() ? "none found: give --model CONFIG.json, or set ROPEWALK_MODELS" : models);
+  fmt::print("kernel cache: {}\n", found["kernel_cache"].get<std::string>());
+  std::string kernels;
+  for (const auto& [kernel, count] : found["kernels_run"].items()) {
+    kernels += (kernels.empty() ? "" : ", ") + kernel;
+  }
+  fmt::print("self-test:    {} ({} cases by {}; worst error {:.2f} of the tolerance)\n", Verdict(held),
+             found["self_test"]["cases"].get<int>(), kernels, found["self_test"]["worst"].get<double>());
+  if (!held) fmt::print("              {}\n", found["self_test"]["message"].get<std::string>());
+  return held ? kHeld : kNotHeld;
+}
+
+}  // namespace
+
+void AddDoctor(CLI::App* app, int* exit_code) {
+  auto options = std::make_shared<Options>();
+  CLI::App* command =
+      app->add_subcommand("doctor", "what serves here: backends, drivers, compilers, caches; why not; the remedy");
+  command->add_flag("--json", options->json, "print JSON");
+  command->footer("Example:\n  ropewalk doctor --json");
+  command->callback([options, exit_code] { *exit_code = Doctor(*options); });
+}
+
+}  // namespace ropewalk::cli

@@ -1,0 +1,65 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "cli/model_cases.h"
+
+#include <fmt/format.h>
+
+#include "bench/timed_case.h"
+
+namespace ropewalk::cli {
+
+void AddModelOption(CLI::App* command, std::vector<std::string>* models) {
+  command
+      ->add_option("--model,--models", *models,
+                   "config.json, a directory, or a name such as qwen3-8b; may be repeated (default: all in models/)")
+      ->type_name("CONFIG.json|DIR");
+}
+
+namespace {
+
+struct DtypeName {
+  const char* name;
+  uint32_t dtype;
+};
+constexpr DtypeName kDtypeNames[] = {{"bf16", kBF16},     {"f16", kF16},     {"f32", kF32},
+                                     {"bfloat16", kBF16}, {"float16", kF16}, {"float32", kF32}};
+
+}  // namespace
+
+void AddDtypeOption(CLI::App* command, std::string* dtype) {
+  command->add_option("--dtype", *dtype, "of q and k: bf16, f16 or f32")
+      ->check(CLI::IsMember({"bf16", "f16", "f32", "bfloat16", "float16", "float32"}))
+      ->type_name("DTYPE")
+      ->capture_default_str();
+}
+
+uint32_t ParseDtype(const std::string& name) {
+  for (const DtypeName& entry : kDtypeNames) {
+    if (name == entry.name) return entry.dtype;
+  }
+  throw Failure(fmt::format("--dtype must be bf16, f16 or f32, but is {}", name));
+}
+
+const char* ShortDtype(uint32_t dtype) {
+  for (const DtypeName& entry : kDtypeNames) {
+    if (dtype == entry.dtype) return entry.name;
+  }
+  return "?";
+}
+
+std::vector<RopeCase> ModelCases(const Model& model, int64_t tokens, uint32_t dtype) {
+  std::vector<RopeCase> cases = CasesOfModel(model.config, model.json, tokens, dtype);
+  if (cases.empty()) throw Failure(fmt::format("{}: no layer of this model rotates queries and keys", model.path));
+  for (RopeCase& c : cases) {
+    // Positions 0, 1, .. would leave a single token unrotated.
+    c.positions = tokens < 1024 ? Positions::kRandom : Positions::kArange;
+    bench::Complete(&c);
+  }
+  return cases;
+}
+
+std::string ModelLabel(const Model& model, const RopeCase& c) {
+  const std::string name = model.config.name.substr(model.config.name.rfind('/') + 1);  // without who publishes it
+  return c.layer_type.empty() ? name : fmt::format("{} ({})", name, c.layer_type);
+}
+
+}  // namespace ropewalk::cli

@@ -1,0 +1,25 @@
+// Options and helpers of the subcommands that work on models: run, check, bench, explain.
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "cli/common.h"
+#include "core/op.h"
+#include "ops/rope/rope_cases.h"
+
+namespace ropewalk::cli {
+
+void AddModelOption(CLI::App* command, std::vector<std::string>* models);
+void AddDtypeOption(CLI::App* command, std::string* dtype);
+
+uint32_t ParseDtype(const std::string& name);  // "bf16", "bfloat16", ..
+const char* ShortDtype(uint32_t dtype);        // "bf16"
+
+// The operation on the model's shapes, one case a layer type. Throws Failure.
+std::vector<RopeCase> ModelCases(const Model& model, int64_t tokens, uint32_t dtype);
+// "Gemma-3-4B (sliding_attention)"
+std::string ModelLabel(const Model& model, const RopeCase& c);
+
+}  // namespace ropewalk::cli

@@ -1,0 +1,166 @@
+// ropewalk run: real models' shapes: checked against the reference, timed against the floor, explained.
+// SPDX-License-Identifier: Apache-2.0
+#include <fmt/format.h>
+
+#include "bench/timed_case.h"
+#include "cli/common.h"
+#include "cli/model_cases.h"
+
+namespace ropewalk::cli {
+namespace {
+
+struct Options {
+  std::vector<std::string> models;
+  std::string dtype = "bf16", backend;
+  std::vector<int64_t> tokens;
+  int32_t threads = 1;
+  double seconds = 0;
+  bool json = false;
+};
+
+// One model's layer type at one number of tokens.
+struct Item {
+  const Model* model;
+  RopeCase test_case;
+};
+
+// Decode, a small batch and prefill; prefill is cut so that many models stay a matter of seconds.
+std::vector<int64_t> TokensFor(const Options& options, const ModelConfig& config, size_t models) {
+  if (!options.tokens.empty()) return options.tokens;
+  constexpr int64_t kManyModelsElements = int64_t{12} << 20;
+  int64_t prefill = 2048;
+  const int64_t per_token = (config.q_heads + config.k_heads) * config.head_dim;
+  while (models > 4 && prefill > 512 && prefill * per_token > kManyModelsElements) prefill /= 2;
+  return {1, 64, prefill};
+}
+
+std::string Checked(const bench::TimedCase& timed) {
+  const std::string verdict = fmt::format("{} {:.2f}", Verdict(timed.held), timed.worst);
+  if (timed.checked_tokens == timed.tokens) return verdict;
+  return fmt::format("{} ({} tokens)", verdict, timed.checked_tokens);
+}
+
+Json ToJson(const Item& item, const bench::TimedCase& timed) {
+  const RopeCase& c = item.test_case;
+  return {{"model", item.model->config.name},
+          {"layer_type", c.layer_type},
+          {"config", item.model->path},
+          {"op", bench::OpName(c)},
+          {"tokens", c.tokens},
+          {"q_heads", c.q_heads},
+          {"k_heads", c.k_heads},
+          {"head_dim", c.head_dim},
+          {"rotary_dim", c.rotary_dim},
+          {"rotary_offset", c.rotary_offset},
+          {"dtype", ShortDtype(c.dtype)},
+          {"held", timed.held},
+          {"message", timed.message},
+          {"worst", timed.worst},
+          {"checked_tokens", timed.checked_tokens},
+          {"us", timed.time.ours * 1e6},
+          {"floor_us", timed.time.floor * 1e6},
+          {"ratio", timed.time.ratio},
+          {"bytes", timed.bytes},
+          {"gb_per_s", timed.gigabytes_per_second()},
+          {"floor_kernel", timed.floor_shape},
+          {"backend", timed.backend},
+          {"kernel", timed.kernel}};
+}
+
+int Run(const Options& options) {
+  if (!options.backend.empty()) Require(ropewalk_force_backend(options.backend.c_str()));
+  const std::vector<Model> models = LoadModels(options.models);
+  std::vector<Item> items;
+  for (const Model& model : models) {
+    for (const int64_t tokens : TokensFor(options, model.config, models.size())) {
+      for (const RopeCase& c : ModelCases(model, tokens, ParseDtype(options.dtype))) items.push_back({&model, c});
+    }
+  }
+  if (items.empty()) throw Failure("nothing ran: no model to run", kNotHeld);
+
+  bench::TimingOptions timing;
+  timing.threads = options.threads;
+  // About half a minute over all that is timed, and never too short to be steady.
+  timing.seconds =
+      options.seconds > 0 ? options.seconds : std::clamp(20.0 / static_cast<double>(items.size()), 0.05, 0.5);
+  timing.full_check = int64_t{2} << 20;
+
+  Table table({"model", ">tokens", ">heads", ">dim", "op", "checked", ">us", ">GB/s", ">of floor", "kernel"});
+  Json results = Json::array();
+  std::vector<std::string> failures;
+  {
+    Progress progress("run", static_cast<int64_t>(items.size()));
+    for (const Item& item : items) {
+      const RopeCase& c = item.test_case;
+      const std::string label = ModelLabel(*item.model, c);
+      progress.Step(fmt::format("{}, {} tokens", label, c.tokens));
+      bench::TimedCase timed;
+      const Status status = bench::TimeCase(c, timing, &timed);
+      if (!status.ok()) {
+        timed.held = false;
+        timed.message = status.text();
+      }
+      if (!timed.held) failures.push_back(fmt::format("{}, {} tokens: {}", label, c.tokens, timed.message));
+      results.push_back(ToJson(item, timed));
+      table.Add(
+          {label, std::to_string(c.tokens), fmt::format("{}/{}", c.q_heads, c.k_heads),
+           c.rotary_dim == c.head_dim ? std::to_string(c.head_dim) : fmt::format("{} of {}", c.rotary_dim, c.head_dim),
+           bench::OpName(c), Checked(timed), timed.held ? fmt::format("{:.2f}", timed.time.ours * 1e6) : "-",
+           timed.held ? fmt::format("{:.1f}", timed.gigabytes_per_second()) : "-",
+           timed.held ? fmt::format("{:.2f}", timed.time.ratio) : "-", timed.kernel});
+    }
+  }
+  const bool held = failures.empty();
+  if (options.json) {
+    const Json out = {{"version", ropewalk_version()},
+                      {"cpu", bench::CpuName()},
+                      {"threads", options.threads},
+                      {"held", held},
+                      {"results", results}};
+    fmt::print("{}\n", out.dump(2));
+    return held ? kHeld : kNotHeld;
+  }
+  table.Print();
+  fmt::print(
+      "\n{}, {} thread{}, {}.\n"
+      "checked:  largest error, in units of the tolerance, against the double-precision reference; the rounding to the "
+      "dtype\n"
+      "          is within it, so that 16-bit dtypes come near 1.\n"
+      "of floor: time of an in-place read-modify-write of the same bytes, on the same threads in the same run, over "
+      "ours; at\n"
+      "          few tokens, which lie in the caches, the arithmetic and the call itself show.\n\n",
+      bench::CpuName(), options.threads, options.threads == 1 ? "" : "s", options.dtype);
+  for (const std::string& failure : failures) fmt::print("{}  {}\n", Verdict(false), failure);
+  fmt::print("{}: {} shapes of {} model{}\n", Verdict(held), items.size(), models.size(),
+             models.size() == 1 ? "" : "s");
+  return held ? kHeld : kNotHeld;
+}
+
+}  // namespace
+
+void AddRun(CLI::App* app, int* exit_code) {
+  auto options = std::make_shared<Options>();
+  CLI::App* command = app->add_subcommand(
+      "run", "real models' shapes: checked against the reference, timed against the floor, explained");
+  AddModelOption(command, &options->models);
+  AddDtypeOption(command, &options->dtype);
+  command->add_option("--tokens", options->tokens, "tokens in a call (default: 1, 64 and up to 2048)")
+      ->delimiter(',')
+      ->check(Above0());
+  command->add_option("--threads", options->threads, "threads of the CPU backend")
+      ->check(Above0())
+      ->capture_default_str();
+  command->add_option("--seconds", options->seconds, "of timing for each line (default: about 20 in all)")
+      ->check(Above0());
+  command->add_option("--backend", options->backend, "force a backend, or one CPU target as in cpu:avx2");
+  command->add_flag("--json", options->json, "print JSON");
+  command->footer(
+      "Examples:\n"
+      "  ropewalk run                                   every model that comes with Ropewalk\n"
+      "  ropewalk run --model qwen3-8b --tokens 1,4096  one of them, at your sizes\n"
+      "  ropewalk run --model path/to/config.json       yours\n\n"
+      "Exit code 0 only if every result is within the tolerance of the reference.");
+  command->callback([options, exit_code] { *exit_code = Run(*options); });
+}
+
+}  // namespace ropewalk::cli

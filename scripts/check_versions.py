@@ -1,0 +1,37 @@
+"""Fails unless the version agrees in the header, the changelog and the package, and the pins in pyproject.toml agree
+with requirements/.
+
+SPDX-License-Identifier: Apache-2.0
+"""
+
+import re
+import sys
+from pathlib import Path
+
+root = Path(__file__).resolve().parent.parent
+problems = []
+
+
+def find(pattern: str, path: str) -> str:
+    """The first group of `pattern` in the file at `path`; a problem if it is not there."""
+    match = re.search(pattern, (root / path).read_text(), re.MULTILINE)
+    if not match:
+        problems.append(f"{path}: nothing matches {pattern}")
+        return ""
+    return match.group(1)
+
+
+header = "include/ropewalk/ropewalk.h"
+version = ".".join(find(rf"^#define ROPEWALK_VERSION_{part} (\d+)", header) for part in ("MAJOR", "MINOR", "PATCH"))
+changelog = find(r"^## \[?v?(\d+\.\d+\.\d+)", "CHANGELOG.md")
+if changelog != version:
+    problems.append(f"CHANGELOG.md begins with {changelog}, but {header} says {version}")
+
+for package in ("apache-tvm-ffi", "scikit-build-core"):
+    pinned = find(rf"^{package}==(\S+)$", "requirements/base.txt")
+    built = find(rf'requires = \[.*"{package}==([^"]+)"', "pyproject.toml")
+    if built != pinned:
+        problems.append(f"pyproject.toml builds with {package} {built}, but requirements/base.txt pins {pinned}")
+
+print("\n".join(problems) or f"versions agree: {version}")
+sys.exit(bool(problems))

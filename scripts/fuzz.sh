@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# Runs each libFuzzer target for the seconds given (600), starting from its corpus in fuzz/corpus/; new inputs go to
+# build/fuzz/corpus/, and to fuzz/corpus/, minimised, with `scripts/fuzz.sh merge`.
+# SPDX-License-Identifier: Apache-2.0
+source "$(dirname "$0")/common.sh"
+seconds=${1:-600}
+unset CC CXX
+cmake --preset fuzz && cmake --build --preset fuzz
+export ASAN_OPTIONS=allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1
+
+ran=0 failed=0
+for target in build/fuzz/fuzz/*_fuzz; do
+  [[ -x $target ]] || continue
+  name=$(basename "$target") found=build/fuzz/corpus/$(basename "$target")
+  mkdir -p "$found" "fuzz/corpus/$name"
+  ran=$((ran + 1))
+  if [[ $seconds == merge ]]; then
+    say "$name: merging what was found into fuzz/corpus/$name"
+    "$target" -merge=1 "fuzz/corpus/$name" "$found" || failed=$((failed + 1))
+  else
+    say "$name: $seconds s"
+    "$target" -max_total_time="$seconds" -timeout=10 -rss_limit_mb=4096 -print_final_stats=1 \
+      -artifact_prefix="build/fuzz/$name-" "$found" "fuzz/corpus/$name" || failed=$((failed + 1))
+  fi
+done
+printf '%d passed, %d failed\n' $((ran - failed)) "$failed"
+((ran > 0 && failed == 0))

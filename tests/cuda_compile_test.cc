@@ -1,0 +1,158 @@
+// Every pair of choices of the CUDA kernel compiles, with warnings as errors and without spills, for every architecture
+// from sm_80 to sm_120a: with NVRTC, as at run time, and with nvcc. Where one of them is absent, its tests are skipped.
+// ROPEWALK_CUDA_ALL=1 compiles every variant for every architecture.
+// SPDX-License-Identifier: Apache-2.0
+#include <gtest/gtest.h>
+#include <stdlib.h>
+
+#include <algorithm>
+#include <atomic>
+#include <filesystem>
+#include <fstream>
+#include <mutex>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "backends/cuda/bundle.h"
+#include "backends/cuda/nvrtc.h"
+#include "backends/cuda/sources.h"
+#include "core/text.h"
+#include "ops/rope/rope_cases.h"
+#include "tests/cuda_variants.h"
+
+namespace ropewalk {
+namespace {
+
+namespace fs = std::filesystem;
+
+const std::vector<CudaVariant>& AllVariants() {
+  static const std::vector<CudaVariant> variants = [] {
+    std::vector<CudaVariant> out;
+    const Status status = CudaVariantsOf(RopeCases(), {132, 9, 0}, &out);
+    EXPECT_TRUE(status.ok()) << status.text();
+    return out;
+  }();
+  return variants;
+}
+
+// The test's architecture takes its share of the pairs; together they take all.
+std::vector<CudaVariant> VariantsFor(const std::string& arch) {
+  const char* all = getenv("ROPEWALK_CUDA_ALL");
+  if (all && *all == '1') return AllVariants();
+  const std::vector<std::string> archs = BundleArchs();
+  const auto share = static_cast<size_t>(std::ranges::find(archs, arch) - archs.begin());
+  const std::vector<CudaVariant> covering = CoveringVariants(AllVariants());
+  std::vector<CudaVariant> out;
+  for (size_t i = share; i < covering.size(); i += archs.size()) out.push_back(covering[i]);
+  return out;
+}
+
+class CudaCompile : public ::testing::TestWithParam<std::string> {};
+
+TEST_P(CudaCompile, Nvrtc) {
+  const Nvrtc* nvrtc = nullptr;
+  if (const Status status = OpenNvrtc(&nvrtc); !status.ok()) GTEST_SKIP() << status.text();
+  std::vector<CudaDevice> devices;
+  ASSERT_TRUE(BundleDevices(GetParam(), &devices).ok());
+  std::string arch;
+  if (const Status status = ChooseArch(*nvrtc, devices.front(), &arch); !status.ok()) GTEST_SKIP() << status.text();
+  EXPECT_EQ(arch, GetParam());
+
+  const std::vector<CudaVariant> variants = VariantsFor(GetParam());
+  ASSERT_FALSE(variants.empty());
+  std::atomic<size_t> next{0}, compiled{0};
+  std::mutex mutex;
+  std::vector<std::string> failures;
+  const auto work = [&] {
+    for (size_t i = next++; i < variants.size(); i = next++) {
+      RopeCudaKey key = variants[i].key;
+      if (devices.front().major < 9) key.dependent_launch = 0;  // as the plan would
+      Compilation compilation;
+      const Status status = CompileCuda(*nvrtc, RopeCudaSource(key), arch, /*verbose=*/true, &compilation);
+      const PtxasText said = ReadPtxas(compilation.log);
+      std::string why = status.text();
+      if (status.ok() && !said.warnings.empty()) why = said.warnings;
+      if (status.ok() && said.spilled_bytes) why = Text("spills ", said.spilled_bytes, " bytes");
+      if (status.ok() && said.registers == 0) why = Text("ptxas said nothing of registers:\n", compilation.log);
+      if (status.ok() && why.empty()) ++compiled;
+      const std::lock_guard lock(mutex);
+      if (!why.empty()) failures.push_back(Text(RopeCudaName(key), " (case ", variants[i].of, "): ", why));
+    }
+  };
+  std::vector<std::thread> threads;
+  for (unsigned i = 1; i < std::max(1u, std::thread::hardware_concurrency()); ++i) threads.emplace_back(work);
+  work();
+  for (std::thread& thread : threads) thread.join();
+  EXPECT_EQ(compiled, variants.size());
+  for (size_t i = 0; i < std::min<size_t>(failures.size(), 5); ++i) ADD_FAILURE() << failures[i];
+}
+
+TEST_P(CudaCompile, Nvcc) {
+  const std::string path = fs::exists("/usr/local/cuda/bin/nvcc") ? "/usr/local/cuda/bin/nvcc" : "nvcc";
+  if (std::system(Text(path, " --version > /dev/null 2>&1").c_str()) != 0) GTEST_SKIP() << "there is no nvcc here";
+  std::string name = (fs::temp_directory_path() / "ropewalk-nvcc-XXXXXX").string();
+  ASSERT_NE(mkdtemp(name.data()), nullptr);
+  const fs::path directory = name;
+  for (size_t i = 0; i < kCudaSourceCount; ++i) {
+    fs::create_directories((directory / kCudaSources[i].path).parent_path());
+    std::ofstream(directory / kCudaSources[i].path) << kCudaSources[i].text;
+  }
+  // nvcc takes 0.2 to 0.5 s a file: an eighth of this architecture's share.
+  const std::vector<CudaVariant> variants = VariantsFor(GetParam());
+  for (size_t i = 0; i < variants.size(); i += 8) {
+    const fs::path file = directory / "variant.cu", log = directory / "log";
+    RopeCudaKey key = variants[i].key;
+    if (GetParam().starts_with("sm_8")) key.dependent_launch = 0;
+    std::ofstream(file) << RopeCudaSource(key);
+    const std::string command =
+        Text(path, " -cubin -arch=", GetParam(), " -std=c++17 --expt-relaxed-constexpr -Werror all-warnings -I ", directory.string(),
+             " -o ", (directory / "variant.cubin").string(), " ", file.string(), " > ", log.string(), " 2>&1");
+    if (std::system(command.c_str()) == 0) continue;
+    std::ifstream text(log);
+    ADD_FAILURE() << RopeCudaName(key) << "\n" << std::string(std::istreambuf_iterator<char>(text), {});
+    break;
+  }
+  fs::remove_all(directory);
+}
+
+INSTANTIATE_TEST_SUITE_P(All, CudaCompile, ::testing::ValuesIn(BundleArchs()), [](const auto& test) { return test.param; });
+
+// What is embedded is what is in the tree, byte by byte.
+TEST(CudaSources, AreTheFiles) {
+  for (size_t i = 0; i < kCudaSourceCount; ++i) {
+    std::ifstream file(fs::path(ROPEWALK_SOURCE_DIR) / kCudaSources[i].path, std::ios::binary);
+    const std::string text(std::istreambuf_iterator<char>(file), {});
+    EXPECT_EQ(text, kCudaSources[i].text) << kCudaSources[i].path;
+  }
+  EXPECT_EQ(std::string(kCudaSourceDigest).size(), 64u);
+}
+
+TEST(CudaArchs, WhatRunsWhere) {
+  EXPECT_TRUE(ArchServes("sm_90a", {132, 9, 0}));
+  EXPECT_FALSE(ArchServes("sm_90a", {132, 10, 0}));
+  EXPECT_TRUE(ArchServes("sm_80", {84, 8, 6}));
+  EXPECT_FALSE(ArchServes("sm_86", {108, 8, 0}));
+  EXPECT_FALSE(ArchServes("sm_100a", {160, 10, 3}));
+  EXPECT_TRUE(ArchServes("sm_120", {48, 12, 1}));
+  EXPECT_TRUE(ArchServes("sm_100f", {160, 10, 3}));
+  for (const char* name : {"", "90", "sm_", "sm_9x0", "compute_90"}) EXPECT_FALSE(ArchServes(name, {132, 9, 0})) << name;
+  EXPECT_EQ(ExactArch({132, 9, 0}), "sm_90a");
+  EXPECT_EQ(ExactArch({142, 8, 9}), "sm_89");
+}
+
+TEST(CudaPtxas, Read) {
+  const PtxasText said = ReadPtxas(
+      "x.cu(2): warning #177-D: unused\n"
+      "ptxas info    : 195 bytes gmem\n"
+      "ptxas         .     8 bytes stack frame, 12 bytes spill stores, 16 bytes spill loads\n"
+      "ptxas info    : Used 70 registers, used 0 barriers, 16384 bytes smem\n");
+  EXPECT_EQ(said.registers, 70);
+  EXPECT_EQ(said.shared_bytes, 16384);
+  EXPECT_EQ(said.spilled_bytes, 28);
+  EXPECT_EQ(said.stack_bytes, 8);
+  EXPECT_EQ(said.warnings, "x.cu(2): warning #177-D: unused\n");
+}
+
+}  // namespace
+}  // namespace ropewalk

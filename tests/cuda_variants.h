@@ -1,0 +1,100 @@
+// The CUDA variants that the conformance cases need, and what ptxas says of one: for tests/cuda_compile_test.cc and
+// scripts/cuda_report.cc.
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <set>
+#include <string>
+#include <string_view>
+#include <tuple>
+#include <unordered_set>
+#include <vector>
+
+#include "conformance/case_call.h"
+#include "ops/rope/rope_cuda.h"
+
+namespace ropewalk {
+
+struct CudaVariant {
+  std::string of;  // a case that needs it
+  RopeCudaKey key;
+};
+
+// Those of the cases as they are, with one token and with many, on a device of this architecture. The variants of one
+// source text are one variant.
+inline Status CudaVariantsOf(const std::vector<RopeCase>& cases, const CudaDevice& device, std::vector<CudaVariant>* out) {
+  std::unordered_set<std::string> known;
+  for (const RopeCase& c : cases) {
+    std::unique_ptr<CaseCall> call;
+    ROPEWALK_TRY(CaseCall::Make(c, HostMemory(), &call));
+    RopeCall lowered;
+    if (!LowerRope(call->args(), nullptr, &lowered).ok()) continue;  // a case that is to be refused
+    const int64_t tokens = lowered.params.tokens;
+    for (const int64_t count : {tokens, int64_t{1}, int64_t{16384}}) {
+      lowered.params.tokens = tokens == 0 ? 0 : count;
+      RopeCudaPlan plan;
+      ROPEWALK_TRY(PlanRopeCuda(lowered, device, /*dependent_launch=*/true, &plan));
+      if (plan.grid_x && known.insert(RopeCudaSource(plan.key)).second) out->push_back({c.name, plan.key});
+    }
+  }
+  return {};
+}
+
+// As few as hold every pair of choices that meet in some variant, found one by one: sizes count by what the code does
+// with them, not by their values.
+inline std::vector<CudaVariant> CoveringVariants(const std::vector<CudaVariant>& all) {
+  std::set<std::tuple<size_t, int, size_t, int>> met;
+  std::vector<CudaVariant> chosen;
+  for (const CudaVariant& variant : all) {
+    const RopeCudaKey& key = variant.key;
+    uint8_t bytes[sizeof(RopeVariant)];
+    std::memcpy(bytes, &key.variant, sizeof(bytes));
+    std::vector<int> choices(bytes, bytes + sizeof(bytes));
+    choices.insert(choices.end(), {key.vector, key.lanes, key.in_flight, key.few_tokens, key.table_vector,
+                                   key.rotary_dim < key.head_dim, key.rotary_offset > 0, key.head_dim % 16 == 0});
+    bool is_new = false;
+    for (size_t i = 0; i < choices.size(); ++i) {
+      for (size_t j = 0; j < i; ++j) is_new |= met.emplace(i, choices[i], j, choices[j]).second;
+    }
+    if (is_new) chosen.push_back(variant);
+  }
+  return chosen;
+}
+
+struct PtxasText {
+  int registers = 0;
+  int shared_bytes = 0;
+  int spilled_bytes = 0;  // stores and loads of all functions
+  int stack_bytes = 0;
+  std::string warnings;   // all that is not ptxas's report
+};
+
+// Reads the log of a verbose compilation.
+inline PtxasText ReadPtxas(std::string_view log) {
+  PtxasText out;
+  const auto before = [](std::string_view line, std::string_view words) {
+    const size_t at = line.find(words);
+    if (at == std::string_view::npos) return 0;
+    const size_t digits = line.find_last_not_of("0123456789", at - 2) + 1;
+    return std::atoi(std::string(line.substr(digits, at - digits)).c_str());
+  };
+  for (size_t at = 0; at < log.size();) {
+    const size_t end = std::min(log.find('\n', at), log.size());
+    const std::string_view line = log.substr(at, end - at);
+    at = end + 1;
+    if (line.starts_with("ptxas info") || line.starts_with("ptxas    ")) {
+      out.registers += before(line, " registers");
+      out.shared_bytes += before(line, " bytes smem");
+      out.spilled_bytes += before(line, " bytes spill stores") + before(line, " bytes spill loads");
+      out.stack_bytes += before(line, " bytes stack frame");
+    } else if (!line.empty()) {
+      out.warnings.append(line).append("\n");
+    }
+  }
+  return out;
+}
+
+}  // namespace ropewalk

