@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <cstdio>
 
 #include "cli/common.h"
 #include "cli/model_cases.h"
@@ -16,6 +17,7 @@ struct Options {
   std::vector<std::string> models;
   int64_t max_failures = 0;
   int32_t threads = 1;
+  std::string shard;
   bool list = false, json = false;
 };
 
@@ -83,8 +85,21 @@ void PrintOptions(const RunSummary& summary) {
   table.Print();
 }
 
+// Every n-th case from the k-th on, for "k/n".
+void TakeShard(const std::string& shard, std::vector<RopeCase>* cases) {
+  if (shard.empty()) return;
+  size_t k = 0, n = 0;
+  if (std::sscanf(shard.c_str(), "%zu/%zu", &k, &n) != 2 || n == 0 || k >= n) {
+    throw Failure(fmt::format("--shard must be K/N with K < N, but is \"{}\"", shard), kNotHeld);
+  }
+  std::vector<RopeCase> taken;
+  for (size_t i = k; i < cases->size(); i += n) taken.push_back(std::move((*cases)[i]));
+  *cases = std::move(taken);
+}
+
 int Check(const Options& options) {
-  const std::vector<RopeCase> cases = Cases(options);
+  std::vector<RopeCase> cases = Cases(options);
+  TakeShard(options.shard, &cases);
   if (options.list) {
     int64_t listed = 0;
     for (const RopeCase& c : cases) {
@@ -106,7 +121,7 @@ int Check(const Options& options) {
     run.filter = options.pattern;
     run.max_failures = options.max_failures;
     run.progress = [&](const CaseResult& result, int64_t, int64_t) { progress.Step(result.name); };
-    summary = RunCases(cases, HostMemory(), run);
+    summary = RunCases(cases, MemoryOf(options.backend), run);
   }
   // What the list alone does not say.
   for (CaseResult& failure : summary.failures) {
@@ -144,6 +159,8 @@ void AddCheck(CLI::App* app, int* exit_code) {
       ->capture_default_str();
   command->add_option("--case", options->pattern, "only cases whose name holds this text; * and ? match the whole name")
       ->type_name("PATTERN");
+  command->add_option("--shard", options->shard, "only every N-th case from the K-th on, to share them among processes")
+      ->type_name("K/N");
   AddModelOption(command, &options->models);
   command->add_option("--threads", options->threads, "threads of the CPU backend")
       ->check(Above0())

@@ -24,7 +24,7 @@ class CaseCall {
   CaseCall& operator=(const CaseCall&) = delete;
 
   const RopeCase& test_case() const { return case_; }
-  ropewalk_rope_args& args() { return args_; }                    // tensors on the device
+  ropewalk_rope_args& args() { return args_; }                        // tensors on the device
   const ropewalk_rope_args& host_args() const { return host_args_; }  // the same tensors as they were made, on the host
   const ropewalk_frequencies* frequencies() const { return frequencies_; }
 

@@ -5,6 +5,7 @@
 #include <dlpack/dlpack.h>
 
 #include <cstddef>
+#include <string_view>
 
 #include "core/status.h"
 
@@ -14,7 +15,7 @@ class DeviceMemory {
  public:
   virtual ~DeviceMemory() = default;
   virtual DLDevice device() const = 0;
-  virtual void* stream() const { return nullptr; }  // for ropewalk_rope
+  virtual void* stream() const { return nullptr; }        // for ropewalk_rope
   virtual Status Allocate(size_t bytes, void** out) = 0;  // aligned to 256 bytes at least
   virtual void Free(void* memory) = 0;
   virtual Status CopyIn(void* device, const void* host, size_t bytes) = 0;
@@ -23,5 +24,7 @@ class DeviceMemory {
 };
 
 DeviceMemory& HostMemory();
+// The memory that a backend's tensors lie in: "cpu", "cpu:avx2", "cuda", ..
+DeviceMemory& MemoryOf(std::string_view backend);
 
 }  // namespace ropewalk

@@ -18,12 +18,12 @@ namespace ropewalk {
 struct CaseResult {
   std::string name;
   bool passed = false;
-  std::string message;    // of the first bad element, or of the call's refusal; "" if passed
-  std::string rerun;      // the command that runs this case alone
-  std::string backend;    // who served, from ropewalk_explain
+  std::string message;  // of the first bad element, or of the call's refusal; "" if passed
+  std::string rerun;    // the command that runs this case alone
+  std::string backend;  // who served, from ropewalk_explain
   std::string kernel;
-  double worst = 0;       // the largest error in units of its tolerance
-  int64_t elements = 0;   // compared
+  double worst = 0;      // the largest error in units of its tolerance
+  int64_t elements = 0;  // compared
 };
 
 struct RunOptions {
@@ -41,10 +41,10 @@ struct RunSummary {
   int64_t elements = 0;
   double worst = 0;
   std::string worst_case;
-  std::string error;                      // why nothing could run; "" else
+  std::string error;  // why nothing could run; "" else
   std::vector<CaseResult> failures;
-  std::map<std::string, Count> tags;      // by CaseTags
-  std::map<std::string, Count> kernels;   // by "backend kernel"
+  std::map<std::string, Count> tags;     // by CaseTags
+  std::map<std::string, Count> kernels;  // by "backend kernel"
   bool ok() const { return error.empty() && run > 0 && failed == 0; }
 };
 

@@ -6,6 +6,7 @@
 #include <string_view>
 
 #include "backends/cpu/cpu.h"
+#include "backends/cuda/cuda.h"
 #include "backends/none/none.h"
 #include "core/text.h"
 
@@ -56,7 +57,7 @@ Status ForceBackend(const char* name) {
     ROPEWALK_TRY(chosen->force(part));
   }
   for (const Backend* candidate : Backends()) {
-    if (candidate != chosen && candidate->availability().available) ROPEWALK_TRY(candidate->force(""));
+    if (candidate != chosen) ROPEWALK_TRY(candidate->force(""));
   }
   forced.store(chosen, std::memory_order_release);
   return {};

@@ -1,6 +1,6 @@
 // Fuzzes ropewalk_rope: argument structs from bytes. Each tensor has exactly the memory that its shape and strides say,
-// so that AddressSanitizer sees one byte too many. Refused calls must write nothing, served ones only what the reference
-// says, with its numbers. Shapes that no memory could hold go to ropewalk_explain alone, which reads no data.
+// so that AddressSanitizer sees one byte too many. Refused calls must write nothing, served ones only what the
+// reference says, with its numbers. Shapes that no memory could hold go to ropewalk_explain alone, which reads no data.
 // SPDX-License-Identifier: Apache-2.0
 #include <ropewalk/ropewalk.h>
 
@@ -35,8 +35,10 @@ void Describe(const ropewalk_rope_args& args) {
       std::memcpy(&value, field, sizeof(value));
       if (value) std::fprintf(stderr, "  %s: %d\n", arg.name, value);
     } else if (const DLTensor* tensor = TensorOf(arg, &args)) {
-      std::fprintf(stderr, "  %s: %s %s, strides", arg.name, DtypeName(tensor->dtype).c_str(), ShapeText(*tensor).c_str());
-      for (int i = 0; i < tensor->ndim; ++i) std::fprintf(stderr, " %lld", static_cast<long long>(StrideOf(*tensor, i)));
+      std::fprintf(stderr, "  %s: %s %s, strides", arg.name, DtypeName(tensor->dtype).c_str(),
+                   ShapeText(*tensor).c_str());
+      for (int i = 0; i < tensor->ndim; ++i)
+        std::fprintf(stderr, " %lld", static_cast<long long>(StrideOf(*tensor, i)));
       std::fprintf(stderr, "\n");
     }
   }
@@ -76,8 +78,8 @@ struct Call {
   std::deque<Slab> slabs;
   std::deque<Tensor> tensors;
   ropewalk_rope_args args, before;
-  bool wild = false;   // shapes beyond all memory: not to be run
-  bool plain = true;   // finite numbers and good scales: comparable
+  bool wild = false;  // shapes beyond all memory: not to be run
+  bool plain = true;  // finite numbers and good scales: comparable
 };
 
 DLDataType TypeFor(uint8_t choice) {
@@ -100,8 +102,10 @@ const ropewalk_frequencies* FrequenciesFor(uint8_t choice) {
     const int32_t axes[] = {0, 1, 2, 1};
     (void)ropewalk_frequencies_create(10000.0, 8, nullptr, 0, &made[0]);
     (void)ropewalk_frequencies_create(10000.0, 2, nullptr, 0, &made[1]);
-    (void)ropewalk_frequencies_create(1e6, 16, "{\"rope_type\": \"yarn\", \"factor\": 4.0, "
-                                               "\"original_max_position_embeddings\": 64}", 0, &made[2]);
+    (void)ropewalk_frequencies_create(1e6, 16,
+                                      "{\"rope_type\": \"yarn\", \"factor\": 4.0, "
+                                      "\"original_max_position_embeddings\": 64}",
+                                      0, &made[2]);
     (void)ropewalk_frequencies_from_array(inv_freq, 4, 1.0, axes, &made[3]);
     (void)ropewalk_frequencies_from_array(inv_freq, 1, 1.0, nullptr, &made[4]);
     (void)ropewalk_frequencies_create(10000.0, 6, nullptr, 0, &made[5]);
@@ -178,12 +182,12 @@ DLTensor* MakeTensor(Bytes& bytes, Call* call, const Arg& arg, const Shapes& sha
   tensor.arg = &arg;
   DLTensor& t = tensor.now;
   t.device = {kDLCPU, 0};
-  t.dtype = arg.dtypes & kInts                            ? TypeFor(arg.dtypes == kI32 ? 5 : 5 + bytes.Next() % 2)
-            : std::strstr(arg.name, "weight")             ? shapes.weight_type
-            : std::strstr(arg.name, "scale")              ? DLDataType{kDLFloat, 32, 1}
-            : std::strstr(arg.name, "cache")              ? shapes.cache_type
-            : arg.name[0] == 'c' || arg.name[0] == 's'    ? shapes.table_type
-                                                          : shapes.type;
+  t.dtype = arg.dtypes & kInts                         ? TypeFor(arg.dtypes == kI32 ? 5 : 5 + bytes.Next() % 2)
+            : std::strstr(arg.name, "weight")          ? shapes.weight_type
+            : std::strstr(arg.name, "scale")           ? DLDataType{kDLFloat, 32, 1}
+            : std::strstr(arg.name, "cache")           ? shapes.cache_type
+            : arg.name[0] == 'c' || arg.name[0] == 's' ? shapes.table_type
+                                                       : shapes.type;
   for (const Dim dim : arg.dims) {
     if (dim == Dim::kNone) continue;
     if (dim == Dim::kBatch && !shapes.batched) continue;
@@ -210,27 +214,65 @@ DLTensor* MakeTensor(Bytes& bytes, Call* call, const Arg& arg, const Shapes& sha
   const uint8_t spoil = bytes.Next();
   const int i = t.ndim > 0 ? bytes.Next() % t.ndim : 0;
   switch (spoil) {
-    case 240: t.dtype = TypeFor(bytes.Next()); break;
-    case 241: t.dtype = {bytes.Next(), bytes.Next(), bytes.Next()}; break;
-    case 242: t.device = {static_cast<DLDeviceType>(bytes.Next() % 16), bytes.Next() % 3}; break;
-    case 243: tensor.shape[i] = static_cast<int8_t>(bytes.Next()); break;
-    case 244: tensor.shape[i] = bytes.Wide(); break;
-    case 245: tensor.strides[i] = static_cast<int8_t>(bytes.Next()); break;
-    case 246: tensor.strides[i] = bytes.Wide(); break;
-    case 247: tensor.strides[i] = -tensor.strides[i]; break;
-    case 248: t.ndim = bytes.Next() % 8; break;
-    case 249: t.ndim = static_cast<int32_t>(bytes.Wide()) % 8; break;
-    case 250: tensor.strides[i] = 0; break;
-    case 251: tensor.shape[i] += 1; break;
-    default: break;
+    case 240:
+      t.dtype = TypeFor(bytes.Next());
+      break;
+    case 241:
+      t.dtype = {bytes.Next(), bytes.Next(), bytes.Next()};
+      break;
+    case 242:
+      t.device = {static_cast<DLDeviceType>(bytes.Next() % 16), bytes.Next() % 3};
+      break;
+    case 243:
+      tensor.shape[i] = static_cast<int8_t>(bytes.Next());
+      break;
+    case 244:
+      tensor.shape[i] = bytes.Wide();
+      break;
+    case 245:
+      tensor.strides[i] = static_cast<int8_t>(bytes.Next());
+      break;
+    case 246:
+      tensor.strides[i] = bytes.Wide();
+      break;
+    case 247:
+      tensor.strides[i] = -tensor.strides[i];
+      break;
+    case 248:
+      t.ndim = bytes.Next() % 8;
+      break;
+    case 249:
+      t.ndim = static_cast<int32_t>(bytes.Wide()) % 8;
+      break;
+    case 250:
+      tensor.strides[i] = 0;
+      break;
+    case 251:
+      tensor.shape[i] += 1;
+      break;
+    default:
+      break;
   }
   GiveMemory(bytes, call, &tensor);
   switch (spoil) {
-    case 252: t.shape = nullptr; break;
-    case 253: t.data = nullptr; call->wild |= t.byte_offset != 0; break;
-    case 254: t.byte_offset += 1; call->wild = true; break;
-    case 255: t.byte_offset = static_cast<uint64_t>(bytes.Wide()); call->wild = true; break;
-    default: break;
+    case 252:
+      t.shape = nullptr;
+      break;
+    case 253:
+      t.data = nullptr;
+      call->wild |= t.byte_offset != 0;
+      break;
+    case 254:
+      t.byte_offset += 1;
+      call->wild = true;
+      break;
+    case 255:
+      if (arg.flags & kHostScalar) break;  // read when the call is checked
+      t.byte_offset = static_cast<uint64_t>(bytes.Wide());
+      call->wild = true;
+      break;
+    default:
+      break;
   }
   tensor.before.shape = t.shape;
   return &t;
@@ -273,12 +315,12 @@ void MakeCall(Bytes& bytes, Call* call) {
     if (arg.kind == Kind::kTensor) {
       const std::string name = arg.name;
       bool wanted = name == "q" || (name == "k" && k) || (name == "positions" && positions) ||
-                    (name == "offsets" && offsets) || (name == "cos" && way % 4 == 2) || (name == "sin" && way % 4 == 2) ||
-                    (name == "cos_sin" && way % 4 == 3) || (name == "axes" && axes) || (name == "q_weight" && weight) ||
-                    (name == "k_weight" && weight && k) || (name == "q_out" && out) ||
-                    (name == "k_out" && out && k && !(mask_high & 1)) || (name == "v" && store && mask_high & 2) ||
-                    (name == "k_cache" && store && k) || (name == "v_cache" && store && mask_high & 2) ||
-                    (name == "slots" && store);
+                    (name == "offsets" && offsets) || (name == "cos" && way % 4 == 2) ||
+                    (name == "sin" && way % 4 == 2) || (name == "cos_sin" && way % 4 == 3) ||
+                    (name == "axes" && axes) || (name == "q_weight" && weight) || (name == "k_weight" && weight && k) ||
+                    (name == "q_out" && out) || (name == "k_out" && out && k && !(mask_high & 1)) ||
+                    (name == "v" && store && mask_high & 2) || (name == "k_cache" && store && k) ||
+                    (name == "v_cache" && store && mask_high & 2) || (name == "slots" && store);
       const bool fp8 = shapes.cache_type.bits == 8;
       wanted |= name == "k_scale" && store && k && fp8 && mask_high & 4;
       wanted |= name == "v_scale" && store && fp8 && mask_high & 2 && mask_high & 4;
@@ -298,7 +340,10 @@ void MakeCall(Bytes& bytes, Call* call) {
       }
     }
   }
-  if (bytes.OneIn(64)) args.struct_size = bytes.OneIn(2) ? bytes.Next() : static_cast<uint32_t>(bytes.Wide());
+  if (bytes.OneIn(64)) {
+    args.struct_size = bytes.OneIn(2) ? bytes.Next() : static_cast<uint32_t>(bytes.Wide());
+    if (args.struct_size < sizeof(args)) args.struct_size &= ~7u;  // between fields: half a pointer is no pointer
+  }
 
   // The same call over the numbers before it.
   call->before = args;
@@ -322,13 +367,13 @@ void CheckServed(Call& call) {
   std::string wrong;
   RopeReference(call.before, [&](const ExpectedRow& row) {
     const DLTensor* before = OutputTensor(call.before, row.output);
-    const auto tensor = std::find_if(call.tensors.begin(), call.tensors.end(),
-                                     [&](const Tensor& t) { return &t.before == before; });
+    const auto tensor =
+        std::find_if(call.tensors.begin(), call.tensors.end(), [&](const Tensor& t) { return &t.before == before; });
     size_t s = 0;
     while (&call.slabs[s] != tensor->slab) ++s;
     const int64_t item = before->dtype.bits / 8;
-    const ptrdiff_t first = static_cast<const uint8_t*>(before->data) + before->byte_offset - tensor->slab->before.data() +
-                            RowOffset(*before, row.outer, row.token, row.head) * item;
+    const ptrdiff_t first = static_cast<const uint8_t*>(before->data) + before->byte_offset -
+                            tensor->slab->before.data() + RowOffset(*before, row.outer, row.token, row.head) * item;
     for (size_t i = 0; i < row.elements.size(); ++i) {
       const Expected& want = row.elements[i];
       if (want.want == Expected::Want::kSame) continue;
@@ -338,14 +383,15 @@ void CheckServed(Call& call) {
       written[s][static_cast<size_t>(at)] = true;
       std::memcpy(expected[s].data() + at, got_bytes, static_cast<size_t>(item));
       const double got = LoadNumber(DtypeOf(before->dtype), got_bytes);
-      const bool right = want.want == Expected::Want::kNan    ? std::isnan(got)
-                         : want.want == Expected::Want::kBits ? std::memcmp(got_bytes, &want.bits, static_cast<size_t>(item)) == 0
-                                                              : got >= want.low && got <= want.high;
+      const bool right = want.want == Expected::Want::kNan ? std::isnan(got)
+                         : want.want == Expected::Want::kBits
+                             ? std::memcmp(got_bytes, &want.bits, static_cast<size_t>(item)) == 0
+                             : got >= want.low && got <= want.high;
       if (!right && wrong.empty()) {
         wrong = std::string(OutputName(call.before, row.output)) + "[" + std::to_string(row.outer) + ", " +
                 std::to_string(row.token) + ", " + std::to_string(row.head) + ", " + std::to_string(i) + "]: got " +
-                std::to_string(got) + ", want " + std::to_string(want.value) + " (" + std::to_string(want.low) + " to " +
-                std::to_string(want.high) + ")";
+                std::to_string(got) + ", want " + std::to_string(want.value) + " (" + std::to_string(want.low) +
+                " to " + std::to_string(want.high) + ")";
       }
     }
   });
@@ -355,7 +401,9 @@ void CheckServed(Call& call) {
   }
   for (size_t s = 0; s < call.slabs.size(); ++s) {
     const std::vector<uint8_t>& want = expected[s];
-    if (std::memcmp(want.data(), call.slabs[s].now.get(), want.size()) != 0) Fail("a served call wrote beside its outputs");
+    if (std::memcmp(want.data(), call.slabs[s].now.get(), want.size()) == 0) continue;
+    Describe(call.args);
+    Fail("a served call wrote beside its outputs");
   }
 }
 

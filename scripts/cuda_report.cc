@@ -1,6 +1,7 @@
-// What the compiler makes of the CUDA kernel: registers, spills, shared memory and size for each variant and architecture.
-// Ends with 1 if a variant spills, warns or does not compile. cuda_report [--all] [--arch sm_90a,sm_100a] [--csv FILE]
-// [MODEL.json ..]: without --all, as few variants as hold every pair of choices; models add their own shapes.
+// What the compiler makes of the CUDA kernel: registers, spills, shared memory and size for each variant and
+// architecture. Ends with 1 if a variant spills, warns or does not compile. cuda_report [--all] [--arch sm_90a,sm_100a]
+// [--csv FILE] [MODEL.json ..]: without --all, as few variants as hold every pair of choices; models add their own
+// shapes.
 // SPDX-License-Identifier: Apache-2.0
 #include <algorithm>
 #include <atomic>
@@ -73,10 +74,12 @@ int Report(const std::string& arch, const std::vector<CudaVariant>& variants, co
     stacks += row.said.stack_bytes > 0;
   }
   if (!registers.empty()) {
-    std::printf("%-8s %5zu variants   registers %d to %d, median %d   shared bytes up to %d   cubin %zu to %zu bytes, median %zu   "
-                "with a stack %d   bad %d\n",
-                arch.c_str(), rows.size(), Quantile(registers, 0), Quantile(registers, 1), Quantile(registers, 0.5),
-                Quantile(shared, 1), Quantile(sizes, 0), Quantile(sizes, 1), Quantile(sizes, 0.5), stacks, bad);
+    std::printf(
+        "%-8s %5zu variants   registers %d to %d, median %d   shared bytes up to %d   cubin %zu to %zu bytes, median "
+        "%zu   "
+        "with a stack %d   bad %d\n",
+        arch.c_str(), rows.size(), Quantile(registers, 0), Quantile(registers, 1), Quantile(registers, 0.5),
+        Quantile(shared, 1), Quantile(sizes, 0), Quantile(sizes, 1), Quantile(sizes, 0.5), stacks, bad);
   }
   for (size_t i = 0; i < rows.size(); ++i) {
     const Row& row = rows[i];

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# make cuda-report: registers, spills, shared memory and size of every variant of the CUDA kernel for every architecture;
-# fails on a spill. scripts/cuda_report.sh [arguments of cuda_report]; the table of all rows goes to build/cuda-report.csv.
+# make cuda-report: registers, spills, shared memory and size of the CUDA kernel's variants for every architecture; fails
+# on a spill. scripts/cuda_report.sh [arguments of cuda_report]; the table of all rows goes to build/cuda-report.csv.
 # SPDX-License-Identifier: Apache-2.0
 source "$(dirname "$0")/common.sh"
 

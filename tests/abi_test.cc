@@ -37,8 +37,13 @@ struct Tensor {
   int64_t shape[3];
   DLTensor tensor;
   Tensor(int64_t tokens, int64_t heads, int64_t dim)
-      : data(static_cast<size_t>(tokens * heads * dim)), shape{tokens, heads, dim},
-        tensor{data.data(), {kDLCPU, 0}, 3, {kDLFloat, 32, 1}, shape, nullptr, 0} {
+      : data(static_cast<size_t>(tokens * heads * dim)), shape{tokens, heads, dim}, tensor{data.data(),
+                                                                                           {kDLCPU, 0},
+                                                                                           3,
+                                                                                           {kDLFloat, 32, 1},
+                                                                                           shape,
+                                                                                           nullptr,
+                                                                                           0} {
     for (size_t i = 0; i < data.size(); ++i) data[i] = static_cast<float>(i % 13) - 6.0f;
   }
 };
@@ -96,7 +101,8 @@ TEST(Abi, OtherSizesAreRefused) {
   const Frequencies frequencies = Frequencies::Make(10000.0, 8);
   Tensor q(3, 2, 8);
   const std::vector<float> before = q.data;
-  for (const uint32_t size : {0u, 1u, 8u, 15u, static_cast<uint32_t>(sizeof(ropewalk_rope_args)) + 1, 4096u, UINT32_MAX}) {
+  for (const uint32_t size :
+       {0u, 1u, 8u, 15u, static_cast<uint32_t>(sizeof(ropewalk_rope_args)) + 1, 4096u, UINT32_MAX}) {
     ropewalk_rope_args args;
     args.struct_size = size;
     args.q = &q.tensor;
@@ -127,8 +133,8 @@ TEST(Abi, DescriptionNamesEveryFieldOnce) {
   for (const Arg& arg : RopeDescription()) {
     EXPECT_NE(schema.find(std::string(" ") + arg.name), std::string::npos) << arg.name;
     const size_t size = arg.kind == Kind::kTensor || arg.kind == Kind::kHandle ? sizeof(void*)
-                        : arg.kind == Kind::kDouble                             ? sizeof(double)
-                                                                                : sizeof(int32_t);
+                        : arg.kind == Kind::kDouble                            ? sizeof(double)
+                                                                               : sizeof(int32_t);
     for (size_t i = arg.offset; i < arg.offset + size; ++i) EXPECT_EQ(covered[i]++, 0) << arg.name;
   }
   for (size_t i = sizeof(uint32_t); i < covered.size(); ++i) EXPECT_EQ(covered[i], 1) << "byte " << i;

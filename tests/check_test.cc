@@ -1,6 +1,5 @@
-// Breaks each rule of the description and of lower() once: the call must be refused, the message must name the argument,
-// the value and what would be accepted, and no byte may be written.
-// SPDX-License-Identifier: Apache-2.0
+// Breaks each rule of the description and of lower() once: the call must be refused, the message must name the
+// argument, the value and what would be accepted, and no byte may be written. SPDX-License-Identifier: Apache-2.0
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -75,7 +74,8 @@ void ExpectRefused(CaseCall& call, const ropewalk_rope_args& args, const std::ve
   const std::string text = ropewalk_last_error();
   EXPECT_EQ(code, ROPEWALK_INVALID_ARGUMENT) << text;
   EXPECT_EQ(text.rfind("rope: ", 0), 0u) << text;
-  for (const std::string& word : words) EXPECT_NE(text.find(word), std::string::npos) << "no \"" << word << "\" in: " << text;
+  for (const std::string& word : words)
+    EXPECT_NE(text.find(word), std::string::npos) << "no \"" << word << "\" in: " << text;
   EXPECT_EQ(ropewalk_explain(&args), nullptr);
   EXPECT_EQ(ropewalk_prepare(&args), ROPEWALK_INVALID_ARGUMENT);
   std::string message;
@@ -137,7 +137,8 @@ TEST(Check, WrongDtype) {
     Spoiled spoiled(tensor);
     spoiled.tensor.dtype = {kDLUInt, tensor.dtype.bits, 1};
     const uint32_t right = DtypeOf(tensor.dtype);
-    std::vector<std::string> words = {Text(arg.name, " must be "), Text("but is uint", static_cast<int>(tensor.dtype.bits))};
+    std::vector<std::string> words = {Text(arg.name, " must be "),
+                                      Text("but is uint", static_cast<int>(tensor.dtype.bits))};
     words.push_back(DtypeName(arg.like ? TensorOf(RopeDescription()[0], &call.args())->dtype : tensor.dtype));
     if (arg.like && !(right & kFp8)) words.back() = DtypeName(tensor.dtype);
     ExpectRefusedWith(call, arg, spoiled, words);
@@ -170,7 +171,8 @@ TEST(Check, WrongRank) {
       for (int i = tensor.ndim; i < ndim; ++i) spoiled.shape[i] = spoiled.strides[i] = 1;
       spoiled.tensor.ndim = ndim;
       std::vector<std::string> words = {arg.name};
-      if (ndim >= 0) words.insert(words.end(), {ShapeSpec(arg), Text("has ", ndim, " dimension"), ShapeText(spoiled.tensor)});
+      if (ndim >= 0)
+        words.insert(words.end(), {ShapeSpec(arg), Text("has ", ndim, " dimension"), ShapeText(spoiled.tensor)});
       ExpectRefusedWith(call, arg, spoiled, words);
     }
     Spoiled shapeless(tensor);
@@ -253,8 +255,9 @@ TEST(Check, Misaligned) {
     if (tensor.dtype.bits == 8) return;
     Spoiled spoiled(tensor);
     spoiled.tensor.byte_offset += 1;
-    ExpectRefusedWith(call, arg, spoiled,
-                      {Text(arg.name, " must be aligned to its ", tensor.dtype.bits / 8, "-byte elements"), "ends in 1"});
+    ExpectRefusedWith(
+        call, arg, spoiled,
+        {Text(arg.name, " must be aligned to its ", tensor.dtype.bits / 8, "-byte elements"), "ends in 1"});
   });
 }
 
@@ -280,7 +283,8 @@ TEST(Check, Scalars) {
     };
     switch (arg.kind) {
       case Kind::kBool:
-        for (const int32_t value : {2, -1, INT32_MIN}) refuse(value, {Text(arg.name, " must be 0 or 1, but is ", value)});
+        for (const int32_t value : {2, -1, INT32_MIN})
+          refuse(value, {Text(arg.name, " must be 0 or 1, but is ", value)});
         break;
       case Kind::kChoice:
         for (const int32_t value : {2, -1, INT32_MAX}) {
@@ -288,7 +292,8 @@ TEST(Check, Scalars) {
         }
         break;
       case Kind::kInt:
-        for (const int32_t value : {-1, -2, INT32_MIN}) refuse(value, {Text(arg.name, " must be >= 0, but is ", value)});
+        for (const int32_t value : {-1, -2, INT32_MIN})
+          refuse(value, {Text(arg.name, " must be >= 0, but is ", value)});
         break;
       case Kind::kDouble:
         refuse(-1.0, {Text(arg.name, " must be a finite number >= 0, but is -1")});
@@ -296,7 +301,8 @@ TEST(Check, Scalars) {
         refuse(std::nan(""), {arg.name, "but is nan"});
         break;
       case Kind::kTensor:
-      case Kind::kHandle: break;
+      case Kind::kHandle:
+        break;
     }
   }
   EXPECT_GE(broken, 21);
@@ -333,7 +339,8 @@ TEST_P(Combination, IsRefused) {
 std::vector<Rule> Rules() {
   constexpr Angles kF = Angles::kFrequencies, kT = Angles::kTable, kP = Angles::kPacked;
   return {
-      {"CosSinTwice", kP, 
+      {"CosSinTwice",
+       kP,
        [](auto* a) {
          a->axes = a->positions = nullptr;
          a->cos = a->sin = a->cos_sin;
@@ -342,14 +349,16 @@ std::vector<Rule> Rules() {
       {"CosAlone", kT, [](auto* a) { a->sin = nullptr; }, {"sin is missing", "cos and sin"}},
       {"SinAlone", kT, [](auto* a) { a->cos = nullptr; }, {"cos is missing", "cos and sin"}},
       {"NoAngles", kF, [](auto* a) { a->frequencies = nullptr; }, {"frequencies are missing", "cos_sin"}},
-      {"KWeightWithoutK", kF,
+      {"KWeightWithoutK",
+       kF,
        [](auto* a) {
          a->k = a->k_out = a->k_cache = nullptr;
          a->k_scale = nullptr;
        },
        {"k_weight is given, but k is missing"}},
       {"KOutWithoutK", kF, [](auto* a) { a->k = nullptr; }, {"k_out is given, but k is missing"}},
-      {"KCacheWithoutK", kF,
+      {"KCacheWithoutK",
+       kF,
        [](auto* a) {
          a->k = a->k_out = nullptr;
          a->k_weight = nullptr;
@@ -357,40 +366,52 @@ std::vector<Rule> Rules() {
        {"k_cache is given, but k is missing"}},
       {"KWeightAlone", kF, [](auto* a) { a->q_weight = nullptr; }, {"q_weight is missing, but k_weight is given"}},
       {"QWeightAlone", kF, [](auto* a) { a->k_weight = nullptr; }, {"k_weight is missing, but q_weight is given"}},
-      {"ZeroCenteredWithoutWeight", kF,
+      {"ZeroCenteredWithoutWeight",
+       kF,
        [](auto* a) {
          a->q_weight = a->k_weight = nullptr;
          a->zero_centered_weight = 1;
        },
        {"zero_centered_weight is given, but q_weight is missing"}},
-      {"VAlone", kF, [](auto* a) { a->v_cache = nullptr; a->v_scale = nullptr; }, {"v_cache is missing, but v is given"}},
+      {"VAlone",
+       kF,
+       [](auto* a) {
+         a->v_cache = nullptr;
+         a->v_scale = nullptr;
+       },
+       {"v_cache is missing, but v is given"}},
       {"VCacheAlone", kF, [](auto* a) { a->v = nullptr; }, {"v is missing, but v_cache is given"}},
       {"CacheWithoutSlots", kF, [](auto* a) { a->slots = nullptr; }, {"slots are missing, but k_cache is given"}},
-      {"SlotsWithoutCache", kF,
+      {"SlotsWithoutCache",
+       kF,
        [](auto* a) {
          a->k_cache = a->v_cache = nullptr;
          a->v = a->k_scale = a->v_scale = nullptr;
        },
        {"slots are given, but k_cache and v_cache are missing"}},
-      {"KScaleWithoutFp8", kF,
+      {"KScaleWithoutFp8",
+       kF,
        [](auto* a) {
          a->k_cache = a->v_cache = nullptr;
          a->v = a->slots = a->v_scale = nullptr;
        },
        {"k_scale is given, but k_cache is not an fp8 cache"}},
-      {"VScaleWithoutFp8", kF,
+      {"VScaleWithoutFp8",
+       kF,
        [](auto* a) {
          a->v_cache = nullptr;
          a->v = nullptr;
        },
        {"v_scale is given, but v_cache is not an fp8 cache"}},
-      {"CachesOfTwoDtypes", kF,
+      {"CachesOfTwoDtypes",
+       kF,
        [](auto* a) {
          a->v_cache->dtype = {12, 8, 1};
        },
        {"v_cache must be float8_e4m3fn like k_cache, but is float8_e5m2"}},
       {"OddRotaryDim", kT, [](auto* a) { a->rotary_dim = 23; }, {"rotary_dim must be even, but is 23"}},
-      {"OddPackedTable", kP,
+      {"OddPackedTable",
+       kP,
        [](auto* a) {
          a->rotary_dim = 0;
          a->axes = nullptr;
@@ -398,34 +419,45 @@ std::vector<Rule> Rules() {
          a->cos_sin->shape[1] = 23;
        },
        {"cos_sin must be even, but is 23 wide"}},
-      {"FrequenciesForAnotherRotaryDim", kF, [](auto* a) { a->rotary_dim = 22; },
+      {"FrequenciesForAnotherRotaryDim",
+       kF,
+       [](auto* a) { a->rotary_dim = 22; },
        {"rotary_dim is 22, but frequencies are for 24"}},
-      {"TableNarrowerThanRotaryDim", kT, [](auto* a) { a->rotary_dim = 26; },
+      {"TableNarrowerThanRotaryDim",
+       kT,
+       [](auto* a) { a->rotary_dim = 26; },
        {"cos must be 13 wide for rotary_dim 26, but is 12 wide"}},
-      {"TableWiderThanRotaryDim", kP, [](auto* a) { a->rotary_dim = 20; },
+      {"TableWiderThanRotaryDim",
+       kP,
+       [](auto* a) { a->rotary_dim = 20; },
        {"cos_sin must be 20 wide for rotary_dim 20, but is 24 wide"}},
-      {"RotaryPartOutsideTheHead", kT, [](auto* a) { a->rotary_offset = 10; },
+      {"RotaryPartOutsideTheHead",
+       kT,
+       [](auto* a) { a->rotary_offset = 10; },
        {"rotary_offset 10 and rotary_dim 24 must fit in head_dim 32"}},
-      {"HugeRotaryOffset", kT, [](auto* a) { a->rotary_offset = INT32_MAX; }, {"rotary_offset 2147483647", "head_dim 32"}},
+      {"HugeRotaryOffset",
+       kT,
+       [](auto* a) { a->rotary_offset = INT32_MAX; },
+       {"rotary_offset 2147483647", "head_dim 32"}},
       {"HugeRotaryDim", kT, [](auto* a) { a->rotary_dim = INT32_MAX - 1; }, {"rotary_dim 2147483646"}},
-      {"TooFewAxes", kF,
-       [](auto* a) {
-         a->axes->shape[0] = 11;
-       },
+      {"TooFewAxes",
+       kF,
+       [](auto* a) { a->axes->shape[0] = 11; },
        {"axes must have 12 entries for rotary_dim 24, but has 11"}},
-      {"NoRowsOfPositions", kF,
-       [](auto* a) {
-         a->positions->shape[0] = 0;
-       },
+      {"NoRowsOfPositions",
+       kF,
+       [](auto* a) { a->positions->shape[0] = 0; },
        {"positions must have a row for each axis, but have none"}},
-      {"TableTooShortWithoutPositions", kT,
+      {"TableTooShortWithoutPositions",
+       kT,
        [](auto* a) {
          a->positions = a->offsets = nullptr;
          a->cos->shape[0] = a->sin->shape[0] = 5;
        },
        {"positions run from 0 to 5 (none given), but cos has 5 rows"}},
       {"QShallow", kF, [](auto* a) { a->q->ndim = 2; }, {"q must be [batch?, tokens, q_heads, head_dim], but has 2"}},
-      {"CachesOfTwoRanks", kF,
+      {"CachesOfTwoRanks",
+       kF,
        [](auto* a) {
          a->v_cache->ndim = 3;
          for (int i = 0; i < 3; ++i) {
@@ -434,7 +466,8 @@ std::vector<Rule> Rules() {
          }
        },
        {"v_cache must have 4 dimensions like k_cache, but has 3"}},
-      {"ScaleOfZero", kF,
+      {"ScaleOfZero",
+       kF,
        [](auto* a) {
          static float zero = 0;
          static int64_t one = 1;
@@ -442,38 +475,47 @@ std::vector<Rule> Rules() {
          a->k_scale = &scale;
        },
        {"k_scale must be a finite number > 0, but is 0"}},
-      {"ScaleOfNan", kF,
+      {"ScaleOfNan",
+       kF,
        [](auto* a) {
          static float nan = std::nanf("");
          static DLTensor scale = {&nan, {kDLCPU, 0}, 0, {kDLFloat, 32, 1}, nullptr, nullptr, 0};
          a->v_scale = &scale;
        },
        {"v_scale must be a finite number > 0, but is nan"}},
-      {"ElementsOfQShareMemory", kF, [](auto* a) { a->q_out->strides[2] = 0; },
+      {"ElementsOfQShareMemory",
+       kF,
+       [](auto* a) { a->q_out->strides[2] = 0; },
        {"q_out is written, but some of its elements share memory"}},
-      {"OutputsShareMemory", kF, [](auto* a) { a->k_out->data = a->q_out->data; },
+      {"OutputsShareMemory",
+       kF,
+       [](auto* a) { a->k_out->data = a->q_out->data; },
        {"k_out must not share memory with q_out"}},
-      {"OutputOverlapsItsInput", kF,
+      {"OutputOverlapsItsInput",
+       kF,
        [](auto* a) {
          a->q_out->data = a->q->data;
          a->q_out->byte_offset = a->q->byte_offset + 2;
        },
        {"q_out must not share memory with q"}},
       {"CacheOverlapsK", kF, [](auto* a) { a->k_cache->data = a->k->data; }, {"k_cache must not share memory with k"}},
-      {"QIsItsOwnPositions", kF,
+      {"QIsItsOwnPositions",
+       kF,
        [](auto* a) {
          a->q_out = nullptr;
          a->offsets = nullptr;
          const_cast<DLTensor*>(a->positions)->data = a->q->data;
        },
        {"positions must not share memory with q"}},
-      {"QAndKShareMemory", kF,
+      {"QAndKShareMemory",
+       kF,
        [](auto* a) {
          a->q_out = a->k_out = nullptr;
          a->k->data = a->q->data;
        },
        {"k must not share memory with q"}},
-      {"HeadDimOdd", kF,
+      {"HeadDimOdd",
+       kF,
        [](auto* a) {
          ropewalk_rope_args plain;
          plain.q = a->q;
@@ -482,7 +524,8 @@ std::vector<Rule> Rules() {
          *a = plain;
        },
        {"q must have an even head_dim from 2 to 8192, but has head_dim 31"}},
-      {"HeadDimTooLarge", kF,
+      {"HeadDimTooLarge",
+       kF,
        [](auto* a) {
          ropewalk_rope_args plain;
          plain.q = a->q;
@@ -491,7 +534,8 @@ std::vector<Rule> Rules() {
          *a = plain;
        },
        {"from 2 to 8192, but has head_dim 8194"}},
-      {"HeadDimZero", kF,
+      {"HeadDimZero",
+       kF,
        [](auto* a) {
          ropewalk_rope_args plain;
          plain.q = a->q;
@@ -500,7 +544,8 @@ std::vector<Rule> Rules() {
          *a = plain;
        },
        {"but has head_dim 0"}},
-      {"RotaryDimLargerThanTheHead", kF,
+      {"RotaryDimLargerThanTheHead",
+       kF,
        [](auto* a) {
          ropewalk_rope_args plain;
          plain.q = a->q;
@@ -509,7 +554,8 @@ std::vector<Rule> Rules() {
          *a = plain;
        },
        {"rotary_dim must be at most head_dim 22, but is 24 (from frequencies)"}},
-      {"TooManyHeads", kF,
+      {"TooManyHeads",
+       kF,
        [](auto* a) {
          ropewalk_rope_args plain;
          plain.q = a->q;
@@ -518,7 +564,9 @@ std::vector<Rule> Rules() {
          *a = plain;
        },
        {"q must have at most 1048576 heads, but has 1048577"}},
-      {"VDimTooLarge", kF, [](auto* a) { a->v->shape[3] = a->v_cache->shape[3] = 65537; },
+      {"VDimTooLarge",
+       kF,
+       [](auto* a) { a->v->shape[3] = a->v_cache->shape[3] = 65537; },
        {"v must have a v_dim of at most 65536, but has 65537"}},
   };
 }

@@ -82,8 +82,16 @@ TEST_P(Conformance, ManyTokensOfOneShape) {
   std::vector<RopeCase> cases;
   for (const int32_t pairing : {ROPEWALK_NEOX, ROPEWALK_INTERLEAVED}) {
     for (const bool norm : {false, true}) {
-      RopeCase c = {.tokens = 600, .q_heads = 8, .k_heads = 2, .head_dim = 64, .rotary_dim = 64, .pairing = pairing,
-                    .norm = norm, .positions = Positions::kRandom, .cache = Cache::kNhd, .cache_dtype = kBF16,
+      RopeCase c = {.tokens = 600,
+                    .q_heads = 8,
+                    .k_heads = 2,
+                    .head_dim = 64,
+                    .rotary_dim = 64,
+                    .pairing = pairing,
+                    .norm = norm,
+                    .positions = Positions::kRandom,
+                    .cache = Cache::kNhd,
+                    .cache_dtype = kBF16,
                     .v_dim = 64};
       c.name = CaseName(c);
       cases.push_back(c);
@@ -126,18 +134,72 @@ TEST(Cases, EveryOptionOccurs) {
   for (const RopeCase& c : RopeCases()) {
     for (const std::string& tag : CaseTags(c)) tags.insert(tag);
   }
-  for (const char* tag :
-       {"stage=norm", "stage=rotate", "stage=store", "dtype=f32", "dtype=f16", "dtype=bf16", "pairing=neox",
-        "pairing=interleaved", "rotary=part", "rotary=part at an offset", "rotary=whole", "angles=freq", "angles=table",
-        "angles=cossin", "angles=fullwidth", "angles=repeated", "angles=columns", "angles=batchtable",
-        "scaling=default", "scaling=linear", "scaling=dynamic", "scaling=yarn", "scaling=llama3", "scaling=longrope",
-        "scaling=proportional", "rounding=fused", "rounding=reference", "inverse", "weight=none", "weight=plain",
-        "weight=zero_centered", "layout=packed", "layout=transposed", "layout=padded", "layout=misaligned",
-        "layout=reversed", "output=out of place", "no k", "batched", "no tokens", "positions=none", "positions=i32",
-        "positions=i64", "positions=listed", "offsets", "axes=sections", "axes=interleaved", "axes=two", "cache=flat",
-        "cache=nhd", "cache=hnd", "cache=e4m3", "cache=e5m2", "scale=host", "scale=tensor", "scale=heads",
-        "slots=skips", "slots=nothing", "data=nonfinite", "data=tiny", "data=large", "bad position", "bad slot",
-        "bad axis", "bad padding", "model"}) {
+  for (const char* tag : {"stage=norm",
+                          "stage=rotate",
+                          "stage=store",
+                          "dtype=f32",
+                          "dtype=f16",
+                          "dtype=bf16",
+                          "pairing=neox",
+                          "pairing=interleaved",
+                          "rotary=part",
+                          "rotary=part at an offset",
+                          "rotary=whole",
+                          "angles=freq",
+                          "angles=table",
+                          "angles=cossin",
+                          "angles=fullwidth",
+                          "angles=repeated",
+                          "angles=columns",
+                          "angles=batchtable",
+                          "scaling=default",
+                          "scaling=linear",
+                          "scaling=dynamic",
+                          "scaling=yarn",
+                          "scaling=llama3",
+                          "scaling=longrope",
+                          "scaling=proportional",
+                          "rounding=fused",
+                          "rounding=reference",
+                          "inverse",
+                          "weight=none",
+                          "weight=plain",
+                          "weight=zero_centered",
+                          "layout=packed",
+                          "layout=transposed",
+                          "layout=padded",
+                          "layout=misaligned",
+                          "layout=reversed",
+                          "output=out of place",
+                          "no k",
+                          "batched",
+                          "no tokens",
+                          "positions=none",
+                          "positions=i32",
+                          "positions=i64",
+                          "positions=listed",
+                          "offsets",
+                          "axes=sections",
+                          "axes=interleaved",
+                          "axes=two",
+                          "cache=flat",
+                          "cache=nhd",
+                          "cache=hnd",
+                          "cache=e4m3",
+                          "cache=e5m2",
+                          "scale=host",
+                          "scale=tensor",
+                          "scale=heads",
+                          "slots=skips",
+                          "slots=nothing",
+                          "data=nonfinite",
+                          "data=tiny",
+                          "data=large",
+                          "bad position",
+                          "bad slot",
+                          "bad axis",
+                          "bad padding",
+                          "model"}) {
     EXPECT_TRUE(tags.count(tag)) << tag;
   }
 }
@@ -232,8 +294,16 @@ TEST(Reference, RoundsToNearestEven) {
 // The runner finds what is wrong
 
 RopeCase SmallCase() {
-  RopeCase c = {.tokens = 3, .head_dim = 16, .rotary_dim = 8, .layout = Layout::kPadded, .positions = Positions::kRandom,
-                .cache = Cache::kNhd, .cache_dtype = kBF16, .page_size = 4, .v_dim = 16, .slots = Slots::kSkips};
+  RopeCase c = {.tokens = 3,
+                .head_dim = 16,
+                .rotary_dim = 8,
+                .layout = Layout::kPadded,
+                .positions = Positions::kRandom,
+                .cache = Cache::kNhd,
+                .cache_dtype = kBF16,
+                .page_size = 4,
+                .v_dim = 16,
+                .slots = Slots::kSkips};
   c.name = CaseName(c);
   return c;
 }
@@ -255,7 +325,9 @@ uint16_t* Bits(DLTensor* tensor, int64_t offset) {
   return reinterpret_cast<uint16_t*>(static_cast<char*>(tensor->data) + tensor->byte_offset) + offset;
 }
 
-TEST(Runner, PassesWhatIsRight) { EXPECT_EQ(MessageAfter([](auto&) {}), ""); }
+TEST(Runner, PassesWhatIsRight) {
+  EXPECT_EQ(MessageAfter([](auto&) {}), "");
+}
 
 TEST(Runner, FindsTwoUnitsInTheLastPlace) {
   const std::string message = MessageAfter([](auto& args) { *Bits(args.q, 21 + 3) += 2; });

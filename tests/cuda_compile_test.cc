@@ -106,8 +106,9 @@ TEST_P(CudaCompile, Nvcc) {
     if (GetParam().starts_with("sm_8")) key.dependent_launch = 0;
     std::ofstream(file) << RopeCudaSource(key);
     const std::string command =
-        Text(path, " -cubin -arch=", GetParam(), " -std=c++17 --expt-relaxed-constexpr -Werror all-warnings -I ", directory.string(),
-             " -o ", (directory / "variant.cubin").string(), " ", file.string(), " > ", log.string(), " 2>&1");
+        Text(path, " -cubin -arch=", GetParam(), " -std=c++17 --expt-relaxed-constexpr -Werror all-warnings -I ",
+             directory.string(), " -o ", (directory / "variant.cubin").string(), " ", file.string(), " > ",
+             log.string(), " 2>&1");
     if (std::system(command.c_str()) == 0) continue;
     std::ifstream text(log);
     ADD_FAILURE() << RopeCudaName(key) << "\n" << std::string(std::istreambuf_iterator<char>(text), {});
@@ -116,7 +117,8 @@ TEST_P(CudaCompile, Nvcc) {
   fs::remove_all(directory);
 }
 
-INSTANTIATE_TEST_SUITE_P(All, CudaCompile, ::testing::ValuesIn(BundleArchs()), [](const auto& test) { return test.param; });
+INSTANTIATE_TEST_SUITE_P(All, CudaCompile, ::testing::ValuesIn(BundleArchs()),
+                         [](const auto& test) { return test.param; });
 
 // What is embedded is what is in the tree, byte by byte.
 TEST(CudaSources, AreTheFiles) {
@@ -136,7 +138,8 @@ TEST(CudaArchs, WhatRunsWhere) {
   EXPECT_FALSE(ArchServes("sm_100a", {160, 10, 3}));
   EXPECT_TRUE(ArchServes("sm_120", {48, 12, 1}));
   EXPECT_TRUE(ArchServes("sm_100f", {160, 10, 3}));
-  for (const char* name : {"", "90", "sm_", "sm_9x0", "compute_90"}) EXPECT_FALSE(ArchServes(name, {132, 9, 0})) << name;
+  for (const char* name : {"", "90", "sm_", "sm_9x0", "compute_90"})
+    EXPECT_FALSE(ArchServes(name, {132, 9, 0})) << name;
   EXPECT_EQ(ExactArch({132, 9, 0}), "sm_90a");
   EXPECT_EQ(ExactArch({142, 8, 9}), "sm_89");
 }

@@ -47,7 +47,11 @@ void InFreshProcess(const Environment& changes, const std::function<void()>& bod
   const pid_t child = fork();
   ASSERT_GE(child, 0);
   if (child == 0) {
-    for (const char* name : {"ROPEWALK_PDL", "ROPEWALK_BUNDLE", "FAKE_CUDA_DEVICES", "FAKE_NVRTC_FAIL"}) unsetenv(name);
+    for (const char* name :
+         {"ROPEWALK_PDL", "ROPEWALK_BUNDLE", "ROPEWALK_CUDA_LINEINFO", "CUDA_HOME", "CUDA_PATH", "FAKE_CUDA_DEVICES",
+          "FAKE_CUDA_VERSION", "FAKE_NVRTC_VERSION", "FAKE_NVRTC_FAIL", "FAKE_NVRTC_DELAY_MS"}) {
+      unsetenv(name);
+    }
     setenv("ROPEWALK_LIBCUDA", ROPEWALK_FAKE_LIBCUDA, 1);
     setenv("ROPEWALK_LIBNVRTC", ROPEWALK_FAKE_NVRTC, 1);
     setenv("ROPEWALK_CACHE_DIR", (Directory() + "/cache").c_str(), 1);
@@ -94,9 +98,7 @@ FakeCuda& Fake() {
 // A call with q, k and positions on a fake device
 
 // Makes the driver known, so that the fake has devices to allocate on.
-void StartDriver() {
-  ASSERT_NE(ropewalk_backends(), nullptr);
-}
+void StartDriver() { ASSERT_NE(ropewalk_backends(), nullptr); }
 
 struct Call {
   DLTensor q, k, positions, offsets;
@@ -143,7 +145,8 @@ void ExpectOk(int code) { EXPECT_EQ(code, ROPEWALK_OK) << ropewalk_last_error();
 void ExpectRefused(int code, int expected, std::initializer_list<std::string_view> parts) {
   EXPECT_EQ(code, expected);
   const std::string text = ropewalk_last_error();
-  for (const std::string_view part : parts) EXPECT_NE(text.find(part), std::string::npos) << text << "\n  lacks: " << part;
+  for (const std::string_view part : parts)
+    EXPECT_NE(text.find(part), std::string::npos) << text << "\n  lacks: " << part;
 }
 std::string Explained(const ropewalk_rope_args& args) {
   const char* text = ropewalk_explain(&args);
@@ -322,7 +325,8 @@ TEST_F(CudaHost, DamagedFilesAreASlowStart) {
   std::string good;
   ASSERT_TRUE(ReadFile(file.string(), &good));
 
-  std::vector<std::string> bad = {"", good.substr(0, 20), good.substr(0, good.size() - 1), good + "x", "no such file at all"};
+  std::vector<std::string> bad = {"", good.substr(0, 20), good.substr(0, good.size() - 1), good + "x",
+                                  "no such file at all"};
   for (const size_t at : {size_t{0}, size_t{9}, size_t{17}, size_t{30}, size_t{60}, good.size() - 5}) {
     bad.push_back(good);
     bad.back()[at] = static_cast<char>(bad.back()[at] ^ 1);
@@ -354,7 +358,10 @@ TEST_F(CudaHost, DamagedFilesAreASlowStart) {
 }
 
 TEST_F(CudaHost, FileThatTheDriverRefusesIsCompiledAgain) {
-  InFreshProcess({}, [] { Call call; ExpectOk(call.Run()); });
+  InFreshProcess({}, [] {
+    Call call;
+    ExpectOk(call.Run());
+  });
   InFreshProcess({}, [] {
     Call call;
     Fake().refused_images = 1;
@@ -365,8 +372,9 @@ TEST_F(CudaHost, FileThatTheDriverRefusesIsCompiledAgain) {
   InFreshProcess({{"FAKE_CUDA_VERSION", "12040"}}, [] {
     Call call;
     Fake().refused_images = 2;
-    ExpectRefused(call.Run(), ROPEWALK_DRIVER_ERROR,
-                  {"cuModuleLoadData failed: CUDA_ERROR_INVALID_IMAGE", "the driver is for CUDA 12.4", "ROPEWALK_LIBNVRTC"});
+    ExpectRefused(
+        call.Run(), ROPEWALK_DRIVER_ERROR,
+        {"cuModuleLoadData failed: CUDA_ERROR_INVALID_IMAGE", "the driver is for CUDA 12.4", "ROPEWALK_LIBNVRTC"});
   });
 }
 
@@ -413,7 +421,8 @@ void MakeBundle(const std::string& arch, const std::string& directory) {
   EXPECT_LE(keys.size(), 32u);
   size_t steps = 0;
   BundleReport report;
-  const Status status = WriteBundle(keys, arch, directory, [&](size_t, const RopeCudaKey&) { ++steps; }, &report);
+  const Status status = WriteBundle(
+      keys, arch, directory, [&](size_t, const RopeCudaKey&) { ++steps; }, &report);
   ASSERT_TRUE(status.ok()) << status.text();
   EXPECT_EQ(steps, keys.size());
   EXPECT_EQ(report.kernels, keys.size());
@@ -461,8 +470,10 @@ TEST_F(CudaHost, BundlesAreRefusedWithTheReason) {
   };
   refused("has kernels for sm_80, but the GPU is sm_90");
   // The same major version: serves.
-  InFreshProcess({{"ROPEWALK_BUNDLE", bundles}, {"ROPEWALK_LIBNVRTC", "/nowhere/x"}, {"FAKE_CUDA_DEVICES", "86"}},
-                 [] { Call call; ExpectOk(call.Run()); });
+  InFreshProcess({{"ROPEWALK_BUNDLE", bundles}, {"ROPEWALK_LIBNVRTC", "/nowhere/x"}, {"FAKE_CUDA_DEVICES", "86"}}, [] {
+    Call call;
+    ExpectOk(call.Run());
+  });
 
   std::string good;
   ASSERT_TRUE(ReadFile(file, &good));
@@ -502,7 +513,8 @@ TEST_F(CudaHost, CompilerRefusals) {
   });
   InFreshProcess({{"FAKE_NVRTC_VERSION", "11.8"}}, [] {
     Call call;
-    ExpectRefused(call.Run(), ROPEWALK_UNAVAILABLE, {ROPEWALK_FAKE_NVRTC, "is version 11.8, but 12.0 or newer is needed"});
+    ExpectRefused(call.Run(), ROPEWALK_UNAVAILABLE,
+                  {ROPEWALK_FAKE_NVRTC, "is version 11.8, but 12.0 or newer is needed"});
   });
   InFreshProcess({{"ROPEWALK_LIBNVRTC", ROPEWALK_FAKE_LIBCUDA}}, [] {
     Call call;
@@ -511,8 +523,9 @@ TEST_F(CudaHost, CompilerRefusals) {
   InFreshProcess({{"FAKE_NVRTC_FAIL", "1"}}, [] {
     Call call;
     for (int i = 0; i < 2; ++i) {
-      ExpectRefused(call.Run(), ROPEWALK_DRIVER_ERROR,
-                    {"nvrtcCompileProgram failed: NVRTC_ERROR_COMPILATION in NVRTC 13.0 (", "for sm_90a", "error: a fake error"});
+      ExpectRefused(
+          call.Run(), ROPEWALK_DRIVER_ERROR,
+          {"nvrtcCompileProgram failed: NVRTC_ERROR_COMPILATION in NVRTC 13.0 (", "for sm_90a", "error: a fake error"});
     }
     setenv("FAKE_NVRTC_FAIL", "0", 1);
     ExpectOk(call.Run());
@@ -523,9 +536,58 @@ TEST_F(CudaHost, CompilerRefusals) {
     ExpectOk(call.Run());
     ExpectContains(Last().image, "--gpu-architecture=sm_120\n");
   });
+  const int compiled = Compilations();
+  InFreshProcess({{"FAKE_CUDA_DEVICES", "121"}}, [] {
+    Call call;
+    ExpectContains(Explained(call.args), "\"source\": \"disk ");
+    ExpectOk(call.Run());
+  });
+  EXPECT_EQ(Compilations(), compiled);
   InFreshProcess({{"FAKE_CUDA_DEVICES", "130"}}, [] {
     Call call;
     ExpectRefused(call.Run(), ROPEWALK_UNAVAILABLE, {"cannot compile for sm_130"});
+  });
+}
+
+// Where NVIDIA's wheels put it, beside a library of another package that is loaded; then where the environment says.
+TEST_F(CudaHost, CompilerIsFoundWithoutBeingNamed) {
+  const std::string packages = Directory() + "/lib/python3.99/site-packages";
+  const auto put = [&](const char* from, const std::string& to) {
+    fs::create_directories(fs::path(to).parent_path());
+    fs::copy_file(from, to);
+    return to;
+  };
+  const std::string loaded = put(ROPEWALK_FAKE_LIBCUDA, packages + "/torch/lib/libtorch_fake.so");
+  const std::string home = put(ROPEWALK_FAKE_NVRTC, Directory() + "/home/lib64/libnvrtc.so.12");
+  const std::string path = put(ROPEWALK_FAKE_NVRTC, Directory() + "/path/libnvrtc.so");
+  const auto found = [&](const std::string& where, bool beside_torch) {
+    return [&loaded, where, beside_torch] {
+      EXPECT_TRUE(!beside_torch || dlopen(loaded.c_str(), RTLD_NOW));
+      Call call;
+      ExpectContains(Explained(call.args), Text("would be compiled now by NVRTC 13.0 (", where, ")"));
+      ExpectOk(call.Run());
+    };
+  };
+  const Environment unnamed = {{"ROPEWALK_LIBNVRTC", ""}, {"ROPEWALK_CACHE_DIR", ""}, {"LD_LIBRARY_PATH", ""}};
+  const auto with = [&](Environment more) {
+    more.insert(more.end(), unnamed.begin(), unnamed.end() - (more.empty() ? 0 : 1));
+    return more;
+  };
+  const std::string wheel12 = put(ROPEWALK_FAKE_NVRTC, packages + "/nvidia/cuda_nvrtc/lib/libnvrtc.so.12");
+  InFreshProcess(with({}), found(wheel12, true));
+  const std::string wheel13 = put(ROPEWALK_FAKE_NVRTC, packages + "/nvidia/cu13/lib/libnvrtc.so.13");
+  InFreshProcess(with({}), found(wheel13, true));
+  const std::string colons = Text("/nowhere::", Directory(), "/path");
+  InFreshProcess(with({{"LD_LIBRARY_PATH", colons}}), found(path, false));
+  InFreshProcess(with({{"LD_LIBRARY_PATH", ""}, {"CUDA_HOME", Directory() + "/home"}}), found(home, false));
+  // The first does not serve (it is no library): the next one does.
+  fs::resize_file(path, 100);
+  InFreshProcess(with({{"LD_LIBRARY_PATH", colons}, {"CUDA_HOME", Directory() + "/home"}}), found(home, false));
+  // One that is loaded already comes before all.
+  const std::string already = put(ROPEWALK_FAKE_NVRTC, Directory() + "/libnvrtc-0123abcd.so.12");
+  InFreshProcess(with({}), [&] {
+    EXPECT_TRUE(dlopen(already.c_str(), RTLD_NOW));
+    found(already, true)();
   });
 }
 
@@ -554,8 +616,11 @@ TEST_F(CudaHost, DriverAbsentOrUnusable) {
     refused({"CUDA is not available", "ROPEWALK_LIBCUDA names /nowhere/libcuda.so.1", "install the NVIDIA driver"});
   });
   InFreshProcess({{"ROPEWALK_LIBCUDA", ROPEWALK_FAKE_NVRTC}}, [&] { refused({"is too old: it has no cuInit"}); });
-  InFreshProcess({{"FAKE_CUDA_DEVICES", "none"}}, [&] { refused({"cuInit failed: CUDA_ERROR_NO_DEVICE", "nvidia-smi"}); });
-  InFreshProcess({{"FAKE_CUDA_DEVICES", "75"}}, [&] { refused({"cuda:0 (Fake GPU, sm_75), but sm_80 or newer is needed"}); });
+  InFreshProcess({{"FAKE_CUDA_DEVICES", "none"}}, [&] {
+    refused({"cuInit failed: CUDA_ERROR_NO_DEVICE", "nvidia-smi"});
+  });
+  InFreshProcess({{"FAKE_CUDA_DEVICES", "75"}},
+                 [&] { refused({"cuda:0 (Fake GPU, sm_75), but sm_80 or newer is needed"}); });
 }
 
 TEST_F(CudaHost, DevicesOfTheTensors) {
@@ -566,7 +631,8 @@ TEST_F(CudaHost, DevicesOfTheTensors) {
     };
     for (const int device : {3, -1}) {
       on(device);
-      ExpectRefused(call.Run(), ROPEWALK_INVALID_ARGUMENT, {Text("q is on cuda:", device, ", but this machine has 3 CUDA devices")});
+      ExpectRefused(call.Run(), ROPEWALK_INVALID_ARGUMENT,
+                    {Text("q is on cuda:", device, ", but this machine has 3 CUDA devices")});
     }
     on(1);
     ExpectRefused(call.Run(), ROPEWALK_UNAVAILABLE, {"q is on cuda:1 (Fake GPU, sm_75)"});
@@ -600,8 +666,9 @@ TEST_F(CudaHost, CaptureNeedsPrepare) {
     Call call;
     void* stream = Fake().create_stream(Fake().primary(0));
     Fake().capture(stream, true);
-    ExpectRefused(call.Run(stream), ROPEWALK_INVALID_ARGUMENT,
-                  {"the stream is being captured, but the kernel (bfloat16 neox", "is not loaded yet", "call prepare()"});
+    ExpectRefused(
+        call.Run(stream), ROPEWALK_INVALID_ARGUMENT,
+        {"the stream is being captured, but the kernel (bfloat16 neox", "is not loaded yet", "call prepare()"});
     EXPECT_EQ(Fake().calls["cuModuleLoadData"], 0);
     // prepare() may run beside a capture, whatever its mode, and the mode is put back.
     ExpectOk(ropewalk_prepare(&call.args));
@@ -609,7 +676,8 @@ TEST_F(CudaHost, CaptureNeedsPrepare) {
     ExpectOk(call.Run(stream));
     EXPECT_EQ(Fake().launches.size(), 1u);
     Call other(4, 0, 0, 777.0);
-    ExpectRefused(other.Run(stream), ROPEWALK_INVALID_ARGUMENT, {"these frequencies are not on the device yet", "call prepare()"});
+    ExpectRefused(other.Run(stream), ROPEWALK_INVALID_ARGUMENT,
+                  {"these frequencies are not on the device yet", "call prepare()"});
     Fake().capture(stream, false);
     ExpectOk(other.Run(stream));
     Fake().capture(stream, true);
@@ -634,7 +702,8 @@ TEST_F(CudaHost, DriverErrors) {
     Fake().alloc_result = 0;
     ExpectOk(call.Run());
     Fake().launch_result = 719;
-    ExpectRefused(call.Run(), ROPEWALK_DRIVER_ERROR, {"cuLaunchKernelEx failed: CUDA_ERROR_LAUNCH_FAILED", "on cuda:0"});
+    ExpectRefused(call.Run(), ROPEWALK_DRIVER_ERROR,
+                  {"cuLaunchKernelEx failed: CUDA_ERROR_LAUNCH_FAILED", "on cuda:0"});
     Fake().launch_result = 0;
     ExpectOk(call.Run());
     // A device lost, the next one works; faults of the one do not hide behind the other's state.
@@ -642,7 +711,8 @@ TEST_F(CudaHost, DriverErrors) {
     ExpectRefused(call.Run(), ROPEWALK_DRIVER_ERROR, {"CUDA_ERROR_ILLEGAL_ADDRESS"});
     ExpectOk(second.Run());
     EXPECT_EQ(Last().device, 1);
-    ExpectRefused(ropewalk_check_faults(), ROPEWALK_DRIVER_ERROR, {"cuCtxSynchronize failed: CUDA_ERROR_ILLEGAL_ADDRESS"});
+    ExpectRefused(ropewalk_check_faults(), ROPEWALK_DRIVER_ERROR,
+                  {"cuCtxSynchronize failed: CUDA_ERROR_ILLEGAL_ADDRESS"});
     EXPECT_EQ(Fake().context_depth(), 0);
   });
 }
@@ -713,8 +783,8 @@ TEST_F(CudaHost, ThreadsCompileOnce) {
     for (std::thread& thread : threads) thread.join();
     EXPECT_EQ(failures, 0);
     EXPECT_EQ(Fake().launches.size(), static_cast<size_t>(kThreads * kRuns));
-    EXPECT_EQ(Compilations(), 2);                       // two variants
-    EXPECT_EQ(Fake().calls["cuModuleLoadData"], 4);     // on two devices
+    EXPECT_EQ(Compilations(), 2);                    // two variants
+    EXPECT_EQ(Fake().calls["cuModuleLoadData"], 4);  // on two devices
     ExpectContains(ropewalk_counters(), Text("\": ", kThreads / 2 * kRuns));
   });
 }
@@ -749,7 +819,8 @@ TEST_F(CudaHost, FaultsAreToldAndCleared) {
     Fake().next_fault = {4 + kRopeFaultSlot, 77, 64, 4, 0, 0};
     ExpectOk(call.Run());
     Fake().synchronize_result = 719;
-    ExpectRefused(ropewalk_check_faults(), ROPEWALK_DRIVER_ERROR, {"cuCtxSynchronize failed: CUDA_ERROR_LAUNCH_FAILED"});
+    ExpectRefused(ropewalk_check_faults(), ROPEWALK_DRIVER_ERROR,
+                  {"cuCtxSynchronize failed: CUDA_ERROR_LAUNCH_FAILED"});
     Fake().synchronize_result = 0;
     ExpectRefused(ropewalk_check_faults(), ROPEWALK_FAULT, {"slots[1] is 77"});
   });

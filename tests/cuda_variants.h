@@ -25,7 +25,8 @@ struct CudaVariant {
 
 // Those of the cases as they are, with one token and with many, on a device of this architecture. The variants of one
 // source text are one variant.
-inline Status CudaVariantsOf(const std::vector<RopeCase>& cases, const CudaDevice& device, std::vector<CudaVariant>* out) {
+inline Status CudaVariantsOf(const std::vector<RopeCase>& cases, const CudaDevice& device,
+                             std::vector<CudaVariant>* out) {
   std::unordered_set<std::string> known;
   for (const RopeCase& c : cases) {
     std::unique_ptr<CaseCall> call;
@@ -53,8 +54,9 @@ inline std::vector<CudaVariant> CoveringVariants(const std::vector<CudaVariant>&
     uint8_t bytes[sizeof(RopeVariant)];
     std::memcpy(bytes, &key.variant, sizeof(bytes));
     std::vector<int> choices(bytes, bytes + sizeof(bytes));
-    choices.insert(choices.end(), {key.vector, key.lanes, key.in_flight, key.few_tokens, key.table_vector,
-                                   key.rotary_dim < key.head_dim, key.rotary_offset > 0, key.head_dim % 16 == 0});
+    choices.insert(choices.end(),
+                   {key.vector, (key.lanes & (key.lanes - 1)) == 0, key.in_flight, key.few_tokens, key.table_vector,
+                    key.rotary_dim<key.head_dim, key.rotary_offset> 0, key.head_dim % 16 == 0});
     bool is_new = false;
     for (size_t i = 0; i < choices.size(); ++i) {
       for (size_t j = 0; j < i; ++j) is_new |= met.emplace(i, choices[i], j, choices[j]).second;
@@ -69,7 +71,7 @@ struct PtxasText {
   int shared_bytes = 0;
   int spilled_bytes = 0;  // stores and loads of all functions
   int stack_bytes = 0;
-  std::string warnings;   // all that is not ptxas's report
+  std::string warnings;  // all that is not ptxas's report
 };
 
 // Reads the log of a verbose compilation.

@@ -51,8 +51,10 @@ struct Simple {
 
   Simple(int64_t tokens_, int64_t heads, int64_t dim, int64_t rotary_dim, double theta = 10000.0,
          const char* scaling = nullptr)
-      : data(static_cast<size_t>(tokens_ * heads * dim), 1.0f), place(static_cast<size_t>(tokens_)),
-        shape{tokens_, heads, dim}, tokens(tokens_) {
+      : data(static_cast<size_t>(tokens_ * heads * dim), 1.0f),
+        place(static_cast<size_t>(tokens_)),
+        shape{tokens_, heads, dim},
+        tokens(tokens_) {
     q = {data.data(), {kDLCPU, 0}, 3, {kDLFloat, 32, 1}, shape, nullptr, 0};
     positions = {place.data(), {kDLCPU, 0}, 1, {kDLInt, 64, 1}, &tokens, nullptr, 0};
     EXPECT_EQ(ropewalk_frequencies_create(theta, rotary_dim, scaling, 0, &frequencies), ROPEWALK_OK)
@@ -146,7 +148,8 @@ TEST(Failures, ProportionalPairsAcrossTheHead) {
   EXPECT_EQ(simple.data[6], 7);
 }
 
-// sglang#35096, LightLLM#1459: widths that are no power of two must neither rotate the next head nor read past the table.
+// sglang#35096, LightLLM#1459: widths that are no power of two must neither rotate the next head nor read past the
+// table.
 TEST(Failures, RotaryDimSixStaysInItsHead) {
   for (const Angles angles : {Angles::kTable, Angles::kPacked, Angles::kFrequencies}) {
     for (const int32_t pairing : {ROPEWALK_NEOX, ROPEWALK_INTERLEAVED}) {
@@ -170,8 +173,14 @@ TEST(Failures, HeadDim72Interleaved) {
 
 // sglang#20559, ColossalAI#6429: q and k have strides and head counts of their own; shapes of latent attention.
 TEST(Failures, StridesOfQAndKDiffer) {
-  const auto call = MakeCall({.tokens = 4, .q_heads = 8, .k_heads = 1, .head_dim = 576, .rotary_dim = 64,
-                              .rotary_offset = 512, .layout = Layout::kPadded, .pairing = ROPEWALK_INTERLEAVED});
+  const auto call = MakeCall({.tokens = 4,
+                              .q_heads = 8,
+                              .k_heads = 1,
+                              .head_dim = 576,
+                              .rotary_dim = 64,
+                              .rotary_offset = 512,
+                              .layout = Layout::kPadded,
+                              .pairing = ROPEWALK_INTERLEAVED});
   ASSERT_NE(call->args().q->strides[0], call->args().k->strides[0]);
   ASSERT_TRUE(call->Run().ok());
   ExpectRight(*call);
@@ -184,8 +193,13 @@ TEST(Failures, KOfOneHead) { ExpectPass({.q_heads = 1, .k_heads = 1, .head_dim =
 TEST(Failures, InPlaceHasNoHazard) {
   for (const Layout layout : {Layout::kSeparate, Layout::kPadded, Layout::kTransposed}) {
     for (const int32_t pairing : {ROPEWALK_NEOX, ROPEWALK_INTERLEAVED}) {
-      const auto out = MakeCall({.tokens = 9, .head_dim = 80, .rotary_dim = 60, .layout = layout, .out_of_place = true,
-                                 .pairing = pairing, .norm = true});
+      const auto out = MakeCall({.tokens = 9,
+                                 .head_dim = 80,
+                                 .rotary_dim = 60,
+                                 .layout = layout,
+                                 .out_of_place = true,
+                                 .pairing = pairing,
+                                 .norm = true});
       ASSERT_TRUE(out->Run().ok());
       ExpectRight(*out);
       // The same data again, in place.
@@ -248,9 +262,13 @@ TEST(Failures, PhaseOfPairZeroFarOut) {
 
 // imp#1630: the same on the branch of scaled frequencies.
 TEST(Failures, ScaledFrequenciesFarOut) {
-  ExpectPass({.dtype = kF32, .head_dim = 64,
+  ExpectPass({.dtype = kF32,
+              .head_dim = 64,
               .scaling = "{\"rope_type\": \"yarn\", \"factor\": 4.0, \"original_max_position_embeddings\": 4096}",
-              .positions = Positions::kListed, .positions_dtype = kI64, .cache = Cache::kFlat, .cache_dtype = kF32,
+              .positions = Positions::kListed,
+              .positions_dtype = kI64,
+              .cache = Cache::kFlat,
+              .cache_dtype = kF32,
               .v_dim = 64});
 }
 
@@ -258,7 +276,10 @@ TEST(Failures, ScaledFrequenciesFarOut) {
 TEST(Failures, TablesOfEveryDtypeForEveryTensor) {
   for (const uint32_t dtype : {kF32, kF16, kBF16}) {
     for (const uint32_t table_dtype : {kF32, kF16, kBF16}) {
-      ExpectPass({.dtype = dtype, .head_dim = 64, .angles = Angles::kPacked, .table_dtype = table_dtype,
+      ExpectPass({.dtype = dtype,
+                  .head_dim = 64,
+                  .angles = Angles::kPacked,
+                  .table_dtype = table_dtype,
                   .positions = Positions::kRandom});
     }
   }
@@ -286,8 +307,14 @@ TEST(Failures, MeanSquareInFloat32) {
 // vllm#53203: 1 + weight in float32; in bfloat16 a weight of 2^-9 would vanish.
 TEST(Failures, OneIsAddedToGemmaWeightsInFloat32) {
   for (const int32_t rounding : {ROPEWALK_ROUND_FUSED, ROPEWALK_ROUND_REFERENCE}) {
-    const auto call = MakeCall({.tokens = 1, .k_heads = 0, .head_dim = 64, .rounding = rounding, .norm = true,
-                                .weight = Weight::kZeroCentered, .weight_dtype = kBF16, .positions = Positions::kNone});
+    const auto call = MakeCall({.tokens = 1,
+                                .k_heads = 0,
+                                .head_dim = 64,
+                                .rounding = rounding,
+                                .norm = true,
+                                .weight = Weight::kZeroCentered,
+                                .weight_dtype = kBF16,
+                                .positions = Positions::kNone});
     const auto set = [](const ropewalk_rope_args& args) {
       auto* q = static_cast<uint16_t*>(args.q->data);
       auto* weight = static_cast<uint16_t*>(args.q_weight->data);
@@ -305,8 +332,13 @@ TEST(Failures, OneIsAddedToGemmaWeightsInFloat32) {
 
 // mold#1074: and added once.
 TEST(Failures, ZeroCenteredWeightOfZeroIsTheIdentity) {
-  const auto zero = MakeCall({.tokens = 1, .k_heads = 0, .head_dim = 64, .norm = true, .weight = Weight::kZeroCentered,
-                              .weight_dtype = kF32, .positions = Positions::kNone});
+  const auto zero = MakeCall({.tokens = 1,
+                              .k_heads = 0,
+                              .head_dim = 64,
+                              .norm = true,
+                              .weight = Weight::kZeroCentered,
+                              .weight_dtype = kF32,
+                              .positions = Positions::kNone});
   std::memset(zero->args().q_weight->data, 0, 64 * 4);
   std::memset(zero->host_args().q_weight->data, 0, 64 * 4);
   ASSERT_TRUE(zero->Run().ok());
@@ -316,16 +348,27 @@ TEST(Failures, ZeroCenteredWeightOfZeroIsTheIdentity) {
 // sglang#36665: an fp8 cache is rounded once from the exact number, in reference rounding from k as it is stored.
 TEST(Failures, Fp8RoundsOnce) {
   for (const int32_t rounding : {ROPEWALK_ROUND_FUSED, ROPEWALK_ROUND_REFERENCE}) {
-    ExpectPass({.tokens = 64, .head_dim = 128, .rounding = rounding, .angles = Angles::kTable, .cache = Cache::kNhd,
-                .cache_dtype = kE4M3, .v_dim = 128});
+    ExpectPass({.tokens = 64,
+                .head_dim = 128,
+                .rounding = rounding,
+                .angles = Angles::kTable,
+                .cache = Cache::kNhd,
+                .cache_dtype = kE4M3,
+                .v_dim = 128});
   }
 }
 
 // aiter#4102: the OCP encodings, not those with another bias.
 TEST(Failures, Fp8IsOcp) {
   for (const auto& [dtype, one] : {std::pair<uint32_t, int>{kE4M3, 0x38}, std::pair<uint32_t, int>{kE5M2, 0x3C}}) {
-    const auto call = MakeCall({.tokens = 1, .q_heads = 1, .k_heads = 1, .head_dim = 16, .positions = Positions::kNone,
-                                .cache = Cache::kFlat, .cache_dtype = dtype, .v_dim = 16});
+    const auto call = MakeCall({.tokens = 1,
+                                .q_heads = 1,
+                                .k_heads = 1,
+                                .head_dim = 16,
+                                .positions = Positions::kNone,
+                                .cache = Cache::kFlat,
+                                .cache_dtype = dtype,
+                                .v_dim = 16});
     for (int i = 0; i < 16; ++i) {
       StoreNumber(kBF16, 1.0, static_cast<uint16_t*>(call->args().k->data) + i);
       StoreNumber(kBF16, -1.0, static_cast<uint16_t*>(call->args().v->data) + i);
@@ -345,8 +388,13 @@ TEST(Failures, Fp8IsOcp) {
 TEST(Failures, ReferenceRoundingIsNotContracted) {
   for (const uint32_t dtype : {kF32, kF16, kBF16}) {
     for (const int32_t pairing : {ROPEWALK_NEOX, ROPEWALK_INTERLEAVED}) {
-      ExpectPass({.dtype = dtype, .tokens = 64, .head_dim = 128, .pairing = pairing,
-                  .rounding = ROPEWALK_ROUND_REFERENCE, .angles = Angles::kTable, .table_dtype = dtype,
+      ExpectPass({.dtype = dtype,
+                  .tokens = 64,
+                  .head_dim = 128,
+                  .pairing = pairing,
+                  .rounding = ROPEWALK_ROUND_REFERENCE,
+                  .angles = Angles::kTable,
+                  .table_dtype = dtype,
                   .positions = Positions::kRandom});
     }
   }
@@ -412,8 +460,14 @@ TEST(Failures, NegativePositionInATable) {
 // aiter#3235, vllm#13922: padding under CUDA graphs has slot -1 and any position; it is left alone, and is no fault.
 TEST(Failures, SlotMinusOneWithGarbagePosition) {
   for (const bool out_of_place : {false, true}) {
-    ExpectPass({.tokens = 8, .head_dim = 64, .out_of_place = out_of_place, .angles = Angles::kTable,
-                .cache = Cache::kNhd, .cache_dtype = kBF16, .v_dim = 64, .bad = Bad::kPaddedPosition});
+    ExpectPass({.tokens = 8,
+                .head_dim = 64,
+                .out_of_place = out_of_place,
+                .angles = Angles::kTable,
+                .cache = Cache::kNhd,
+                .cache_dtype = kBF16,
+                .v_dim = 64,
+                .bad = Bad::kPaddedPosition});
   }
 }
 
@@ -428,8 +482,14 @@ TEST(Failures, SlotPastTheCache) {
 
 // sglang#32477: NaN in a padded row must not reach slot 0.
 TEST(Failures, PaddedRowsDoNotPoisonSlotZero) {
-  const auto call = MakeCall({.tokens = 2, .q_heads = 1, .k_heads = 1, .head_dim = 16, .cache = Cache::kFlat,
-                              .cache_dtype = kBF16, .v_dim = 16, .slots = Slots::kNothing});
+  const auto call = MakeCall({.tokens = 2,
+                              .q_heads = 1,
+                              .k_heads = 1,
+                              .head_dim = 16,
+                              .cache = Cache::kFlat,
+                              .cache_dtype = kBF16,
+                              .v_dim = 16,
+                              .slots = Slots::kNothing});
   for (int i = 0; i < 32; ++i) {
     StoreNumber(kBF16, NAN, static_cast<uint16_t*>(call->args().k->data) + i);
     StoreNumber(kBF16, NAN, static_cast<uint16_t*>(call->args().v->data) + i);
@@ -456,8 +516,15 @@ TEST(Failures, MisalignedView) {
 
 // sgl-kernel-xpu#467: q, k and v as slices of one row.
 TEST(Failures, PackedRows) {
-  ExpectPass({.tokens = 11, .q_heads = 7, .k_heads = 3, .head_dim = 80, .layout = Layout::kPacked, .norm = true,
-              .cache = Cache::kHnd, .cache_dtype = kBF16, .v_dim = 72});
+  ExpectPass({.tokens = 11,
+              .q_heads = 7,
+              .k_heads = 3,
+              .head_dim = 80,
+              .layout = Layout::kPacked,
+              .norm = true,
+              .cache = Cache::kHnd,
+              .cache_dtype = kBF16,
+              .v_dim = 72});
 }
 
 // vllm#43684, mlx#3659: more tokens than a dimension of a grid holds.
@@ -496,8 +563,14 @@ TEST(Failures, EveryAxisOfPositionsCounts) {
 // sglang#23609: no tokens, no heads of k: no work and no error, and later calls work.
 TEST(Failures, ZeroTokens) {
   for (const int64_t batch : {0, 2}) {
-    const auto call = MakeCall({.batch = batch, .tokens = 0, .head_dim = 64, .norm = true, .angles = Angles::kTable,
-                                .cache = Cache::kNhd, .cache_dtype = kBF16, .v_dim = 64});
+    const auto call = MakeCall({.batch = batch,
+                                .tokens = 0,
+                                .head_dim = 64,
+                                .norm = true,
+                                .angles = Angles::kTable,
+                                .cache = Cache::kNhd,
+                                .cache_dtype = kBF16,
+                                .v_dim = 64});
     EXPECT_TRUE(call->Run().ok());
     ExpectRight(*call);
   }
@@ -526,8 +599,8 @@ TEST(Failures, KIsWrittenBackWhenStored) {
   const auto* slots = static_cast<const int64_t*>(call->args().slots->data);
   for (int64_t token = 0; token < 5; ++token) {
     const auto* k = static_cast<const uint16_t*>(call->args().k->data) + RowOffset(*call->args().k, 0, token, 0);
-    const auto* cached = static_cast<const uint16_t*>(call->args().k_cache->data) +
-                         RowOffset(*call->args().k_cache, 0, slots[token], 0);
+    const auto* cached =
+        static_cast<const uint16_t*>(call->args().k_cache->data) + RowOffset(*call->args().k_cache, 0, slots[token], 0);
     EXPECT_EQ(std::memcmp(k, cached, 2 * 64 * 2), 0) << token;
   }
 }
@@ -535,16 +608,21 @@ TEST(Failures, KIsWrittenBackWhenStored) {
 // sglang#19107: both caches take the slot as it is given, fp8 too.
 TEST(Failures, SlotsServeBothCaches) {
   for (const uint32_t cache_dtype : {kBF16, kE4M3, kE5M2}) {
-    ExpectPass({.tokens = 20, .head_dim = 64, .cache = Cache::kHnd, .cache_dtype = cache_dtype, .page_size = 6,
-                .v_dim = 40, .slots = Slots::kSkips});
+    ExpectPass({.tokens = 20,
+                .head_dim = 64,
+                .cache = Cache::kHnd,
+                .cache_dtype = cache_dtype,
+                .page_size = 6,
+                .v_dim = 40,
+                .slots = Slots::kSkips});
   }
 }
 
 // vllm#37041: nothing may be remembered by address: other numbers at the same place give other results.
 TEST(Failures, NothingIsCachedByAddress) {
   for (const Angles angles : {Angles::kTable, Angles::kFrequencies}) {
-    const auto call = MakeCall({.head_dim = 64, .norm = true, .weight = Weight::kPlain, .weight_dtype = kF32,
-                                .angles = angles});
+    const auto call =
+        MakeCall({.head_dim = 64, .norm = true, .weight = Weight::kPlain, .weight_dtype = kF32, .angles = angles});
     ASSERT_TRUE(call->Run().ok());
     ExpectRight(*call);
     auto* weight = static_cast<float*>(call->host_args().q_weight->data);

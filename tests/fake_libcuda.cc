@@ -143,7 +143,8 @@ FAKE_API int cuInit(unsigned) {
     s.capabilities.push_back(static_cast<int>(std::strtol(at, &end, 10)));
     at = *end ? end + 1 : end;
     // Whole pages of 2 MB, as the real one's.
-    void* memory = mmap(nullptr, kArenaBytes + kPage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    void* memory =
+        mmap(nullptr, kArenaBytes + kPage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     const uintptr_t begin = (reinterpret_cast<uintptr_t>(memory) + kPage - 1) / kPage * kPage;
     s.arenas.push_back({begin, begin + kArenaBytes, static_cast<int>(s.arenas.size())});
     s.used.push_back(begin);
@@ -163,13 +164,27 @@ FAKE_API int cuDriverGetVersion(int* version) {
 
 FAKE_API int cuGetErrorName(int result, const char** name) {
   switch (result) {
-    case cu::kOutOfMemory: *name = "CUDA_ERROR_OUT_OF_MEMORY"; return 0;
-    case cu::kNoDevice: *name = "CUDA_ERROR_NO_DEVICE"; return 0;
-    case cu::kInvalidImage: *name = "CUDA_ERROR_INVALID_IMAGE"; return 0;
-    case cu::kInvalidHandle: *name = "CUDA_ERROR_INVALID_HANDLE"; return 0;
-    case 700: *name = "CUDA_ERROR_ILLEGAL_ADDRESS"; return 0;
-    case 719: *name = "CUDA_ERROR_LAUNCH_FAILED"; return 0;
-    default: *name = "CUDA_ERROR_OTHER"; return 0;
+    case cu::kOutOfMemory:
+      *name = "CUDA_ERROR_OUT_OF_MEMORY";
+      return 0;
+    case cu::kNoDevice:
+      *name = "CUDA_ERROR_NO_DEVICE";
+      return 0;
+    case cu::kInvalidImage:
+      *name = "CUDA_ERROR_INVALID_IMAGE";
+      return 0;
+    case cu::kInvalidHandle:
+      *name = "CUDA_ERROR_INVALID_HANDLE";
+      return 0;
+    case 700:
+      *name = "CUDA_ERROR_ILLEGAL_ADDRESS";
+      return 0;
+    case 719:
+      *name = "CUDA_ERROR_LAUNCH_FAILED";
+      return 0;
+    default:
+      *name = "CUDA_ERROR_OTHER";
+      return 0;
   }
 }
 FAKE_API int cuGetErrorString(int, const char** text) { return *text = "a fake failure", 0; }
@@ -190,8 +205,9 @@ FAKE_API int cuDeviceGetName(char* name, int size, int) {
 FAKE_API int cuDeviceGetAttribute(int* value, int attribute, int device) {
   ENTER();
   const int capability = state().capabilities[static_cast<size_t>(device)];
-  *value = attribute == cu::kMultiprocessorCount ? 132
-           : attribute == cu::kComputeCapabilityMajor ? capability / 10 : capability % 10;
+  *value = attribute == cu::kMultiprocessorCount      ? 132
+           : attribute == cu::kComputeCapabilityMajor ? capability / 10
+                                                      : capability % 10;
   return 0;
 }
 
@@ -270,7 +286,11 @@ FAKE_API int cuModuleLoadData(FakeModule** module, const void* image) {
   if (Forbidden()) return cu::kStreamCaptureUnsupported;
   if (s.face.module_load_result) return s.face.module_load_result;
   if (s.face.refused_images > 0 && s.face.refused_images--) return cu::kInvalidImage;
-  if (std::memcmp(image, "\x7f" "ELF", 4) != 0) return cu::kInvalidImage;
+  if (std::memcmp(image,
+                  "\x7f"
+                  "ELF",
+                  4) != 0)
+    return cu::kInvalidImage;
   s.modules.push_back({Current(), static_cast<const char*>(image)});
   *module = &s.modules.back();
   return 0;
@@ -360,9 +380,19 @@ FAKE_API int cuLaunchKernelEx(const cu::LaunchConfig* config, FakeModule* functi
   auto* stream = reinterpret_cast<FakeStream*>(config->stream);
   if (function->context != Current() || (stream && stream->context != Current())) return cu::kInvalidHandle;
   if (!parameters || extra) return cu::kInvalidValue;
-  FakeLaunch launch = {Current()->device, config->stream,  Current(),       config->grid_x,       config->grid_y,
-                       config->grid_z,    config->block_x, config->block_y, config->block_z,      config->shared_bytes,
-                       false,             function->image, *static_cast<const rope_cuda_args*>(parameters[0])};
+  FakeLaunch launch = {Current()->device,
+                       config->stream,
+                       Current(),
+                       config->grid_x,
+                       config->grid_y,
+                       config->grid_z,
+                       config->block_x,
+                       config->block_y,
+                       config->block_z,
+                       config->shared_bytes,
+                       false,
+                       function->image,
+                       *static_cast<const rope_cuda_args*>(parameters[0])};
   for (unsigned i = 0; i < config->attribute_count; ++i) {
     const cu::LaunchAttribute& attribute = config->attributes[i];
     if (attribute.id == cu::kProgrammaticStreamSerialization) launch.dependent = attribute.value.number != 0;

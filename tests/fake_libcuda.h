@@ -20,7 +20,7 @@ struct FakeLaunch {
   void* stream;
   void* context;
   unsigned grid_x, grid_y, grid_z, block_x, block_y, block_z, shared_bytes;
-  bool dependent;  // programmatic stream serialization
+  bool dependent;     // programmatic stream serialization
   std::string image;  // of the function's module
   rope_cuda_args args;
 };
@@ -28,9 +28,9 @@ struct FakeLaunch {
 struct FakeCuda {
   // Switches; a result of 0 is success.
   std::atomic<int> module_load_result{0}, launch_result{0}, alloc_result{0}, synchronize_result{0};
-  std::atomic<int> lost_device{-1};        // everything but queries fails there
-  std::atomic<int> refused_images{0};      // so many module loads fail with CUDA_ERROR_INVALID_IMAGE
-  rope_fault next_fault = {};              // the next launch leaves it, if key is not 0
+  std::atomic<int> lost_device{-1};    // everything but queries fails there
+  std::atomic<int> refused_images{0};  // so many module loads fail with CUDA_ERROR_INVALID_IMAGE
+  rope_fault next_fault = {};          // the next launch leaves it, if key is not 0
 
   std::mutex mutex;
   std::vector<FakeLaunch> launches;

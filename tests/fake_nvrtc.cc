@@ -56,7 +56,9 @@ FAKE_API int nvrtcCompileProgram(FakeProgram* program, int count, const char* co
       std::fclose(file);
     }
   }
-  program->cubin = "\x7f" "ELF fake";
+  program->cubin =
+      "\x7f"
+      "ELF fake";
   for (int i = 0; i < count; ++i) program->cubin += std::string(" ") + options[i];
   program->cubin += "\n" + program->source;
   if (Environment("FAKE_NVRTC_FAIL", "0") != "1") return 0;

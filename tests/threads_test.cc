@@ -1,5 +1,5 @@
-// Calls from many threads, the caller's parallel_for, the pool, and fork(): results are those of one thread, to the bit.
-// SPDX-License-Identifier: Apache-2.0
+// Calls from many threads, the caller's parallel_for, the pool, and fork(): results are those of one thread, to the
+// bit. SPDX-License-Identifier: Apache-2.0
 #include <gtest/gtest.h>
 #include <signal.h>
 #include <sys/wait.h>
@@ -40,9 +40,19 @@ std::unique_ptr<CaseCall> MakeCall(RopeCase c) {
 
 // Large enough to be split; packed, so that threads write into the same cache lines' neighbours.
 RopeCase Splittable(int32_t pairing = ROPEWALK_NEOX) {
-  return {.tokens = 301, .q_heads = 6, .k_heads = 2, .head_dim = 80, .rotary_dim = 60, .layout = Layout::kPacked,
-          .pairing = pairing, .norm = true, .positions = Positions::kRandom, .cache = Cache::kHnd,
-          .cache_dtype = kBF16, .v_dim = 80, .slots = Slots::kSkips};
+  return {.tokens = 301,
+          .q_heads = 6,
+          .k_heads = 2,
+          .head_dim = 80,
+          .rotary_dim = 60,
+          .layout = Layout::kPacked,
+          .pairing = pairing,
+          .norm = true,
+          .positions = Positions::kRandom,
+          .cache = Cache::kHnd,
+          .cache_dtype = kBF16,
+          .v_dim = 80,
+          .slots = Slots::kSkips};
 }
 
 std::string MessageOf(const CaseCall& call) {

@@ -8,7 +8,8 @@
 #include <cstring>
 #include <filesystem>
 #include <memory>
-#include <sstream>
+#include <mutex>
+#include <thread>
 #include <unordered_set>
 
 #include "backends/cuda/sources.h"
@@ -22,7 +23,8 @@ namespace fs = std::filesystem;
 constexpr std::string_view kBundleMagic = "RWBUNDL1";
 constexpr const char* kSuffix = ".bundle";
 
-// One file. Its identity is lines of "name value"; its payload, for each kernel: the digest of its identity, a size, bytes.
+// One file. Its identity is lines of "name value"; its payload, for each kernel: the digest of its identity, a size,
+// bytes.
 struct Bundle {
   std::string path, arch;
   std::string bytes;  // what the views point into
@@ -36,7 +38,8 @@ struct Bundles {
 };
 
 std::string BundleIdentity(const std::string& arch, const std::string& compiler) {
-  return Text("ropewalk ", ropewalk_version(), "\nsources ", kCudaSourceDigest, "\narch ", arch, "\ncompiler ", compiler, "\n");
+  return Text("ropewalk ", ropewalk_version(), "\nsources ", kCudaSourceDigest, "\narch ", arch, "\ncompiler ",
+              compiler, "\n");
 }
 
 // The value of a line "name value"; "" if there is none.
@@ -132,13 +135,13 @@ struct ArchDevices {
 
 const std::vector<ArchDevices>& KnownArchs() {
   static const auto* const archs = new std::vector<ArchDevices>{
-      {"sm_80", {108, 56}},                                 // A100, A30
-      {"sm_86", {84, 82, 80, 72, 68, 48, 46, 28}},          // A40, A10, RTX 3090 to 3060
-      {"sm_89", {142, 128, 76, 60, 58, 46, 34}},            // L40S, RTX 4090, 4080, 4070, L4
-      {"sm_90a", {132, 114, 78}},                           // H100 SXM and H200, H100 PCIe, H20
-      {"sm_100a", {148}},                                   // B200
-      {"sm_103a", {148, 160}},                              // B300
-      {"sm_120a", {188, 170, 84, 70, 48}},                  // RTX PRO 6000, RTX 5090, 5080, 5070 Ti, 5070
+      {"sm_80", {108, 56}},                         // A100, A30
+      {"sm_86", {84, 82, 80, 72, 68, 48, 46, 28}},  // A40, A10, RTX 3090 to 3060
+      {"sm_89", {142, 128, 76, 60, 58, 46, 34}},    // L40S, RTX 4090, 4080, 4070, L4
+      {"sm_90a", {132, 114, 78}},                   // H100 SXM and H200, H100 PCIe, H20
+      {"sm_100a", {148}},                           // B200
+      {"sm_103a", {148, 160}},                      // B300
+      {"sm_120a", {188, 170, 84, 70, 48}},          // RTX PRO 6000, RTX 5090, 5080, 5070 Ti, 5070
   };
   return *archs;
 }
@@ -179,7 +182,8 @@ std::string BundleRefusals(const CudaDevice& device) {
 
 std::vector<std::string> BundleTexts() {
   std::vector<std::string> texts;
-  for (const auto& b : LoadedBundles().usable) texts.push_back(Text(b->path, " (", b->arch, ", ", b->kernels.size(), " kernels)"));
+  for (const auto& b : LoadedBundles().usable)
+    texts.push_back(Text(b->path, " (", b->arch, ", ", b->kernels.size(), " kernels)"));
   for (const std::string& refused : LoadedBundles().refused) texts.push_back(Text("refused ", refused));
   return texts;
 }
@@ -204,7 +208,9 @@ Status BundleDevices(const std::string& arch, std::vector<CudaDevice>* devices) 
 Status CollectBundleKeys(const RopeCall& call, const std::vector<CudaDevice>& devices, int64_t max_tokens,
                          std::vector<RopeCudaKey>* keys) {
   std::unordered_set<std::string> known;
-  const auto bytes = [](const RopeCudaKey& key) { return std::string(reinterpret_cast<const char*>(&key), sizeof(key)); };
+  const auto bytes = [](const RopeCudaKey& key) {
+    return std::string(reinterpret_cast<const char*>(&key), sizeof(key));
+  };
   for (const RopeCudaKey& key : *keys) known.insert(bytes(key));
   // A dimension of size 1 has no stride.
   RopeCall one = call;
@@ -227,24 +233,50 @@ Status CollectBundleKeys(const RopeCall& call, const std::vector<CudaDevice>& de
 
 Status WriteBundle(const std::vector<RopeCudaKey>& keys, const std::string& arch, const std::string& directory,
                    const std::function<void(size_t done, const RopeCudaKey& key)>& progress, BundleReport* report) {
-  const Nvrtc* nvrtc;
-  ROPEWALK_TRY(OpenNvrtc(&nvrtc));
-  std::string payload;
-  *report = {};
-  for (const RopeCudaKey& key : keys) {
-    if (progress) progress(report->kernels, key);
-    Compilation compilation;
-    ROPEWALK_TRY(CompileCuda(*nvrtc, RopeCudaSource(key), arch, /*verbose=*/false, &compilation));
-    const Digest digest = DigestOf(KernelIdentity(key, arch));
-    const uint64_t size = compilation.cubin.size();
-    payload.append(reinterpret_cast<const char*>(digest.data()), digest.size());
-    payload.append(reinterpret_cast<const char*>(&size), sizeof(size));
-    payload += compilation.cubin;
-    report->milliseconds += compilation.milliseconds;
-    ++report->kernels;
-  }
   std::error_code error;
   fs::create_directories(directory, error);
+  if (std::error_code ignored; !fs::is_directory(directory, ignored)) {
+    return Status::Invalid(Text("compile: ", directory, " is no directory and cannot be made: ", error.message()));
+  }
+  const Nvrtc* nvrtc;
+  ROPEWALK_TRY(OpenNvrtc(&nvrtc));
+  *report = {};
+  std::vector<std::string> cubins(keys.size());
+  std::mutex mutex;  // over what follows
+  size_t next = 0;
+  Status status;
+  const auto work = [&] {
+    for (;;) {
+      size_t i;
+      {
+        const std::lock_guard lock(mutex);
+        if (!status.ok() || next == keys.size()) return;
+        i = next++;
+        if (progress) progress(i, keys[i]);
+      }
+      Compilation compilation;
+      Status compiled = CompileCuda(*nvrtc, RopeCudaSource(keys[i]), arch, /*verbose=*/false, &compilation);
+      cubins[i] = std::move(compilation.cubin);
+      const std::lock_guard lock(mutex);
+      report->milliseconds += compilation.milliseconds;
+      if (status.ok()) status = std::move(compiled);
+    }
+  };
+  std::vector<std::thread> threads;
+  for (unsigned i = 1; i < std::max(1u, std::thread::hardware_concurrency()); ++i) threads.emplace_back(work);
+  work();
+  for (std::thread& thread : threads) thread.join();
+  ROPEWALK_TRY(status);
+
+  std::string payload;
+  for (size_t i = 0; i < keys.size(); ++i) {
+    const Digest digest = DigestOf(KernelIdentity(keys[i], arch));
+    const uint64_t size = cubins[i].size();
+    payload.append(reinterpret_cast<const char*>(digest.data()), digest.size());
+    payload.append(reinterpret_cast<const char*>(&size), sizeof(size));
+    payload += cubins[i];
+  }
+  report->kernels = keys.size();
   report->path = (fs::path(directory) / Text("ropewalk-", arch, kSuffix)).string();
   report->bytes = payload.size();
   return PublishFile(report->path, Sealed(kBundleMagic, BundleIdentity(arch, nvrtc->file.identity), payload));

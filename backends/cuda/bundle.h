@@ -1,5 +1,6 @@
-// Bundles: kernels compiled ahead for machines without NVRTC. `ropewalk compile` writes a directory with one file for each
-// architecture; $ROPEWALK_BUNDLE names such a directory or file, and a directory `bundles` beside the library is used too.
+// Bundles: kernels compiled ahead for machines without NVRTC. `ropewalk compile` writes a directory with one file for
+// each architecture; $ROPEWALK_BUNDLE names such a directory or file, and a directory `bundles` beside the library is
+// used too.
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
@@ -36,19 +37,20 @@ std::vector<std::string> BundleArchs();
 // Refuses other names.
 Status BundleDevices(const std::string& arch, std::vector<CudaDevice>* devices);
 
-// The variants that `call` needs on the devices with 1 to `max_tokens` tokens, appended to `keys` unless they are there.
-// The call has two tokens at least; its memory is not touched, alignments and strides are its own.
+// The variants that `call` needs on the devices with 1 to `max_tokens` tokens, appended to `keys` unless they are
+// there. The call has two tokens at least; its memory is not touched, alignments and strides are its own.
 Status CollectBundleKeys(const RopeCall& call, const std::vector<CudaDevice>& devices, int64_t max_tokens,
                          std::vector<RopeCudaKey>* keys);
 
 struct BundleReport {
-  std::string path;      // of the file
+  std::string path;  // of the file
   size_t kernels = 0;
   size_t bytes = 0;
   double milliseconds = 0;  // of compiling
 };
 
-// Compiles the variants for `arch` and writes DIRECTORY/ropewalk-ARCH.bundle. `progress` may be empty.
+// Compiles the variants for `arch` and writes DIRECTORY/ropewalk-ARCH.bundle. `progress` may be empty;
+// it is called before each kernel, from any of the threads that compile, one at a time.
 Status WriteBundle(const std::vector<RopeCudaKey>& keys, const std::string& arch, const std::string& directory,
                    const std::function<void(size_t done, const RopeCudaKey& key)>& progress, BundleReport* report);
 

@@ -10,6 +10,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <filesystem>
+#include <future>
 #include <map>
 #include <mutex>
 
@@ -54,7 +55,8 @@ DiskEntry DiskEntryOf(const std::string& kernel_identity, const NvrtcFile& nvrtc
 bool ReadDisk(const DiskEntry& entry, std::string* cubin) {
   std::string bytes;
   std::string_view identity, payload;
-  if (entry.path.empty() || !ReadFile(entry.path, &bytes) || !Unseal(bytes, kKernelMagic, &identity, &payload)) return false;
+  if (entry.path.empty() || !ReadFile(entry.path, &bytes) || !Unseal(bytes, kKernelMagic, &identity, &payload))
+    return false;
   if (identity != entry.identity) return false;
   *cubin = payload;
   return true;
@@ -75,62 +77,60 @@ void WriteDisk(const DiskEntry& entry, const std::string& cubin) {
 // ---------------------------------------------------------------------------------------------------------------------
 // From a variant to its cubin
 
-// A device asks for its exact architecture unless NVRTC is too old for it.
-Status ArchFor(const CudaDevice& device, std::string* arch) {
-  // NVRTC 12.0 is the oldest that serves, and it knows these; asking it would mean opening it.
-  const int number = device.major * 10 + device.minor;
-  if (number == 80 || number == 86 || number == 87 || number == 89 || number == 90) {
-    *arch = ExactArch(device);
-    return {};
-  }
-  const Nvrtc* nvrtc;
-  ROPEWALK_TRY(OpenNvrtc(&nvrtc));
-  return ChooseArch(*nvrtc, device, arch);
-}
-
-// What is wanted with the compiler and the disk.
+// What the disk has of a variant, for its exact architecture or the one that NVRTC takes instead. NVRTC is opened only
+// if the first is not there, which costs up to 11 ms; `nvrtc` stays null otherwise.
 struct Request {
-  NvrtcFile nvrtc;
   std::string arch;
   DiskEntry disk;
+  bool found = false;
+  const Nvrtc* nvrtc = nullptr;
 };
 
-Status MakeRequest(const RopeCudaKey& key, const CudaDevice& device, Request* request) {
-  ROPEWALK_TRY(LocateNvrtc(&request->nvrtc));
-  ROPEWALK_TRY(ArchFor(device, &request->arch));
-  request->disk = DiskEntryOf(KernelIdentity(key, request->arch), request->nvrtc);
+Status AskDisk(const RopeCudaKey& key, const CudaDevice& device, bool no_disk, std::string* cubin, Request* request) {
+  NvrtcFile file;
+  ROPEWALK_TRY(LocateNvrtc(&file));
+  request->arch = ExactArch(device);
+  request->disk = DiskEntryOf(KernelIdentity(key, request->arch), file);
+  request->found = !no_disk && ReadDisk(request->disk, cubin);
+  if (request->found) return {};
+  ROPEWALK_TRY(OpenNvrtc(&request->nvrtc));
+  const std::string exact = request->arch;
+  ROPEWALK_TRY(ChooseArch(*request->nvrtc, device, &request->arch));
+  // The file located may not serve, and another one have been opened.
+  request->disk = DiskEntryOf(KernelIdentity(key, request->arch), request->nvrtc->file);
+  if (request->arch != exact || request->nvrtc->file.path != file.path) {
+    request->found = !no_disk && ReadDisk(request->disk, cubin);
+  }
   return {};
 }
 
 // A machine without a compiler lives by bundles: both reasons, then.
 Status WithBundles(const Status& status, const RopeCudaKey& key, const CudaDevice& device) {
   if (status.code() != ROPEWALK_UNAVAILABLE) return status;
-  return Status::Unavailable(Text("rope: no kernel for this call (", RopeCudaName(key), "): ", status.text(), "; ",
-                                  BundleRefusals(device)));
+  return Status::Unavailable(
+      Text("rope: no kernel for this call (", RopeCudaName(key), "): ", status.text(), "; ", BundleRefusals(device)));
 }
 
 Status MakeCubin(const RopeCudaKey& key, const CudaDevice& device, bool no_disk, Cubin* out) {
   if (FindInBundles(key, device, out)) return {};
   Request request;
-  ROPEWALK_TRY(MakeRequest(key, device, &request));
-  if (!no_disk && ReadDisk(request.disk, &out->bytes)) {
+  ROPEWALK_TRY(AskDisk(key, device, no_disk, &out->bytes, &request));
+  if (request.found) {
     out->source = Text("disk ", request.disk.path);
     return {};
   }
-  const Nvrtc* nvrtc;
-  ROPEWALK_TRY(OpenNvrtc(&nvrtc));
   Compilation compilation;
-  ROPEWALK_TRY(CompileCuda(*nvrtc, RopeCudaSource(key), request.arch, /*verbose=*/false, &compilation));
+  ROPEWALK_TRY(CompileCuda(*request.nvrtc, RopeCudaSource(key), request.arch, /*verbose=*/false, &compilation));
   out->bytes = std::move(compilation.cubin);
-  out->source = Text("compiled by ", NvrtcText(*nvrtc), " in ", static_cast<int>(compilation.milliseconds + 0.5), " ms");
-  // The file that was opened may not be the one located, if that did not serve.
-  WriteDisk(DiskEntryOf(KernelIdentity(key, request.arch), nvrtc->file), out->bytes);
+  out->source =
+      Text("compiled by ", NvrtcText(*request.nvrtc), " in ", static_cast<int>(compilation.milliseconds + 0.5), " ms");
+  WriteDisk(request.disk, out->bytes);
   return {};
 }
 
-struct Build {
-  std::mutex mutex;  // held by the thread that builds
-  Status status = Status::Internal("rope: a kernel's compilation was abandoned");
+// What a build came to; the cubin is null if it failed.
+struct Built {
+  Status status;
   std::shared_ptr<const Cubin> cubin;
 };
 
@@ -145,8 +145,8 @@ struct BuildKey {
 };
 
 std::mutex builds_mutex;
-std::map<BuildKey, std::shared_ptr<Build>>& Builds() {
-  static auto* const builds = new std::map<BuildKey, std::shared_ptr<Build>>;  // outlives every thread
+std::map<BuildKey, std::shared_future<Built>>& Builds() {
+  static auto* const builds = new std::map<BuildKey, std::shared_future<Built>>;  // outlives every thread
   return *builds;
 }
 
@@ -154,40 +154,39 @@ std::map<BuildKey, std::shared_ptr<Build>>& Builds() {
 
 Status GetCubin(const RopeCudaKey& key, const CudaDevice& device, bool no_disk, std::shared_ptr<const Cubin>* out) {
   const BuildKey build_key{key, device.major, device.minor};
-  std::shared_ptr<Build> build;
-  std::unique_lock<std::mutex> building;
+  std::promise<Built> promise;
+  std::shared_future<Built> others;  // valid if another thread builds or has built it
   {
     const std::lock_guard lock(builds_mutex);
-    std::shared_ptr<Build>& known = Builds()[build_key];
-    if (!known || no_disk) {
-      known = std::make_shared<Build>();
-      building = std::unique_lock(known->mutex);
+    std::shared_future<Built>& known = Builds()[build_key];
+    if (known.valid() && !no_disk) {
+      others = known;
+    } else {
+      known = promise.get_future().share();
     }
-    build = known;
   }
-  if (!building) {  // another thread's, done or not
-    const std::lock_guard wait(build->mutex);
-    ROPEWALK_TRY(build->status);
-    *out = build->cubin;
-    return {};
+  if (others.valid()) {
+    const Built& built = others.get();
+    *out = built.cubin;
+    return built.status;
   }
   // A failure is told to those who waited, and forgotten: the next call tries again.
+  Built built;
   struct Forget {
     const BuildKey& key;
-    const std::shared_ptr<Build>& build;
+    const Built& built;
     ~Forget() {
-      if (build->cubin) return;
+      if (built.cubin) return;
       const std::lock_guard lock(builds_mutex);
-      const auto it = Builds().find(key);
-      if (it != Builds().end() && it->second == build) Builds().erase(it);
+      Builds().erase(key);
     }
-  } const forget{build_key, build};
+  } const forget{build_key, built};
   Cubin cubin;
-  build->status = WithBundles(MakeCubin(key, device, no_disk, &cubin), key, device);
-  ROPEWALK_TRY(build->status);
-  build->cubin = std::make_shared<const Cubin>(std::move(cubin));
-  *out = build->cubin;
-  return {};
+  built.status = WithBundles(MakeCubin(key, device, no_disk, &cubin), key, device);
+  if (built.status.ok()) built.cubin = std::make_shared<const Cubin>(std::move(cubin));
+  promise.set_value(built);
+  *out = built.cubin;
+  return built.status;
 }
 
 Status FindCubinSource(const RopeCudaKey& key, const CudaDevice& device, std::string* source) {
@@ -197,9 +196,10 @@ Status FindCubinSource(const RopeCudaKey& key, const CudaDevice& device, std::st
     return {};
   }
   Request request;
-  if (const Status status = MakeRequest(key, device, &request); !status.ok()) return WithBundles(status, key, device);
-  *source = ReadDisk(request.disk, &cubin.bytes) ? Text("disk ", request.disk.path)
-                                                 : Text("would be compiled now by NVRTC (", request.nvrtc.path, ")");
+  const Status status = AskDisk(key, device, /*no_disk=*/false, &cubin.bytes, &request);
+  if (!status.ok()) return WithBundles(status, key, device);
+  *source =
+      request.found ? Text("disk ", request.disk.path) : Text("would be compiled now by ", NvrtcText(*request.nvrtc));
   return {};
 }
 
@@ -294,8 +294,10 @@ Status PublishFile(const std::string& path, std::string_view bytes) {
   for (size_t done = 0; status.ok() && done < bytes.size();) {
     const ssize_t put = write(file, bytes.data() + done, bytes.size() - done);
     if (put < 0 && errno == EINTR) continue;
-    if (put <= 0) status = failed("write");
-    else done += static_cast<size_t>(put);
+    if (put <= 0)
+      status = failed("write");
+    else
+      done += static_cast<size_t>(put);
   }
   if (status.ok() && fsync(file) != 0) status = failed("flush");
   close(file);

@@ -24,10 +24,11 @@ struct Cubin {
 // The cubin of this variant for this device. Threads that ask for one variant at a time wait for one compilation.
 // `no_disk`: not from the disk, whose file the driver refused.
 Status GetCubin(const RopeCudaKey& key, const CudaDevice& device, bool no_disk, std::shared_ptr<const Cubin>* out);
-// Where GetCubin would take it from: "bundle PATH", "disk PATH", "would be compiled now by NVRTC (PATH)".
+// Where GetCubin would take it from: "bundle PATH", "disk PATH", "would be compiled now by NVRTC 13.0 (PATH)".
 Status FindCubinSource(const RopeCudaKey& key, const CudaDevice& device, std::string* source);
 
-// Where cubins are kept: $ROPEWALK_CACHE_DIR (empty: nowhere), $XDG_CACHE_HOME/ropewalk, ~/.cache/ropewalk; "" if nowhere.
+// Where cubins are kept: $ROPEWALK_CACHE_DIR (empty: nowhere), $XDG_CACHE_HOME/ropewalk, ~/.cache/ropewalk; "" if
+// nowhere.
 std::string DiskCacheDirectory();
 // One sentence on it for doctor: "/root/.cache/ropewalk", or why nothing is written there.
 std::string DiskCacheText();
@@ -35,7 +36,8 @@ std::string DiskCacheText();
 // ---------------------------------------------------------------------------------------------------------------------
 // Identities and files, shared with bundles
 
-// 128 bits of FNV-1a. Against accidents, not against enemies: whoever writes these files may run code as the user anyway.
+// 128 bits of FNV-1a. Against accidents, not against enemies: whoever writes these files may run code as the user
+// anyway.
 using Digest = std::array<uint8_t, 16>;
 Digest DigestOf(std::string_view bytes);
 std::string Hex(const Digest& digest);

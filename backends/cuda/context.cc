@@ -162,7 +162,8 @@ Status CudaContext::LoadKernel(const RopeCudaKey& key) {
     ROPEWALK_TRY(Prepare());
     cu::Module module = nullptr;
     const cu::Result result = driver.ModuleLoadData(&module, cubin->bytes.data());
-    const bool unfit = result == cu::kInvalidImage || result == cu::kNoBinaryForGpu || result == cu::kUnsupportedPtxVersion;
+    const bool unfit =
+        result == cu::kInvalidImage || result == cu::kNoBinaryForGpu || result == cu::kUnsupportedPtxVersion;
     if (unfit && !no_disk && cubin->source.starts_with("disk ")) continue;  // made for another driver: compile again
     ROPEWALK_TRY(driver.Check(result, "cuModuleLoadData",
                               Text(" for ", RopeCudaName(key), ", ", cubin->source,
@@ -173,11 +174,13 @@ Status CudaContext::LoadKernel(const RopeCudaKey& key) {
     kernel->key = key;
     kernel->name = RopeCudaName(key);
     kernel->source = cubin->source;
-    Status status = driver.Check(driver.ModuleGetFunction(&kernel->function, module, "rope_kernel"), "cuModuleGetFunction");
+    Status status =
+        driver.Check(driver.ModuleGetFunction(&kernel->function, module, "rope_kernel"), "cuModuleGetFunction");
     for (const auto& [attribute, value] : {std::pair{cu::kNumRegs, &kernel->registers},
                                            {cu::kLocalSizeBytes, &kernel->local_bytes},
                                            {cu::kSharedSizeBytes, &kernel->shared_bytes}}) {
-      if (status.ok()) status = driver.Check(driver.FuncGetAttribute(value, attribute, kernel->function), "cuFuncGetAttribute");
+      if (status.ok())
+        status = driver.Check(driver.FuncGetAttribute(value, attribute, kernel->function), "cuFuncGetAttribute");
     }
     if (!status.ok()) {
       driver.ModuleUnload(module);
@@ -203,7 +206,8 @@ cu::DevicePtr CudaContext::FindFrequencies(const ropewalk_frequencies& frequenci
     const cu::DevicePtr address = slot.address.load(std::memory_order_acquire);
     if (slot.id.load(std::memory_order_relaxed) == frequencies.id) return address;
   }
-  std::string content(reinterpret_cast<const char*>(frequencies.turns.data()), frequencies.turns.size() * sizeof(uint64_t));
+  std::string content(reinterpret_cast<const char*>(frequencies.turns.data()),
+                      frequencies.turns.size() * sizeof(uint64_t));
   content.append(reinterpret_cast<const char*>(frequencies.axes.data()), frequencies.axes.size() * sizeof(int32_t));
   const std::lock_guard lock(mutex_);
   const auto it = frequencies_.find(DigestOf(content));
@@ -215,7 +219,8 @@ cu::DevicePtr CudaContext::FindFrequencies(const ropewalk_frequencies& frequenci
 }
 
 Status CudaContext::UploadFrequencies(const ropewalk_frequencies& frequencies) {
-  std::string content(reinterpret_cast<const char*>(frequencies.turns.data()), frequencies.turns.size() * sizeof(uint64_t));
+  std::string content(reinterpret_cast<const char*>(frequencies.turns.data()),
+                      frequencies.turns.size() * sizeof(uint64_t));
   content.append(reinterpret_cast<const char*>(frequencies.axes.data()), frequencies.axes.size() * sizeof(int32_t));
   const std::lock_guard lock(mutex_);
   const Digest digest = DigestOf(content);
@@ -309,7 +314,8 @@ Status CudaContextScope::Enter(const CudaDriver& driver, int ordinal) {
     if ((context_ = FindOther(contexts, current))) return {};
     cu::Device device = -1;
     ROPEWALK_TRY(driver.Check(driver.CtxGetDevice(&device), "cuCtxGetDevice"));
-    if (device == driver.devices[static_cast<size_t>(ordinal)].handle) return Adopt(driver, ordinal, current, &context_);
+    if (device == driver.devices[static_cast<size_t>(ordinal)].handle)
+      return Adopt(driver, ordinal, current, &context_);
   }
   if (!primary) ROPEWALK_TRY(Primary(driver, ordinal, &primary));
   return Enter(primary);

@@ -33,7 +33,7 @@ struct CudaKernel {
 class CudaKernelTable {
  public:
   const CudaKernel* Find(const RopeCudaKey& key) const;
-  void Insert(std::unique_ptr<const CudaKernel> kernel);  // under the owner's lock
+  void Insert(std::unique_ptr<const CudaKernel> kernel);                                  // under the owner's lock
   const std::vector<std::unique_ptr<const CudaKernel>>& all() const { return kernels_; }  // under the owner's lock
 
  private:
@@ -57,11 +57,11 @@ class CudaContext {
   CudaContext& operator=(const CudaContext&) = delete;
 
   const CudaDriver& driver;
-  const int ordinal;            // of the device
+  const int ordinal;  // of the device
   const cu::Context handle;
   const unsigned long long id;  // unlike the handle, never given again
   const bool primary;
-  CudaContext* next = nullptr;  // in the list of its device
+  CudaContext* next = nullptr;        // in the list of its device
   std::atomic<bool> launched{false};  // since the last TakeFaults
 
   const CudaDeviceInfo& device() const { return driver.devices[static_cast<size_t>(ordinal)]; }
@@ -69,8 +69,9 @@ class CudaContext {
 
   // Lock-free, without allocation.
   const CudaKernel* FindKernel(const RopeCudaKey& key) const { return kernels_.Find(key); }
-  // The device copy of turns and then axes; 0 if there is none yet. Copies stay as long as the context, so that captured
-  // graphs may use them after the Frequencies are released; equal frequencies share one (512 bytes for rotary_dim 128).
+  // The device copy of turns and then axes; 0 if there is none yet. Copies stay as long as the context, so that
+  // captured graphs may use them after the Frequencies are released; equal frequencies share one (512 bytes for
+  // rotary_dim 128).
   cu::DevicePtr FindFrequencies(const ropewalk_frequencies& frequencies);
   // One of four records, so that the message can name what the kernel does not know. Valid once a kernel is found.
   rope_fault* Fault(bool batched, bool offsets) const {
@@ -97,7 +98,7 @@ class CudaContext {
 
   mutable std::mutex mutex_;
   CudaKernelTable kernels_;
-  std::map<Digest, cu::DevicePtr> frequencies_;              // by content
+  std::map<Digest, cu::DevicePtr> frequencies_;               // by content
   std::array<FrequenciesSlot, 1024> frequencies_slots_ = {};  // by id
   cu::Stream stream_ = nullptr;  // for our copies; takes no part in the legacy stream's order
   cu::DevicePtr slab_ = 0;       // what is left of the last allocation

@@ -98,13 +98,14 @@ struct TensorName {
   const char* name;
   size_t offset;
 };
-#define ROPEWALK_TENSOR(name) {#name, offsetof(RopeTensors, name)}
-constexpr TensorName kTensorNames[] = {
-    ROPEWALK_TENSOR(q),        ROPEWALK_TENSOR(k),        ROPEWALK_TENSOR(positions), ROPEWALK_TENSOR(offsets),
-    ROPEWALK_TENSOR(cos),      ROPEWALK_TENSOR(sin),      ROPEWALK_TENSOR(axes),      ROPEWALK_TENSOR(q_weight),
-    ROPEWALK_TENSOR(k_weight), ROPEWALK_TENSOR(q_out),    ROPEWALK_TENSOR(k_out),     ROPEWALK_TENSOR(v),
-    ROPEWALK_TENSOR(k_cache),  ROPEWALK_TENSOR(v_cache),  ROPEWALK_TENSOR(slots),     ROPEWALK_TENSOR(k_scale),
-    ROPEWALK_TENSOR(v_scale)};
+#define ROPEWALK_TENSOR(name) \
+  { #name, offsetof(RopeTensors, name) }
+constexpr TensorName kTensorNames[] = {ROPEWALK_TENSOR(q),       ROPEWALK_TENSOR(k),        ROPEWALK_TENSOR(positions),
+                                       ROPEWALK_TENSOR(offsets), ROPEWALK_TENSOR(cos),      ROPEWALK_TENSOR(sin),
+                                       ROPEWALK_TENSOR(axes),    ROPEWALK_TENSOR(q_weight), ROPEWALK_TENSOR(k_weight),
+                                       ROPEWALK_TENSOR(q_out),   ROPEWALK_TENSOR(k_out),    ROPEWALK_TENSOR(v),
+                                       ROPEWALK_TENSOR(k_cache), ROPEWALK_TENSOR(v_cache),  ROPEWALK_TENSOR(slots),
+                                       ROPEWALK_TENSOR(k_scale), ROPEWALK_TENSOR(v_scale)};
 #undef ROPEWALK_TENSOR
 static_assert(sizeof(kTensorNames) / sizeof(TensorName) * sizeof(void*) == sizeof(RopeTensors));
 
@@ -121,11 +122,13 @@ Status AskPointer(const CudaDriver& driver, int ordinal, const char* name, cu::D
   *keep = false;
   if (managed & 0xff) return {};
   if (static_cast<uint32_t>(memory_type) != cu::kMemoryTypeDevice) {
-    return Status::Invalid(Text("rope: ", name, " is said to be on cuda:", ordinal, ", but its data is in host memory"));
+    return Status::Invalid(
+        Text("rope: ", name, " is said to be on cuda:", ordinal, ", but its data is in host memory"));
   }
   // Another device's memory serves if it is mapped for this one.
   if (owner != ordinal && static_cast<uint32_t>(access) == 0) {
-    return Status::Invalid(Text("rope: ", name, " is said to be on cuda:", ordinal, ", but its data is on cuda:", owner));
+    return Status::Invalid(
+        Text("rope: ", name, " is said to be on cuda:", ordinal, ", but its data is on cuda:", owner));
   }
   *keep = true;
   return {};
@@ -134,7 +137,8 @@ Status AskPointer(const CudaDriver& driver, int ordinal, const char* name, cu::D
 Status CheckPointers(const CudaDriver& driver, const RopeCall& call) {
   const int ordinal = call.device.device_id;
   for (const TensorName& tensor : kTensorNames) {
-    const auto pointer = *reinterpret_cast<const uintptr_t*>(reinterpret_cast<const char*>(&call.tensors) + tensor.offset);
+    const auto pointer =
+        *reinterpret_cast<const uintptr_t*>(reinterpret_cast<const char*>(&call.tensors) + tensor.offset);
     if (!pointer) continue;
     const uint64_t page = pointer >> 21;
     const uint64_t entry = page * 256 + static_cast<uint64_t>(ordinal) + 1;
@@ -152,7 +156,7 @@ Status LaunchFailed(CudaContext* context, const RopeCall& call, cu::Result resul
   const CudaDriver& driver = context->driver;
   cu::Context owner = nullptr;
   const auto stream = static_cast<cu::Stream>(call.stream);
-  if ((result == cu::kInvalidHandle || result == cu::kInvalidContext) && stream &&
+  if ((result == cu::kInvalidHandle || result == cu::kInvalidContext || result == cu::kInvalidValue) && stream &&
       driver.StreamGetCtx(stream, &owner) == cu::kSuccess && owner != context->handle) {
     cu::Device device = -1;
     cu::Context popped = nullptr;
@@ -164,8 +168,8 @@ Status LaunchFailed(CudaContext* context, const RopeCall& call, cu::Result resul
       if (driver.devices[i].handle != device || static_cast<int>(i) == context->ordinal) continue;
       return Status::Invalid(Text("rope: q is on cuda:", context->ordinal, ", but the stream is one of cuda:", i));
     }
-    return Status::Invalid(Text("rope: the stream belongs to another context of cuda:", context->ordinal,
-                                " than the current one"));
+    return Status::Invalid(
+        Text("rope: the stream belongs to another context of cuda:", context->ordinal, " than the current one"));
   }
   return driver.Check(result, "cuLaunchKernelEx", Text(" on cuda:", context->ordinal));
 }
@@ -183,16 +187,19 @@ Availability Available() {
   for (size_t i = 0; i < driver.devices.size(); ++i) {
     const CudaDevice& properties = driver.devices[i].properties;
     const bool new_enough = properties.major >= kOldestMajor;
-    Append(&detail, Text("; ", DeviceText(driver, static_cast<int>(i)), new_enough ? "" : " is too old: sm_80 or newer is needed"));
+    Append(&detail, Text("; ", DeviceText(driver, static_cast<int>(i)),
+                         new_enough ? "" : " is too old: sm_80 or newer is needed"));
     usable |= new_enough;
     bundled &= !new_enough || BundlesServe(properties);
   }
   if (!usable) return {false, detail, "use a GPU of compute capability 8.0 (Ampere) or newer"};
   const Nvrtc* nvrtc = nullptr;
   const Status compiler = OpenNvrtc(&nvrtc);
-  Append(&detail, Text("; ", compiler.ok() ? NvrtcText(*nvrtc) : compiler.text(), "; kernels kept in ", DiskCacheText()));
+  Append(&detail,
+         Text("; ", compiler.ok() ? NvrtcText(*nvrtc) : compiler.text(), "; kernels kept in ", DiskCacheText()));
   for (const std::string& bundle : BundleTexts()) Append(&detail, Text("; bundle ", bundle));
-  if (!compiler.ok() && !bundled) return {false, detail, "install NVRTC (pip install nvidia-cuda-nvrtc), or set ROPEWALK_BUNDLE"};
+  if (!compiler.ok() && !bundled)
+    return {false, detail, "install NVRTC (pip install nvidia-cuda-nvrtc), or set ROPEWALK_BUNDLE"};
   return {true, detail, ""};
 }
 
@@ -242,8 +249,11 @@ Status Launch(const RopeCall& call) {
   cu::LaunchAttribute attribute;
   attribute.id = cu::kProgrammaticStreamSerialization;
   attribute.value.number = 1;
-  const cu::LaunchConfig config = {plan.grid_x,      plan.grid_y, 1, plan.key.threads, 1, 1, 0,
-                                   static_cast<cu::Stream>(call.stream), &attribute, plan.key.dependent_launch};
+  const cu::LaunchConfig config = {plan.grid_x, plan.grid_y,
+                                   1,           plan.key.threads,
+                                   1,           1,
+                                   0,           static_cast<cu::Stream>(call.stream),
+                                   &attribute,  plan.key.dependent_launch};
   void* parameters[] = {&args};
   const cu::Result result = driver.LaunchKernelEx(&config, ready.kernel->function, parameters, nullptr);
   if (result != cu::kSuccess) return LaunchFailed(context, call, result);
@@ -261,7 +271,8 @@ Status Prepare(const RopeCall& call) {
   CudaContextScope scope;
   ROPEWALK_TRY(scope.Enter(driver, call.device.device_id));
   Ready ready;
-  return FindReady(scope.context(), call, plan.key, &ready) ? Status() : MakeReady(scope.context(), call, plan.key, &ready);
+  return FindReady(scope.context(), call, plan.key, &ready) ? Status()
+                                                            : MakeReady(scope.context(), call, plan.key, &ready);
 }
 
 Status Explain(const RopeCall& call, Explanation* explanation) {
@@ -288,15 +299,14 @@ Status Explain(const RopeCall& call, Explanation* explanation) {
     add("shared bytes", Text(kernel->shared_bytes));
   } else {
     std::string source;
-    ROPEWALK_TRY(FindCubinSource(plan.key, driver.devices[static_cast<size_t>(call.device.device_id)].properties, &source));
+    ROPEWALK_TRY(
+        FindCubinSource(plan.key, driver.devices[static_cast<size_t>(call.device.device_id)].properties, &source));
     add("source", source);
   }
   add("angles", NeedsFrequencies(call) ? "frequencies" : "table");
   add("grid", Text(plan.grid_x, " x ", plan.grid_y));
   add("block", Text(plan.key.threads));
-  add("dependent launch", plan.key.dependent_launch ? "yes"
-                          : DependentLaunchAllowed() ? "no"
-                                                     : "no (ROPEWALK_PDL=0)");
+  add("dependent launch", plan.key.dependent_launch ? "yes" : DependentLaunchAllowed() ? "no" : "no (ROPEWALK_PDL=0)");
   add("why", plan.why);
   return {};
 }

@@ -38,15 +38,16 @@ Status Load(CudaDriver* driver) {
   driver->remedy = kInstallDriver;
   void* library = Open(&driver->path, &why);
   if (!library) return Status::Unavailable(why);
-#define ROPEWALK_FIND(name, symbol, ...)                                                    \
-  driver->name = reinterpret_cast<decltype(driver->name)>(dlsym(library, symbol));          \
+#define ROPEWALK_FIND(name, symbol, ...)                                           \
+  driver->name = reinterpret_cast<decltype(driver->name)>(dlsym(library, symbol)); \
   if (!driver->name && why.empty()) why = symbol;
   ROPEWALK_CUDA_FUNCTIONS(ROPEWALK_FIND)
 #undef ROPEWALK_FIND
   if (!why.empty()) {
     if (driver->DriverGetVersion) driver->DriverGetVersion(&driver->version);
     driver->remedy = "install an NVIDIA driver for CUDA 12.0 or newer";
-    return Status::Unavailable(Text(driver->path, " (CUDA ", CudaVersionText(driver->version), ") is too old: it has no ", why));
+    return Status::Unavailable(
+        Text(driver->path, " (CUDA ", CudaVersionText(driver->version), ") is too old: it has no ", why));
   }
   if (const Status status = driver->Check(driver->Init(0), "cuInit"); !status.ok()) {
     driver->remedy = Text("check that nvidia-smi sees a GPU, and CUDA_VISIBLE_DEVICES");

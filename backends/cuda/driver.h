@@ -67,37 +67,37 @@ static_assert(sizeof(LaunchConfig) == 56);
 }  // namespace cu
 
 // X(name, symbol, parameters..): everything that is called.
-#define ROPEWALK_CUDA_FUNCTIONS(X)                                                                  \
-  X(Init, "cuInit", unsigned)                                                                       \
-  X(DriverGetVersion, "cuDriverGetVersion", int*)                                                   \
-  X(GetErrorName, "cuGetErrorName", cu::Result, const char**)                                       \
-  X(GetErrorString, "cuGetErrorString", cu::Result, const char**)                                   \
-  X(DeviceGetCount, "cuDeviceGetCount", int*)                                                       \
-  X(DeviceGet, "cuDeviceGet", cu::Device*, int)                                                     \
-  X(DeviceGetName, "cuDeviceGetName", char*, int, cu::Device)                                       \
-  X(DeviceGetAttribute, "cuDeviceGetAttribute", int*, int, cu::Device)                              \
-  X(PrimaryCtxRetain, "cuDevicePrimaryCtxRetain", cu::Context*, cu::Device)                         \
-  X(PrimaryCtxRelease, "cuDevicePrimaryCtxRelease_v2", cu::Device)                                  \
-  X(PrimaryCtxGetState, "cuDevicePrimaryCtxGetState", cu::Device, unsigned*, int*)                  \
-  X(CtxGetCurrent, "cuCtxGetCurrent", cu::Context*)                                                 \
-  X(CtxPushCurrent, "cuCtxPushCurrent_v2", cu::Context)                                             \
-  X(CtxPopCurrent, "cuCtxPopCurrent_v2", cu::Context*)                                              \
-  X(CtxGetDevice, "cuCtxGetDevice", cu::Device*)                                                    \
-  X(CtxGetId, "cuCtxGetId", cu::Context, unsigned long long*)                                       \
-  X(CtxSynchronize, "cuCtxSynchronize")                                                             \
-  X(ExchangeCaptureMode, "cuThreadExchangeStreamCaptureMode", int*)                                 \
-  X(ModuleLoadData, "cuModuleLoadData", cu::Module*, const void*)                                   \
-  X(ModuleUnload, "cuModuleUnload", cu::Module)                                                     \
-  X(ModuleGetFunction, "cuModuleGetFunction", cu::Function*, cu::Module, const char*)               \
-  X(FuncGetAttribute, "cuFuncGetAttribute", int*, int, cu::Function)                                \
-  X(MemAlloc, "cuMemAlloc_v2", cu::DevicePtr*, size_t)                                              \
-  X(MemcpyHtoDAsync, "cuMemcpyHtoDAsync_v2", cu::DevicePtr, const void*, size_t, cu::Stream)        \
-  X(MemcpyDtoHAsync, "cuMemcpyDtoHAsync_v2", void*, cu::DevicePtr, size_t, cu::Stream)              \
-  X(StreamCreate, "cuStreamCreate", cu::Stream*, unsigned)                                          \
-  X(StreamSynchronize, "cuStreamSynchronize", cu::Stream)                                           \
-  X(StreamIsCapturing, "cuStreamIsCapturing", cu::Stream, int*)                                     \
-  X(StreamGetCtx, "cuStreamGetCtx", cu::Stream, cu::Context*)                                       \
-  X(PointerGetAttributes, "cuPointerGetAttributes", unsigned, int*, void**, cu::DevicePtr)          \
+#define ROPEWALK_CUDA_FUNCTIONS(X)                                                           \
+  X(Init, "cuInit", unsigned)                                                                \
+  X(DriverGetVersion, "cuDriverGetVersion", int*)                                            \
+  X(GetErrorName, "cuGetErrorName", cu::Result, const char**)                                \
+  X(GetErrorString, "cuGetErrorString", cu::Result, const char**)                            \
+  X(DeviceGetCount, "cuDeviceGetCount", int*)                                                \
+  X(DeviceGet, "cuDeviceGet", cu::Device*, int)                                              \
+  X(DeviceGetName, "cuDeviceGetName", char*, int, cu::Device)                                \
+  X(DeviceGetAttribute, "cuDeviceGetAttribute", int*, int, cu::Device)                       \
+  X(PrimaryCtxRetain, "cuDevicePrimaryCtxRetain", cu::Context*, cu::Device)                  \
+  X(PrimaryCtxRelease, "cuDevicePrimaryCtxRelease_v2", cu::Device)                           \
+  X(PrimaryCtxGetState, "cuDevicePrimaryCtxGetState", cu::Device, unsigned*, int*)           \
+  X(CtxGetCurrent, "cuCtxGetCurrent", cu::Context*)                                          \
+  X(CtxPushCurrent, "cuCtxPushCurrent_v2", cu::Context)                                      \
+  X(CtxPopCurrent, "cuCtxPopCurrent_v2", cu::Context*)                                       \
+  X(CtxGetDevice, "cuCtxGetDevice", cu::Device*)                                             \
+  X(CtxGetId, "cuCtxGetId", cu::Context, unsigned long long*)                                \
+  X(CtxSynchronize, "cuCtxSynchronize")                                                      \
+  X(ExchangeCaptureMode, "cuThreadExchangeStreamCaptureMode", int*)                          \
+  X(ModuleLoadData, "cuModuleLoadData", cu::Module*, const void*)                            \
+  X(ModuleUnload, "cuModuleUnload", cu::Module)                                              \
+  X(ModuleGetFunction, "cuModuleGetFunction", cu::Function*, cu::Module, const char*)        \
+  X(FuncGetAttribute, "cuFuncGetAttribute", int*, int, cu::Function)                         \
+  X(MemAlloc, "cuMemAlloc_v2", cu::DevicePtr*, size_t)                                       \
+  X(MemcpyHtoDAsync, "cuMemcpyHtoDAsync_v2", cu::DevicePtr, const void*, size_t, cu::Stream) \
+  X(MemcpyDtoHAsync, "cuMemcpyDtoHAsync_v2", void*, cu::DevicePtr, size_t, cu::Stream)       \
+  X(StreamCreate, "cuStreamCreate", cu::Stream*, unsigned)                                   \
+  X(StreamSynchronize, "cuStreamSynchronize", cu::Stream)                                    \
+  X(StreamIsCapturing, "cuStreamIsCapturing", cu::Stream, int*)                              \
+  X(StreamGetCtx, "cuStreamGetCtx", cu::Stream, cu::Context*)                                \
+  X(PointerGetAttributes, "cuPointerGetAttributes", unsigned, int*, void**, cu::DevicePtr)   \
   X(LaunchKernelEx, "cuLaunchKernelEx", const cu::LaunchConfig*, cu::Function, void**, void**)
 
 struct CudaDeviceInfo {

@@ -104,7 +104,8 @@ Search FindNvrtc() {
 
   std::vector<fs::path> folders;
   for (const fs::path& packages : PackageFolders(mapped)) {
-    for (int major = newest; major > kOldestMajor; --major) folders.push_back(packages / "nvidia" / Text("cu", major) / "lib");
+    for (int major = newest; major > kOldestMajor; --major)
+      folders.push_back(packages / "nvidia" / Text("cu", major) / "lib");
     folders.push_back(packages / "nvidia/cuda_nvrtc/lib");
   }
   std::istringstream library_path(Environment("LD_LIBRARY_PATH"));
@@ -139,18 +140,18 @@ Search FindNvrtc() {
 using Program = struct ProgramTag*;
 
 // X(name, symbol, parameters..)
-#define ROPEWALK_NVRTC_FUNCTIONS(X)                                                                          \
-  X(GetErrorString, const char*, "nvrtcGetErrorString", int)                                                 \
-  X(Version, int, "nvrtcVersion", int*, int*)                                                                \
-  X(GetNumSupportedArchs, int, "nvrtcGetNumSupportedArchs", int*)                                            \
-  X(GetSupportedArchs, int, "nvrtcGetSupportedArchs", int*)                                                  \
-  X(CreateProgram, int, "nvrtcCreateProgram", Program*, const char*, const char*, int, const char* const*,   \
-    const char* const*)                                                                                      \
-  X(DestroyProgram, int, "nvrtcDestroyProgram", Program*)                                                    \
-  X(CompileProgram, int, "nvrtcCompileProgram", Program, int, const char* const*)                            \
-  X(GetProgramLogSize, int, "nvrtcGetProgramLogSize", Program, size_t*)                                      \
-  X(GetProgramLog, int, "nvrtcGetProgramLog", Program, char*)                                                \
-  X(GetCUBINSize, int, "nvrtcGetCUBINSize", Program, size_t*)                                                \
+#define ROPEWALK_NVRTC_FUNCTIONS(X)                                                                        \
+  X(GetErrorString, const char*, "nvrtcGetErrorString", int)                                               \
+  X(Version, int, "nvrtcVersion", int*, int*)                                                              \
+  X(GetNumSupportedArchs, int, "nvrtcGetNumSupportedArchs", int*)                                          \
+  X(GetSupportedArchs, int, "nvrtcGetSupportedArchs", int*)                                                \
+  X(CreateProgram, int, "nvrtcCreateProgram", Program*, const char*, const char*, int, const char* const*, \
+    const char* const*)                                                                                    \
+  X(DestroyProgram, int, "nvrtcDestroyProgram", Program*)                                                  \
+  X(CompileProgram, int, "nvrtcCompileProgram", Program, int, const char* const*)                          \
+  X(GetProgramLogSize, int, "nvrtcGetProgramLogSize", Program, size_t*)                                    \
+  X(GetProgramLog, int, "nvrtcGetProgramLog", Program, char*)                                              \
+  X(GetCUBINSize, int, "nvrtcGetCUBINSize", Program, size_t*)                                              \
   X(GetCUBIN, int, "nvrtcGetCUBIN", Program, char*)
 
 struct OpenedNvrtc : Nvrtc {
@@ -164,8 +165,8 @@ std::string Open(const std::string& path, OpenedNvrtc* nvrtc) {
   void* library = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
   if (!library) return Text("cannot be opened: ", dlerror());
   std::string missing;
-#define ROPEWALK_FIND(name, result, symbol, ...)                                   \
-  nvrtc->name = reinterpret_cast<decltype(nvrtc->name)>(dlsym(library, symbol));   \
+#define ROPEWALK_FIND(name, result, symbol, ...)                                 \
+  nvrtc->name = reinterpret_cast<decltype(nvrtc->name)>(dlsym(library, symbol)); \
   if (!nvrtc->name) missing = symbol;
   ROPEWALK_NVRTC_FUNCTIONS(ROPEWALK_FIND)
 #undef ROPEWALK_FIND
@@ -181,8 +182,8 @@ std::string Open(const std::string& path, OpenedNvrtc* nvrtc) {
 }
 
 std::mutex nvrtc_mutex;
-Search located;                             // empty until something was found
-const OpenedNvrtc* opened = nullptr;        // never closed
+Search located;                       // empty until something was found
+const OpenedNvrtc* opened = nullptr;  // never closed
 
 constexpr const char* kRemedy =
     "install NVRTC 12.0 or newer (the CUDA toolkit, or pip install nvidia-cuda-nvrtc), name the file in "
@@ -260,9 +261,7 @@ std::string NvrtcText(const Nvrtc& nvrtc) {
   return Text("NVRTC ", nvrtc.major, ".", nvrtc.minor, " (", nvrtc.file.path, ")");
 }
 
-std::string ExactArch(const CudaDevice& device) {
-  return Text(CudaArchText(device), device.major >= 9 ? "a" : "");
-}
+std::string ExactArch(const CudaDevice& device) { return Text(CudaArchText(device), device.major >= 9 ? "a" : ""); }
 
 Status ChooseArch(const Nvrtc& nvrtc, const CudaDevice& device, std::string* arch) {
   int best = 0;
@@ -307,8 +306,8 @@ Status CompileCuda(const Nvrtc& base, const std::string& source, const std::stri
 
   const auto check = [&](int result, const char* call) -> Status {
     if (result == 0) return {};
-    return Status::Driver(Text("rope: ", call, " failed: ", nvrtc.GetErrorString(result), " in ", NvrtcText(nvrtc), " for ",
-                               arch, out->log.empty() ? "" : "\n", out->log));
+    return Status::Driver(Text("rope: ", call, " failed: ", nvrtc.GetErrorString(result), " in ", NvrtcText(nvrtc),
+                               " for ", arch, out->log.empty() ? "" : "\n", out->log));
   };
   Program program = nullptr;
   *out = {};
@@ -329,8 +328,7 @@ Status CompileCuda(const Nvrtc& base, const std::string& source, const std::stri
   ROPEWALK_TRY(check(nvrtc.GetCUBINSize(program, &size), "nvrtcGetCUBINSize"));
   out->cubin.resize(size);
   ROPEWALK_TRY(check(nvrtc.GetCUBIN(program, out->cubin.data()), "nvrtcGetCUBIN"));
-  out->milliseconds =
-      std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start).count();
+  out->milliseconds = std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start).count();
   return {};
 }
 

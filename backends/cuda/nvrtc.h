@@ -38,11 +38,12 @@ bool ArchServes(const std::string& arch, const CudaDevice& device);
 
 struct Compilation {
   std::string cubin;
-  std::string log;     // "" if there was nothing to say; with `verbose`, ptxas's registers and spills
+  std::string log;  // "" if there was nothing to say; with `verbose`, ptxas's registers and spills
   double milliseconds = 0;
 };
 // Compiles `source`, which may include the embedded device files. A failure's text holds the compiler's.
-Status CompileCuda(const Nvrtc& nvrtc, const std::string& source, const std::string& arch, bool verbose, Compilation* out);
+Status CompileCuda(const Nvrtc& nvrtc, const std::string& source, const std::string& arch, bool verbose,
+                   Compilation* out);
 // All options but the architecture, as part of a kernel's identity.
 std::string CompileOptionsText();
 

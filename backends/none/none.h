@@ -6,7 +6,6 @@
 
 namespace ropewalk {
 
-extern const Backend kCudaBackend;
 extern const Backend kIntelBackend;
 
 }  // namespace ropewalk

@@ -20,7 +20,7 @@ constexpr int kBytes = kDtype == kRopeF32 || kDtype == kRopeI32                 
 
 // `kSize` bytes as registers.
 template <int kSize>
-struct alignas(kSize > 16 ? 16 : kSize) Words {
+struct alignas(kSize > 16 ? 16 : kSize < 4 ? 4 : kSize) Words {
   static constexpr int kCount = (kSize + 3) / 4;
   rw_u32 w[kCount];
 };
@@ -49,7 +49,7 @@ __device__ __forceinline__ Words<kSize> Load(const void* p) {
 
 // A place in shared memory for one vector.
 template <int kSize>
-struct alignas(kSize) Aligned {
+struct alignas(kSize < 4 ? 4 : kSize) Aligned {
   Words<kSize> words;
 };
 

@@ -57,7 +57,7 @@ HWY_INLINE VU Encode(V v) {
   const auto is_subnormal = hn::Lt(hn::BitCast(df, magnitude), hn::BitCast(df, hn::Set(du, uint32_t{128 - kBias} << 23)));
   // The clamp comes before the choice: of a subnormal, `normal` wrapped around.
   VU code = hn::Min(hn::IfThenElse(hn::RebindMask(du, is_subnormal), subnormal, normal), hn::Set(du, kTop));
-  code = hn::IfThenElse(hn::RebindMask(du, hn::Ne(v, v)), hn::Set(du, kNan), code);
+  code = hn::IfThenElse(hn::RebindMask(du, hn::IsNaN(v)), hn::Set(du, kNan), code);
   return hn::Or(code, hn::ShiftLeft<kSignShift>(hn::ShiftRight<31>(bits)));
 }
 
@@ -69,7 +69,7 @@ HWY_INLINE VU RoundBf16Bits(V v) {
   const VU bits = hn::BitCast(du, v);
   const VU odd = hn::And(hn::ShiftRight<16>(bits), hn::Set(du, 1u));
   const VU rounded = hn::Add(hn::Add(bits, hn::Set(du, 0x7fffu)), odd);
-  return hn::IfThenElse(hn::RebindMask(du, hn::Ne(v, v)), hn::Or(bits, hn::Set(du, 0x00400000u)), rounded);
+  return hn::IfThenElse(hn::RebindMask(du, hn::IsNaN(v)), hn::Or(bits, hn::Set(du, 0x00400000u)), rounded);
 }
 
 HWY_INLINE V DecodeF16(hn::Vec<DH16> half) {
@@ -670,9 +670,11 @@ struct Head {
         if constexpr (kFixed > 0) return table[4 * i + j];
         return hn::Load(df, heads.folded + (4 * i + j) * kLanes);
       };
-      const V old = x;
-      x = hn::Mul(hn::NegMulAdd(y, factor(1), hn::Mul(x, factor(0))), rstd);
-      y = hn::Mul(hn::MulAdd(old, factor(3), hn::Mul(y, factor(2))), rstd);
+      // Scaled first: products of subnormal numbers would lose what the scale brings back.
+      const V unit = hn::Mul(x, rstd);
+      y = hn::Mul(y, rstd);
+      x = hn::NegMulAdd(y, factor(1), hn::Mul(unit, factor(0)));
+      y = hn::MulAdd(unit, factor(3), hn::Mul(y, factor(2)));
       return;
     }
     V c, s;

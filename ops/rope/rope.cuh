@@ -105,7 +105,7 @@ __device__ __forceinline__ rw_i64 PositionOf(const rope_cuda_args& a, rw_i64 bat
 }
 
 // Keeps the fault of the lowest row. Rare, so one after the other.
-__device__ __noinline__ void RecordFault(rope_fault* fault, rw_i64 row, int kind, rw_i64 value, rw_i64 limit,
+__device__ __forceinline__ void RecordFault(rope_fault* fault, rw_i64 row, int kind, rw_i64 value, rw_i64 limit,
                                          rw_i64 tokens, int axis) {
   if (!fault) return;
   const rw_u64 key = static_cast<rw_u64>(row) * 4 + kind;
@@ -406,7 +406,7 @@ __device__ __forceinline__ void StoreV(const rope_cuda_args& a, const Token& t, 
 
 // Every element of the thread's share of a head: NaN, or copied.
 template <class K>
-__device__ __noinline__ void FillHead(const char* in, char* out, bool nan, int lane) {
+__device__ __forceinline__ void FillHead(const char* in, char* out, bool nan, int lane) {
   constexpr int kNanBits = K::kDtype == kRopeF16 ? 0x7e007e00 : K::kDtype == kRopeBF16 ? 0x7fc07fc0 : 0x7fc00000;
   for (int i = lane; i < K::kHeadDim / K::kVector; i += K::kLanes) {
     Words<Shape<K>::kVectorBytes> words;
@@ -505,7 +505,7 @@ __device__ __forceinline__ void RopeBody(const rope_cuda_args& a) {
       }
     }
   };
-  if constexpr (K::kFewTokens) fetch_weights(first < QHeads<K>(p) ? a.q_weight : a.k_weight);
+  if (K::kFewTokens && first < heads) fetch_weights(first < QHeads<K>(p) ? a.q_weight : a.k_weight);
 
   const Token t = PlanToken<K>(a, row, lane == 0 && first == 0);
   if (S::kTable || K::kCheckAxes) {

@@ -13,14 +13,22 @@ namespace {
 
 const char* ShortName(uint32_t dtype) {
   switch (dtype) {
-    case kF32: return "f32";
-    case kF16: return "f16";
-    case kBF16: return "bf16";
-    case kE4M3: return "e4m3";
-    case kE5M2: return "e5m2";
-    case kI32: return "i32";
-    case kI64: return "i64";
-    default: return "?";
+    case kF32:
+      return "f32";
+    case kF16:
+      return "f16";
+    case kBF16:
+      return "bf16";
+    case kE4M3:
+      return "e4m3";
+    case kE5M2:
+      return "e5m2";
+    case kI32:
+      return "i32";
+    case kI64:
+      return "i64";
+    default:
+      return "?";
   }
 }
 
@@ -106,9 +114,9 @@ constexpr Angles kTables[] = {Angles::kTable,    Angles::kPacked,     Angles::kF
 struct Rotated {
   int64_t head_dim, rotary_dim, offset;
 };
-constexpr Rotated kParts[] = {{128, 96, 0}, {128, 64, 0},   {128, 6, 0},    {64, 24, 8},  {192, 64, 128},
-                              {576, 64, 512}, {256, 64, 0}, {80, 20, 0},    {96, 72, 0},  {16, 2, 14},
-                              {128, 126, 2},  {72, 36, 0},  {128, 34, 5},   {64, 32, 16}, {1024, 40, 3}};
+constexpr Rotated kParts[] = {{128, 96, 0},   {128, 64, 0}, {128, 6, 0},  {64, 24, 8},  {192, 64, 128},
+                              {576, 64, 512}, {256, 64, 0}, {80, 20, 0},  {96, 72, 0},  {16, 2, 14},
+                              {128, 126, 2},  {72, 36, 0},  {128, 34, 5}, {64, 32, 16}, {1024, 40, 3}};
 
 struct Rule {
   const char* json;
@@ -359,10 +367,19 @@ void AddTokens(List* list) {
   for (const int64_t tokens : kTokens) {
     EachType([&](uint32_t dtype, int32_t pairing) {
       for (const bool norm : {false, true}) {
-        list->Add({.dtype = dtype, .tokens = tokens, .head_dim = 64, .pairing = pairing, .norm = norm,
+        list->Add({.dtype = dtype,
+                   .tokens = tokens,
+                   .head_dim = 64,
+                   .pairing = pairing,
+                   .norm = norm,
                    .positions = Positions::kNone});
-        list->Add({.dtype = dtype, .tokens = tokens, .k_heads = norm ? 2 : 0, .head_dim = 64, .pairing = pairing,
-                   .angles = Angles::kTable, .offsets_dtype = norm ? kI32 : kI64});
+        list->Add({.dtype = dtype,
+                   .tokens = tokens,
+                   .k_heads = norm ? 2 : 0,
+                   .head_dim = 64,
+                   .pairing = pairing,
+                   .angles = Angles::kTable,
+                   .offsets_dtype = norm ? kI32 : kI64});
       }
     });
   }
@@ -410,8 +427,13 @@ void AddStores(List* list) {
       list->Add({.dtype = dtype, .pairing = pairing, .cache = cache, .store_v = false, .slots = Slots::kNothing});
       list->Add({.dtype = dtype, .pairing = pairing, .cache = cache, .store_v = false, .slots = Slots::kSkips});
       list->Add({.dtype = dtype, .pairing = pairing, .cache = cache, .store_k = false, .slots = Slots::kSkips});
-      list->Add({.dtype = dtype, .batch = 2, .tokens = 6, .layout = Layout::kTransposed, .pairing = pairing,
-                 .cache = cache, .page_size = 5});
+      list->Add({.dtype = dtype,
+                 .batch = 2,
+                 .tokens = 6,
+                 .layout = Layout::kTransposed,
+                 .pairing = pairing,
+                 .cache = cache,
+                 .page_size = 5});
       list->Add({.dtype = dtype, .data = Data::kLarge, .pairing = pairing, .cache = cache, .cache_dtype = kE4M3});
     });
   }
@@ -476,15 +498,32 @@ void AddData(List* list) {
   for (const Data data : {Data::kLarge, Data::kTiny, Data::kNonFinite}) {
     EachType([&](uint32_t dtype, int32_t pairing) {
       for (const bool norm : {false, true}) {
-        list->Add({.dtype = dtype, .head_dim = 64, .rotary_dim = 48, .data = data, .pairing = pairing, .norm = norm,
+        list->Add({.dtype = dtype,
+                   .head_dim = 64,
+                   .rotary_dim = 48,
+                   .data = data,
+                   .pairing = pairing,
+                   .norm = norm,
                    .positions = Positions::kRandom});
-        list->Add({.dtype = dtype, .head_dim = 64, .data = data, .pairing = pairing,
-                   .rounding = norm ? ROPEWALK_ROUND_REFERENCE : ROPEWALK_ROUND_FUSED, .angles = Angles::kTable,
+        list->Add({.dtype = dtype,
+                   .head_dim = 64,
+                   .data = data,
+                   .pairing = pairing,
+                   .rounding = norm ? ROPEWALK_ROUND_REFERENCE : ROPEWALK_ROUND_FUSED,
+                   .angles = Angles::kTable,
                    .positions = Positions::kRandom});
         for (const uint32_t cache_dtype : {static_cast<uint32_t>(kE4M3), static_cast<uint32_t>(kE5M2), dtype}) {
-          list->Add({.dtype = dtype, .head_dim = 64, .rotary_dim = 48, .data = data, .pairing = pairing,
-                     .rounding = norm ? ROPEWALK_ROUND_REFERENCE : ROPEWALK_ROUND_FUSED, .angles = Angles::kTable,
-                     .positions = Positions::kRandom, .cache = Cache::kFlat, .cache_dtype = cache_dtype, .v_dim = 80});
+          list->Add({.dtype = dtype,
+                     .head_dim = 64,
+                     .rotary_dim = 48,
+                     .data = data,
+                     .pairing = pairing,
+                     .rounding = norm ? ROPEWALK_ROUND_REFERENCE : ROPEWALK_ROUND_FUSED,
+                     .angles = Angles::kTable,
+                     .positions = Positions::kRandom,
+                     .cache = Cache::kFlat,
+                     .cache_dtype = cache_dtype,
+                     .v_dim = 80});
         }
       }
     });
@@ -578,27 +617,63 @@ void AddModels(List* list) {
       {.model = "Qwen3-8B", .q_heads = 32, .k_heads = 8, .head_dim = 128, .weight = Weight::kPlain, .theta = 1e6},
       {.model = "Qwen3-30B-A3B", .q_heads = 32, .k_heads = 4, .head_dim = 128, .weight = Weight::kPlain, .theta = 1e6},
       {.model = "Qwen2.5-VL-7B", .q_heads = 28, .k_heads = 4, .head_dim = 128, .theta = 1e6, .axes = Axes::kSections},
-      {.model = "Qwen3-VL-8B", .q_heads = 32, .k_heads = 8, .head_dim = 128, .weight = Weight::kPlain, .theta = 5e6,
+      {.model = "Qwen3-VL-8B",
+       .q_heads = 32,
+       .k_heads = 8,
+       .head_dim = 128,
+       .weight = Weight::kPlain,
+       .theta = 5e6,
        .axes = Axes::kInterleaved},
-      {.model = "Gemma-3-4B-global", .q_heads = 8, .k_heads = 4, .head_dim = 256, .weight = Weight::kZeroCentered,
-       .theta = 1e6, .scaling = gemma},
+      {.model = "Gemma-3-4B-global",
+       .q_heads = 8,
+       .k_heads = 4,
+       .head_dim = 256,
+       .weight = Weight::kZeroCentered,
+       .theta = 1e6,
+       .scaling = gemma},
       {.model = "Gemma-3-4B-local", .q_heads = 8, .k_heads = 4, .head_dim = 256, .weight = Weight::kZeroCentered},
-      {.model = "Phi-3-mini-128k", .q_heads = 32, .k_heads = 32, .head_dim = 96, .scaling = LongRope(48),
+      {.model = "Phi-3-mini-128k",
+       .q_heads = 32,
+       .k_heads = 32,
+       .head_dim = 96,
+       .scaling = LongRope(48),
        .sequence_length = 8192},
-      {.model = "DeepSeek-V3", .q_heads = 128, .k_heads = 1, .head_dim = 192, .rotary_dim = 64, .rotary_offset = 128,
-       .pairing = inter, .scaling = deepseek},
-      {.model = "DeepSeek-V3-absorbed", .q_heads = 128, .k_heads = 1, .head_dim = 576, .rotary_dim = 64,
-       .rotary_offset = 512, .pairing = inter, .scaling = deepseek},
+      {.model = "DeepSeek-V3",
+       .q_heads = 128,
+       .k_heads = 1,
+       .head_dim = 192,
+       .rotary_dim = 64,
+       .rotary_offset = 128,
+       .pairing = inter,
+       .scaling = deepseek},
+      {.model = "DeepSeek-V3-absorbed",
+       .q_heads = 128,
+       .k_heads = 1,
+       .head_dim = 576,
+       .rotary_dim = 64,
+       .rotary_offset = 512,
+       .pairing = inter,
+       .scaling = deepseek},
       {.model = "GLM-4-9B", .q_heads = 32, .k_heads = 2, .head_dim = 128, .rotary_dim = 64, .pairing = inter},
       {.model = "GPT-NeoX-20B", .q_heads = 64, .k_heads = 64, .head_dim = 96, .rotary_dim = 24},
       {.model = "GPT-J-6B", .q_heads = 16, .k_heads = 16, .head_dim = 256, .rotary_dim = 64, .pairing = inter},
       {.model = "Command-R", .q_heads = 64, .k_heads = 64, .head_dim = 128, .pairing = inter, .theta = 8e6},
       {.model = "gpt-oss-20B", .q_heads = 64, .k_heads = 8, .head_dim = 64, .theta = 150000.0, .scaling = gpt_oss},
       {.model = "SmolLM2-135M", .q_heads = 9, .k_heads = 3, .head_dim = 64, .theta = 1e5},
-      {.model = "Flux.1", .q_heads = 24, .k_heads = 24, .head_dim = 128, .pairing = inter, .weight = Weight::kPlain,
+      {.model = "Flux.1",
+       .q_heads = 24,
+       .k_heads = 24,
+       .head_dim = 128,
+       .pairing = inter,
+       .weight = Weight::kPlain,
        .axes = Axes::kSections},
-      {.model = "Qwen-Image", .q_heads = 24, .k_heads = 24, .head_dim = 128, .pairing = inter,
-       .weight = Weight::kPlain, .axes = Axes::kSections},
+      {.model = "Qwen-Image",
+       .q_heads = 24,
+       .k_heads = 24,
+       .head_dim = 128,
+       .pairing = inter,
+       .weight = Weight::kPlain,
+       .axes = Axes::kSections},
       {.model = "Qwen2-VL-vision", .q_heads = 16, .k_heads = 16, .head_dim = 80, .axes = Axes::kTwo},
   };
   for (RopeCase c : models) {
@@ -753,7 +828,9 @@ std::vector<RopeCase> CasesOfModel(const ModelConfig& model, std::string_view js
         .layout = Layout::kPacked,
         .pairing = model.interleaved ? ROPEWALK_INTERLEAVED : ROPEWALK_NEOX,
         .norm = model.norm,
-        .weight = !model.norm ? Weight::kNone : model.zero_centered_weight ? Weight::kZeroCentered : Weight::kPlain,
+        .weight = !model.norm                  ? Weight::kNone
+                  : model.zero_centered_weight ? Weight::kZeroCentered
+                                               : Weight::kPlain,
         .eps = model.eps,
         .config = std::string(json),
         .layer_type = layer_type,

@@ -34,7 +34,7 @@ enum class Angles : uint8_t {
   kPerBatch,     // cos and sin [batch, rows, pairs]
 };
 enum class Positions : uint8_t {
-  kNone,    // none given: 0, 1, 2, ..
+  kNone,  // none given: 0, 1, 2, ..
   kArange,
   kRandom,  // 0 .. 4095, or below the table's rows
   kListed,  // those of the accuracy promise, and their negatives
@@ -87,9 +87,9 @@ struct RopeCase {
 
   Angles angles = Angles::kFrequencies;
   double theta = 10000.0;
-  std::string scaling = {};        // JSON for ropewalk_frequencies_create
+  std::string scaling = {};  // JSON for ropewalk_frequencies_create
   int64_t sequence_length = 0;
-  std::string config = {};         // text of a config.json, instead of theta and scaling
+  std::string config = {};  // text of a config.json, instead of theta and scaling
   std::string layer_type = {};
   uint32_t table_dtype = kF32;
 
@@ -98,13 +98,13 @@ struct RopeCase {
   bool positions_broadcast = false;  // [1, tokens], or [tokens] with a batch
   uint32_t offsets_dtype = 0;        // 0: no offsets
   Axes axes = Axes::kNone;
-  uint32_t axes_dtype = 0;           // kI32: through the argument `axes`; 0: through the frequencies
+  uint32_t axes_dtype = 0;  // kI32: through the argument `axes`; 0: through the frequencies
 
   Cache cache = Cache::kNone;
   uint32_t cache_dtype = 0;  // 0: dtype
   int64_t page_size = 16;
   bool store_k = true, store_v = true;
-  int64_t v_dim = 0;         // 0: head_dim
+  int64_t v_dim = 0;  // 0: head_dim
   Scale scale = Scale::kNone;
   Slots slots = Slots::kAll;
   uint32_t slots_dtype = kI64;

@@ -112,31 +112,35 @@ Status PlanRopeCuda(const RopeCall& call, const CudaDevice& device, bool depende
     plan->grid_y = static_cast<uint32_t>((all_heads + groups - 1) / groups);
     plan->why = "few tokens: the heads of a token are spread over blocks";
   } else {
-    const int64_t warps = rows < 1536   ? 4
+    int64_t warps = rows < 1536   ? 4
                           : rows < 3072 ? 2
                                         : std::clamp<int64_t>((std::min<int64_t>((heads + 1) / 2, 24) + per_warp - 1) / per_warp, 2, 8);
-    const int64_t groups = warps * per_warp;
     const int64_t rest = (p.head_dim - p.rotary_dim) / vector;
     const int64_t slots = 2 * ((units + lanes - 1) / lanes) + (rest + lanes - 1) / lanes;
-    const int64_t stage_bytes = slots * warps * 32 * vector * bytes;
+    const int64_t warp_bytes = slots * 32 * vector * bytes;
+    constexpr int64_t kSharedBytes = 48 * 1024;
+    while (warps > 1 && warps * warp_bytes > kSharedBytes) warps /= 2;
+    const int64_t groups = warps * per_warp;
     const int64_t turns = rows < 3072 ? std::min<int64_t>((heads + groups - 1) / groups, 6) : 2;
     key.threads = static_cast<uint16_t>(warps * 32);
-    key.in_flight = static_cast<uint8_t>(std::clamp<int64_t>(48 * 1024 / stage_bytes, 1, std::max<int64_t>(turns, 1)));
+    key.in_flight = static_cast<uint8_t>(std::clamp<int64_t>(kSharedBytes / (warps * warp_bytes), 0, std::max<int64_t>(turns, 1)));
     plan->why = "many tokens: a block for each token";
   }
   plan->grid_x = static_cast<uint32_t>(rows);
   key.batched = p.batch > 1;
   key.unit_scaling = p.attention_scaling == 1.0f;
   key.eps = v.norm ? p.eps : 0.0f;
+  // A single token has no stride.
+  const auto token_stride = [&](const rope_strides& s) { return p.tokens > 1 ? s.token : 1; };
   const auto dense = [&](const rope_strides& s, int count) {
-    return (count <= 1 || s.head == p.head_dim) && s.token > 0 && s.token <= INT32_MAX;
+    return (count <= 1 || s.head == p.head_dim) && token_stride(s) > 0 && token_stride(s) <= INT32_MAX;
   };
   if (!v.out_of_place && p.q_heads > 0 && p.q_heads <= UINT16_MAX && p.k_heads <= UINT16_MAX &&
       dense(p.q, p.q_heads) && (!t.k || dense(p.k, p.k_heads))) {
     key.q_heads = static_cast<uint16_t>(p.q_heads);
     key.k_heads = static_cast<uint16_t>(p.k_heads);
-    key.q_token = static_cast<int32_t>(p.q.token);
-    key.k_token = t.k ? static_cast<int32_t>(p.k.token) : 0;
+    key.q_token = static_cast<int32_t>(token_stride(p.q));
+    key.k_token = t.k ? static_cast<int32_t>(token_stride(p.k)) : 0;
   }
 
   key.table_vector = 1;

@@ -1,7 +1,8 @@
 """The rotary functions of the sgl_kernel package, by their own names and arguments.
 
-`fused_qk_norm_rope` and `can_use_fused_qk_norm_rope` are those of `ropewalk.compat.sglang_jit`: CUDA's ahead-of-time kernel
-and the one compiled at run time have one meaning. Intel's function of that name has another ramp (docs/compat.md).
+`fused_qk_norm_rope` and `can_use_fused_qk_norm_rope` are those of `ropewalk.compat.sglang_jit`: CUDA's ahead-of-time
+kernel and the one compiled at run time have one meaning. Intel's function of that name has another ramp
+(docs/compat.md).
 """
 
 # SPDX-License-Identifier: Apache-2.0

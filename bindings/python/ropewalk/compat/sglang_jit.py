@@ -1,7 +1,7 @@
 """SGLang's rotary kernels that are compiled at run time, by their own names and arguments.
 
-Everything works in place on torch tensors, on the CPU and on CUDA. Every error of an argument is a ValueError (a TypeError
-where it is not a tensor at all) that names the argument, its value and what is accepted; nothing was written then.
+Everything works in place on torch tensors, on the CPU and on CUDA. Every error of an argument is a ValueError (a
+TypeError where its type is wrong) that names the argument, its value and what is accepted; nothing was written then.
 """
 
 # SPDX-License-Identifier: Apache-2.0
@@ -28,7 +28,6 @@ __all__ = [
     "rotary_embedding",
 ]
 
-_INTEGERS = (torch.int32, torch.int64)
 _MOST_FREQUENCIES = 64
 _frequencies: dict[tuple[Any, ...], Frequencies] = {}
 
@@ -72,9 +71,9 @@ def fused_qk_norm_rope(
 ) -> None:
     """RMSNorm of each head of q and k, then the rotation, in place in packed rows. V is left alone.
 
-    The frequency of pair i is f = base^(-2i/rotary_dim). With a factor other than 1 (YaRN: Peng et al., "YaRN", 2023) it is
-    (f / factor) * r + f * (1 - r) with r = (i - low) / (high - low) held to [0, 1]; if |high - low| <= 1e-6, high is
-    raised by 0.001. The angles are computed exactly at every position.
+    The frequency of pair i is f = base^(-2i/rotary_dim). With a factor other than 1 (YaRN: Peng et al., "YaRN", 2023)
+    it is (f / factor) * r + f * (1 - r) with r = (i - low) / (high - low) held to [0, 1]; if |high - low| <= 1e-6, high
+    is raised by 0.001. The angles are computed exactly at every position.
 
     Args:
         qkv: [tokens, (num_heads_q + num_heads_k + num_heads_v) * head_dim] bfloat16, float16 or float32; rows at any
@@ -92,7 +91,8 @@ def fused_qk_norm_rope(
     """
     function = "fused_qk_norm_rope"
     q, k = _packed(function, qkv, num_heads_q, num_heads_k, num_heads_v, head_dim)
-    _vector(function, "position_ids", position_ids, qkv.shape[0])
+    if position_ids is None:
+        raise TypeError(f"{function}: position_ids must be a torch.Tensor, but is None")
     if rotary_dim is None:
         rotary_dim = head_dim
     frequencies = _frequencies_for(function, base, rotary_dim, head_dim, factor, low, high, attention_factor)
@@ -117,9 +117,9 @@ def can_use_fused_qk_norm_rope(
 ) -> bool:
     """Whether `fused_qk_norm_rope` serves such calls here. Never raises.
 
-    Where there is a CUDA device it compiles and loads the kernel on the current one, so that the first call need not. The
-    kernel is specialised for more than the first four arguments say: give the others as the calls will have them, and
-    the numbers of tokens of interest, to have that very one built.
+    Where there is a CUDA device it compiles and loads the kernel on the current one, so that the first call need not.
+    The kernel is specialised for more than the first four arguments say: give the others as the calls will have them,
+    and the numbers of tokens of interest, to have that very one built.
 
     Args:
         yarn: whether attention_factor will be other than 1.
@@ -192,7 +192,8 @@ def apply_rope_inplace_with_kvcache(
     Args:
         q, k: [tokens, heads, head_dim], of one dtype and head size.
         v: [tokens, k_heads, v_dim] or [tokens, k_heads * v_dim], k's dtype.
-        k_cache: [slots, k_heads * head_dim] or [slots, k_heads, head_dim], k's dtype or fp8; v_cache likewise with v_dim.
+        k_cache: [slots, k_heads * head_dim] or [slots, k_heads, head_dim], k's dtype or fp8; v_cache likewise with
+            v_dim.
         out_loc: [tokens] int32 or int64; negative: not stored.
 
     Raises:
@@ -350,15 +351,6 @@ def _tensors(function: str, **values: Any) -> None:
             raise TypeError(f"{function}: {name} must be a torch.Tensor, but is a {type(value).__name__}")
 
 
-def _vector(function: str, name: str, value: Any, tokens: int) -> None:
-    _tensors(function, **{name: value})
-    if value.dim() != 1 or value.shape[0] != tokens or value.dtype not in _INTEGERS:
-        raise ValueError(
-            f"{function}: {name} must be [{tokens}] int32 or int64, one for each token, "
-            f"but is {list(value.shape)} {str(value.dtype).removeprefix('torch.')}"
-        )
-
-
 def _whole(function: str, name: str, value: Any, least: int) -> None:
     if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):
         raise TypeError(f"{function}: {name} must be an int, but is a {type(value).__name__}")
@@ -368,22 +360,23 @@ def _whole(function: str, name: str, value: Any, least: int) -> None:
 
 def _packed(function: str, qkv: Any, q_heads: int, k_heads: int, v_heads: int, head_dim: int) -> tuple[Any, Any]:
     """Views [tokens, heads, head_dim] of q and k in packed rows; None for no k."""
+    try:
+        tokens, width = qkv.shape
+        heads = q_heads + k_heads + v_heads
+        if width == heads * head_dim and q_heads >= 0 and k_heads >= 0 and v_heads >= 0 and head_dim > 1:
+            rows = qkv.view(tokens, heads, head_dim)
+            return rows.narrow(1, 0, q_heads), rows.narrow(1, q_heads, k_heads) if k_heads else None
+    except (TypeError, ValueError, AttributeError):  # told below
+        pass
     _tensors(function, qkv=qkv)
     for name, value in (("num_heads_q", q_heads), ("num_heads_k", k_heads), ("num_heads_v", v_heads)):
         _whole(function, name, value, 0)
     _whole(function, "head_dim", head_dim, 2)
     heads = q_heads + k_heads + v_heads
-    if qkv.dim() != 2 or qkv.shape[1] != heads * head_dim:
-        raise ValueError(
-            f"{function}: qkv must be [tokens, {heads * head_dim}], that is num_heads_q + num_heads_k + num_heads_v = "
-            f"{heads} heads of head_dim {head_dim}, but is {list(qkv.shape)}"
-        )
-    if qkv.stride(1) != 1 and heads:
-        raise ValueError(
-            f"{function}: qkv must be contiguous in its last dimension, but its stride there is {qkv.stride(1)}"
-        )
-    rows = qkv.unflatten(1, (heads, head_dim))
-    return rows.narrow(1, 0, q_heads), rows.narrow(1, q_heads, k_heads) if k_heads else None
+    raise ValueError(
+        f"{function}: qkv must be [tokens, {heads * head_dim}], that is num_heads_q + num_heads_k + num_heads_v = "
+        f"{heads} heads of head_dim {head_dim}, but is {list(qkv.shape)}"
+    )
 
 
 def _frequencies_for(
@@ -398,9 +391,7 @@ def _frequencies_for(
 ) -> Frequencies:
     key = (base, rotary_dim, factor, low, high, attention_factor)
     try:
-        found = _frequencies[key]
-        if rotary_dim <= head_dim:
-            return found
+        return _frequencies[key]
     except (KeyError, TypeError):  # not made yet; or no numbers, which is told below
         pass
     return _new_frequencies(function, head_dim, *key)
