@@ -1,7 +1,7 @@
 # Ropewalk: every command does its own set-up first. `make` alone lists them.
 # SPDX-License-Identifier: Apache-2.0
 .DEFAULT_GOAL := help
-.PHONY: cuda-report help run test setup wheel test-asan test-tsan test-arm fuzz bench format lint docs clean
+.PHONY: gpu-test cuda-report help run test setup wheel test-asan test-tsan test-arm fuzz bench format lint docs clean
 .NOTPARALLEL:
 
 setup := scripts/setup.sh
@@ -43,6 +43,10 @@ test-arm:  ## the C++ tests and the conformance cases for aarch64, under qemu
 fuzz:  ## each fuzz target for FUZZ_SECONDS seconds (600)
 	@$(setup) system fuzz base
 	@scripts/fuzz.sh $(FUZZ_SECONDS)
+
+gpu-test:  ## the tests that need an NVIDIA GPU; report in docs/results/
+	@$(setup) system base wheel full
+	@ROPEWALK=.venv/bin/ropewalk scripts/gpu_test.sh docs/results/$$(date -u +%F)-gpu-test.md
 
 cuda-report:  ## registers, spills, shared memory and size of the CUDA variants; fails on a spill
 	@$(setup) system base
