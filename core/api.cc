@@ -51,7 +51,7 @@ Status WithArgs(const ropewalk_rope_args* args, const Body& body) {
     return Status::Invalid(Text("rope: struct_size must be at most ", sizeof(ropewalk_rope_args), " for Ropewalk ",
                                 ropewalk_version(), ", but is ", size, ": the caller was built for a newer one"));
   }
-  if (size < offsetof(ropewalk_rope_args, k)) {
+  if (size < offsetof(ropewalk_rope_args, k) || size % alignof(ropewalk_rope_args) != 0) {
     return Status::Invalid(Text("rope: struct_size must be sizeof(ropewalk_rope_args) (", sizeof(ropewalk_rope_args),
                                 "), but is ", size));
   }

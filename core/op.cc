@@ -126,6 +126,25 @@ struct Checker {
     return {};
   }
 
+  // That no product of sizes and strides overflows: a tensor spans less than 2^62 bytes in every direction.
+  Status CheckExtent(const Arg& arg, const DLTensor& tensor) const {
+    constexpr double kMostBytes = 4.6e18;
+    double count = tensor.dtype.bits / 8.0, span = 0.0;
+    for (int i = 0; i < tensor.ndim; ++i) {
+      if (tensor.shape[i] < 0) return Invalid(arg, "has a negative size: ", ShapeText(tensor));
+      count *= static_cast<double>(tensor.shape[i] ? tensor.shape[i] : 1);
+      if (tensor.strides) {
+        span += std::abs(static_cast<double>(tensor.strides[i])) * static_cast<double>(tensor.shape[i]) *
+                (tensor.dtype.bits / 8.0);
+      }
+    }
+    if (count > kMostBytes || span > kMostBytes) {
+      return Invalid(arg, "must span less than 2^62 bytes, but its shape is ", ShapeText(tensor),
+                     tensor.strides ? " with larger strides" : "");
+    }
+    return {};
+  }
+
   // Names the tensor's dimensions: which of arg.dims is its dimension i.
   Status CheckShape(const Arg& arg, const DLTensor& tensor, Strides* strides) const {
     Dim names[4] = {};
@@ -150,7 +169,6 @@ struct Checker {
 
     for (int i = 0; i < count; ++i) {
       const int64_t size = tensor.shape[i];
-      if (size < 0) return Invalid(arg, "has a negative size: ", ShapeText(tensor));
       const bool broadcasts = (arg.flags & kBroadcast) && (names[i] == Dim::kBatch || names[i] == Dim::kKHeads ||
                                                            (names[i] == Dim::kTokens && arg.dims[0] != Dim::kAxes));
       if (!(broadcasts && size == 1)) ROPEWALK_TRY(BindSize(arg, names[i], size));
@@ -167,6 +185,7 @@ struct Checker {
   Status CheckTensor(const Arg& arg, const DLTensor& tensor, Strides* strides) const {
     if (tensor.ndim < 0 || (tensor.ndim > 0 && !tensor.shape)) return Invalid(arg, "has no shape");
     ROPEWALK_TRY(CheckDtype(arg, tensor));
+    ROPEWALK_TRY(CheckExtent(arg, tensor));
     const bool host_scalar = (arg.flags & kHostScalar) && tensor.device.device_type == kDLCPU;
     if (!SameDevice(tensor.device, first->device) && !(host_scalar && Numel(tensor) == 1)) {
       return Invalid(arg, "must be on the device of q (", DeviceName(first->device), "), but is on ",
@@ -174,8 +193,8 @@ struct Checker {
     }
     ROPEWALK_TRY(CheckShape(arg, tensor, strides));
     if (Numel(tensor) > 0) {
-      const auto address = reinterpret_cast<uintptr_t>(DataOf(tensor));
       if (!tensor.data) return Invalid(arg, "has no data, but its shape is ", ShapeText(tensor));
+      const auto address = reinterpret_cast<uintptr_t>(DataOf(tensor));
       const auto bytes = static_cast<uintptr_t>(tensor.dtype.bits / 8);
       if (address % bytes != 0) {
         return Invalid(arg, "must be aligned to its ", bytes, "-byte elements, but its address ends in ",

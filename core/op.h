@@ -99,7 +99,9 @@ inline int64_t StrideOf(const DLTensor& tensor, int dim) {
   return stride;
 }
 // data + byte_offset
-inline void* DataOf(const DLTensor& tensor) { return static_cast<char*>(tensor.data) + tensor.byte_offset; }
+inline void* DataOf(const DLTensor& tensor) {
+  return reinterpret_cast<void*>(reinterpret_cast<uintptr_t>(tensor.data) + tensor.byte_offset);
+}
 
 // Checks every argument of a call against the description and collects the sizes. `mapped_axes`: pairs have a map to
 // axes. `strides` gets one entry an argument.

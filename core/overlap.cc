@@ -41,7 +41,14 @@ bool Search(Footprint a, Footprint b, int* budget) {
 }  // namespace
 
 bool Footprint::repeats() const {
-  return std::any_of(axes, axes + count, [](const Axis& axis) { return axis.stride == 0; });
+  // Axes by falling stride: a step that stays inside what the axes behind it span meets some element again, or lies
+  // between its elements as no tensor does that is meant to be written.
+  int64_t inner = item;
+  for (int i = count - 1; i >= 0; --i) {
+    if (axes[i].stride < inner) return true;
+    inner = axes[i].stride * (axes[i].size - 1) + inner;
+  }
+  return false;
 }
 
 uintptr_t Footprint::end() const {

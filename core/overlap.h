@@ -24,7 +24,7 @@ struct Footprint {
     return base == other.base && item == other.item && std::equal(axes, axes + count, other.axes, other.axes + other.count);
   }
   bool empty() const { return item == 0; }
-  bool repeats() const;     // some element is met twice (a stride of 0)
+  bool repeats() const;     // its axes overlap: a stride of 0, or one within the span of those behind it
   uintptr_t end() const;    // one past the last byte
 };
 

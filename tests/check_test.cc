@@ -250,6 +250,24 @@ TEST(Check, NegativeSizes) {
   });
 }
 
+// Sizes whose products leave 64 bits: no overflow on the way, which UndefinedBehaviorSanitizer sees.
+TEST(Check, SizesBeyondAllMemory) {
+  EachTensor([](CaseCall& call, const Arg& arg, const DLTensor& tensor) {
+    for (int i = 0; i < tensor.ndim; ++i) {
+      for (const int64_t size : {INT64_MAX, INT64_MAX / 2, int64_t{1} << 61}) {
+        Spoiled spoiled(tensor);
+        spoiled.shape[i] = size;
+        if (i == 0) spoiled.tensor.strides = nullptr;
+        ropewalk_rope_args args = call.args();
+        SetField(&args, arg.offset, &spoiled.tensor);
+        // Rows that no position names, and axes that no pair takes, may be as many as they like.
+        const char* text = ropewalk_explain(&args);
+        EXPECT_TRUE(text || std::string(ropewalk_last_error()).rfind("rope: ", 0) == 0) << ropewalk_last_error();
+      }
+    }
+  });
+}
+
 TEST(Check, Misaligned) {
   EachTensor([](CaseCall& call, const Arg& arg, const DLTensor& tensor) {
     if (tensor.dtype.bits == 8) return;

@@ -560,6 +560,44 @@ TEST(Failures, EveryAxisOfPositionsCounts) {
   }
 }
 
+// Models hand over rows of positions that no pair takes (text positions first); what is in them must not matter.
+TEST(Failures, UnusedRowsOfPositionsDoNotMatter) {
+  const auto call =
+      MakeCall({.tokens = 3, .head_dim = 64, .angles = Angles::kTable, .axes = Axes::kSections, .axes_dtype = kI32});
+  int64_t shape[] = {4, 3};
+  std::vector<int64_t> rows(12, int64_t{1} << 40);  // the fourth row stays so
+  std::memcpy(rows.data(), call->args().positions->data, 9 * sizeof(int64_t));
+  DLTensor positions = *call->args().positions;
+  positions.data = rows.data();
+  positions.shape = shape;
+  positions.strides = nullptr;
+  call->args().positions = &positions;
+  ASSERT_TRUE(call->Run().ok());
+  ExpectRight(*call);
+  EXPECT_EQ(ropewalk_check_faults(), ROPEWALK_OK) << ropewalk_last_error();
+}
+
+// A map of pairs to axes with a stride: served as it is, or refused; never read as if it were contiguous.
+TEST(Failures, AxesWithAStride) {
+  const auto call =
+      MakeCall({.tokens = 3, .head_dim = 64, .angles = Angles::kTable, .axes = Axes::kSections, .axes_dtype = kI32});
+  std::vector<int32_t> spread(64, 1000);
+  for (size_t i = 0; i < 32; ++i) spread[2 * i] = static_cast<const int32_t*>(call->args().axes->data)[i];
+  int64_t two = 2;
+  DLTensor axes = *call->args().axes;
+  axes.data = spread.data();
+  axes.strides = &two;
+  call->args().axes = &axes;
+  const Status status = call->Run();
+  if (status.ok()) {
+    ExpectRight(*call);
+    EXPECT_EQ(ropewalk_check_faults(), ROPEWALK_OK) << ropewalk_last_error();
+  } else {
+    EXPECT_EQ(status.code(), ROPEWALK_INVALID_ARGUMENT);
+    EXPECT_NE(status.text().find("axes"), std::string::npos) << status.text();
+  }
+}
+
 // sglang#23609: no tokens, no heads of k: no work and no error, and later calls work.
 TEST(Failures, ZeroTokens) {
   for (const int64_t batch : {0, 2}) {

@@ -62,7 +62,11 @@ inline RowPlan PlanRow(const RopeCall& call, int64_t row) {
     }
   }
   if (call.variant.table_dtype != kRopeNoDtype) {
-    for (int axis = 0; axis < p.axes; ++axis) {
+    // Only the rows that pairs take: another may hold anything.
+    const int32_t* axes = AxesOf(call);
+    for (int i = 0; i < (axes ? p.rotary_dim / 2 : 1); ++i) {
+      const int axis = axes ? axes[i] : 0;
+      if (i > 0 && axis == axes[i - 1]) continue;
       const int64_t position = PositionOf(call, plan.batch, plan.token, axis);
       if (position >= 0 && position < p.rows) continue;
       if (padding) {

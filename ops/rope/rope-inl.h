@@ -12,6 +12,11 @@ HWY_BEFORE_NAMESPACE();
 // With the CPU's own bfloat16 rounding, which only the kernels of kNative use, and only CPUs that have it run those.
 HWY_AFTER_NAMESPACE();
 HWY_PUSH_ATTRIBUTES(HWY_TARGET_STR ",avx512bf16")
+#undef ROPEWALK_ATTR  // for lambdas, which the attributes pushed do not reach
+#define ROPEWALK_ATTR __attribute__((target(HWY_TARGET_STR ",avx512bf16")))
+#else
+#undef ROPEWALK_ATTR
+#define ROPEWALK_ATTR HWY_ATTR
 #endif
 namespace ropewalk {
 namespace HWY_NAMESPACE {
@@ -223,7 +228,7 @@ template <bool kWhole, bool kReorder>
 HWY_INLINE void Arrange(float* values, int count) {
   constexpr int kStep = kWhole ? kBlock : kLanes;
   const int blocks = count / kStep;
-  const auto reorder = [](float* block) HWY_ATTR {
+  const auto reorder = [](float* block) ROPEWALK_ATTR {
     if constexpr (kReorder) {
       const V low = hn::LoadU(df, block), high = hn::LoadU(df, block + kLanes);
       hn::StoreU(hn::ConcatEven(df, high, low), df, block);
@@ -242,7 +247,7 @@ HWY_INLINE void Arrange(float* values, int count) {
 
 // `count` elements of a tensor as floats, in natural order; writes whole blocks.
 HWY_INLINE void ConvertRow(const void* data, uint8_t dtype, int64_t stride, int count, float* out) {
-  const auto convert = [&](auto tag) HWY_ATTR {
+  const auto convert = [&](auto tag) ROPEWALK_ATTR {
     using T = decltype(tag);
     const auto* p = static_cast<const typename T::Raw*>(data);
     for (int i = 0; i < count; i += kBlock) {
@@ -666,7 +671,7 @@ struct Head {
   // (x, y) -> (x cos - y sin, y cos + x sin), for the i-th vector of pairs.
   HWY_INLINE void Rotate(V& x, V& y, int i) const {
     if constexpr (kFolded) {
-      const auto factor = [&](int j) HWY_ATTR {
+      const auto factor = [&](int j) ROPEWALK_ATTR {
         if constexpr (kFixed > 0) return table[4 * i + j];
         return hn::Load(df, heads.folded + (4 * i + j) * kLanes);
       };
@@ -783,7 +788,7 @@ struct Head {
       if constexpr (kStore != kStoreFp8) return;
     }
     V last_a = hn::Zero(df), last_b = last_a;
-    const auto write = [&](int at, V a, V b) HWY_ATTR {
+    const auto write = [&](int at, V a, V b) ROPEWALK_ATTR {
       if constexpr (C::kNorm) {
         Write<false>(run, at, a, b);
       } else {

@@ -31,7 +31,7 @@ constexpr Arg kArgs[] = {
     {FIELD(cos_sin), "packed table instead of cos and sin: cosines, then sines", Intent::kIn, kFloats, nullptr,
      {Dim::kBatch, Dim::kRows, Dim::kRotaryDim}, kOptionalBatch | kBroadcast},
     {FIELD(axes), "the row of positions that each pair takes (mrope, 2-D and 3-D rope)", Intent::kIn, kI32, nullptr,
-     {Dim::kPairs}},
+     {Dim::kPairs}, kUnitStride},
     {.name = "pairing", .kind = Kind::kChoice, .offset = offsetof(ropewalk_rope_args, pairing),
      .doc = "which elements form a pair: halves (neox) or neighbours (interleaved)",
      .choices = {"neox", "interleaved"}, .default_text = "\"neox\""},
@@ -196,7 +196,7 @@ Status CheckOverlap(const ropewalk_rope_args& a) {
   for (size_t i = 0; i < count; ++i) {
     if (!parts[i].written) continue;
     if (parts[i].footprint.repeats()) {
-      return Invalid(parts[i].arg->name, " is written, but some of its elements share memory (a stride of 0)");
+      return Invalid(parts[i].arg->name, " is written, but some of its elements share memory (overlapping strides)");
     }
     for (size_t j = 0; j < count; ++j) {
       if (i == j || (parts[j].written && j < i) || !Overlap(parts[i].footprint, parts[j].footprint)) continue;
@@ -361,8 +361,10 @@ Status LowerRope(const ropewalk_rope_args& a, void* stream, RopeCall* call) {
         if (!(*value > 0.0f) || *value > 3.4e38f) return Invalid(name, " must be a finite number > 0, but is ", *value);
         return {};
       }
+      const int64_t step = strides_of(i)[Dim::kKHeads];
+      if (step > INT32_MAX || step < INT32_MIN) return Invalid(name, " must have a stride below 2^31, but its stride is ", step);
       *pointer = static_cast<const float*>(DataOf(*tensor));
-      *stride = static_cast<rw_i32>(strides_of(i)[Dim::kKHeads]);
+      *stride = static_cast<rw_i32>(step);
       return {};
     };
     ROPEWALK_TRY(scale(a.k_scale, Index("k_scale"), "k_scale", &p.k_scale, &t.k_scale, &p.k_scale_head));

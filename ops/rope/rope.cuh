@@ -32,6 +32,8 @@ struct Shape {
   static constexpr int kBefore = K::kRotaryOffset / K::kVector;
   static constexpr int kRest = kRestMatters ? (K::kHeadDim - K::kRotaryDim) / K::kVector : 0;
   static constexpr int kRestPerLane = (kRest + K::kLanes - 1) / K::kLanes;
+  // Heads of v take the way of the others, on loads that wait for no slot, where they fill the same vectors.
+  static constexpr bool kVRides = K::kStoreV && K::kVDim == K::kRotaryDim;
   // Fetched through shared memory: what one asynchronous copy can carry.
   static constexpr bool kStaged = !K::kFewTokens && kVectorBytes >= 4 && K::kInFlight > 0;
 };
@@ -136,6 +138,7 @@ __device__ __forceinline__ Token PlanToken(const rope_cuda_args& a, rw_i64 row, 
     padding = slot < 0;
   }
   if constexpr (K::kCheckAxes) {
+#pragma unroll 1
     for (int i = 0; i < K::kRotaryDim / 2; ++i) {
       const int axis = __ldg(a.axes + i);
       if (axis >= 0 && axis < p.axes) continue;
@@ -145,8 +148,13 @@ __device__ __forceinline__ Token PlanToken(const rope_cuda_args& a, rw_i64 row, 
     }
   }
   if constexpr (Shape<K>::kTable) {
-    const int axes = K::kAxes ? p.axes : 1;
-    for (int axis = 0; axis < axes; ++axis) {
+    // Only the rows that pairs take: another may hold anything.
+    int last = -1;
+#pragma unroll 1
+    for (int i = 0; i < (K::kAxes ? K::kRotaryDim / 2 : 1); ++i) {
+      const int axis = K::kAxes ? __ldg(a.axes + i) : 0;
+      if (axis == last) continue;
+      last = axis;
       const rw_i64 position = PositionOf<K>(a, t.batch, t.token, axis);
       if (static_cast<rw_u64>(position) < static_cast<rw_u64>(p.rows)) continue;
       t.left_out = padding;
@@ -346,6 +354,18 @@ __device__ __forceinline__ float InverseScale(const float* scale, float value, i
   return 1.0f / (scale ? __ldg(scale + static_cast<rw_i64>(head) * stride) : value);
 }
 
+// Where a slot begins in a cache.
+template <class K>
+__device__ __forceinline__ rw_i64 SlotOffset(const rope_params& p, const rope_strides& cache, rw_i64 slot) {
+  if constexpr (K::kPageShift == 64) return slot * cache.token;
+  if constexpr (K::kPageShift > 0) {
+    const rw_i64 page = slot >> (K::kPageShift - 1);
+    return page * cache.batch + (slot - (page << (K::kPageShift - 1))) * cache.token;
+  }
+  const rw_i64 page = slot / p.page_size;
+  return page * cache.batch + (slot - page * p.page_size) * cache.token;
+}
+
 template <class K>
 __device__ __forceinline__ HeadPlace PlaceOf(const rope_cuda_args& a, const Token& t, int h) {
   const rope_params& p = a.params;
@@ -372,10 +392,8 @@ __device__ __forceinline__ HeadPlace PlaceOf(const rope_cuda_args& a, const Toke
     place.inverse_scale = 1.0f;
     if constexpr (K::kStoreK) {
       if (t.slot >= 0) {
-        const rw_i64 page = t.slot / p.page_size;
-        place.cache = static_cast<char*>(a.k_cache) + (page * p.k_cache.batch +
-                                                       (t.slot - page * p.page_size) * p.k_cache.token +
-                                                       h * p.k_cache.head) * kBytes<K::kCacheDtype>;
+        place.cache = static_cast<char*>(a.k_cache) +
+                      (SlotOffset<K>(p, p.k_cache, t.slot) + h * p.k_cache.head) * kBytes<K::kCacheDtype>;
         place.inverse_scale = InverseScale<K>(a.k_scale, p.k_scale, h, p.k_scale_head);
       }
     }
@@ -383,24 +401,39 @@ __device__ __forceinline__ HeadPlace PlaceOf(const rope_cuda_args& a, const Toke
   return place;
 }
 
-// A head of v to its cache.
+// A head of v: where it lies, and where it goes (`cache` is null if nowhere).
 template <class K>
-__device__ __forceinline__ void StoreV(const rope_cuda_args& a, const Token& t, int h, int lane) {
+__device__ __forceinline__ HeadPlace PlaceOfV(const rope_cuda_args& a, const Token& t, int h) {
   const rope_params& p = a.params;
-  constexpr int kSize = kBytes<K::kDtype>;
-  if (t.slot < 0) return;
-  const rw_i64 page = t.slot / p.page_size;
-  const char* in = static_cast<const char*>(a.v) + (t.batch * p.v.batch + t.token * p.v.token + h * p.v.head) * kSize;
-  char* cache = static_cast<char*>(a.v_cache) +
-                (page * p.v_cache.batch + (t.slot - page * p.page_size) * p.v_cache.token + h * p.v_cache.head) *
-                    kBytes<K::kCacheDtype>;
-  const float inverse = InverseScale<K>(a.v_scale, p.v_scale, h, p.v_scale_head);
+  HeadPlace place;
+  place.in = static_cast<const char*>(a.v) +
+             ((K::kBatched ? t.batch * p.v.batch : 0) + t.token * p.v.token + h * p.v.head) * kBytes<K::kDtype>;
+  place.out = nullptr;
+  place.weight = nullptr;
+  place.cache = nullptr;
+  place.inverse_scale = 1.0f;
+  if (t.slot >= 0) {
+    place.cache = static_cast<char*>(a.v_cache) +
+                  (SlotOffset<K>(p, p.v_cache, t.slot) + h * p.v_cache.head) * kBytes<K::kCacheDtype>;
+    place.inverse_scale = InverseScale<K>(a.v_scale, p.v_scale, h, p.v_scale_head);
+  }
+  return place;
+}
+
+template <class K>
+__device__ __forceinline__ void StoreVector(const HeadPlace& head, int begin, const Words<Shape<K>::kVectorBytes>& words) {
+  float v[K::kVector];
+  Unpack<K::kDtype, K::kVector>(words, v);
+  WriteCache<K>(head.cache, begin, v, words, head.inverse_scale);
+}
+
+// A head of v to its cache, where its size is another than that of what is rotated.
+template <class K>
+__device__ __forceinline__ void StoreV(const HeadPlace& head, int lane) {
+  if (!head.cache) return;
 #pragma unroll 2
   for (int i = lane; i < K::kVDim / K::kVector; i += K::kLanes) {
-    const auto packed = Load<Shape<K>::kVectorBytes>(in + i * Shape<K>::kVectorBytes);
-    float v[K::kVector];
-    Unpack<K::kDtype, K::kVector>(packed, v);
-    WriteCache<K>(cache, i * K::kVector, v, packed, inverse);
+    StoreVector<K>(head, i * K::kVector, Load<Shape<K>::kVectorBytes>(head.in + i * Shape<K>::kVectorBytes));
   }
 }
 
@@ -408,6 +441,7 @@ __device__ __forceinline__ void StoreV(const rope_cuda_args& a, const Token& t, 
 template <class K>
 __device__ __forceinline__ void FillHead(const char* in, char* out, bool nan, int lane) {
   constexpr int kNanBits = K::kDtype == kRopeF16 ? 0x7e007e00 : K::kDtype == kRopeBF16 ? 0x7fc07fc0 : 0x7fc00000;
+  #pragma unroll 1
   for (int i = lane; i < K::kHeadDim / K::kVector; i += K::kLanes) {
     Words<Shape<K>::kVectorBytes> words;
     if (nan) {
@@ -481,6 +515,23 @@ __device__ __forceinline__ void RopeBody(const rope_cuda_args& a) {
         if (has_rest(i)) get(2 * S::kUnitsPerLane + i, rest[i], in + RestBegin<K>(unit_of(i)) * kSize);
       }
     }
+    if constexpr (S::kVRides) {
+      if (h >= heads && h < all_heads) {
+        const char* in = PlaceOfV<K>(a, here, h - heads).in;
+#pragma unroll
+        for (int i = 0; i < S::kUnitsPerLane; ++i) {
+          if (!has_unit(i)) continue;
+          const char* at = in + unit_of(i) * S::kVectorBytes;
+          if constexpr (S::kStaged) {
+            CopyAsync<S::kVectorBytes>(slot(stage, 2 * i), at);
+            CopyAsync<S::kVectorBytes>(slot(stage, 2 * i + 1), at + S::kUnits * S::kVectorBytes);
+          } else {
+            x[i] = Load<S::kVectorBytes>(at);
+            y[i] = Load<S::kVectorBytes>(at + S::kUnits * S::kVectorBytes);
+          }
+        }
+      }
+    }
     if constexpr (S::kStaged) asm volatile("cp.async.commit_group;" ::: "memory");
   };
   if constexpr (S::kStaged) {
@@ -512,6 +563,7 @@ __device__ __forceinline__ void RopeBody(const rope_cuda_args& a) {
     if (t.poisoned || t.left_out) {
       if (S::kStaged) asm volatile("cp.async.wait_all;" ::: "memory");
       if (t.left_out && !K::kOutOfPlace) return;
+#pragma unroll 1
       for (int h = first; h < heads; h += step) {
         const HeadPlace head = PlaceOf<K>(a, t, h);
         FillHead<K>(head.in, head.out, t.poisoned, lane);
@@ -526,8 +578,9 @@ __device__ __forceinline__ void RopeBody(const rope_cuda_args& a) {
     if (has_unit(i)) CosSinOf<K>(a, t, position, unit_of(i), cos[i], sin[i]);
   }
 
+  const int turns_end = S::kVRides ? all_heads : heads;
   int stage = 0;
-  for (int h = first, warp_h = warp_first; warp_h < heads; h += step, warp_h += step) {
+  for (int h = first, warp_h = warp_first; warp_h < turns_end; h += step, warp_h += step) {
     if constexpr (S::kStaged) {
       asm volatile("cp.async.wait_group %0;" ::"n"(K::kInFlight - 1) : "memory");
 #pragma unroll
@@ -538,10 +591,10 @@ __device__ __forceinline__ void RopeBody(const rope_cuda_args& a) {
 #pragma unroll
       for (int i = 0; i < S::kRestPerLane; ++i) rest[i] = slot(stage, 2 * S::kUnitsPerLane + i)->words;
     }
-    const HeadPlace head = PlaceOf<K>(a, t, h < heads ? h : heads - 1);
+    const HeadPlace head = PlaceOf<K>(a, t, h < heads ? h : 0);
     float rstd = 0.0f;
     if constexpr (K::kNorm) {
-      if constexpr (!K::kFewTokens) fetch_weights(head.weight);
+      if (!K::kFewTokens && h < heads) fetch_weights(head.weight);
       const auto square = [&](const Words<S::kVectorBytes>& words) {
         float v[K::kVector];
         Unpack<K::kDtype, K::kVector>(words, v);
@@ -596,6 +649,19 @@ __device__ __forceinline__ void RopeBody(const rope_cuda_args& a) {
         }
       }
     }
+    if constexpr (S::kVRides) {
+      if (h >= heads && h < all_heads) {
+        const HeadPlace v = PlaceOfV<K>(a, t, h - heads);
+        if (v.cache) {
+#pragma unroll
+          for (int i = 0; i < S::kUnitsPerLane; ++i) {
+            if (!has_unit(i)) continue;
+            StoreVector<K>(v, unit_of(i) * K::kVector, x[i]);
+            StoreVector<K>(v, (S::kUnits + unit_of(i)) * K::kVector, y[i]);
+          }
+        }
+      }
+    }
     if constexpr (K::kFewTokens) break;  // the grid has a group for every head
     if constexpr (S::kStaged) {
       fetch(h + K::kInFlight * step, stage);
@@ -604,11 +670,11 @@ __device__ __forceinline__ void RopeBody(const rope_cuda_args& a) {
       fetch(h + step, 0);
     }
   }
-  if constexpr (K::kStoreV) {
+  if constexpr (K::kStoreV && !S::kVRides) {
     // After the heads of q and k, in the same order: the group that would take head h + 1 of them takes head 0 of v.
     int h = first;
     if (h < heads) h += (heads - h + step - 1) / step * step;
-    for (; h < all_heads; h += step) StoreV<K>(a, t, h - heads, lane);
+    for (; h < all_heads; h += step) StoreV<K>(PlaceOfV<K>(a, t, h - heads), lane);
   }
 #if __CUDA_ARCH__ >= 900
   if constexpr (K::kDependentLaunch) asm volatile("griddepcontrol.launch_dependents;");

@@ -96,7 +96,7 @@ Status PlanRopeCuda(const RopeCall& call, const CudaDevice& device, bool depende
   // Few tokens: narrow accesses and so many threads, every load issued at once. Many tokens: wide accesses, several heads
   // of a group on their way through shared memory. The numbers were searched on an H200 (docs/cuda.md).
   const int64_t bytes_moved = rows * heads * p.head_dim * bytes;
-  const bool few = bytes_moved <= int64_t{device.sm_count} * 32 * 1024;
+  const bool few = bytes_moved <= int64_t{device.sm_count} * 8 * 1024;
   key.few_tokens = few;
   if (few) vector = std::min(vector, (bytes_moved <= int64_t{device.sm_count} * 1536 ? 4 : 8) / bytes);
   vector = std::max(vector, 1);
@@ -112,7 +112,9 @@ Status PlanRopeCuda(const RopeCall& call, const CudaDevice& device, bool depende
     plan->grid_y = static_cast<uint32_t>((all_heads + groups - 1) / groups);
     plan->why = "few tokens: the heads of a token are spread over blocks";
   } else {
-    int64_t warps = rows < 1536   ? 4
+    const int64_t at_once = (all_heads + per_warp - 1) / per_warp;  // a group for every head
+    int64_t warps = rows < 768    ? std::clamp<int64_t>(at_once, 2, 16)
+                    : rows < 1536 ? 4
                           : rows < 3072 ? 2
                                         : std::clamp<int64_t>((std::min<int64_t>((heads + 1) / 2, 24) + per_warp - 1) / per_warp, 2, 8);
     const int64_t rest = (p.head_dim - p.rotary_dim) / vector;
@@ -121,13 +123,19 @@ Status PlanRopeCuda(const RopeCall& call, const CudaDevice& device, bool depende
     constexpr int64_t kSharedBytes = 48 * 1024;
     while (warps > 1 && warps * warp_bytes > kSharedBytes) warps /= 2;
     const int64_t groups = warps * per_warp;
-    const int64_t turns = rows < 3072 ? std::min<int64_t>((heads + groups - 1) / groups, 6) : 2;
+    const int64_t turns = rows < 3072 ? std::min<int64_t>((all_heads + groups - 1) / groups, 6) : 2;
     key.threads = static_cast<uint16_t>(warps * 32);
     key.in_flight = static_cast<uint8_t>(std::clamp<int64_t>(kSharedBytes / (warps * warp_bytes), 0, std::max<int64_t>(turns, 1)));
     plan->why = "many tokens: a block for each token";
   }
   plan->grid_x = static_cast<uint32_t>(rows);
   key.batched = p.batch > 1;
+  if (v.cache_dtype != kRopeNoDtype) {
+    const auto page_size = static_cast<uint64_t>(p.page_size);
+    key.page_shift = p.page_size == p.slots          ? kFlatPages
+                     : std::has_single_bit(page_size) ? static_cast<uint16_t>(1 + std::countr_zero(page_size))
+                                                      : uint16_t{0};
+  }
   key.unit_scaling = p.attention_scaling == 1.0f;
   key.eps = v.norm ? p.eps : 0.0f;
   // A single token has no stride.
@@ -197,6 +205,7 @@ std::string RopeCudaSource(const RopeCudaKey& key) {
       {"QToken", key.q_token},
       {"KToken", key.k_token},
       {"Batched", key.batched},
+      {"PageShift", key.page_shift},
       {"UnitScaling", key.unit_scaling},
   };
   std::string text = "#include \"ops/rope/rope.cuh\"\nstruct K {\n";

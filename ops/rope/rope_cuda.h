@@ -17,6 +17,8 @@ struct CudaDevice {
   int major = 0, minor = 0;  // compute capability
 };
 
+inline constexpr uint16_t kFlatPages = 64;
+
 // Everything a kernel is specialised for. Plain bytes without padding, so that it can be hashed and compared as such.
 // Heads and strides are part of it where a model fixes them, that is where the heads of a token lie side by side: a
 // kernel then reads little but its pointers, which at few tokens is a third of its time (docs/cuda.md). Otherwise they are
@@ -26,7 +28,7 @@ struct RopeCudaKey {
   uint16_t head_dim = 0, rotary_dim = 0, rotary_offset = 0, v_dim = 0;
   uint16_t threads = 0;        // of a block
   uint16_t q_heads = 0, k_heads = 0;  // q_heads 0: with the params
-  uint16_t reserved = 0;
+  uint16_t page_shift = 0;     // of the caches: 1 + log2(page_size), kFlatPages for one page, 0: any page size
   int32_t q_token = 0, k_token = 0;   // strides in elements; 0: all strides of q, k and the outputs with the params
   uint8_t vector = 0;          // elements of one access: 1, 2, 4 or 8
   uint8_t lanes = 0;           // threads of one head, up to 32
