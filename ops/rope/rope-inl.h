@@ -553,25 +553,24 @@ HWY_NOINLINE float SumOfSquaresLikeTorch(const typename T::Raw* head, int count)
 }
 
 // Whether the CPU's own bfloat16 rounding, which takes subnormal numbers for zero, could be wrong by more than 2^-20 of a
-// pair: only if an element other than zero is below 2^-62. -2x of a small positive or negative x is just below 2^16 in
-// 16 bits; of zero it is zero.
-HWY_INLINE hn::Vec<D16> MostTiny(hn::Vec<D16> most, hn::Vec<D16> block) {
-  return hn::Max(most, hn::Sub(hn::Sub(hn::Zero(d16), block), block));
-}
-HWY_INLINE bool IsTiny(hn::Vec<D16> most) {
-  constexpr auto kBound = static_cast<uint16_t>(0x10000u - 2 * (65u << 7));
-  return !hn::AllFalse(d16, hn::Gt(most, hn::Set(d16, kBound)));
+// pair. Not if every element's magnitude is in [2^-63, 2^65): adding 64 to the exponent then leaves its highest bit set,
+// which costs an addition and an AND a block. Others, zero among them, take the integer rounding.
+HWY_INLINE hn::Vec<D16> ExponentShifted(hn::Vec<D16> block) { return hn::Add(block, hn::Set(d16, uint16_t{64u << 7})); }
+HWY_INLINE bool AllOrdinary(hn::Vec<D16> shifted) {
+  const auto highest = hn::Set(d16, uint16_t{0x4000});
+  return hn::AllTrue(d16, hn::TestBit(shifted, highest));
 }
 HWY_INLINE bool HasTiny(const uint16_t* head, int count) {
-  auto most = hn::Zero(d16);
+  auto all = hn::Set(d16, uint16_t{0xffff});
   int i = 0;
-  for (; i + kBlock <= count; i += kBlock) most = MostTiny(most, hn::LoadU(d16, head + i));
+  for (; i + kBlock <= count; i += kBlock) all = hn::And(all, ExponentShifted(hn::LoadU(d16, head + i)));
   if (i < count) {
-    uint16_t padded[kBlock] = {};
+    uint16_t padded[kBlock];
+    std::fill_n(padded, kBlock, uint16_t{0x3f80});
     std::memcpy(padded, head + i, static_cast<size_t>(count - i) * sizeof(uint16_t));
-    most = MostTiny(most, hn::LoadU(d16, padded));
+    all = hn::And(all, ExponentShifted(hn::LoadU(d16, padded)));
   }
-  return IsTiny(most);
+  return !AllOrdinary(all);
 }
 
 enum Store { kNoStore, kStoreSame, kStoreFp8 };
@@ -865,7 +864,31 @@ HWY_NOINLINE void DoHeads(const Heads<typename C::T>& all) {
   }
   const Raw* in = heads.in;
   Raw* out = heads.out;
+  // The sums of some heads before the first is rotated: so no rotation waits for a sum, a square root and a division.
+  constexpr int64_t kAhead = 32;
+  alignas(64) float rstds[kAhead];
   for (int64_t h = 0; h < heads.count; ++h, in += heads.in_head, out += heads.out_head) {
+    if constexpr (C::kNorm) {
+      if (h % kAhead == 0) {
+        const int64_t ahead = std::min(kAhead, heads.count - h);
+        for (int64_t i = 0; i < kAhead; ++i) {
+          const Raw* head = in + (i < ahead ? i : 0) * heads.in_head;
+          if (i >= ahead) {
+            rstds[i] = rstds[0];
+          } else if constexpr (kFixed > 0) {
+            rstds[i] = SumOfSquares<T, kNative>(head, kHeadVectors<C, kFixed> * kBlock);
+          } else {
+            rstds[i] = C::kReference ? SumOfSquaresLikeTorch<T>(head, heads.head_dim)
+                                     : SumOfSquares<T, kNative>(head, heads.head_dim);
+          }
+        }
+        const V count = hn::Set(df, static_cast<float>(heads.head_dim)), eps = hn::Set(df, heads.eps);
+        for (int64_t i = 0; i < kAhead; i += kLanes) {
+          const V mean = hn::Div(hn::Load(df, rstds + i), count);
+          hn::Store(hn::Div(hn::Set(df, 1.0f), hn::Sqrt(hn::Add(mean, eps))), df, rstds + i);
+        }
+      }
+    }
     // Some heads ahead: what the hardware's prefetchers bring comes too late where a head's own latency is long.
     const int head_dim = kFixed > 0 ? kHeadVectors<C, kFixed> * kBlock : heads.head_dim;
     HWY_UNROLL(32)
@@ -881,32 +904,18 @@ HWY_NOINLINE void DoHeads(const Heads<typename C::T>& all) {
     hn::Vec<D16> blocks[kHeadVectors<C, kFixed>];
     blocks[0] = hn::Zero(d16);
     bool tiny = false;
-    float sum = 0.0f;
-#if HWY_TARGET == HWY_AVX3
     if constexpr (kFixed > 0) {
-      auto most = hn::Zero(d16);
-      V sums[2] = {hn::Zero(df), hn::Zero(df)};
+      auto all_shifted = hn::Set(d16, uint16_t{0xffff});
       HWY_UNROLL(32)
       for (int i = 0; i < kHeadVectors<C, kFixed>; ++i) {
         blocks[i] = hn::LoadU(d16, in + i * kBlock);
-        most = MostTiny(most, blocks[i]);
-        const auto x = reinterpret_cast<__m512bh>(blocks[i].raw);
-        if constexpr (C::kNorm) sums[i % 2].raw = _mm512_dpbf16_ps(sums[i % 2].raw, x, x);
+        all_shifted = hn::And(all_shifted, ExponentShifted(blocks[i]));
       }
-      tiny = IsTiny(most);
-      if constexpr (C::kNorm) sum = hn::GetLane(hn::SumOfLanes(df, hn::Add(sums[0], sums[1])));
+      tiny = !AllOrdinary(all_shifted);
+    } else if constexpr (kNative) {
+      tiny = HasTiny(in, heads.head_dim);
     }
-#endif
-    if constexpr (kFixed == 0) {
-      if constexpr (kNative) tiny = HasTiny(in, heads.head_dim);
-      if constexpr (C::kNorm) {
-        sum = C::kReference ? SumOfSquaresLikeTorch<T>(in, heads.head_dim)
-                            : SumOfSquares<T, kNative>(in, heads.head_dim);
-      }
-    }
-    if constexpr (C::kNorm) {
-      rstd = hn::Set(df, 1.0f / std::sqrt(sum / static_cast<float>(head_dim) + heads.eps));
-    }
+    if constexpr (C::kNorm) rstd = hn::Set(df, rstds[h % kAhead]);
     if (kFixed == 0 && HWY_UNLIKELY(heads.layout->needs_padding)) {
       PaddedHead<C, kStore>(heads, in, out, cache, rstd, inverse_scale);
       continue;

@@ -208,9 +208,20 @@ __device__ __forceinline__ void CosSinOf(const rope_cuda_args& a, const Token& t
     }
   } else {
     // The reduced phase is the product modulo 2^64; its upper half is what a float32 can tell apart.
+    // Pairs that follow each other come two at a time.
     rw_u64 turns[K::kVector];
+    constexpr int kRun = Shape<K>::kPairsInside ? K::kVector / 2 : K::kVector;
+    if constexpr (kRun % 2 == 0 && (!Shape<K>::kPairsInside || K::kRotaryDim % 8 == 0)) {
 #pragma unroll
-    for (int i = 0; i < K::kVector; ++i) turns[i] = __ldg(a.turns + PairOf<K>(unit, i));
+      for (int i = 0; i < K::kVector; i += 2) {
+        const ulonglong2 two = __ldg(reinterpret_cast<const ulonglong2*>(a.turns + PairOf<K>(unit, i)));
+        turns[i] = two.x;
+        turns[i + 1] = two.y;
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < K::kVector; ++i) turns[i] = __ldg(a.turns + PairOf<K>(unit, i));
+    }
 #pragma unroll
     for (int i = 0; i < K::kVector; ++i) {
       rw_i64 at = position;

@@ -211,9 +211,11 @@ std::string RopeCudaSource(const RopeCudaKey& key) {
   std::string text = "#include \"ops/rope/rope.cuh\"\nstruct K {\n";
   for (const auto& [name, value] : constants) Append(&text, Text("  static constexpr int k", name, " = ", value, ";\n"));
   Append(&text, Text("  static constexpr unsigned kEpsBits = ", std::bit_cast<uint32_t>(key.eps), "u;\n"));
-  return text +
-         "};\nextern \"C\" __global__ void __launch_bounds__(K::kThreads) "
-         "rope_kernel(const __grid_constant__ rope_cuda_args args) {\n  ropewalk::RopeBody<K>(args);\n}\n";
+  // Left alone, the compiler spills a few bytes of some narrow kernels for the sake of occupancy; the wide ones were
+  // searched without the hint.
+  const bool wide = !key.few_tokens && v.dtype != kRopeF32 && key.vector * Bytes(v.dtype) == 16;
+  return text + "};\nextern \"C\" __global__ void __launch_bounds__(K::kThreads" + (wide ? "" : ", 1") +
+         ") rope_kernel(const __grid_constant__ rope_cuda_args args) {\n  ropewalk::RopeBody<K>(args);\n}\n";
 }
 
 std::string RopeCudaName(const RopeCudaKey& key) {
