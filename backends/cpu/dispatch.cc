@@ -63,7 +63,7 @@ constexpr CpuTarget kTargets[] = {
     {"sse4", HasSse4, N_SSE4::ChooseKernel},
 };
 #else
-constexpr CpuTarget kTargets[] = {{"neon", [] { return true; }, HWY_STATIC_NAMESPACE::ChooseKernel}};
+constexpr CpuTarget kTargets[] = {{"neon", [] { return true; }, N_NEON::ChooseKernel}};
 #endif
 
 }  // namespace
