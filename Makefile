@@ -52,7 +52,7 @@ cuda-report:  ## registers, spills, shared memory and size of the CUDA variants;
 	@$(setup) system base
 	@scripts/cuda_report.sh
 
-bench:  ## the speed of every shape beside its floor and the peers installed; results in build/bench/
+bench:  ## the speed of every shape beside its floor and the peers installed; results in docs/results/
 	@$(setup) system base wheel full
 	@scripts/bench.sh
 

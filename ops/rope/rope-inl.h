@@ -37,10 +37,7 @@ constexpr DH16 dh16;
 constexpr int kLanes = HWY_LANES(float);
 constexpr int kBlock = 2 * kLanes;   // elements
 constexpr int kMaxHeadDim = 8192;
-#ifndef ROPE_PREFETCH
-#define ROPE_PREFETCH 8
-#endif
-constexpr int kPrefetchHeads = ROPE_PREFETCH;
+constexpr int kPrefetchHeads = 8;
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Conversions. Round to nearest, ties to even.
