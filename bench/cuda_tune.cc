@@ -120,14 +120,14 @@ double Time(const std::function<void(CUstream, int)>& launch, int buffers, int c
   CU(cuEventCreate(&begin, 0));
   CU(cuEventCreate(&end, 0));
   std::vector<float> times;
-  for (int i = 0; i < 10; ++i) {
+  for (int i = 0; i < 8; ++i) {
     CU(cuEventRecord(begin, stream));
     CU(cuGraphLaunch(exec, stream));
     CU(cuEventRecord(end, stream));
     CU(cuEventSynchronize(end));
     float ms;
     CU(cuEventElapsedTime(&ms, begin, end));
-    if (i >= 3) times.push_back(ms * 1e3f / static_cast<float>(count));
+    if (i >= 2) times.push_back(ms * 1e3f / static_cast<float>(count));
   }
   std::sort(times.begin(), times.end());
   cuGraphExecDestroy(exec);
@@ -170,6 +170,28 @@ FLAT(1) FLAT(2) FLAT(4)
   int t = i / per; uint2* at = p + (long long)t * row + i % per; uint2 v = *at; long long P = pos[t]; uint2 ww = w[i & 31]; v.x ^= (unsigned)P ^ ww.x; v.y ^= ww.y; *at = v; } \
   if (PDL) asm volatile("griddepcontrol.launch_dependents;"); }
 DEP(dep, 0) DEP(dep_pdl, 1)
+}
+// With the store: q and k in place, k and v to the caches (narrow: a byte for each element, as fp8).
+template <int U, bool Narrow> __device__ void Kv(uint4* base, long long row, int q, int k, const long long* slots, char* kc, char* vc) {
+  uint4* p = base + blockIdx.x * row; const long long slot = slots[blockIdx.x];
+  for (int i = threadIdx.x; i < q + 2 * k; i += U * blockDim.x) {
+    uint4 v[U];
+#pragma unroll
+    for (int u = 0; u < U; ++u) { int j = i + u * blockDim.x; if (j < q + 2 * k) v[u] = p[j]; }
+#pragma unroll
+    for (int u = 0; u < U; ++u) { int j = i + u * blockDim.x; if (j < q + 2 * k) { v[u].x ^= 1; if (j < q + k) p[j] = v[u];
+      if (j >= q) { char* c = j < q + k ? kc : vc; long long at = slot * k + (j < q + k ? j - q : j - q - k);
+        if (Narrow) ((uint2*)c)[at] = make_uint2(v[u].x, v[u].y); else ((uint4*)c)[at] = v[u]; } } }
+  }
+}
+extern "C" {
+#define KV(U, N) __global__ void kv##U##N(uint4* b, long long r, int q, int k, const long long* s, char* kc, char* vc) { Kv<U, N>(b, r, q, k, s, kc, vc); }
+KV(1,0) KV(2,0) KV(4,0) KV(1,1) KV(2,1) KV(4,1)
+#define DEPKV(NAME, N, PDL) __global__ void NAME(uint2* p, const long long* pos, const uint2* w, const long long* slots, char* kc, char* vc, int q, int k, int n) { \
+  if (PDL) asm volatile("griddepcontrol.wait;" ::: "memory"); int i = blockIdx.x * blockDim.x + threadIdx.x; int row = q + 2 * k; if (i < n) { \
+  int t = i / row, j = i % row; uint2 v = p[i]; long long P = pos[t], slot = slots[t]; uint2 ww = w[i & 31]; v.x ^= (unsigned)P ^ ww.x; v.y ^= ww.y; if (j < q + k) p[i] = v; \
+  if (j >= q) { char* c = j < q + k ? kc : vc; long long at = slot * k + (j < q + k ? j - q : j - q - k); if (N) ((unsigned*)c)[at] = v.x; else ((uint2*)c)[at] = v; } } }
+DEPKV(depkv0, 0, 0) DEPKV(depkv0_pdl, 0, 1) DEPKV(depkv1, 1, 0) DEPKV(depkv1_pdl, 1, 1)
 __global__ void empty() {}
 }
 )";
@@ -199,18 +221,21 @@ int main(int argc, char** argv) {
   const std::string floor_cubin = Compile(kFloorSource);
   std::map<std::string, Kernel> floors;
   for (const char* f :
-       {"row10", "row20", "row40", "row11", "row21", "row41", "flat1", "flat2", "flat4", "dep", "dep_pdl", "empty"}) {
+       {"row10", "row20", "row40", "row11", "row21", "row41", "flat1", "flat2", "flat4", "dep", "dep_pdl", "empty", "kv10", "kv20", "kv40", "kv11", "kv21",
+        "kv41", "depkv0", "depkv0_pdl", "depkv1", "depkv1_pdl"}) {
     floors[f] = LoadKernel(floor_cubin, f);
   }
 
   const TuneShape many[] = {
       {"1024 32/8", 1024, 32, 8, 128},   {"2048 32/8", 2048, 32, 8, 128},     {"flux", 4096, 24, 24, 128},
       {"qwen_image", 4096, 32, 32, 128}, {"8192 32/4", 8192, 32, 4, 128},     {"16384 32/8", 16384, 32, 8, 128},
-      {"4096 32/8x64", 4096, 32, 8, 64}, {"4096 16/4x256", 4096, 16, 4, 256}, {"4096 32/8x80", 4096, 32, 8, 80}};
+      {"4096 32/8x64", 4096, 32, 8, 64}, {"4096 16/4x256", 4096, 16, 4, 256}, {"4096 8/2x512", 4096, 8, 2, 512},
+      {"4096 32/8x72", 4096, 32, 8, 72}, {"4096 32/8x80", 4096, 32, 8, 80},   {"4096 32/8x96", 4096, 32, 8, 96},
+      {"4096 32/8x112", 4096, 32, 8, 112}, {"4096 16/4x160", 4096, 16, 4, 160}, {"4096 16/4x192", 4096, 16, 4, 192}};
   const TuneShape few[] = {{"1", 1, 32, 8, 128},   {"4", 4, 32, 8, 128},     {"16", 16, 32, 8, 128},
                            {"64", 64, 32, 8, 128}, {"256", 256, 32, 8, 128}, {"1024", 1024, 32, 8, 128}};
 
-  CUdeviceptr base, weights, turns, positions, table, fault;
+  CUdeviceptr base, weights, turns, positions, table, fault, caches, slots;
   const size_t pool = size_t{1200} << 20;
   CU(cuMemAlloc(&base, pool));
   CU(cuMemAlloc(&weights, 1 << 16));
@@ -218,6 +243,9 @@ int main(int argc, char** argv) {
   CU(cuMemAlloc(&positions, 8 << 16));
   CU(cuMemAlloc(&table, size_t{16384} * 1024 * 4));
   CU(cuMemAlloc(&fault, 256));
+  const size_t cache_pool = size_t{1} << 30;
+  CU(cuMemAlloc(&caches, 2 * cache_pool));
+  CU(cuMemAlloc(&slots, 8 << 16));
   {
     std::vector<uint16_t> data(1 << 22);
     for (auto& x : data) x = static_cast<uint16_t>(0x3f00 + (std::rand() & 0xff) + (std::rand() & 1) * 0x8000);
@@ -232,16 +260,21 @@ int main(int argc, char** argv) {
     std::vector<int64_t> pos(1 << 16);
     for (size_t i = 0; i < pos.size(); ++i) pos[i] = static_cast<int64_t>(i % 16384);
     CU(cuMemcpyHtoD(positions, pos.data(), 8 << 16));
+    // Slots in pages of 16 that lie anywhere.
+    for (size_t i = 0; i < pos.size(); ++i) pos[i] = static_cast<int64_t>((i / 16 * 37 % 1024) * 16 + i % 16);
+    CU(cuMemcpyHtoD(slots, pos.data(), 8 << 16));
     CU(cuMemsetD8(table, 0x3e, size_t{16384} * 1024 * 4));
     CU(cuMemsetD8(fault, 0xff, 256));
   }
 
   struct Mode {
     const char* name;
-    int pairing, norm, table;
+    int pairing, norm, table, cache;
   };
-  const Mode modes[] = {{"rope neox turns", 0, 0, 0}, {"rope il turns", 1, 0, 0}, {"rope neox table", 0, 0, 1},
-                        {"norm neox turns", 0, 1, 0}, {"norm il turns", 1, 1, 0}, {"norm neox table", 0, 1, 1}};
+  const Mode modes[] = {{"rope neox turns", 0, 0, 0, 0}, {"rope il turns", 1, 0, 0, 0}, {"rope neox table", 0, 0, 1, 0},
+                        {"rope il table", 1, 0, 1, 0},   {"norm neox turns", 0, 1, 0, 0}, {"norm il turns", 1, 1, 0, 0},
+                        {"norm neox table", 0, 1, 1, 0}, {"norm il table", 1, 1, 1, 0},   {"kv bf16", 0, 1, 0, kRopeBF16},
+                        {"kv fp8", 0, 1, 0, kRopeE4M3}};
 
   const auto run = [&](const TuneShape& s, bool is_few) {
     const int row = (s.q_heads + 2 * s.k_heads) * s.head_dim;  // packed
@@ -299,7 +332,51 @@ int main(int argc, char** argv) {
     if (is_few) std::printf(" pdl floor %.2f", best_pdl);
     std::printf("\n");
 
+    // The floors of the store.
+    double best_kv[2] = {1e9, 1e9}, best_kv_pdl[2] = {1e9, 1e9};
+    const bool with_kv = s.head_dim == 128 && static_cast<size_t>(buffers) * static_cast<size_t>(s.tokens * s.k_heads * s.head_dim) * 2 <= cache_pool;
+    const auto cache_at = [&](int b, int which) {
+      return caches + static_cast<size_t>(which) * cache_pool + static_cast<size_t>(b % (is_few && !cold ? 8 : buffers)) * static_cast<size_t>((s.tokens < 16384 ? (is_few && !cold ? 16384 : s.tokens) : s.tokens) * s.k_heads * s.head_dim) * 2;
+    };
+    for (int narrow = 0; narrow < 2 && with_kv && is_few != cold; ++narrow) {
+      if (cold) {
+        for (const char* f : {"kv1", "kv2", "kv4"}) {
+          for (int threads : {128, 256, 384, 512, 768}) {
+            const double t = Time(
+                [&](CUstream stream, int b) {
+                  CUdeviceptr p = at(b), kc = cache_at(b, 0), vc = cache_at(b, 1);
+                  long long r = row / 8;
+                  int q = s.q_heads * s.head_dim / 8, k = s.k_heads * s.head_dim / 8;
+                  void* params[] = {&p, &r, &q, &k, &positions, &kc, &vc};
+                  Launch(stream, floors[f + std::to_string(narrow)], static_cast<unsigned>(s.tokens), 1, static_cast<unsigned>(threads), false, params);
+                },
+                buffers, count);
+            best_kv[narrow] = std::min(best_kv[narrow], t);
+          }
+        }
+      } else {
+        for (int threads : {64, 128, 256, 512}) {
+          for (int pdl = 0; pdl < 2; ++pdl) {
+            const double t = Time(
+                [&](CUstream stream, int b) {
+                  CUdeviceptr p = at(b), kc = cache_at(b, 0), vc = cache_at(b, 1);
+                  int q = s.q_heads * s.head_dim / 4, k = s.k_heads * s.head_dim / 4, n = s.tokens * (q + 2 * k);
+                  void* params[] = {&p, &positions, &weights, &slots, &kc, &vc, &q, &k, &n};
+                  Launch(stream, floors[std::string("depkv") + std::to_string(narrow) + (pdl ? "_pdl" : "")], static_cast<unsigned>((n + threads - 1) / threads), 1,
+                         static_cast<unsigned>(threads), pdl, params);
+                },
+                buffers, count);
+            double& b = pdl ? best_kv_pdl[narrow] : best_kv[narrow];
+            b = std::min(b, t);
+          }
+        }
+      }
+    }
+    if (with_kv) std::printf("  kv floors: bf16 %.2f pdl %.2f, fp8 %.2f pdl %.2f\n", best_kv[0], best_kv_pdl[0], best_kv[1], best_kv_pdl[1]);
+
     for (const Mode& mode : modes) {
+      if (mode.cache && (!with_kv || best_kv[0] == 1e9)) continue;
+      if (s.head_dim != 128 && mode.pairing) continue;
       for (int pdl = 0; pdl <= (is_few ? 1 : 0); ++pdl) {
         struct Candidate {
           RopeCudaKey key;
@@ -309,7 +386,7 @@ int main(int argc, char** argv) {
           int registers = 0, local = 0, min_blocks = 0;
         };
         std::vector<Candidate> candidates;
-        const auto add = [&](int vector, int lanes, int threads, int in_flight, int min_blocks) {
+        const auto add = [&](int vector, int lanes, int threads, int in_flight, int min_blocks, int flat) {
           RopeCudaKey key;
           key.variant.dtype = kRopeBF16;
           key.variant.pairing = static_cast<uint8_t>(mode.pairing);
@@ -318,12 +395,28 @@ int main(int argc, char** argv) {
           key.variant.weight_dtype = mode.norm ? kRopeBF16 : kRopeNoDtype;
           key.variant.table_dtype = mode.table ? kRopeF32 : kRopeNoDtype;
           key.variant.positions_dtype = kRopeI64;
+          key.dense_indices = 1;
+          key.packed = 1;
+          key.flat = static_cast<uint8_t>(flat);
+          key.min_blocks = static_cast<uint8_t>(min_blocks);
+          key.table_row = mode.table ? s.head_dim : 0;
+          key.eps = mode.norm ? 1e-6f : 0.0f;
+          if (mode.cache) {
+            key.variant.slots_dtype = kRopeI64;
+            key.variant.cache_dtype = static_cast<uint8_t>(mode.cache);
+            key.variant.store_k = key.variant.store_v = 1;
+            key.v_dim = static_cast<uint16_t>(s.head_dim);
+            key.page_shift = kFlatPages;
+            key.v_token = row;
+            key.cache_token = s.k_heads * s.head_dim;
+            key.cache_head = s.head_dim;
+          }
           key.head_dim = key.rotary_dim = static_cast<uint16_t>(s.head_dim);
           key.threads = static_cast<uint16_t>(threads);
           key.vector = static_cast<uint8_t>(vector);
           key.lanes = static_cast<uint8_t>(lanes);
-          key.in_flight = static_cast<uint8_t>(in_flight);
-          key.few_tokens = is_few;
+          key.few_tokens = is_few && in_flight > 0;
+          key.in_flight = static_cast<uint8_t>(std::max(in_flight, 1));
           key.q_heads = static_cast<uint16_t>(s.q_heads);
           key.k_heads = static_cast<uint16_t>(s.k_heads);
           key.q_token = key.k_token = row;
@@ -331,12 +424,8 @@ int main(int argc, char** argv) {
           key.dependent_launch = static_cast<uint8_t>(pdl);
           key.table_vector = mode.table ? static_cast<uint8_t>(std::min(4, mode.pairing ? vector / 2 : vector)) : 1;
           const int groups = threads / lanes;
-          const unsigned grid_y = is_few ? static_cast<unsigned>((s.q_heads + s.k_heads + groups - 1) / groups) : 1;
+          const unsigned grid_y = is_few ? static_cast<unsigned>((s.q_heads + (mode.cache ? 2 : 1) * s.k_heads + groups - 1) / groups) : 1;
           std::string source = RopeCudaSource(key);
-          if (min_blocks) {
-            const std::string bounds = "__launch_bounds__(K::kThreads";
-            source.replace(source.find(bounds), bounds.size(), bounds + ", " + std::to_string(min_blocks));
-          }
           candidates.push_back({key, grid_y, std::async(std::launch::async, Compile, source), 1e9, 0, 0, min_blocks});
         };
         const auto pow2 = [](int x) {
@@ -346,20 +435,31 @@ int main(int argc, char** argv) {
         };
         if (is_few) {
           for (int threads : {64, 128, 256}) {
-            add(4, pow2(s.head_dim / 8), threads, 1, 0);
-            add(8, pow2(s.head_dim / 16), threads, 1, 0);
-            add(2, std::min(32, pow2(s.head_dim / 4)), threads, 1, 0);
+            add(4, pow2(s.head_dim / 8), threads, 1, 0, 0);
+            add(8, pow2(s.head_dim / 16), threads, 1, 0, 0);
+            add(2, std::min(32, pow2(s.head_dim / 4)), threads, 1, 0, 0);
+          }
+          if (s.tokens >= 128) {
+            for (int threads : {64, 128, 160, 256, 384}) {
+              for (int flat : {0, 1}) add(8, pow2(s.head_dim / 16), threads, 0, 0, flat);
+            }
           }
         } else {
-          const int lanes = pow2(s.head_dim / 16);
-          for (int threads : {64, 96, 128, 160, 192, 256, 320}) {
-            for (int in_flight : {1, 2, 3, 4, 5}) {
-              const int groups = threads / lanes;
-              if ((in_flight - 1) * groups >= s.q_heads + s.k_heads || in_flight * threads * 32 > 48 * 1024) continue;
-              for (int warps : {0, 40, 48}) {
-                const int min_blocks = warps * 32 / threads;
-                if (warps && min_blocks == 0) continue;
-                add(8, lanes, threads, in_flight, min_blocks);
+          const int vector = s.head_dim % 16 ? 4 : 8, units = s.head_dim / vector / 2;
+          for (int lanes : {units, (units + 1) / 2}) {
+            if (lanes > 32 || (lanes != units && units <= 8)) continue;
+            for (int threads : {64, 96, 128, 160, 192, 224, 256, 320, 448}) {
+              for (int in_flight : {1, 2, 3, 5}) {
+                if (s.head_dim != 128 && in_flight > 2) continue;
+                const int groups = threads / 32 * (32 / lanes);
+                if ((in_flight - 1) * groups >= s.q_heads + s.k_heads || in_flight * threads * 32 > 48 * 1024) continue;
+                for (int flat : {0, 1}) {
+                  for (int warps : {0, 32, 40, 48}) {
+                    const int min_blocks = warps * 32 / threads;
+                    if ((warps && min_blocks == 0) || (warps == 32 && !mode.cache && !flat) || (warps == 48 && s.head_dim != 128)) continue;
+                    add(vector, lanes, threads, in_flight, min_blocks, flat);
+                  }
+                }
               }
             }
           }
@@ -382,10 +482,18 @@ int main(int argc, char** argv) {
             a.q_weight = reinterpret_cast<void*>(weights);
             a.k_weight = reinterpret_cast<void*>(weights + 1024);
             a.fault = reinterpret_cast<rope_fault*>(fault);
+            if (mode.cache) {
+              a.slots = reinterpret_cast<void*>(cold ? positions : slots);
+              a.slot_count = 16384;
+              a.v = reinterpret_cast<void*>(at(b) + static_cast<size_t>((s.q_heads + s.k_heads) * s.head_dim) * 2);
+              a.k_cache = reinterpret_cast<void*>(cache_at(b, 0));
+              a.v_cache = reinterpret_cast<void*>(cache_at(b, 1));
+              a.k_scale_value = a.v_scale_value = 1.0f;
+            }
             rope_params& p = a.params;
             p.batch = 1;
             p.tokens = s.tokens;
-            p.rows = 16384;
+            p.rows = a.rows = 16384;
             p.q = p.k = p.q_out = p.k_out = {0, row, s.head_dim};
             p.positions_token = 1;
             p.cos_row = p.sin_row = s.head_dim;
@@ -400,16 +508,18 @@ int main(int argc, char** argv) {
           c.time = Time(
               [&](CUstream stream, int b) {
                 void* params[] = {&args[static_cast<size_t>(b)]};
-                Launch(stream, kernel, static_cast<unsigned>(s.tokens), c.grid_y, c.key.threads, pdl, params);
+                Launch(stream, kernel, static_cast<unsigned>(s.tokens), c.key.few_tokens ? c.grid_y : 1, c.key.threads, pdl, params);
               },
               buffers, count);
         }
         std::sort(candidates.begin(), candidates.end(), [](const auto& a, const auto& b) { return a.time < b.time; });
+        const int narrow = mode.cache == kRopeE4M3;
+        const double floor = mode.cache ? (pdl ? best_kv_pdl[narrow] : best_kv[narrow]) : pdl ? best_pdl : best;
         std::printf("  %-16s%s", mode.name, pdl ? " pdl" : "");
-        for (size_t i = 0; i < std::min<size_t>(5, candidates.size()); ++i) {
+        for (size_t i = 0; i < std::min<size_t>(6, candidates.size()); ++i) {
           const Candidate& c = candidates[i];
-          std::printf(" | %.2f=%.3f v%d l%d t%d x%d b%d r%d", c.time, c.time / (pdl ? best_pdl : best), c.key.vector,
-                      c.key.lanes, c.key.threads, c.key.in_flight, c.min_blocks, c.registers);
+          std::printf(" | %.2f=%.3f v%d l%d t%d x%d b%d%s r%d", c.time, c.time / floor, c.key.vector,
+                      c.key.lanes, c.key.threads, c.key.in_flight, c.min_blocks, c.key.flat ? " flat" : "", c.registers);
         }
         std::printf("\n");
         std::fflush(stdout);
@@ -419,7 +529,12 @@ int main(int argc, char** argv) {
   if (what == "all" || what == "few") {
     for (const TuneShape& s : few) run(s, true);
   }
-  if (what == "all" || what == "many") {
-    for (const TuneShape& s : many) run(s, false);
+  // "sizes": the heads that are not of 128 alone.
+  if (what == "all" || what == "many" || what == "sizes") {
+    for (const TuneShape& s : many) {
+      if (what != "sizes" || (s.head_dim != 128 && (argc < 3 || std::strstr(argv[2], std::to_string(s.head_dim).c_str())))) {
+        run(s, false);
+      }
+    }
   }
 }

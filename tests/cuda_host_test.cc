@@ -188,7 +188,7 @@ TEST_F(CudaHost, LaunchHasTheCallsArguments) {
     RopeCall lowered;
     RopeCudaPlan plan;
     ASSERT_TRUE(LowerRope(call.args, stream, &lowered).ok());
-    ASSERT_TRUE(PlanRopeCuda(lowered, {132, 9, 0}, true, &plan).ok());
+    ASSERT_TRUE(PlanRopeCuda(lowered, {132, 9, 0}, {.dependent_launch = true}, &plan).ok());
     EXPECT_EQ(launch.grid_x, plan.grid_x);
     EXPECT_EQ(launch.grid_y, plan.grid_y);
     EXPECT_EQ(launch.grid_z, 1u);
@@ -835,12 +835,12 @@ TEST_F(CudaHost, ReportsDoNotStartTheDriver) {
   });
 }
 
-TEST_F(CudaHost, ForceTakesNoParts) {
+TEST_F(CudaHost, ForceTakesTheLayout) {
   InFreshProcess({}, [] {
     ExpectOk(ropewalk_force_backend("cuda"));
     Call call;
     ExpectOk(call.Run());
-    ExpectRefused(ropewalk_force_backend("cuda:sm_90"), ROPEWALK_INVALID_ARGUMENT, {"cuda has no parts"});
+    ExpectRefused(ropewalk_force_backend("cuda:sm_90"), ROPEWALK_INVALID_ARGUMENT, {"few or many", "sm_90"});
     ExpectOk(ropewalk_force_backend(nullptr));
   });
 }

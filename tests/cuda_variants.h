@@ -23,7 +23,7 @@ struct CudaVariant {
   RopeCudaKey key;
 };
 
-// Those of the cases as they are, with one token and with many, on a device of this architecture. The variants of one
+// Those of the cases as they are, with one token and with many, and in both layouts, on a device of this architecture. The variants of one
 // source text are one variant.
 inline Status CudaVariantsOf(const std::vector<RopeCase>& cases, const CudaDevice& device,
                              std::vector<CudaVariant>* out) {
@@ -34,10 +34,13 @@ inline Status CudaVariantsOf(const std::vector<RopeCase>& cases, const CudaDevic
     RopeCall lowered;
     if (!LowerRope(call->args(), nullptr, &lowered).ok()) continue;  // a case that is to be refused
     const int64_t tokens = lowered.params.tokens;
-    for (const int64_t count : {tokens, int64_t{1}, int64_t{16384}}) {
+    constexpr auto kAny = RopeCudaLayout::kAny;
+    const std::pair<int64_t, RopeCudaLayout> sizes[] = {
+        {tokens, kAny}, {1, kAny}, {16384, kAny}, {tokens, RopeCudaLayout::kFew}, {tokens, RopeCudaLayout::kMany}};
+    for (const auto& [count, layout] : sizes) {
       lowered.params.tokens = tokens == 0 ? 0 : count;
       RopeCudaPlan plan;
-      ROPEWALK_TRY(PlanRopeCuda(lowered, device, /*dependent_launch=*/true, &plan));
+      ROPEWALK_TRY(PlanRopeCuda(lowered, device, {.dependent_launch = true, .layout = layout}, &plan));
       if (plan.grid_x && known.insert(RopeCudaSource(plan.key)).second) out->push_back({c.name, plan.key});
     }
   }

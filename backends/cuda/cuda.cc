@@ -20,6 +20,8 @@ namespace {
 
 constexpr int kOldestMajor = 8;  // sm_80
 
+std::atomic<RopeCudaLayout> forced_layout{RopeCudaLayout::kAny};
+
 // ROPEWALK_PDL=0 turns programmatic dependent launch off.
 bool DependentLaunchAllowed() {
   static const bool allowed = [] {
@@ -55,7 +57,8 @@ Status Usable(const CudaDriver& driver, const RopeCall& call) {
 
 Status Plan(const CudaDriver& driver, const RopeCall& call, RopeCudaPlan* plan) {
   const CudaDeviceInfo& info = driver.devices[static_cast<size_t>(call.device.device_id)];
-  return PlanRopeCuda(call, info.properties, DependentLaunchAllowed() && info.properties.major >= 9, plan);
+  return PlanRopeCuda(call, info.properties, {DependentLaunchAllowed(), forced_layout.load(std::memory_order_relaxed)},
+                      plan);
 }
 
 bool NeedsFrequencies(const RopeCall& call) { return call.variant.table_dtype == kRopeNoDtype; }
@@ -200,7 +203,7 @@ Availability Available() {
   for (const std::string& bundle : BundleTexts()) Append(&detail, Text("; bundle ", bundle));
   if (!compiler.ok() && !bundled)
     return {false, detail, "install NVRTC (pip install nvidia-cuda-nvrtc), or set ROPEWALK_BUNDLE"};
-  return {true, detail, ""};
+  return {true, detail, "", {"few", "many"}};
 }
 
 Status Launch(const RopeCall& call) {
@@ -243,6 +246,10 @@ Status Launch(const RopeCall& call) {
   args.slots = t.slots;
   args.k_scale = t.k_scale;
   args.v_scale = t.v_scale;
+  args.k_scale_value = call.params.k_scale;
+  args.v_scale_value = call.params.v_scale;
+  args.rows = call.params.rows;
+  args.slot_count = call.params.slots;
   args.fault = context->Fault(call.params.batch > 1, t.offsets != nullptr);
   args.params = call.params;
 
@@ -328,8 +335,13 @@ Status CheckFaults() {
 }
 
 Status Force(const std::string& part) {
-  if (part.empty()) return {};
-  return Status::Invalid(Text("force_backend: cuda has no parts, but \"", part, "\" is asked for"));
+  if (!part.empty() && part != "few" && part != "many") {
+    return Status::Invalid(Text("force_backend: the layout of cuda must be few or many, but is \"", part, "\""));
+  }
+  forced_layout.store(part.empty()    ? RopeCudaLayout::kAny
+                      : part == "few" ? RopeCudaLayout::kFew
+                                      : RopeCudaLayout::kMany);
+  return {};
 }
 
 void Counters(std::vector<std::pair<std::string, int64_t>>* counters) {

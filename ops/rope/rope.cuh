@@ -32,10 +32,21 @@ struct Shape {
   static constexpr int kBefore = K::kRotaryOffset / K::kVector;
   static constexpr int kRest = kRestMatters ? (K::kHeadDim - K::kRotaryDim) / K::kVector : 0;
   static constexpr int kRestPerLane = (kRest + K::kLanes - 1) / K::kLanes;
-  // Heads of v take the way of the others, on loads that wait for no slot, where they fill the same vectors.
-  static constexpr bool kVRides = K::kStoreV && K::kVDim == K::kRotaryDim;
   // Fetched through shared memory: what one asynchronous copy can carry.
   static constexpr bool kStaged = !K::kFewTokens && kVectorBytes >= 4 && K::kInFlight > 0;
+  // Flat: the lanes of a warp fetch and write its heads side by side in 16 bytes each, whatever a lane works on. That
+  // keeps accesses whole where the halves of a head do not fill lines of 128 bytes. Of a head, this part:
+  static constexpr bool kFlat = kStaged && K::kFlat;
+  static constexpr int kSpanBegin = kRestMatters ? 0 : K::kRotaryOffset;
+  static constexpr int kSpan = kRestMatters ? K::kHeadDim : K::kRotaryDim;
+  static constexpr int kSpanBytes = kSpan * kBytes<K::kDtype>;
+  static constexpr int kCopies = kSpanBytes / 16;  // of one head
+  static constexpr int kCopiesPerLane = (kGroupsPerWarp * kCopies + 31) / 32;
+  static constexpr bool kLinear = K::kPacked && kSpan == K::kHeadDim;  // a warp's heads follow each other in memory
+  // Heads of v take the way of the others, on loads that wait for no slot, where they fill the same vectors.
+  static constexpr bool kVRides = K::kStoreV && K::kVDim == K::kRotaryDim && (!kFlat || K::kVDim == kSpan);
+  static constexpr int kStageBytes = kFlat ? K::kThreads / 32 * kGroupsPerWarp * kSpanBytes
+                                           : (2 * kUnitsPerLane + kRestPerLane) * K::kThreads * kVectorBytes;
 };
 
 // The first element of the first vector of a unit, the distance to the second, and the pair of an element of the unit:
@@ -92,16 +103,22 @@ __device__ __forceinline__ void SplitRow(const rope_params& p, rw_i64 row, rw_i6
 }
 
 template <class K>
+__device__ __forceinline__ rw_i64 Index(rw_i64 token, rw_i64 stride) {
+  return K::kDenseIndices ? token : token * stride;
+}
+
+template <class K>
 __device__ __forceinline__ rw_i64 PositionOf(const rope_cuda_args& a, rw_i64 batch, rw_i64 token, int axis) {
   const rope_params& p = a.params;
   rw_i64 position = token;
   if constexpr (K::kPositionsDtype != kRopeNoDtype) {
     position = LoadInt<K::kPositionsDtype>(
         a.positions, (K::kAxes ? axis * p.positions_axis : 0) + (K::kBatched ? batch * p.positions_batch : 0) +
-            token * p.positions_token);
+            Index<K>(token, p.positions_token));
   }
   if constexpr (K::kOffsetsDtype != kRopeNoDtype) {
-    position += LoadInt<K::kOffsetsDtype>(a.offsets, (K::kBatched ? batch * p.offsets_batch : 0) + token * p.offsets_token);
+    position += LoadInt<K::kOffsetsDtype>(a.offsets, (K::kBatched ? batch * p.offsets_batch : 0) +
+                                                     Index<K>(token, p.offsets_token));
   }
   return position;
 }
@@ -125,18 +142,19 @@ __device__ __forceinline__ void RecordFault(rope_fault* fault, rw_i64 row, int k
   atomicExch(&fault->lock, 0u);
 }
 
-// Slot and position of the row; `reports`: whether this thread tells of a fault.
+// The slot of a token, as it is given; -1 without slots.
 template <class K>
-__device__ __forceinline__ Token PlanToken(const rope_cuda_args& a, rw_i64 row, bool reports) {
+__device__ __forceinline__ rw_i64 SlotOf(const rope_cuda_args& a, const void* slots, rw_i64 batch, rw_i64 token) {
+  if constexpr (K::kSlotsDtype == kRopeNoDtype) return -1;
+  return LoadInt<K::kSlotsDtype>(slots, (K::kBatched ? batch * a.params.slots_batch : 0) +
+                                              Index<K>(token, a.params.slots_token));
+}
+
+// Marks a token whose position has no row in the table, and tells of it if this thread `reports`.
+template <class K>
+__device__ __forceinline__ void CheckToken(const rope_cuda_args& a, rw_i64 row, rw_i64 slot, rw_i64 position,
+                                           bool reports, Token& t) {
   const rope_params& p = a.params;
-  Token t = {0, row, -1, false, false};
-  SplitRow<K>(p, row, t.batch, t.token);
-  bool padding = false;
-  rw_i64 slot = -1;
-  if constexpr (K::kSlotsDtype != kRopeNoDtype) {
-    slot = LoadInt<K::kSlotsDtype>(a.slots, t.batch * p.slots_batch + t.token * p.slots_token);
-    padding = slot < 0;
-  }
   if constexpr (K::kCheckAxes) {
 #pragma unroll 1
     for (int i = 0; i < K::kRotaryDim / 2; ++i) {
@@ -144,7 +162,7 @@ __device__ __forceinline__ Token PlanToken(const rope_cuda_args& a, rw_i64 row, 
       if (axis >= 0 && axis < p.axes) continue;
       t.poisoned = true;
       if (reports) RecordFault(a.fault, row, kRopeFaultAxis, axis, p.axes, p.tokens, i);
-      return t;
+      return;
     }
   }
   if constexpr (Shape<K>::kTable) {
@@ -155,92 +173,92 @@ __device__ __forceinline__ Token PlanToken(const rope_cuda_args& a, rw_i64 row, 
       const int axis = K::kAxes ? __ldg(a.axes + i) : 0;
       if (axis == last) continue;
       last = axis;
-      const rw_i64 position = PositionOf<K>(a, t.batch, t.token, axis);
-      if (static_cast<rw_u64>(position) < static_cast<rw_u64>(p.rows)) continue;
+      if constexpr (K::kAxes) position = PositionOf<K>(a, t.batch, t.token, axis);
+      if (static_cast<rw_u64>(position) < static_cast<rw_u64>(a.rows)) continue;
+      const bool padding = K::kSlotsDtype != kRopeNoDtype && slot < 0;
       t.left_out = padding;
       t.poisoned = !padding;
-      if (reports && !padding) {
-        RecordFault(a.fault, row, kRopeFaultPosition, position, p.rows, p.tokens, axis);
-      }
-      return t;
+      if (reports && !padding) RecordFault(a.fault, row, kRopeFaultPosition, position, a.rows, p.tokens, axis);
+      return;
     }
   }
-  if (slot >= p.slots) {
-    if (K::kSlotsDtype != kRopeNoDtype && reports) RecordFault(a.fault, row, kRopeFaultSlot, slot, p.slots, p.tokens, 0);
-  } else {
-    t.slot = slot;
-  }
-  return t;
 }
 
-// Cosines and sines of the pairs of one unit.
+// Cosines and sines of the pairs of one unit, from the table.
 template <class K>
-__device__ __forceinline__ void CosSinOf(const rope_cuda_args& a, const Token& t, rw_i64 position, int unit,
-                                         float (&cos)[K::kVector], float (&sin)[K::kVector]) {
+__device__ __forceinline__ void LoadCosSin(const rope_cuda_args& a, const Token& t, rw_i64 position, int unit,
+                                           float (&cos)[K::kVector], float (&sin)[K::kVector]) {
   const rope_params& p = a.params;
-  if constexpr (Shape<K>::kTable) {
-    // Pairs that follow each other in the table, so that several come with one access.
-    constexpr int kRun = Shape<K>::kPairsInside ? K::kVector / 2 : K::kVector;
-    constexpr int kStep = K::kTableVector < kRun ? K::kTableVector : kRun;
-    constexpr int kSize = kBytes<K::kTableDtype>;
+  // Pairs that follow each other in the table, so that several come with one access.
+  constexpr int kRun = Shape<K>::kPairsInside ? K::kVector / 2 : K::kVector;
+  constexpr int kStep = K::kTableVector < kRun ? K::kTableVector : kRun;
+  constexpr int kSize = kBytes<K::kTableDtype>;
+  const auto at = [&](rw_i64 row, rw_i64 batch_stride, rw_i64 row_stride) {
+    return (K::kBatched ? t.batch * batch_stride : 0) + row * (K::kTableRow ? K::kTableRow : row_stride);
+  };
 #pragma unroll
-    for (int i = 0; i < K::kVector; i += kStep) {
-      const int pair = PairOf<K>(unit, i);
-      rw_i64 row = position;
-      if constexpr (K::kAxes) row = PositionOf<K>(a, t.batch, t.token, __ldg(a.axes + pair));
-      const rw_i64 at_cos = t.batch * p.cos_batch + row * p.cos_row, at_sin = t.batch * p.sin_batch + row * p.sin_row;
-      if constexpr (kStep > 1) {
-        float c[kStep], s[kStep];
-        Unpack<K::kTableDtype, kStep>(
-            LoadShared<kStep * kSize>(static_cast<const char*>(a.cos) + (at_cos + pair) * kSize), c);
-        Unpack<K::kTableDtype, kStep>(
-            LoadShared<kStep * kSize>(static_cast<const char*>(a.sin) + (at_sin + pair) * kSize), s);
+  for (int i = 0; i < K::kVector; i += kStep) {
+    const int pair = PairOf<K>(unit, i);
+    rw_i64 row = position;
+    if constexpr (K::kAxes) row = PositionOf<K>(a, t.batch, t.token, __ldg(a.axes + pair));
+    const rw_i64 at_cos = at(row, p.cos_batch, p.cos_row), at_sin = at(row, p.sin_batch, p.sin_row);
+    if constexpr (kStep > 1) {
+      float c[kStep], s[kStep];
+      Unpack<K::kTableDtype, kStep>(
+          LoadShared<kStep * kSize>(static_cast<const char*>(a.cos) + (at_cos + pair) * kSize), c);
+      Unpack<K::kTableDtype, kStep>(
+          LoadShared<kStep * kSize>(static_cast<const char*>(a.sin) + (at_sin + pair) * kSize), s);
 #pragma unroll
-        for (int j = 0; j < kStep; ++j) {
-          cos[i + j] = c[j];
-          sin[i + j] = K::kInverse ? -s[j] : s[j];
-        }
-      } else {
-        cos[i] = LoadFloat<K::kTableDtype>(a.cos, at_cos + pair * p.cos_pair);
-        const float s = LoadFloat<K::kTableDtype>(a.sin, at_sin + pair * p.sin_pair);
-        sin[i] = K::kInverse ? -s : s;
-      }
-    }
-  } else {
-    // The reduced phase is the product modulo 2^64; its upper half is what a float32 can tell apart.
-    // Pairs that follow each other come two at a time.
-    rw_u64 turns[K::kVector];
-    constexpr int kRun = Shape<K>::kPairsInside ? K::kVector / 2 : K::kVector;
-    if constexpr (kRun % 2 == 0 && (!Shape<K>::kPairsInside || K::kRotaryDim % 8 == 0)) {
-#pragma unroll
-      for (int i = 0; i < K::kVector; i += 2) {
-        const ulonglong2 two = __ldg(reinterpret_cast<const ulonglong2*>(a.turns + PairOf<K>(unit, i)));
-        turns[i] = two.x;
-        turns[i + 1] = two.y;
+      for (int j = 0; j < kStep; ++j) {
+        cos[i + j] = c[j];
+        sin[i + j] = K::kInverse ? -s[j] : s[j];
       }
     } else {
-#pragma unroll
-      for (int i = 0; i < K::kVector; ++i) turns[i] = __ldg(a.turns + PairOf<K>(unit, i));
+      const auto pair_at = [&](rw_i64 stride) { return K::kTableRow ? rw_i64{pair} : pair * stride; };
+      cos[i] = LoadFloat<K::kTableDtype>(a.cos, at_cos + pair_at(p.cos_pair));
+      const float s = LoadFloat<K::kTableDtype>(a.sin, at_sin + pair_at(p.sin_pair));
+      sin[i] = K::kInverse ? -s : s;
     }
+  }
+}
+
+// Cosines and sines of the pairs of one unit, computed.
+template <class K>
+__device__ __forceinline__ void ComputeCosSin(const rope_cuda_args& a, const Token& t, rw_i64 position, int unit,
+                                              float (&cos)[K::kVector], float (&sin)[K::kVector]) {
+  // The reduced phase is the product modulo 2^64; its upper half is what a float32 can tell apart.
+  // Pairs that follow each other come two at a time.
+  rw_u64 turns[K::kVector];
+  constexpr int kRun = Shape<K>::kPairsInside ? K::kVector / 2 : K::kVector;
+  if constexpr (kRun % 2 == 0 && (!Shape<K>::kPairsInside || K::kRotaryDim % 8 == 0)) {
 #pragma unroll
-    for (int i = 0; i < K::kVector; ++i) {
-      rw_i64 at = position;
-      if constexpr (K::kAxes) at = PositionOf<K>(a, t.batch, t.token, __ldg(a.axes + PairOf<K>(unit, i)));
-      const rw_u32 phase = static_cast<rw_u32>(static_cast<rw_u64>(at) * turns[i] >> 32);
-      if constexpr (K::kDtype == kRopeF32 || Shape<K>::kReference) {
-        AccurateCosSin(phase, cos[i], sin[i]);
-      } else {
-        FastCosSin(phase, cos[i], sin[i]);
-      }
-      if constexpr (!K::kUnitScaling) {
-        cos[i] *= p.attention_scaling;
-        sin[i] *= p.attention_scaling;
-      }
-      if constexpr (K::kInverse) sin[i] = -sin[i];
-      if constexpr (Shape<K>::kReference) {
-        cos[i] = RoundTo<K::kDtype>(cos[i]);
-        sin[i] = RoundTo<K::kDtype>(sin[i]);
-      }
+    for (int i = 0; i < K::kVector; i += 2) {
+      const ulonglong2 two = __ldg(reinterpret_cast<const ulonglong2*>(a.turns + PairOf<K>(unit, i)));
+      turns[i] = two.x;
+      turns[i + 1] = two.y;
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < K::kVector; ++i) turns[i] = __ldg(a.turns + PairOf<K>(unit, i));
+  }
+#pragma unroll
+  for (int i = 0; i < K::kVector; ++i) {
+    rw_i64 at = position;
+    if constexpr (K::kAxes) at = PositionOf<K>(a, t.batch, t.token, __ldg(a.axes + PairOf<K>(unit, i)));
+    const rw_u32 phase = static_cast<rw_u32>(static_cast<rw_u64>(at) * turns[i] >> 32);
+    if constexpr (K::kDtype == kRopeF32 || Shape<K>::kReference) {
+      AccurateCosSin(phase, cos[i], sin[i]);
+    } else {
+      FastCosSin(phase, cos[i], sin[i]);
+    }
+    if constexpr (!K::kUnitScaling) {
+      cos[i] *= a.params.attention_scaling;
+      sin[i] *= a.params.attention_scaling;
+    }
+    if constexpr (K::kInverse) sin[i] = -sin[i];
+    if constexpr (Shape<K>::kReference) {
+      cos[i] = RoundTo<K::kDtype>(cos[i]);
+      sin[i] = RoundTo<K::kDtype>(sin[i]);
     }
   }
 }
@@ -308,7 +326,8 @@ __device__ __forceinline__ void NormaliseVector(float (&v)[K::kVector], float rs
   }
 }
 
-// The sum over a group of lanes, for all of them. The whole warp takes part.
+// The sum over a group of lanes, for all of them. The whole warp takes part. Where kLanes is no power of two, each lane
+// adds the runs of 1, 2, 4, .. lanes that follow it round the group, as the bits of kLanes say.
 template <int kLanes>
 __device__ __forceinline__ float SumOfGroup(float value, int lane) {
   if constexpr ((kLanes & (kLanes - 1)) == 0) {
@@ -316,14 +335,22 @@ __device__ __forceinline__ float SumOfGroup(float value, int lane) {
     for (int mask = kLanes / 2; mask > 0; mask /= 2) value += __shfl_xor_sync(0xffffffffu, value, mask);
     return value;
   }
-  constexpr int kHalf = kLanes > 16 ? 16 : kLanes > 8 ? 8 : kLanes > 4 ? 4 : kLanes > 2 ? 2 : 1;
   const int begin = threadIdx.x % 32 - lane;
+  const auto from = [&](float of, int distance) {
+    const int at = lane + distance;
+    return __shfl_sync(0xffffffffu, of, begin + (at < kLanes ? at : at - kLanes));
+  };
+  float sum = 0.0f, run = value;  // of `done` lanes from this one on, and of the next power of two
+  int done = 0;
 #pragma unroll
-  for (int step = kHalf; step > 0; step /= 2) {
-    const float other = __shfl_sync(0xffffffffu, value, begin + lane + step);
-    if (lane < step && lane + step < kLanes) value += other;
+  for (int size = 1; size <= kLanes; size *= 2) {
+    if (kLanes & size) {
+      sum = done == 0 ? run : sum + from(run, done);
+      done += size;
+    }
+    if (2 * size <= kLanes) run += from(run, size);
   }
-  return __shfl_sync(0xffffffffu, value, begin);
+  return sum;
 }
 
 // Where a head lies. The element type is known: pointers are to bytes.
@@ -335,26 +362,30 @@ struct HeadPlace {
   float inverse_scale;  // of an fp8 cache
 };
 
-template <class K>
-__device__ __forceinline__ void WriteCache(char* cache, int begin, const float (&v)[K::kVector],
-                                           const Words<Shape<K>::kVectorBytes>& packed, float inverse_scale) {
+template <class K, int kCount>
+__device__ __forceinline__ void WriteCache(char* cache, int begin, const float (&v)[kCount],
+                                           const Words<kCount * kBytes<K::kDtype>>& packed, float inverse_scale) {
   if constexpr (K::kCacheDtype == K::kDtype) {
     Store(cache + begin * kBytes<K::kDtype>, packed);
   } else {
-    float scaled[K::kVector];
+    float scaled[kCount];
 #pragma unroll
-    for (int i = 0; i < K::kVector; ++i) {
+    for (int i = 0; i < kCount; ++i) {
       scaled[i] = (Shape<K>::kReference ? RoundTo<K::kDtype>(v[i]) : v[i]) * inverse_scale;
     }
-    Store(cache + begin, Pack<K::kCacheDtype, K::kVector>(scaled));
+    Store(cache + begin, Pack<K::kCacheDtype, kCount>(scaled));
   }
 }
 
 template <class K>
 __device__ __forceinline__ void Write(const HeadPlace& head, int begin, const float (&v)[K::kVector]) {
   const auto packed = Pack<K::kDtype, K::kVector>(v);
-  Store(head.out + begin * kBytes<K::kDtype>, packed);
-  if constexpr (K::kStoreK) {
+  if constexpr (Shape<K>::kFlat) {
+    *reinterpret_cast<Words<Shape<K>::kVectorBytes>*>(head.out + begin * kBytes<K::kDtype>) = packed;
+  } else {
+    Store(head.out + begin * kBytes<K::kDtype>, packed);
+  }
+  if constexpr (K::kStoreK && !(Shape<K>::kFlat && K::kCacheDtype == K::kDtype)) {
     if (head.cache) WriteCache<K>(head.cache, begin, v, packed, head.inverse_scale);
   }
 }
@@ -365,48 +396,49 @@ __device__ __forceinline__ float InverseScale(const float* scale, float value, i
   return 1.0f / (scale ? __ldg(scale + static_cast<rw_i64>(head) * stride) : value);
 }
 
-// Where a slot begins in a cache.
+// Where a head of a slot begins in a cache.
 template <class K>
-__device__ __forceinline__ rw_i64 SlotOffset(const rope_params& p, const rope_strides& cache, rw_i64 slot) {
-  if constexpr (K::kPageShift == 64) return slot * cache.token;
-  if constexpr (K::kPageShift > 0) {
-    const rw_i64 page = slot >> (K::kPageShift - 1);
-    return page * cache.batch + (slot - (page << (K::kPageShift - 1))) * cache.token;
+__device__ __forceinline__ rw_i64 CacheOffset(const rope_params& p, const rope_strides& cache, rw_i64 slot, int head) {
+  rw_i64 page = 0, place = slot;
+  if constexpr (K::kPageShift == 0) {
+    page = slot / p.page_size;
+    place = slot - page * p.page_size;
+  } else if constexpr (K::kPageShift < 64) {
+    page = slot >> (K::kPageShift - 1);
+    place = slot - (page << (K::kPageShift - 1));
   }
-  const rw_i64 page = slot / p.page_size;
-  return page * cache.batch + (slot - page * p.page_size) * cache.token;
+  if constexpr (K::kCacheHead != 0) return page * K::kCachePage + place * K::kCacheToken + static_cast<rw_i64>(head) * K::kCacheHead;
+  return page * cache.batch + place * cache.token + head * cache.head;
 }
 
+// A head of q or, after those, of k.
 template <class K>
 __device__ __forceinline__ HeadPlace PlaceOf(const rope_cuda_args& a, const Token& t, int h) {
   const rope_params& p = a.params;
-  constexpr int kSize = kBytes<K::kDtype>;
+  const bool of_q = h < QHeads<K>(p);
+  const int of_k = h - QHeads<K>(p);
   HeadPlace place;
-  if (h < QHeads<K>(p)) {
-    const rw_i64 in = Offset<K>(p.q, K::kQToken, t.batch, t.token, h);
-    place.in = static_cast<const char*>(a.q) + in * kSize;
-    place.out = K::kOutOfPlace
-                    ? static_cast<char*>(a.q_out) + Offset<K>(p.q_out, K::kQToken, t.batch, t.token, h) * kSize
-                    : static_cast<char*>(a.q) + in * kSize;
-    place.weight = a.q_weight;
-    place.cache = nullptr;
-    place.inverse_scale = 1.0f;
+  const auto lies = [&](void* in, void* out, const rope_strides& s, const rope_strides& s_out, int token_stride, int head) {
+    const rw_i64 offset = Offset<K>(s, token_stride, t.batch, t.token, head) * kBytes<K::kDtype>;
+    place.in = static_cast<const char*>(in) + offset;
+    place.out = static_cast<char*>(in) + offset;
+    if constexpr (K::kOutOfPlace) {
+      place.out = static_cast<char*>(out) + Offset<K>(s_out, token_stride, t.batch, t.token, head) * kBytes<K::kDtype>;
+    }
+  };
+  if (K::kPacked || of_q) {
+    lies(a.q, a.q_out, p.q, p.q_out, K::kQToken, h);
   } else {
-    h -= QHeads<K>(p);
-    const rw_i64 in = Offset<K>(p.k, K::kKToken, t.batch, t.token, h);
-    place.in = static_cast<const char*>(a.k) + in * kSize;
-    place.out = K::kOutOfPlace
-                    ? static_cast<char*>(a.k_out) + Offset<K>(p.k_out, K::kKToken, t.batch, t.token, h) * kSize
-                    : static_cast<char*>(a.k) + in * kSize;
-    place.weight = a.k_weight;
-    place.cache = nullptr;
-    place.inverse_scale = 1.0f;
-    if constexpr (K::kStoreK) {
-      if (t.slot >= 0) {
-        place.cache = static_cast<char*>(a.k_cache) +
-                      (SlotOffset<K>(p, p.k_cache, t.slot) + h * p.k_cache.head) * kBytes<K::kCacheDtype>;
-        place.inverse_scale = InverseScale<K>(a.k_scale, p.k_scale, h, p.k_scale_head);
-      }
+    lies(a.k, a.k_out, p.k, p.k_out, K::kKToken, of_k);
+  }
+  place.weight = of_q ? a.q_weight : a.k_weight;
+  place.cache = nullptr;
+  place.inverse_scale = 1.0f;
+  if constexpr (K::kStoreK) {
+    if (!of_q && t.slot >= 0) {
+      place.cache =
+          static_cast<char*>(a.k_cache) + CacheOffset<K>(p, p.k_cache, t.slot, of_k) * kBytes<K::kCacheDtype>;
+      place.inverse_scale = InverseScale<K>(a.k_scale, a.k_scale_value, of_k, p.k_scale_head);
     }
   }
   return place;
@@ -417,24 +449,24 @@ template <class K>
 __device__ __forceinline__ HeadPlace PlaceOfV(const rope_cuda_args& a, const Token& t, int h) {
   const rope_params& p = a.params;
   HeadPlace place;
-  place.in = static_cast<const char*>(a.v) +
-             ((K::kBatched ? t.batch * p.v.batch : 0) + t.token * p.v.token + h * p.v.head) * kBytes<K::kDtype>;
+  const rw_i64 in = K::kVToken != 0 ? t.token * K::kVToken + h * K::kVDim : t.token * p.v.token + h * p.v.head;
+  place.in = static_cast<const char*>(a.v) + ((K::kBatched ? t.batch * p.v.batch : 0) + in) * kBytes<K::kDtype>;
   place.out = nullptr;
   place.weight = nullptr;
   place.cache = nullptr;
   place.inverse_scale = 1.0f;
   if (t.slot >= 0) {
     place.cache = static_cast<char*>(a.v_cache) +
-                  (SlotOffset<K>(p, p.v_cache, t.slot) + h * p.v_cache.head) * kBytes<K::kCacheDtype>;
-    place.inverse_scale = InverseScale<K>(a.v_scale, p.v_scale, h, p.v_scale_head);
+                  CacheOffset<K>(p, p.v_cache, t.slot, h) * kBytes<K::kCacheDtype>;
+    place.inverse_scale = InverseScale<K>(a.v_scale, a.v_scale_value, h, p.v_scale_head);
   }
   return place;
 }
 
-template <class K>
-__device__ __forceinline__ void StoreVector(const HeadPlace& head, int begin, const Words<Shape<K>::kVectorBytes>& words) {
-  float v[K::kVector];
-  Unpack<K::kDtype, K::kVector>(words, v);
+template <class K, int kCount = K::kVector>
+__device__ __forceinline__ void StoreVector(const HeadPlace& head, int begin, const Words<kCount * kBytes<K::kDtype>>& words) {
+  float v[kCount];
+  Unpack<K::kDtype, kCount>(words, v);
   WriteCache<K>(head.cache, begin, v, words, head.inverse_scale);
 }
 
@@ -465,6 +497,19 @@ __device__ __forceinline__ void FillHead(const char* in, char* out, bool nan, in
   }
 }
 
+// Flat: calls what(copy, head, byte of the head) for each copy of 16 bytes that the thread makes of the warp's heads from
+// `first` on.
+template <class K, class What>
+__device__ __forceinline__ void EachCopy(int first, const What& what) {
+  using S = Shape<K>;
+#pragma unroll
+  for (int i = 0; i < S::kCopiesPerLane; ++i) {
+    const int copy = threadIdx.x % 32 + 32 * i;
+    if (S::kGroupsPerWarp * S::kCopies % 32 != 0 && copy >= S::kGroupsPerWarp * S::kCopies) continue;
+    what(copy, first + copy / S::kCopies, S::kSpanBegin * kBytes<K::kDtype> + copy % S::kCopies * 16);
+  }
+}
+
 template <class K>
 __device__ __forceinline__ void RopeBody(const rope_cuda_args& a) {
   using S = Shape<K>;
@@ -489,56 +534,78 @@ __device__ __forceinline__ void RopeBody(const rope_cuda_args& a) {
   const auto has_unit = [&](int i) { return S::kUnits % K::kLanes == 0 || unit_of(i) < S::kUnits; };
   const auto has_rest = [&](int i) { return S::kRest % K::kLanes == 0 || unit_of(i) < S::kRest; };
 
+  // The second line of the parameters, asked for without waiting: read in place it would be missed after the first.
+  const void* second_line = nullptr;
+  if constexpr (K::kFewTokens && (S::kTable || S::kStores)) {
+    int zero;
+    asm volatile("mov.u32 %0, 0;" : "=r"(zero));
+    second_line = (&a.slots)[zero];
+  }
 #if __CUDA_ARCH__ >= 900
   if constexpr (K::kDependentLaunch) asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 
-  rw_i64 batch, token;
-  SplitRow<K>(p, row, batch, token);
-  const Token here = {batch, token, -1, false, false};
+  Token t = {0, row, -1, false, false};
+  SplitRow<K>(p, row, t.batch, t.token);
+  // What others wait for comes first: the position for the angles, the slot for the place in the cache.
+  const rw_i64 slot = SlotOf<K>(a, K::kFewTokens ? second_line : a.slots, t.batch, t.token);
+  const rw_i64 position = K::kAxes ? 0 : PositionOf<K>(a, t.batch, t.token, 0);
 
   // The thread's share of a head on its way: in registers, or for many tokens in shared memory, where every thread reads
-  // only what it fetched itself, so that no barrier is needed and several heads are in flight at no cost in registers.
+  // only what it fetched itself (flat: what its warp fetched), so that no barrier is needed and several heads are in
+  // flight at no cost in registers.
   Words<S::kVectorBytes> x[S::kUnitsPerLane], y[S::kUnitsPerLane];
   Words<S::kVectorBytes> rest[S::kRestPerLane > 0 ? S::kRestPerLane : 1];
-  constexpr int kSlots = 2 * S::kUnitsPerLane + S::kRestPerLane;
-  __shared__ Aligned<S::kVectorBytes> staged[S::kStaged ? K::kInFlight * kSlots * K::kThreads : 1];
-  const auto slot = [&](int stage, int i) { return &staged[(stage * kSlots + i) * K::kThreads + threadIdx.x]; };
-  const auto fetch = [&](int h, int stage) {
-    if (h < heads) {
-      const char* in = PlaceOf<K>(a, here, h).in;
+  __shared__ Aligned<16> staged[S::kStaged ? (K::kInFlight * S::kStageBytes + 15) / 16 : 1];
+  const auto staged_at = [&](int stage, int i) {
+    return reinterpret_cast<Words<S::kVectorBytes>*>(reinterpret_cast<char*>(staged) + stage * S::kStageBytes) +
+           i * K::kThreads + threadIdx.x;
+  };
+  // Flat: where a stage of the warp begins, and of the thread's group.
+  const auto flat = [&](int stage) {
+    return reinterpret_cast<char*>(staged) + stage * S::kStageBytes + warp_group * S::kSpanBytes;
+  };
+  const auto flat_head = [&](int stage) { return flat(stage) + group_in_warp * S::kSpanBytes - S::kSpanBegin * kSize; };
+  const auto fetch = [&](int warp_h, int h, int stage) {
+    if constexpr (S::kFlat) {
+      EachCopy<K>(warp_h, [&](int copy, int of, int byte) {
+        if (of >= (S::kVRides ? all_heads : heads)) return;
+        const char* at = S::kVRides && of >= heads ? PlaceOfV<K>(a, t, of - heads).in + byte
+                         : S::kLinear             ? PlaceOf<K>(a, t, warp_h).in + copy * 16
+                                                  : PlaceOf<K>(a, t, of).in + byte;
+        CopyAsync<16>(reinterpret_cast<Aligned<16>*>(flat(stage)) + copy, at);
+      });
+    } else {
       const auto get = [&](int i, Words<S::kVectorBytes>& words, const char* at) {
         if constexpr (S::kStaged) {
-          CopyAsync<S::kVectorBytes>(slot(stage, i), at);
+          CopyAsync<S::kVectorBytes>(staged_at(stage, i), at);
         } else {
           words = Load<S::kVectorBytes>(at);
         }
       };
-#pragma unroll
-      for (int i = 0; i < S::kUnitsPerLane; ++i) {
-        if (!has_unit(i)) continue;
-        const char* at = in + UnitBegin<K>(unit_of(i)) * kSize;
-        get(2 * i, x[i], at);
-        get(2 * i + 1, y[i], at + kUnitDistance<K> * kSize);
-      }
-#pragma unroll
-      for (int i = 0; i < S::kRestPerLane; ++i) {
-        if (has_rest(i)) get(2 * S::kUnitsPerLane + i, rest[i], in + RestBegin<K>(unit_of(i)) * kSize);
-      }
-    }
-    if constexpr (S::kVRides) {
-      if (h >= heads && h < all_heads) {
-        const char* in = PlaceOfV<K>(a, here, h - heads).in;
+      if (h < heads) {
+        const char* in = PlaceOf<K>(a, t, h).in;
 #pragma unroll
         for (int i = 0; i < S::kUnitsPerLane; ++i) {
           if (!has_unit(i)) continue;
-          const char* at = in + unit_of(i) * S::kVectorBytes;
-          if constexpr (S::kStaged) {
-            CopyAsync<S::kVectorBytes>(slot(stage, 2 * i), at);
-            CopyAsync<S::kVectorBytes>(slot(stage, 2 * i + 1), at + S::kUnits * S::kVectorBytes);
-          } else {
-            x[i] = Load<S::kVectorBytes>(at);
-            y[i] = Load<S::kVectorBytes>(at + S::kUnits * S::kVectorBytes);
+          const char* at = in + UnitBegin<K>(unit_of(i)) * kSize;
+          get(2 * i, x[i], at);
+          get(2 * i + 1, y[i], at + kUnitDistance<K> * kSize);
+        }
+#pragma unroll
+        for (int i = 0; i < S::kRestPerLane; ++i) {
+          if (has_rest(i)) get(2 * S::kUnitsPerLane + i, rest[i], in + RestBegin<K>(unit_of(i)) * kSize);
+        }
+      }
+      if constexpr (S::kVRides) {
+        if (h >= heads && h < all_heads) {
+          const char* in = PlaceOfV<K>(a, t, h - heads).in;
+#pragma unroll
+          for (int i = 0; i < S::kUnitsPerLane; ++i) {
+            if (!has_unit(i)) continue;
+            const char* at = in + unit_of(i) * S::kVectorBytes;
+            get(2 * i, x[i], at);
+            get(2 * i + 1, y[i], at + S::kUnits * S::kVectorBytes);
           }
         }
       }
@@ -547,9 +614,9 @@ __device__ __forceinline__ void RopeBody(const rope_cuda_args& a) {
   };
   if constexpr (S::kStaged) {
 #pragma unroll
-    for (int stage = 0; stage < K::kInFlight; ++stage) fetch(first + stage * step, stage);
+    for (int stage = 0; stage < K::kInFlight; ++stage) fetch(warp_first + stage * step, first + stage * step, stage);
   } else {
-    fetch(first, 0);
+    fetch(warp_first, first, 0);
   }
   // For few tokens everything is asked for at once; for many the weights are in L1 when they are wanted.
   WeightWords<K> wx[S::kUnitsPerLane], wy[S::kUnitsPerLane], wrest[S::kRestPerLane > 0 ? S::kRestPerLane : 1];
@@ -569,7 +636,8 @@ __device__ __forceinline__ void RopeBody(const rope_cuda_args& a) {
   };
   if (K::kFewTokens && first < heads) fetch_weights(first < QHeads<K>(p) ? a.q_weight : a.k_weight);
 
-  const Token t = PlanToken<K>(a, row, lane == 0 && first == 0);
+  const bool reports = lane == 0 && first == 0;
+  CheckToken<K>(a, row, slot, position, reports, t);
   if (S::kTable || K::kCheckAxes) {
     if (t.poisoned || t.left_out) {
       if (S::kStaged) asm volatile("cp.async.wait_all;" ::: "memory");
@@ -583,26 +651,51 @@ __device__ __forceinline__ void RopeBody(const rope_cuda_args& a) {
     }
   }
   float cos[S::kUnitsPerLane][K::kVector], sin[S::kUnitsPerLane][K::kVector];
-  const rw_i64 position = K::kAxes ? 0 : PositionOf<K>(a, t.batch, t.token, 0);
 #pragma unroll
   for (int i = 0; i < S::kUnitsPerLane; ++i) {
-    if (has_unit(i)) CosSinOf<K>(a, t, position, unit_of(i), cos[i], sin[i]);
+    if (!has_unit(i)) continue;
+    if constexpr (S::kTable) {
+      LoadCosSin<K>(a, t, position, unit_of(i), cos[i], sin[i]);
+    } else {
+      ComputeCosSin<K>(a, t, position, unit_of(i), cos[i], sin[i]);
+    }
   }
 
+  if constexpr (K::kSlotsDtype != kRopeNoDtype) t.slot = slot < a.slot_count ? slot : -1;
   const int turns_end = S::kVRides ? all_heads : heads;
   int stage = 0;
   for (int h = first, warp_h = warp_first; warp_h < turns_end; h += step, warp_h += step) {
     if constexpr (S::kStaged) {
       asm volatile("cp.async.wait_group %0;" ::"n"(K::kInFlight - 1) : "memory");
+      if constexpr (S::kFlat) {
+        __syncwarp();
+        const auto at = [&](int element) {
+          return *reinterpret_cast<const Words<S::kVectorBytes>*>(flat_head(stage) + element * kSize);
+        };
+        if (h < heads) {
 #pragma unroll
-      for (int i = 0; i < S::kUnitsPerLane; ++i) {
-        x[i] = slot(stage, 2 * i)->words;
-        y[i] = slot(stage, 2 * i + 1)->words;
+          for (int i = 0; i < S::kUnitsPerLane; ++i) {
+            if (!has_unit(i)) continue;
+            x[i] = at(UnitBegin<K>(unit_of(i)));
+            y[i] = at(UnitBegin<K>(unit_of(i)) + kUnitDistance<K>);
+          }
+#pragma unroll
+          for (int i = 0; i < S::kRestPerLane; ++i) {
+            if (has_rest(i)) rest[i] = at(RestBegin<K>(unit_of(i)));
+          }
+        }
+      } else {
+#pragma unroll
+        for (int i = 0; i < S::kUnitsPerLane; ++i) {
+          x[i] = *staged_at(stage, 2 * i);
+          y[i] = *staged_at(stage, 2 * i + 1);
+        }
+#pragma unroll
+        for (int i = 0; i < S::kRestPerLane; ++i) rest[i] = *staged_at(stage, 2 * S::kUnitsPerLane + i);
       }
-#pragma unroll
-      for (int i = 0; i < S::kRestPerLane; ++i) rest[i] = slot(stage, 2 * S::kUnitsPerLane + i)->words;
     }
-    const HeadPlace head = PlaceOf<K>(a, t, h < heads ? h : 0);
+    HeadPlace head = PlaceOf<K>(a, t, h < heads ? h : 0);
+    if constexpr (S::kFlat) head.out = flat_head(stage);
     float rstd = 0.0f;
     if constexpr (K::kNorm) {
       if (!K::kFewTokens && h < heads) fetch_weights(head.weight);
@@ -653,14 +746,14 @@ __device__ __forceinline__ void RopeBody(const rope_cuda_args& a) {
           Write<K>(head, begin, v);
         } else {
           // The same bits, untouched by any conversion.
-          if constexpr (K::kOutOfPlace) Store(head.out + begin * kSize, rest[i]);
-          if constexpr (K::kStoreK) {
+          if constexpr (K::kOutOfPlace && !S::kFlat) Store(head.out + begin * kSize, rest[i]);
+          if constexpr (K::kStoreK && !(S::kFlat && K::kCacheDtype == K::kDtype)) {
             if (head.cache) WriteCache<K>(head.cache, begin, v, rest[i], head.inverse_scale);
           }
         }
       }
     }
-    if constexpr (S::kVRides) {
+    if constexpr (S::kVRides && !S::kFlat) {
       if (h >= heads && h < all_heads) {
         const HeadPlace v = PlaceOfV<K>(a, t, h - heads);
         if (v.cache) {
@@ -674,11 +767,29 @@ __device__ __forceinline__ void RopeBody(const rope_cuda_args& a) {
       }
     }
     if constexpr (K::kFewTokens) break;  // the grid has a group for every head
+    if constexpr (S::kFlat) {
+      __syncwarp();
+      EachCopy<K>(warp_h, [&](int copy, int of, int byte) {
+        constexpr int kBegin = K::kRotaryOffset * kSize, kEnd = kBegin + K::kRotaryDim * kSize;
+        const bool changed = K::kNorm || K::kOutOfPlace || (byte + 16 > kBegin && byte < kEnd);
+        const Words<16> words = reinterpret_cast<const Aligned<16>*>(flat(stage))[copy].words;
+        if (of < heads) {
+          const HeadPlace place = PlaceOf<K>(a, t, of);
+          if (changed) Store(S::kLinear ? PlaceOf<K>(a, t, warp_h).out + copy * 16 : place.out + byte, words);
+          if constexpr (K::kStoreK && K::kCacheDtype == K::kDtype) {
+            if (place.cache) Store(place.cache + byte, words);
+          }
+        } else if (S::kVRides && of < all_heads) {
+          const HeadPlace v = PlaceOfV<K>(a, t, of - heads);
+          if (v.cache) StoreVector<K, 16 / kSize>(v, byte / kSize, words);
+        }
+      });
+    }
     if constexpr (S::kStaged) {
-      fetch(h + K::kInFlight * step, stage);
+      fetch(warp_h + K::kInFlight * step, h + K::kInFlight * step, stage);
       stage = stage + 1 == K::kInFlight ? 0 : stage + 1;
     } else {
-      fetch(h + step, 0);
+      fetch(warp_h + step, h + step, 0);
     }
   }
   if constexpr (K::kStoreV && !S::kVRides) {
@@ -686,6 +797,9 @@ __device__ __forceinline__ void RopeBody(const rope_cuda_args& a) {
     int h = first;
     if (h < heads) h += (heads - h + step - 1) / step * step;
     for (; h < all_heads; h += step) StoreV<K>(PlaceOfV<K>(a, t, h - heads), lane);
+  }
+  if constexpr (K::kSlotsDtype != kRopeNoDtype) {
+    if (reports && slot >= a.slot_count) RecordFault(a.fault, row, kRopeFaultSlot, slot, a.slot_count, p.tokens, 0);
   }
 #if __CUDA_ARCH__ >= 900
   if constexpr (K::kDependentLaunch) asm volatile("griddepcontrol.launch_dependents;");

@@ -36,24 +36,52 @@ int Alignment(int limit, const void* data, int bytes, const rope_strides& s) {
   return data ? Alignment(limit, data, bytes, {s.batch, s.token, s.head}) : limit;
 }
 
-// Threads for a head of that many units, each taking up to three: as few idle threads in a warp as can be.
-int ChooseLanes(int units) {
-  int best = 32, best_busy = 0;
-  for (int each = 1; each <= 3; ++each) {
-    const int lanes = (units + each - 1) / each;
-    if (lanes > 32) continue;
-    const int busy = 96 / each * (32 / lanes) * units / 32;  // units at work, in 1/96 of what could be
-    if (busy > best_busy) {
-      best = lanes;
-      best_busy = busy;
-    }
+int64_t Ceil(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Many tokens, a block for each: how many warps it has and how many heads of a group are on their way at once. Searched
+// on an H200 (docs/cuda.md): the more tokens, the less there is to gain from many loads of one, and the more from many
+// blocks of a multiprocessor. A warp works on `per_warp` heads at once.
+void PlanMany(const RopeVariant& v, int64_t rows, int64_t heads, int64_t all_heads, int64_t per_warp, int64_t stage_bytes,
+              RopeCudaKey* key) {
+  const bool store = v.cache_dtype != kRopeNoDtype, table = v.table_dtype != kRopeNoDtype;
+  const bool whole = v.dtype != kRopeF32 && key->vector == 8;  // accesses of 16 bytes
+  const bool regular = whole && std::has_single_bit(key->lanes);
+  const auto warps_for = [&](int64_t turns, int64_t most) {
+    return std::clamp<int64_t>(Ceil(Ceil(heads, turns), per_warp), 2, most);
+  };
+  int64_t warps = 0, in_flight = 2, resident = 0;
+  if (rows < 768) {
+    warps = std::clamp<int64_t>(Ceil(all_heads, per_warp), 2, 16);
+  } else if (rows < 1536) {
+    warps = store ? 2 : 4;
+    in_flight = 5;
+  } else if (rows < 3072) {
+    warps = store ? 3 : 2;
+    in_flight = store ? 2 : 5;
+  } else if (store) {
+    warps = 6;
+  } else if (v.norm) {
+    warps = key->flat ? 2 : warps_for(2, whole ? 6 : 10);
+    in_flight = table && regular && key->lanes >= 8 ? 1 : 2;
+  } else {
+    warps = warps_for(per_warp == 1 || Ceil(heads, per_warp) <= 5 ? 1 : 2, 10);
+    in_flight = regular ? 1 : 2;
+    resident = key->flat ? 0 : 40;
   }
-  return best;
+  constexpr int64_t kSharedBytes = 48 * 1024;
+  while (warps > 1 && warps * stage_bytes > kSharedBytes) warps /= 2;
+  in_flight = std::min(in_flight, Ceil(all_heads, warps * per_warp));  // no more than there are turns
+  in_flight = std::clamp<int64_t>(kSharedBytes / (warps * stage_bytes), 0, in_flight);
+  key->threads = static_cast<uint16_t>(warps * 32);
+  key->in_flight = static_cast<uint8_t>(in_flight);
+  // Left alone, the compiler spills a few bytes of some kernels for the sake of occupancy.
+  const int64_t blocks = !whole ? 1 : store ? std::max<int64_t>(1, 24 / warps) : resident / warps;
+  key->min_blocks = static_cast<uint8_t>(std::min<int64_t>(blocks, 16));  // what every multiprocessor can hold
 }
 
 }  // namespace
 
-Status PlanRopeCuda(const RopeCall& call, const CudaDevice& device, bool dependent_launch, RopeCudaPlan* plan) {
+Status PlanRopeCuda(const RopeCall& call, const CudaDevice& device, RopeCudaOptions options, RopeCudaPlan* plan) {
   const RopeVariant& v = call.variant;
   const rope_params& p = call.params;
   const RopeTensors& t = call.tensors;
@@ -72,60 +100,55 @@ Status PlanRopeCuda(const RopeCall& call, const CudaDevice& device, bool depende
   key.rotary_dim = static_cast<uint16_t>(p.rotary_dim);
   key.rotary_offset = static_cast<uint16_t>(p.rotary_offset);
   key.v_dim = static_cast<uint16_t>(v.store_v ? p.v_dim : 0);
-  key.dependent_launch = dependent_launch && device.major >= 9;
+  key.dependent_launch = options.dependent_launch && device.major >= 9;
 
-  // The widest access that every address allows.
+  // The widest access that every address allows, and of those what the parts of a head can be cut into.
   const int bytes = Bytes(v.dtype), cache_bytes = Bytes(v.cache_dtype);
-  int vector = 16 / bytes;
-  while (p.head_dim % vector || p.rotary_offset % vector || (p.rotary_dim / 2) % vector ||
-         (v.store_v && p.v_dim % vector)) {
-    vector /= 2;
-  }
-  vector = Alignment(vector, t.q, bytes, p.q);
-  vector = Alignment(vector, t.q_out, bytes, p.q_out);
-  vector = Alignment(vector, t.k, bytes, p.k);
-  vector = Alignment(vector, t.k_out, bytes, p.k_out);
-  vector = Alignment(vector, t.v, bytes, p.v);
-  vector = Alignment(vector, t.k_cache, cache_bytes, p.k_cache);
-  vector = Alignment(vector, t.v_cache, cache_bytes, p.v_cache);
+  int aligned = 16 / bytes;
+  while (p.head_dim % aligned || (v.store_v && p.v_dim % aligned)) aligned /= 2;
+  aligned = Alignment(aligned, t.q, bytes, p.q);
+  aligned = Alignment(aligned, t.q_out, bytes, p.q_out);
+  aligned = Alignment(aligned, t.k, bytes, p.k);
+  aligned = Alignment(aligned, t.k_out, bytes, p.k_out);
+  aligned = Alignment(aligned, t.v, bytes, p.v);
+  aligned = Alignment(aligned, t.k_cache, cache_bytes, p.k_cache);
+  aligned = Alignment(aligned, t.v_cache, cache_bytes, p.v_cache);
+  int vector = aligned;
+  while (p.rotary_offset % vector || (p.rotary_dim / 2) % vector) vector /= 2;
   if (v.weight_dtype != kRopeNoDtype) {
     vector = Alignment(vector, t.q_weight, Bytes(v.weight_dtype), {});
     if (t.k_weight) vector = Alignment(vector, t.k_weight, Bytes(v.weight_dtype), {});
   }
 
   // Few tokens: narrow accesses and so many threads, every load issued at once. Many tokens: wide accesses, several heads
-  // of a group on their way through shared memory. The numbers were searched on an H200 (docs/cuda.md).
+  // of a group on their way through shared memory.
   const int64_t bytes_moved = rows * heads * p.head_dim * bytes;
-  const bool few = bytes_moved <= int64_t{device.sm_count} * 8 * 1024;
+  const bool few = options.layout == RopeCudaLayout::kAny ? bytes_moved <= int64_t{device.sm_count} * 24 * 1024
+                                                  : options.layout == RopeCudaLayout::kFew;
+  const bool tiny = bytes_moved <= int64_t{device.sm_count} * 1536;
   key.few_tokens = few;
-  if (few) vector = std::min(vector, (bytes_moved <= int64_t{device.sm_count} * 1536 ? 4 : 8) / bytes);
-  vector = std::max(vector, 1);
+  if (few) vector = std::min(vector, std::max(1, (tiny ? 4 : 8) / bytes));
   const int units = p.rotary_dim / (2 * vector);
-  const int lanes = ChooseLanes(units);
+  const auto lanes = static_cast<int>(Ceil(units, Ceil(units, 32)));
   const int per_warp = 32 / lanes;
   key.vector = static_cast<uint8_t>(vector);
   key.lanes = static_cast<uint8_t>(lanes);
   if (few) {
     key.in_flight = 1;
-    key.threads = 128;
-    const int64_t groups = 4 * per_warp;
-    plan->grid_y = static_cast<uint32_t>((all_heads + groups - 1) / groups);
+    key.threads = tiny ? 128 : 256;
+    key.min_blocks = 1;
+    plan->grid_y = static_cast<uint32_t>(Ceil(all_heads, key.threads / 32 * per_warp));
     plan->why = "few tokens: the heads of a token are spread over blocks";
   } else {
-    const int64_t at_once = (all_heads + per_warp - 1) / per_warp;  // a group for every head
-    int64_t warps = rows < 768    ? std::clamp<int64_t>(at_once, 2, 16)
-                    : rows < 1536 ? 4
-                          : rows < 3072 ? 2
-                                        : std::clamp<int64_t>((std::min<int64_t>((heads + 1) / 2, 24) + per_warp - 1) / per_warp, 2, 8);
-    const int64_t rest = (p.head_dim - p.rotary_dim) / vector;
-    const int64_t slots = 2 * ((units + lanes - 1) / lanes) + (rest + lanes - 1) / lanes;
-    const int64_t warp_bytes = slots * 32 * vector * bytes;
-    constexpr int64_t kSharedBytes = 48 * 1024;
-    while (warps > 1 && warps * warp_bytes > kSharedBytes) warps /= 2;
-    const int64_t groups = warps * per_warp;
-    const int64_t turns = rows < 3072 ? std::min<int64_t>((all_heads + groups - 1) / groups, 6) : 2;
-    key.threads = static_cast<uint16_t>(warps * 32);
-    key.in_flight = static_cast<uint8_t>(std::clamp<int64_t>(kSharedBytes / (warps * warp_bytes), 0, std::max<int64_t>(turns, 1)));
+    const bool rest_matters = v.norm || v.out_of_place || v.store_k;
+    const int span = rest_matters ? p.head_dim : p.rotary_dim;
+    // Halves that do not fill sectors of 32 bytes are fetched side by side.
+    key.flat = vector * bytes == 16 && span % aligned == 0 && (rest_matters || p.rotary_offset % aligned == 0) &&
+               (p.rotary_dim / 2 * bytes % 32 != 0 || p.rotary_offset * bytes % 32 != 0);
+    const int64_t rest = rest_matters ? (p.head_dim - p.rotary_dim) / vector : 0;
+    const int64_t slots = 2 * Ceil(units, lanes) + Ceil(rest, lanes);
+    PlanMany(v, rows, heads, all_heads, per_warp, key.flat ? per_warp * span * bytes : slots * 32 * vector * bytes, &key);
+    if (key.in_flight == 0) key.flat = 0;
     plan->why = "many tokens: a block for each token";
   }
   plan->grid_x = static_cast<uint32_t>(rows);
@@ -149,6 +172,34 @@ Status PlanRopeCuda(const RopeCall& call, const CudaDevice& device, bool depende
     key.k_heads = static_cast<uint16_t>(p.k_heads);
     key.q_token = static_cast<int32_t>(token_stride(p.q));
     key.k_token = t.k ? static_cast<int32_t>(token_stride(p.k)) : 0;
+    // Told by the strides: that a single token's k happens to follow its q must compile nothing.
+    key.packed = t.k && p.tokens > 1 && key.k_token == key.q_token && p.k.batch == p.q.batch &&
+                 key.q_token >= (p.q_heads + p.k_heads) * p.head_dim &&
+                 static_cast<const char*>(t.k) == static_cast<const char*>(t.q) + int64_t{p.q_heads} * p.head_dim * bytes;
+  }
+
+  const auto dense_index = [&](int64_t stride) { return p.tokens <= 1 || stride == 1; };
+  key.dense_indices = (v.positions_dtype == kRopeNoDtype || dense_index(p.positions_token)) &&
+                      (v.offsets_dtype == kRopeNoDtype || dense_index(p.offsets_token)) &&
+                      (v.slots_dtype == kRopeNoDtype || dense_index(p.slots_token));
+  const auto fits = [](int64_t stride) { return stride > 0 && stride <= INT32_MAX; };
+  if (v.store_v && (p.k_heads == 1 || p.v.head == p.v_dim) && fits(token_stride(p.v))) {
+    key.v_token = static_cast<int32_t>(token_stride(p.v));
+  }
+  if (v.cache_dtype != kRopeNoDtype) {
+    const rope_strides& cache = v.store_k ? p.k_cache : p.v_cache;
+    const auto same = [&](const rope_strides& s) {
+      return s.batch == cache.batch && s.token == cache.token && s.head == cache.head;
+    };
+    const int64_t head = p.k_heads == 1 ? 1 : cache.head;  // one head has no stride
+    if ((!v.store_v || same(p.v_cache)) && fits(head) && fits(cache.token) && cache.batch >= 0 && cache.batch <= INT32_MAX) {
+      key.cache_head = static_cast<int32_t>(head);
+      key.cache_token = static_cast<int32_t>(cache.token);
+      key.cache_page = key.page_shift == kFlatPages ? 0 : cache.batch;
+    }
+  }
+  if (v.table_dtype != kRopeNoDtype && p.cos_pair == 1 && p.sin_pair == 1 && p.cos_row == p.sin_row && fits(p.cos_row)) {
+    key.table_row = static_cast<int32_t>(p.cos_row);
   }
 
   key.table_vector = 1;
@@ -207,14 +258,20 @@ std::string RopeCudaSource(const RopeCudaKey& key) {
       {"Batched", key.batched},
       {"PageShift", key.page_shift},
       {"UnitScaling", key.unit_scaling},
+      {"VToken", key.v_token},
+      {"TableRow", key.table_row},
+      {"CachePage", static_cast<int>(key.cache_page)},
+      {"CacheToken", key.cache_token},
+      {"CacheHead", key.cache_head},
+      {"DenseIndices", key.dense_indices},
+      {"Flat", key.flat},
+      {"Packed", key.packed},
   };
   std::string text = "#include \"ops/rope/rope.cuh\"\nstruct K {\n";
   for (const auto& [name, value] : constants) Append(&text, Text("  static constexpr int k", name, " = ", value, ";\n"));
   Append(&text, Text("  static constexpr unsigned kEpsBits = ", std::bit_cast<uint32_t>(key.eps), "u;\n"));
-  // Left alone, the compiler spills a few bytes of some narrow kernels for the sake of occupancy; the wide ones were
-  // searched without the hint.
-  const bool wide = !key.few_tokens && v.dtype != kRopeF32 && key.vector * Bytes(v.dtype) == 16;
-  return text + "};\nextern \"C\" __global__ void __launch_bounds__(K::kThreads" + (wide ? "" : ", 1") +
+  return text + "};\nextern \"C\" __global__ void __launch_bounds__(K::kThreads" +
+         (key.min_blocks ? Text(", ", key.min_blocks) : Text()) +
          ") rope_kernel(const __grid_constant__ rope_cuda_args args) {\n  ropewalk::RopeBody<K>(args);\n}\n";
 }
 

@@ -30,6 +30,10 @@ struct RopeCudaKey {
   uint16_t q_heads = 0, k_heads = 0;  // q_heads 0: with the params
   uint16_t page_shift = 0;     // of the caches: 1 + log2(page_size), kFlatPages for one page, 0: any page size
   int32_t q_token = 0, k_token = 0;   // strides in elements; 0: all strides of q, k and the outputs with the params
+  int32_t v_token = 0;                // the same for v, whose heads are then dense
+  int32_t table_row = 0;              // of cos and of sin; 0: their strides with the params
+  int32_t cache_token = 0, cache_head = 0;  // of both caches; a head of 0: with the params
+  int64_t cache_page = 0;
   uint8_t vector = 0;          // elements of one access: 1, 2, 4 or 8
   uint8_t lanes = 0;           // threads of one head, up to 32
   uint8_t in_flight = 0;       // heads a group loads before it uses the first
@@ -39,11 +43,14 @@ struct RopeCudaKey {
   uint8_t batched = 0;         // more than one batch entry
   uint8_t unit_scaling = 0;    // attention_scaling is 1
   float eps = 0.0f;            // 0 without a norm
-  uint32_t reserved2 = 0;
+  uint8_t dense_indices = 0;   // positions, offsets and slots have no gaps between tokens
+  uint8_t flat = 0;            // many tokens: a warp's heads are fetched and written side by side, 16 bytes a lane
+  uint8_t packed = 0;          // k lies behind q in the same row
+  uint8_t min_blocks = 0;      // of a multiprocessor, for which registers are limited; 0: the compiler's choice
 
   bool operator==(const RopeCudaKey&) const = default;
 };
-static_assert(sizeof(RopeCudaKey) == 56);
+static_assert(sizeof(RopeCudaKey) == 80);
 
 struct RopeCudaPlan {
   RopeCudaKey key;
@@ -51,8 +58,14 @@ struct RopeCudaPlan {
   const char* why = "";             // the choice of the layout, for explain()
 };
 
-// `dependent_launch`: whether the caller and the device allow it.
-Status PlanRopeCuda(const RopeCall& call, const CudaDevice& device, bool dependent_launch, RopeCudaPlan* plan);
+enum class RopeCudaLayout : uint8_t { kAny, kFew, kMany };
+
+struct RopeCudaOptions {
+  bool dependent_launch = false;                // programmatic dependent launch, where the device has it
+  RopeCudaLayout layout = RopeCudaLayout::kAny;  // else as force_backend says
+};
+
+Status PlanRopeCuda(const RopeCall& call, const CudaDevice& device, RopeCudaOptions options, RopeCudaPlan* plan);
 
 // The text to compile: includes "ops/rope/rope.cuh" and names one kernel, extern "C" `rope_kernel`.
 std::string RopeCudaSource(const RopeCudaKey& key);

@@ -1,4 +1,4 @@
-// The one parameter of the CUDA kernel: the tensors in order, then the params. Read by g++, nvcc and NVRTC.
+// The one parameter of the CUDA kernel: the tensors, then the params. Read by g++, nvcc and NVRTC.
 // SPDX-License-Identifier: Apache-2.0
 #ifndef ROPEWALK_OPS_ROPE_ROPE_CUDA_ARGS_H_
 #define ROPEWALK_OPS_ROPE_ROPE_CUDA_ARGS_H_
@@ -16,31 +16,39 @@ typedef struct {
   rw_u32 axis;      // of a position; the pair of an axis
 } rope_fault;
 
+// In the order of use: a line of the constant cache holds eight, and each one touched is a miss of its own in a kernel of
+// a microsecond. Rope needs the first line, table and store the second.
 typedef struct {
   void* q;
   void* k;
   const void* positions;
-  const void* offsets;
-  const void* cos;
-  const void* sin;
-  const int* axes;          // of the caller or of the frequencies, on the device
   const rw_u64* turns;      // of the frequencies, on the device
   const void* q_weight;
   const void* k_weight;
-  void* q_out;
-  void* k_out;
-  const void* v;
-  void* k_cache;
-  void* v_cache;
+
+  const void* cos;
+  const void* sin;
+  rw_i64 rows;              // of the table
   const void* slots;
+  rw_i64 slot_count;        // of the caches
+  void* k_cache;
+  const void* v;
+  void* v_cache;
+
   const float* k_scale;
   const float* v_scale;
+  float k_scale_value;      // used where the pointer is null
+  float v_scale_value;
+  void* q_out;
+  void* k_out;
+  const void* offsets;
+  const int* axes;          // of the caller or of the frequencies, on the device
   rope_fault* fault;
   rope_params params;
 } rope_cuda_args;
 
 #if defined(__cplusplus)
-static_assert(sizeof(rope_cuda_args) == 19 * 8 + ROPE_PARAMS_SIZE, "rope_cuda_args must have one layout");
+static_assert(sizeof(rope_cuda_args) == 22 * 8 + ROPE_PARAMS_SIZE, "rope_cuda_args must have one layout");
 #endif
 
 #endif  // ROPEWALK_OPS_ROPE_ROPE_CUDA_ARGS_H_
