@@ -216,15 +216,15 @@ def norm_rope(
     is_neox: bool,
     position_ids: Any,
     rotary_dim: int | None,
-    yarn: tuple[float, ...],
+    numbers: tuple[float, ...],
     intel: bool = False,
     call: Any = rope,
 ) -> None:
-    """`fused_qk_norm_rope`, of the meaning that `frequencies_of` tells. yarn: base, factor, low, high,
-    attention_factor."""
+    """`fused_qk_norm_rope`; numbers: base, factor, low, high, attention_factor. intel: the ramp of the package for
+    Intel GPUs."""
     q, k = packed(function, qkv, *heads_of, head_dim)
     tensors(function, position_ids=position_ids)
-    frequencies = frequencies_of(function, head_dim if rotary_dim is None else rotary_dim, *yarn, intel)
+    frequencies = frequencies_of(function, (head_dim if rotary_dim is None else rotary_dim, *numbers, intel))
     names = {"positions": "position_ids", "q": "qkv", "k": "qkv"}
     call(function, names, q, k, positions=position_ids, frequencies=frequencies, pairing=pairing(is_neox), norm="rms",
          q_weight=weights[0], k_weight=weights[1] if k is not None else None, eps=eps)  # fmt: skip
@@ -294,35 +294,17 @@ def packed(function: str, qkv: Any, q_heads: int, k_heads: int, v_heads: int, he
     )
 
 
-def frequencies_of(
-    function: str,
-    rotary_dim: int,
-    base: float,
-    factor: float,
-    low: float,
-    high: float,
-    attention_factor: float,
-    intel: bool = False,
-) -> Frequencies:
-    """The frequencies of `fused_qk_norm_rope`, of the last 64 sets of numbers."""
-    key = (rotary_dim, base, factor, low, high, attention_factor, intel)
+def frequencies_of(function: str, key: tuple[Any, ...]) -> Frequencies:
+    """The frequencies of `fused_qk_norm_rope`, of the last 64 keys: rotary_dim, its numbers, intel."""
     try:
         return _frequencies[key]
     except (KeyError, TypeError):  # not made yet; or no numbers, which is told below
-        return _new_frequencies(function, *key)
+        return _new_frequencies(function, key)
 
 
 @torch.compiler.assume_constant_result
-def _new_frequencies(
-    function: str,
-    rotary_dim: int,
-    base: float,
-    factor: float,
-    low: float,
-    high: float,
-    attention_factor: float,
-    intel: bool,
-) -> Frequencies:
+def _new_frequencies(function: str, key: tuple[Any, ...]) -> Frequencies:
+    rotary_dim, base, factor, low, high, attention_factor, intel = key
     whole(function, "rotary_dim", rotary_dim)
     numbers = {"base": base, "factor": factor, "low": low, "high": high, "attention_factor": attention_factor}
     for name, value in numbers.items():
@@ -339,7 +321,7 @@ def _new_frequencies(
             made = Frequencies.from_array(yarn, attention_scaling=attention_factor)
     except ValueError as error:
         raise renamed(function, {"rope_theta": "base"}, error) from None
-    _keep((rotary_dim, *numbers.values(), intel), made)
+    _keep(key, made)
     return made
 
 
