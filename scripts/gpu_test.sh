@@ -50,7 +50,8 @@ check() {
   echo '```'
   echo '## Python tests on CUDA tensors'
   echo '```'
-  python3 -m pytest -q -p no:cacheprovider tests/python/test_cuda.py tests/python/test_compat.py 2>&1 | tail -25
+  python3 -m pytest -q -p no:cacheprovider tests/python/test_cuda.py tests/python/test_compat.py \
+    tests/python/test_compat_tables.py 2>&1 | tail -25
   [[ ${PIPESTATUS[0]} == 0 ]] || touch "$work/failed"
   echo '```'
   if [[ -e $work/failed ]]; then echo 'Result: FAILED'; else echo 'Result: held'; fi

@@ -9,6 +9,7 @@
 
 #include "conformance/case_call.h"
 #include "conformance/runner.h"
+#include "tests/make_call.h"
 
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
 #define ROPEWALK_OWN_MALLOC 0
@@ -98,10 +99,7 @@ TEST_F(Allocation, NoneInACallOfAnyStage) {
 }
 
 TEST_F(Allocation, NoneWithThePool) {
-  RopeCase c = {.tokens = 600, .q_heads = 8, .head_dim = 128, .norm = true};
-  c.name = CaseName(c);
-  std::unique_ptr<CaseCall> call;
-  ASSERT_TRUE(CaseCall::Make(c, HostMemory(), &call).ok());
+  const auto call = MakeCall({.tokens = 600, .q_heads = 8, .head_dim = 128, .norm = true});
   ASSERT_EQ(ropewalk_set_threads(3), ROPEWALK_OK);
   EXPECT_EQ(AllocationsOf(call->args()), 0);
   ASSERT_EQ(ropewalk_set_threads(1), ROPEWALK_OK);

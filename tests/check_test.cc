@@ -15,37 +15,33 @@
 #include "conformance/case_call.h"
 #include "core/text.h"
 #include "ops/rope/rope_call.h"
+#include "tests/make_call.h"
 
 namespace ropewalk {
 namespace {
 
 // A call with every argument that can be given together; the three ways to give angles.
 std::unique_ptr<CaseCall> EveryArgument(Angles angles) {
-  RopeCase c = {.dtype = kBF16,
-                .batch = 2,
-                .tokens = 6,
-                .q_heads = 4,
-                .k_heads = 3,
-                .head_dim = 32,
-                .rotary_dim = 24,
-                .out_of_place = true,
-                .norm = true,
-                .weight = Weight::kPlain,
-                .weight_dtype = kF32,
-                .angles = angles,
-                .offsets_dtype = kI32,
-                .axes = Axes::kSections,
-                .axes_dtype = kI32,
-                .cache = Cache::kNhd,
-                .cache_dtype = kE4M3,
-                .page_size = 5,
-                .v_dim = 48,
-                .scale = Scale::kPerHead};
-  c.name = CaseName(c);
-  std::unique_ptr<CaseCall> call;
-  const Status status = CaseCall::Make(c, HostMemory(), &call);
-  EXPECT_TRUE(status.ok()) << status.text();
-  return call;
+  return MakeCall({.dtype = kBF16,
+                   .batch = 2,
+                   .tokens = 6,
+                   .q_heads = 4,
+                   .k_heads = 3,
+                   .head_dim = 32,
+                   .rotary_dim = 24,
+                   .out_of_place = true,
+                   .norm = true,
+                   .weight = Weight::kPlain,
+                   .weight_dtype = kF32,
+                   .angles = angles,
+                   .offsets_dtype = kI32,
+                   .axes = Axes::kSections,
+                   .axes_dtype = kI32,
+                   .cache = Cache::kNhd,
+                   .cache_dtype = kE4M3,
+                   .page_size = 5,
+                   .v_dim = 48,
+                   .scale = Scale::kPerHead});
 }
 
 constexpr Angles kWays[] = {Angles::kFrequencies, Angles::kTable, Angles::kPacked};
@@ -601,10 +597,7 @@ TEST(Check, FrequenciesAndTable) {
 }
 
 TEST(Check, TooFewRowsOfPositionsForFrequencies) {
-  RopeCase c = {.axes = Axes::kSections};
-  c.name = CaseName(c);
-  std::unique_ptr<CaseCall> call;
-  ASSERT_TRUE(CaseCall::Make(c, HostMemory(), &call).ok());
+  const auto call = MakeCall({.axes = Axes::kSections});
   call->args().positions->shape[0] = 2;
   ExpectRefused(*call, call->args(), {"positions must have 3 rows, one for each axis of frequencies, but has 2"});
 }

@@ -10,6 +10,7 @@
 
 #include "conformance/case_call.h"
 #include "conformance/runner.h"
+#include "tests/make_call.h"
 
 namespace ropewalk {
 namespace {
@@ -22,14 +23,6 @@ std::vector<std::string> Parts() {
     if (backend.at("name") == "cpu") return backend.at("parts");
   }
   return {};
-}
-
-std::unique_ptr<CaseCall> MakeCall(RopeCase c) {
-  c.name = CaseName(c);
-  std::unique_ptr<CaseCall> call;
-  const Status status = CaseCall::Make(c, HostMemory(), &call);
-  EXPECT_TRUE(status.ok()) << status.text();
-  return call;
 }
 
 Json Explain(CaseCall& call) {

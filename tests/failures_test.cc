@@ -13,6 +13,7 @@
 #include "conformance/runner.h"
 #include "core/text.h"
 #include "ops/rope/rope_reference.h"
+#include "tests/make_call.h"
 
 namespace ropewalk {
 namespace {
@@ -22,14 +23,6 @@ void ExpectPass(RopeCase c) {
   const CaseResult result = RunCase(c, HostMemory());
   EXPECT_TRUE(result.passed) << c.name << "\n  " << result.message;
   EXPECT_GT(result.elements, 0) << c.name;
-}
-
-std::unique_ptr<CaseCall> MakeCall(RopeCase c) {
-  c.name = CaseName(c);
-  std::unique_ptr<CaseCall> call;
-  const Status status = CaseCall::Make(c, HostMemory(), &call);
-  EXPECT_TRUE(status.ok()) << status.text();
-  return call;
 }
 
 void ExpectRight(const CaseCall& call) {

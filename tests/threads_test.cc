@@ -18,6 +18,7 @@
 
 #include "conformance/case_call.h"
 #include "conformance/runner.h"
+#include "tests/make_call.h"
 
 #if defined(__SANITIZE_THREAD__)
 #define ROPEWALK_TSAN 1
@@ -29,14 +30,6 @@
 
 namespace ropewalk {
 namespace {
-
-std::unique_ptr<CaseCall> MakeCall(RopeCase c) {
-  c.name = CaseName(c);
-  std::unique_ptr<CaseCall> call;
-  const Status status = CaseCall::Make(c, HostMemory(), &call);
-  EXPECT_TRUE(status.ok()) << status.text();
-  return call;
-}
 
 // Large enough to be split; packed, so that threads write into the same cache lines' neighbours.
 RopeCase Splittable(int32_t pairing = ROPEWALK_NEOX) {

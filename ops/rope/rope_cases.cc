@@ -2,6 +2,7 @@
 #include "ops/rope/rope_cases.h"
 
 #include <algorithm>
+#include <initializer_list>
 #include <iterator>
 #include <unordered_set>
 #include <utility>
@@ -41,46 +42,24 @@ std::string ScalingName(const RopeCase& c) {
   return c.scaling.substr(begin, c.scaling.find('"', begin) - begin);
 }
 
+template <class Enum>
+const char* Entry(std::initializer_list<const char*> names, Enum value) {
+  return names.begin()[static_cast<size_t>(value)];
+}
 const char* Name(Layout layout) {
-  constexpr const char* kNames[] = {"separate", "packed", "transposed", "padded", "misaligned", "reversed"};
-  return kNames[static_cast<size_t>(layout)];
+  return Entry({"separate", "packed", "transposed", "padded", "misaligned", "reversed"}, layout);
 }
 const char* Name(Angles angles) {
-  constexpr const char* kNames[] = {"freq", "table", "cossin", "fullwidth", "repeated", "columns", "batchtable"};
-  return kNames[static_cast<size_t>(angles)];
+  return Entry({"freq", "table", "cossin", "fullwidth", "repeated", "columns", "batchtable"}, angles);
 }
-const char* Name(Positions positions) {
-  constexpr const char* kNames[] = {"none", "arange", "random", "listed"};
-  return kNames[static_cast<size_t>(positions)];
-}
-const char* Name(Axes axes) {
-  constexpr const char* kNames[] = {"one", "sections", "interleaved", "two"};
-  return kNames[static_cast<size_t>(axes)];
-}
-const char* Name(Cache cache) {
-  constexpr const char* kNames[] = {"none", "flat", "nhd", "hnd"};
-  return kNames[static_cast<size_t>(cache)];
-}
-const char* Name(Scale scale) {
-  constexpr const char* kNames[] = {"none", "host", "tensor", "heads"};
-  return kNames[static_cast<size_t>(scale)];
-}
-const char* Name(Slots slots) {
-  constexpr const char* kNames[] = {"all", "skips", "nothing"};
-  return kNames[static_cast<size_t>(slots)];
-}
-const char* Name(Data data) {
-  constexpr const char* kNames[] = {"normal", "large", "tiny", "nonfinite"};
-  return kNames[static_cast<size_t>(data)];
-}
-const char* Name(Bad bad) {
-  constexpr const char* kNames[] = {"none", "position", "slot", "axis", "padding"};
-  return kNames[static_cast<size_t>(bad)];
-}
-const char* Name(Weight weight) {
-  constexpr const char* kNames[] = {"none", "plain", "zero_centered"};
-  return kNames[static_cast<size_t>(weight)];
-}
+const char* Name(Positions positions) { return Entry({"none", "arange", "random", "listed"}, positions); }
+const char* Name(Axes axes) { return Entry({"one", "sections", "interleaved", "two"}, axes); }
+const char* Name(Cache cache) { return Entry({"none", "flat", "nhd", "hnd"}, cache); }
+const char* Name(Scale scale) { return Entry({"none", "host", "tensor", "heads"}, scale); }
+const char* Name(Slots slots) { return Entry({"all", "skips", "nothing"}, slots); }
+const char* Name(Data data) { return Entry({"normal", "large", "tiny", "nonfinite"}, data); }
+const char* Name(Bad bad) { return Entry({"none", "position", "slot", "axis", "padding"}, bad); }
+const char* Name(Weight weight) { return Entry({"none", "plain", "zero_centered"}, weight); }
 
 // Draws numbers that are the same everywhere.
 class Draw {

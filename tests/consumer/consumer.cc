@@ -1,5 +1,7 @@
-// A user of the C++ face: interleaved pairs of one head, out and back again, and a refusal.
+// A user of the C++ face: interleaved pairs of one head, out and back again; a table, by a function of compat.hpp;
+// and refusals.
 // SPDX-License-Identifier: Apache-2.0
+#include <ropewalk/compat.hpp>
 #include <ropewalk/ropewalk.hpp>
 
 #include <array>
@@ -40,6 +42,17 @@ int main() {
   result = ropewalk::rope(args);
   check(static_cast<bool>(result), "inverse", result.text);
   for (size_t i = 0; i < 4; ++i) check(std::abs(data[i] - static_cast<float>(i + 1)) < 1e-5f, "there and back", "");
+
+  std::array<float, 4> quarter_turns{0, 0, 1, 1};  // one row: cosines, then sines
+  std::array<int64_t, 2> table_shape{1, 4};
+  const DLTensor table{.data = quarter_turns.data(), .device = {kDLCPU, 0}, .ndim = 2, .dtype = {kDLFloat, 32, 1},
+                       .shape = table_shape.data(), .strides = nullptr, .byte_offset = 0};
+  position = 0;
+  result = ropewalk::compat::rotary_embedding(&positions, &q, nullptr, 4, &table, false);
+  check(static_cast<bool>(result), "rotary_embedding", result.text);
+  const std::array<float, 4> turned{-2, 1, -4, 3};
+  for (size_t i = 0; i < 4; ++i) check(std::abs(data[i] - turned[i]) < 1e-5f, "a quarter of a turn", "");
+  check(!ropewalk::compat::rotary_embedding(&positions, &q, nullptr, 8, &table, false), "another head size is refused", "");
 
   check(!ropewalk::Frequencies::Make(100.0, 3), "an odd rotary_dim is refused", "");
   std::printf("consumer.cc: %d failed\n", failed);

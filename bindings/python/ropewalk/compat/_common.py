@@ -1,0 +1,351 @@
+"""What the functions of the other modules share: views of the heads, and the one call of `ropewalk.rope_`.
+
+Checked here is only what the description of `rope_` cannot know: the layouts that these functions alone have, and
+arguments that they need where `rope_` does not. The rest is refused by `rope_` itself, with the names of the caller.
+"""
+
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from .. import Frequencies, prepare, rope_
+
+_NAMES = {"cos_sin": "cos_sin_cache"}
+PARTIAL = {"rotary_dim": "rope_dim"}  # of functions with a rope_dim
+FLAT = {"q": "query", "k": "key", "head_dim": "head_size"}  # of those with a head_size
+BUFFERS = {"v": "value", "k_cache": "k_buffer", "v_cache": "v_buffer", "slots": "cache_loc"}
+
+_MOST_FREQUENCIES = 64
+_frequencies: dict[tuple[Any, ...], Frequencies] = {}
+
+
+def pairing(is_neox: bool) -> str:
+    return "neox" if is_neox else "interleaved"
+
+
+def renamed(function: str, names: Mapping[str, str], error: Exception) -> Exception:
+    """The same error with the names that this function's caller knows."""
+    names = {**_NAMES, **names}
+    text = re.sub(r"^(rope|frequencies): ", "", str(error))
+    text = re.sub(r"\b[a-z_]+\b", lambda word: names.get(word.group(), word.group()), text)
+    return type(error)(f"{function}: {text}")
+
+
+def rope(function: str, names: Mapping[str, str], q: Any, k: Any, **options: Any) -> None:
+    try:
+        rope_(q, k, **options)
+    except (ValueError, TypeError) as error:
+        raise renamed(function, names, error) from None
+
+
+def check(function: str, names: Mapping[str, str], q: Any, k: Any, **options: Any) -> None:
+    """Refuses what `rope` would refuse; for a call of several passes, before the first of them writes."""
+    if torch.compiler.is_compiling():
+        return
+    try:
+        prepare(q, k, **options)
+    except (ValueError, TypeError) as error:
+        raise renamed(function, names, error) from None
+
+
+def tensors(function: str, **values: Any) -> None:
+    """For what is looked into here, and for what `rope_` could do without."""
+    for name, value in values.items():
+        if not isinstance(value, torch.Tensor):
+            raise TypeError(f"{function}: {name} must be a torch.Tensor, but is a {type(value).__name__}")
+
+
+def whole(function: str, name: str, value: Any, least: int | None = None) -> None:
+    if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):
+        raise TypeError(f"{function}: {name} must be an int, but is a {type(value).__name__}")
+    if least is not None and value < least:
+        raise ValueError(f"{function}: {name} must be at least {least}, but is {value}")
+
+
+def float_cache(function: str, cos_sin_cache: Any) -> None:
+    tensors(function, cos_sin_cache=cos_sin_cache)
+    if cos_sin_cache.dtype != torch.float32:
+        raise ValueError(
+            f"{function}: cos_sin_cache must be float32, but is {str(cos_sin_cache.dtype).removeprefix('torch.')}"
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# By a table
+
+
+def rotate(
+    function: str,
+    names: Mapping[str, str],
+    q: Any,
+    k: Any,
+    cos_sin_cache: Any,
+    positions: Any,
+    is_neox: bool,
+    rope_dim: int = 0,
+    **options: Any,
+) -> None:
+    """q and k by a table. Those of different dtypes or head sizes take a pass each, where nothing is stored."""
+    tensors(function, cos_sin_cache=cos_sin_cache, positions=positions)
+    options = {
+        "positions": positions,
+        "cos_sin": cos_sin_cache,
+        "pairing": pairing(is_neox),
+        "rotary_dim": rope_dim or None,
+        **options,
+    }
+    both = isinstance(q, torch.Tensor) and isinstance(k, torch.Tensor) and "slots" not in options
+    if not both or (q.dtype == k.dtype and q.shape[-1:] == k.shape[-1:]):
+        rope(function, names, q, k, **options)
+        return
+    for_k = {**names, "q": names.get("k", "k")}
+    check(function, for_k, k, None, **options)
+    rope(function, names, q, None, **options)
+    rope(function, for_k, k, None, **options)
+
+
+def rotate_3d(
+    function: str,
+    q: Any,
+    k: Any,
+    cos_sin_cache: Any,
+    positions: Any,
+    is_neox: bool,
+    rope_dim: int,
+    names: Mapping[str, str] | None = None,
+    **options: Any,
+) -> None:
+    """As `rotate`, for functions that know no batch."""
+    tensors(function, q=q)
+    if q.dim() != 3:
+        raise ValueError(f"{function}: q must be [tokens, heads, head_dim], but is {list(q.shape)}")
+    names = {**PARTIAL, **(names or {})}
+    rotate(function, names, q, k, cos_sin_cache, positions, is_neox, rope_dim, **options)
+
+
+def rotate_flat(
+    function: str,
+    positions: Any,
+    query: Any,
+    key: Any,
+    head_size: int,
+    cos_sin_cache: Any,
+    is_neox: bool,
+    rope_dim: int = 0,
+    buffers: Any = None,
+    offsets: Any = None,
+) -> None:
+    """As `rotate`, for query and key as `heads` takes them."""
+    q, k = heads(function, positions, head_size, query=query, key=key)
+    store = {} if buffers is None else stored(function, k, buffers)
+    rotate(function, {**FLAT, **BUFFERS}, q, k, cos_sin_cache, positions, is_neox, rope_dim, offsets=offsets, **store)
+
+
+def heads(function: str, positions: Any, head_size: int, **tensors_by_name: Any) -> list[Any]:
+    """Views [.., heads, head_size] of tensors that have the heads in a row or apart, behind positions' shape or the
+    number of positions. None stays None."""
+    tensors(function, positions=positions)
+    whole(function, "head_size", head_size, 2)
+    lead, views = positions.dim(), []
+    for name, x in tensors_by_name.items():
+        if x is None and name == "key":
+            views.append(None)
+            continue
+        tensors(function, **{name: x})
+        view = x
+        if lead == 2 and x.dim() > 1 and x.shape[:2] != positions.shape and x.shape[0] == positions.numel():
+            view = view.unflatten(0, positions.shape)
+        if lead in (1, 2) and view.shape[:lead] == positions.shape:
+            if view.dim() == lead + 1 and view.shape[-1] % head_size == 0:
+                view = view.unflatten(-1, (view.shape[-1] // head_size, head_size))
+            if view.dim() == lead + 2 and view.shape[-1] == head_size:
+                views.append(view)
+                continue
+        front = ", ".join(str(n) for n in positions.shape)
+        raise ValueError(
+            f"{function}: {name} must be [{front}, heads * {head_size}] or [{front}, heads, {head_size}], "
+            f"positions' shape in front, but is {list(x.shape)}"
+        )
+    return views
+
+
+def stored(function: str, k: Any, argument: Any) -> dict[str, Any]:
+    """The KV store's arguments of a FusedSetKVBufferArg, or of any object with such fields."""
+    if k is None:
+        raise ValueError(f"{function}: key must be given where it is stored, but is None")
+    store = flat_store(function, k, argument.value, argument.k_buffer, argument.v_buffer, argument.cache_loc, BUFFERS)
+    scales = {name: getattr(argument, name, None) for name in ("k_scale", "v_scale")}
+    return {**store, **scales}
+
+
+def flat_store(
+    function: str, k: Any, v: Any, k_cache: Any, v_cache: Any, slots: Any, names: Mapping[str, str]
+) -> dict[str, Any]:
+    """The KV store's arguments, with the heads of flat rows split."""
+    parts = {"v": v, "k_cache": k_cache, "v_cache": v_cache}
+    tensors(function, **{names.get(name, name): tensor for name, tensor in {"k": k, **parts}.items()})
+    k_heads = k.shape[-2]
+    for name, tensor in parts.items():
+        if tensor.dim() == 2:
+            if k_heads == 0 or tensor.shape[1] % k_heads:
+                raise ValueError(
+                    f"{function}: {names.get(name, name)} must have rows of {k_heads} heads, "
+                    f"but is {list(tensor.shape)}"
+                )
+            parts[name] = tensor.unflatten(1, (k_heads, tensor.shape[1] // k_heads))
+    return {**parts, "slots": slots}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# With the norm, angles computed
+
+
+def norm_rope(
+    function: str,
+    qkv: Any,
+    heads_of: tuple[int, int, int],
+    head_dim: int,
+    eps: float,
+    weights: tuple[Any, Any],
+    is_neox: bool,
+    position_ids: Any,
+    rotary_dim: int | None,
+    numbers: tuple[float, ...],
+    intel: bool = False,
+    call: Any = rope,
+) -> None:
+    """`fused_qk_norm_rope`; numbers: base, factor, low, high, attention_factor. intel: the ramp of the package for
+    Intel GPUs."""
+    q, k = packed(function, qkv, *heads_of, head_dim)
+    tensors(function, position_ids=position_ids)
+    frequencies = frequencies_of(function, (head_dim if rotary_dim is None else rotary_dim, *numbers, intel))
+    names = {"positions": "position_ids", "q": "qkv", "k": "qkv"}
+    call(function, names, q, k, positions=position_ids, frequencies=frequencies, pairing=pairing(is_neox), norm="rms",
+         q_weight=weights[0], k_weight=weights[1] if k is not None else None, eps=eps)  # fmt: skip
+
+
+def inplace_norm_rope(
+    q: Any,
+    k: Any,
+    q_weight: Any,
+    k_weight: Any,
+    cos_sin_cache: Any,
+    positions: Any,
+    is_neox: bool,
+    eps: float,
+    head_dim: int,
+    rope_dim: int,
+    round_norm_before_rope: bool = False,
+    cache_has_full_width: bool = False,
+) -> None:
+    """`fused_inplace_qknorm_rope`."""
+    function = "fused_inplace_qknorm_rope"
+    tensors(function, q=q, k=k, q_weight=q_weight, k_weight=k_weight, cos_sin_cache=cos_sin_cache, positions=positions)
+    if head_dim not in (0, q.shape[-1]):
+        raise ValueError(f"{function}: head_dim must be 0 or q's last dimension, {q.shape[-1]}, but is {head_dim}")
+    if q.dim() == 4 and positions.dim() == 1:
+        flat = positions.shape[0] == q.shape[0] * q.shape[1]
+        positions = positions.unflatten(0, q.shape[:2]) if flat else positions[None]
+    table: dict[str, Any] = {"cos_sin": cos_sin_cache}
+    if cache_has_full_width:
+        width = cos_sin_cache.shape[-1] // 2
+        if cos_sin_cache.dim() != 2 or cos_sin_cache.shape[1] % 4:
+            raise ValueError(
+                f"{function}: cos_sin_cache must be [rows, 2 * rope_dim] with an even rope_dim, "
+                f"but is {list(cos_sin_cache.shape)}"
+            )
+        taken = slice(0, width // 2) if is_neox else slice(0, width, 2)
+        table = {"cos": cos_sin_cache[:, :width][:, taken], "sin": cos_sin_cache[:, width:][:, taken]}
+    options = {"positions": positions, "pairing": pairing(is_neox), "rotary_dim": rope_dim or None, **table}
+    norm = {"norm": "rms", "q_weight": q_weight, "k_weight": k_weight, "eps": eps}
+    names = {**PARTIAL, "cos": "cos_sin_cache", "sin": "cos_sin_cache"}
+    if not round_norm_before_rope:
+        rope(function, names, q, k, **options, **norm)
+        return
+    check(function, names, q, k, rounding="reference", **options)
+    rope(function, names, q, k, frequencies=still(q.shape[-1]), **norm)
+    rope(function, names, q, k, rounding="reference", **options)
+
+
+def packed(function: str, qkv: Any, q_heads: int, k_heads: int, v_heads: int, head_dim: int) -> tuple[Any, Any]:
+    """Views [tokens, heads, head_dim] of q and k in packed rows; None for no k."""
+    try:
+        tokens, width = qkv.shape
+        all_heads = q_heads + k_heads + v_heads
+        if width == all_heads * head_dim and q_heads >= 0 and k_heads >= 0 and v_heads >= 0 and head_dim > 1:
+            rows = qkv.view(tokens, all_heads, head_dim)
+            return rows.narrow(1, 0, q_heads), rows.narrow(1, q_heads, k_heads) if k_heads else None
+    except (TypeError, ValueError, AttributeError):  # told below
+        pass
+    tensors(function, qkv=qkv)
+    for name, value in (("num_heads_q", q_heads), ("num_heads_k", k_heads), ("num_heads_v", v_heads)):
+        whole(function, name, value, 0)
+    whole(function, "head_dim", head_dim, 2)
+    all_heads = q_heads + k_heads + v_heads
+    raise ValueError(
+        f"{function}: qkv must be [tokens, {all_heads * head_dim}], that is num_heads_q + num_heads_k + num_heads_v = "
+        f"{all_heads} heads of head_dim {head_dim}, but is {list(qkv.shape)}"
+    )
+
+
+def frequencies_of(function: str, key: tuple[Any, ...]) -> Frequencies:
+    """The frequencies of `fused_qk_norm_rope`, of the last 64 keys: rotary_dim, its numbers, intel."""
+    try:
+        return _frequencies[key]
+    except (KeyError, TypeError):  # not made yet; or no numbers, which is told below
+        return _new_frequencies(function, key)
+
+
+@torch.compiler.assume_constant_result
+def _new_frequencies(function: str, key: tuple[Any, ...]) -> Frequencies:
+    rotary_dim, base, factor, low, high, attention_factor, intel = key
+    whole(function, "rotary_dim", rotary_dim)
+    numbers = {"base": base, "factor": factor, "low": low, "high": high, "attention_factor": attention_factor}
+    for name, value in numbers.items():
+        if not isinstance(value, (int, float)):
+            raise TypeError(f"{function}: {name} must be a number, but is a {type(value).__name__}")
+        positive = name in ("base", "factor")
+        if not math.isfinite(value) or (positive and value <= 0):
+            raise ValueError(f"{function}: {name} must be a finite number{' > 0' if positive else ''}, but is {value}")
+    try:
+        made = Frequencies(theta=base, rotary_dim=rotary_dim)
+        if factor != 1.0 or attention_factor != 1.0:
+            plain = [float(f) for f in made.inv_freq]
+            yarn = plain if factor == 1.0 else _yarn(plain, factor, low, high, intel)
+            made = Frequencies.from_array(yarn, attention_scaling=attention_factor)
+    except ValueError as error:
+        raise renamed(function, {"rope_theta": "base"}, error) from None
+    _keep(key, made)
+    return made
+
+
+def _yarn(plain: list[float], factor: float, low: float, high: float, intel: bool) -> list[float]:
+    if abs(high - low) <= 1e-6:
+        high += 0.001
+    out = []
+    for i, f in enumerate(plain):
+        ramp = min(max(((2 * i if intel else i) - low) / (high - low), 0.0), 1.0)
+        interpolated = 1.0 - ramp if intel else ramp
+        out.append(f / factor * interpolated + f * (1.0 - interpolated))
+    return out
+
+
+def _keep(key: tuple[Any, ...], made: Frequencies) -> None:
+    while len(_frequencies) >= _MOST_FREQUENCIES:  # of calls with ever new numbers; the oldest go
+        _frequencies.pop(next(iter(_frequencies)), None)
+    _frequencies[key] = made
+
+
+@torch.compiler.assume_constant_result
+def still(head_dim: int) -> Frequencies:
+    """The rotation by no angle, which changes nothing."""
+    key = ("still", head_dim)
+    if key not in _frequencies:
+        _keep(key, Frequencies.from_array([0.0] * (head_dim // 2)))
+    return _frequencies[key]

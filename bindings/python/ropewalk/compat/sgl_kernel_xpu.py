@@ -1,0 +1,132 @@
+"""The rotary functions of the sgl_kernel package for Intel GPUs, by their own names, arguments and meanings.
+
+`fused_qk_norm_rope` has another YaRN ramp than its namesake for CUDA, and `rotary_embedding` returns new tensors.
+`forward_xpu` is what SGLang's rotary layer does with them. They serve tensors of every device.
+"""
+
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from . import _common
+from .sgl_kernel import apply_rope_with_cos_sin_cache_inplace, fused_qk_rope_with_cos_sin_cache_inplace
+
+__all__ = [
+    "apply_rope_with_cos_sin_cache_inplace",
+    "forward_xpu",
+    "fused_inplace_qknorm_rope",
+    "fused_qk_norm_rope",
+    "fused_qk_rope_with_cos_sin_cache_inplace",
+    "rotary_embedding",
+]
+
+
+def rotary_embedding(
+    positions: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor | None,
+    head_size: int,
+    cos_sin_cache: torch.Tensor,
+    is_neox: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Rotates query and key by a table into new tensors; the old ones are left as they are.
+
+    Args:
+        positions: [tokens] or [batch, tokens] int32 or int64, rows of the table.
+        query, key: [.., heads * head_size] or [.., heads, head_size] with positions' shape in front, or the number of
+            positions; bfloat16, float16 or float32; key may be None.
+        cos_sin_cache: [rows, rotary_dim] float32, float16 or bfloat16: cosines, then sines.
+        is_neox: True: pairs (i, i + rotary_dim/2); False: pairs (2i, 2i + 1).
+
+    Returns:
+        The new query and key, in the shapes of the old ones.
+
+    Raises:
+        ValueError: an argument does not fit.
+    """
+    function = "rotary_embedding"
+    q, k = _common.heads(function, positions, head_size, query=query, key=key)
+    outputs = torch.empty_like(query), None if key is None else torch.empty_like(key)
+    q_out, k_out = _common.heads(function, positions, head_size, query=outputs[0], key=outputs[1])
+    names = {**_common.FLAT, "q_out": "query", "k_out": "key"}
+    _common.rotate(function, names, q, k, cos_sin_cache, positions, is_neox, q_out=q_out, k_out=k_out)
+    return outputs
+
+
+def fused_qk_norm_rope(
+    qkv: torch.Tensor,
+    num_heads_q: int,
+    num_heads_k: int,
+    num_heads_v: int,
+    head_dim: int,
+    eps: float,
+    q_weight: torch.Tensor,
+    k_weight: torch.Tensor,
+    base: float,
+    is_neox: bool,
+    position_ids: torch.Tensor,
+    factor: float = 1.0,
+    low: float = 1.0,
+    high: float = 1.0,
+    attention_factor: float = 1.0,
+    rotary_dim: int | None = None,
+) -> None:
+    """`ropewalk.compat.sglang_jit.fused_qk_norm_rope`, but for the meaning of low and high: with a factor other than 1
+    the frequency of pair i is (f / factor) * (1 - r) + f * r with r = (2i - low) / (high - low) held to [0, 1].
+    """
+    _common.norm_rope("fused_qk_norm_rope", qkv, (num_heads_q, num_heads_k, num_heads_v), head_dim, eps,
+                      (q_weight, k_weight), is_neox, position_ids, rotary_dim,
+                      (base, factor, low, high, attention_factor), intel=True)  # fmt: skip
+
+
+def fused_inplace_qknorm_rope(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    q_weight: torch.Tensor,
+    k_weight: torch.Tensor,
+    cos_sin_cache: torch.Tensor,
+    positions: torch.Tensor,
+    is_neox: bool,
+    eps: float = 1e-6,
+    head_dim: int = 0,
+    rope_dim: int = 0,
+) -> None:
+    """`ropewalk.compat.sglang_jit.fused_inplace_qknorm_rope`; is_neox and what follows may be given by place."""
+    _common.inplace_norm_rope(q, k, q_weight, k_weight, cos_sin_cache, positions, is_neox, eps, head_dim, rope_dim)
+
+
+def forward_xpu(
+    self: Any,
+    positions: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor | None,
+    offsets: torch.Tensor | None = None,
+    fused_set_kv_buffer_arg: Any = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The forward of SGLang's rotary layers on Intel GPUs, to be set as their method of that name:
+
+        RotaryEmbedding.forward_xpu = ropewalk.compat.sgl_kernel_xpu.forward_xpu
+
+    Every head size takes one kernel, which adds the offsets and fills the KV buffers too.
+
+    Args:
+        self: the layer: head_size, rotary_dim, is_neox_style, and cos_sin_cache [rows, rotary_dim] float32, float16 or
+            bfloat16, which is used as it is.
+        positions: [tokens] or [batch, tokens] int32 or int64.
+        query, key: [.., heads * head_size] or [.., heads, head_size] with positions' shape in front, or the number of
+            positions; rotated in place; key may be None.
+        offsets: like positions, added to them.
+        fused_set_kv_buffer_arg: a FusedSetKVBufferArg of `ropewalk.compat.sgl_kernel`, or any object with its fields.
+
+    Returns:
+        query and key themselves.
+
+    Raises:
+        ValueError: an argument does not fit. Nothing was written.
+    """
+    _common.rotate_flat("forward_xpu", positions, query, key, self.head_size, self.cos_sin_cache, self.is_neox_style,
+                        self.rotary_dim, fused_set_kv_buffer_arg, offsets)  # fmt: skip
+    return query, key
