@@ -320,6 +320,7 @@ TEST(Check, Scalars) {
         break;
       case Kind::kTensor:
       case Kind::kHandle:
+      case Kind::kQueue:
         break;
     }
   }
@@ -484,6 +485,10 @@ std::vector<Rule> Rules() {
          }
        },
        {"v_cache must have 4 dimensions like k_cache, but has 3"}},
+      {"SyclQueueOfTheCpu",
+       kF,
+       [](auto* a) { a->sycl_queue = a; },
+       {"sycl_queue is given, but q is on cpu"}},
       {"ScaleOfZero",
        kF,
        [](auto* a) {
