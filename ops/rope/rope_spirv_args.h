@@ -14,11 +14,11 @@ enum {
   kRopeSpecWeightDtype = 2,  // kRopeNoDtype: no weight
   kRopeSpecReference = 3,    // rounding
   kRopeSpecTableDtype = 4,   // kRopeNoDtype: angles from turns
-  kRopeSpecTableVector = 5,  // elements of one access to the table: 1, or as many as fit
+  kRopeSpecTableVector = 5,  // 1: several elements of the table at a time
   kRopeSpecAxes = 6,
   kRopeSpecCacheDtype = 7,   // kRopeNoDtype: no store
   kRopeSpecUnits = 8,        // units that a lane keeps in registers, 1, 2 or 4; 0: it takes any number, one at a time
-  kRopeSpecLanes = 9,        // work-items of a head if that is 4, 8 or 16; 0: as rope_spirv_shape says
+  kRopeSpecLanes = 9,        // work-items of a head if that is 4, 8 or 16 and each has all its units; 0: any, by the shape
   kRopeSpecCount = 10
 };
 
@@ -27,6 +27,7 @@ typedef struct {
   rw_u64 page_multiplier;   // page of a slot: the upper half of 2 slot x page_multiplier, shifted by page_shift
   rw_i32 page_shift;
   rw_i32 lanes;             // work-items of a head
+  rw_i32 lane_multiplier;   // 2^16 / lanes, rounded up
   rw_i32 heads_at_once;     // of a sub-group: 16 / lanes
   rw_i32 units;             // of a head: pairs of vectors that are rotated
   rw_i32 rest, before;      // vectors outside the rotated part that matter, and how many of them lie before it
@@ -37,6 +38,7 @@ typedef struct {
   rw_i32 out_of_place, store_k, store_v, zero_centered;
   rw_u32 sine_flip;         // the sign bit if inverse
   float inverse_head_dim;
+  rw_i32 reserved;
 } rope_spirv_shape;
 
 typedef struct {
@@ -44,7 +46,7 @@ typedef struct {
   rope_spirv_shape shape;
 } rope_spirv_params;
 
-#define ROPE_SPIRV_PARAMS_SIZE (ROPE_PARAMS_SIZE + 88)
+#define ROPE_SPIRV_PARAMS_SIZE (ROPE_PARAMS_SIZE + 96)
 #if defined(__cplusplus)
 static_assert(sizeof(rope_spirv_params) == ROPE_SPIRV_PARAMS_SIZE, "rope_spirv_params must have one layout");
 #endif
