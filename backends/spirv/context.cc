@@ -145,11 +145,16 @@ Status SpirvContext::TakeFaults(std::string* text) {
   return text->empty() ? Status() : ResetFaults();
 }
 
-void ExplainSpirv(const RopeCall& call, const RopeSpirvPlan& plan, const SpirvKernel* kernel,
+void ExplainSpirv(const char* backend, const RopeCall& call, const RopeSpirvPlan& plan, const SpirvKernel* kernel,
                   std::vector<std::pair<std::string, std::string>>* explanation) {
   const auto add = [&](const char* key, std::string value) { explanation->emplace_back(key, std::move(value)); };
-  add("kernel", RopeSpirvName(plan.key));
-  add("source", kernel ? "memory, from SPIR-V" : "would be built now from SPIR-V");
+  if (plan.empty()) {
+    add("kernel", "none");
+    add("why", "there is no work");
+    return;
+  }
+  add("kernel", Text(backend, " ", RopeSpirvName(plan.key)));
+  add("source", kernel ? Text("memory, ", kernel->source) : "would be built now from SPIR-V");
   if (kernel && kernel->spilled_bytes >= 0) add("spilled bytes", Text(kernel->spilled_bytes));
   add("angles", NeedsFrequencies(call) ? "frequencies" : "table");
   add("groups", Text(plan.groups[0], " x ", plan.groups[1], " x ", plan.groups[2]));

@@ -22,6 +22,7 @@ namespace ropewalk {
 struct SpirvKernel {
   RopeSpirvKey key;
   std::string name;          // RopeSpirvName
+  std::string source = "from SPIR-V";  // for explain()
   void* module = nullptr;    // of the backend, as
   void* function = nullptr;  // this is: a cl_kernel, a ze_kernel_handle_t, ..
   int spilled_bytes = -1;    // -1: the driver does not say
@@ -90,8 +91,8 @@ class SpirvContext {
   std::atomic<rope_fault*> faults_{nullptr};
 };
 
-// Adds what explain() says of a kernel that a plan wants.
-void ExplainSpirv(const RopeCall& call, const RopeSpirvPlan& plan, const SpirvKernel* kernel,
+// Adds what explain() says of the kernel that a plan wants; null: it is not built yet.
+void ExplainSpirv(const char* backend, const RopeCall& call, const RopeSpirvPlan& plan, const SpirvKernel* kernel,
                   std::vector<std::pair<std::string, std::string>>* explanation);
 
 }  // namespace ropewalk

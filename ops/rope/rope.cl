@@ -402,13 +402,9 @@ RW_INLINE float rope_inverse_scale(const __private rope_choices* k, const __glob
   return 1.0f / (scale ? scale[(rw_i64)head * stride] : value);
 }
 
-RW_INLINE rope_head rope_head_of(const __private rope_choices* k, const __private rope_all* a, const __private rope_token* t,
-                                 int h) {
+RW_INLINE rope_head rope_head_of(const __private rope_all* a, const __private rope_token* t, int h) {
   const __private rope_params* p = a->p;
   rope_head head;
-  head.stored = 0;
-  head.cache = 0;
-  head.inverse_scale = 1.0f;
   if (h < p->q_heads) {
     head.in = a->q + rope_offset(&p->q, t, h) * RW_SIZE;
     head.out = a->q_out + rope_offset(&p->q_out, t, h) * RW_SIZE;
@@ -418,14 +414,20 @@ RW_INLINE rope_head rope_head_of(const __private rope_choices* k, const __privat
     head.in = a->k + rope_offset(&p->k, t, h) * RW_SIZE;
     head.out = a->k_out + rope_offset(&p->k_out, t, h) * RW_SIZE;
     head.weight = a->k_weight;
-    if (k->cache_dtype != kRopeNoDtype && a->s->store_k && t->slot >= 0) {
-      head.stored = 1;
-      head.cache =
-          a->k_cache + (rope_slot_offset(a, &p->k_cache, t->slot) + h * p->k_cache.head) * rw_size_of(k->cache_dtype);
-      head.inverse_scale = rope_inverse_scale(k, a->k_scale, p->k_scale, h, p->k_scale_head);
-    }
   }
   return head;
+}
+
+// Where the head is stored.
+RW_INLINE void rope_find_cache(const __private rope_choices* k, const __private rope_all* a, const __private rope_token* t,
+                               int h, __private rope_head* head) {
+  const __private rope_params* p = a->p;
+  head->stored = 0;
+  if (k->cache_dtype == kRopeNoDtype || !a->s->store_k || t->slot < 0 || h < p->q_heads) return;
+  h -= p->q_heads;
+  head->stored = 1;
+  head->cache = a->k_cache + (rope_slot_offset(a, &p->k_cache, t->slot) + h * p->k_cache.head) * rw_size_of(k->cache_dtype);
+  head->inverse_scale = rope_inverse_scale(k, a->k_scale, p->k_scale, h, p->k_scale_head);
 }
 
 RW_INLINE void rope_write_cache(const __private rope_choices* k, const __private rope_head* head, int begin, rw_floats v,
@@ -513,8 +515,10 @@ ROPE_KERNEL void rope_kernel(__global void* q, __global void* k_tensor, const __
 #else
   __local float* exchange = 0;
 #endif
-  const rope_choices choices = {ROPE_CONSTANT(0), ROPE_CONSTANT(1), ROPE_CONSTANT(2), ROPE_CONSTANT(3), ROPE_CONSTANT(4),
-                                ROPE_CONSTANT(5), ROPE_CONSTANT(6), ROPE_CONSTANT(7), ROPE_CONSTANT(8), ROPE_CONSTANT(9)};
+  // Where a device gains less by a variant than its build costs, the choice is an argument.
+#define ROPE_CHOICE(number) (ROPE_CONSTANT(number) == kRopeSpecArgument ? params.shape.choices[number] : ROPE_CONSTANT(number))
+  const rope_choices choices = {ROPE_CHOICE(0), ROPE_CHOICE(1), ROPE_CHOICE(2),   ROPE_CHOICE(3),   ROPE_CHOICE(4),
+                                ROPE_CHOICE(5), ROPE_CHOICE(6), ROPE_CHOICE(7), ROPE_CONSTANT(8), ROPE_CONSTANT(9)};
   const rope_all all = {(rw_in)q,         (rw_in)k_tensor,  (rw_in)v,          (rw_out)q_out, (rw_out)k_out,
                         (rw_out)k_cache,  (rw_out)v_cache,  positions,         offsets,       cos_table,
                         sin_table,        slots,            axes,              turns,         (rw_in)q_weight,
@@ -539,39 +543,38 @@ ROPE_KERNEL void rope_kernel(__global void* q, __global void* k_tensor, const __
 #define ROPE_UNIT(i) (lane + (i) * lanes)
 #define ROPE_HAS_UNIT(i) (k->lanes || ROPE_UNIT(i) < s->units)
 
-  const rope_token here = {batch, token, -1, 0, 0};
-  rw_words x[ROPE_MAX_UNITS], y[ROPE_MAX_UNITS];
-#define ROPE_FETCH(h)                                                                         \
-  if (k->units && (h) < heads) {                                                              \
-    const rw_in in = rope_head_of(k, a, &here, h).in;                                         \
-    RW_UNROLL for (int i = 0; i < ROPE_MAX_UNITS; ++i) {                                      \
-      if (i >= k->units || !ROPE_HAS_UNIT(i)) continue;                                       \
-      const rw_in at = in + rope_unit_begin(k, a, ROPE_UNIT(i)) * RW_SIZE;                    \
-      x[i] = rw_load(at);                                                                     \
-      y[i] = rw_load(at + rope_unit_distance(k, a) * RW_SIZE);                                \
-    }                                                                                         \
-  }
-  // Asked for before anything waits.
-  ROPE_FETCH(first)
-
-  const rope_token t = rope_plan_token(k, a, batch, token, id == 0 && turn_first == 0);
-  if (t.poisoned || t.left_out) {
-    if (t.left_out && !s->out_of_place) return;
-    RW_ROLLED for (int h = first; h < heads; h += step) {
-      const rope_head head = rope_head_of(k, a, &here, h);
-      rope_fill_head(a, &head, t.poisoned, lane, lanes);
-    }
-    return;
-  }
-  const rw_i64 position = k->axes ? 0 : rope_position_of(a, batch, token, 0);
+  rope_token t = {batch, token, -1, 0, 0};
+  rw_i64 position = 0;
   rw_floats cos[ROPE_MAX_UNITS], sin[ROPE_MAX_UNITS];
-  RW_UNROLL for (int i = 0; i < ROPE_MAX_UNITS; ++i) {
-    if (i >= k->units || !ROPE_HAS_UNIT(i)) continue;
-    rope_cos_sin_of(k, a, &t, position, ROPE_UNIT(i), &cos[i], &sin[i]);
-  }
-
-  RW_ROLLED for (int h = first, turn = turn_first; turn < heads; h += step, turn += step) {
-    const rope_head head = rope_head_of(k, a, &t, h < heads ? h : 0);
+  int h = first;
+  RW_ROLLED for (int turn = turn_first;;) {
+    // Asked for before anything waits: in the first turn the slot is not known yet, nor needed for this.
+    rope_head head = rope_head_of(a, &t, h < heads ? h : 0);
+    rw_words x[ROPE_MAX_UNITS], y[ROPE_MAX_UNITS];
+    if (k->units && h < heads) {
+      RW_UNROLL for (int i = 0; i < ROPE_MAX_UNITS; ++i) {
+        if (i >= k->units || !ROPE_HAS_UNIT(i)) continue;
+        const rw_in at = head.in + rope_unit_begin(k, a, ROPE_UNIT(i)) * RW_SIZE;
+        x[i] = rw_load(at);
+        y[i] = rw_load(at + rope_unit_distance(k, a) * RW_SIZE);
+      }
+    }
+    if (turn == turn_first) {
+      t = rope_plan_token(k, a, batch, token, id == 0 && turn_first == 0);
+      if (t.poisoned || t.left_out) {
+        if (t.left_out && !s->out_of_place) return;
+        RW_ROLLED for (; h < heads; h += step) {
+          head = rope_head_of(a, &t, h);
+          rope_fill_head(a, &head, t.poisoned, lane, lanes);
+        }
+        return;
+      }
+      if (!k->axes) position = rope_position_of(a, batch, token, 0);
+      RW_UNROLL for (int i = 0; i < ROPE_MAX_UNITS; ++i) {
+        if (i >= k->units || !ROPE_HAS_UNIT(i)) continue;
+        rope_cos_sin_of(k, a, &t, position, ROPE_UNIT(i), &cos[i], &sin[i]);
+      }
+    }
     float rstd = 0.0f;
     if (k->norm) {
       if (h < heads) {
@@ -594,6 +597,7 @@ ROPE_KERNEL void rope_kernel(__global void* q, __global void* k_tensor, const __
       rstd = ROPE_DTYPE == 1 || k->reference ? rw_exact_rsqrt(mean) : rsqrt(mean);
     }
     if (h < heads) {
+      rope_find_cache(k, a, &t, h, &head);
       RW_UNROLL for (int i = 0; i < ROPE_MAX_UNITS; ++i) {
         if (i >= k->units || !ROPE_HAS_UNIT(i)) continue;
         rope_write_unit(k, a, &head, rope_unit_begin(k, a, ROPE_UNIT(i)), x[i], y[i], rstd, cos[i], sin[i]);
@@ -610,13 +614,13 @@ ROPE_KERNEL void rope_kernel(__global void* q, __global void* k_tensor, const __
       RW_ROLLED for (int i = lane; i < s->rest; i += lanes) {
         rope_write_rest(k, a, &head, rope_rest_begin(a, i), rstd);
       }
+      h += step;
     }
-    ROPE_FETCH(h + step)
+    turn += step;
+    if (turn >= heads) break;
   }
   if (k->cache_dtype != kRopeNoDtype && s->store_v && t.slot >= 0) {
     // After the heads of q and k, in the same order: the group that would take the head after them takes the first of v.
-    int h = first;
-    if (h < heads) h += (heads - h + step - 1) / step * step;
     RW_ROLLED for (; h < all_heads; h += step) rope_store_v(k, a, &t, h - heads, lane, lanes);
   }
 }

@@ -136,6 +136,11 @@ Status PlanRopeSpirv(const RopeCall& call, const SpirvDevice& device, RopeSpirvP
   key.constants[kRopeSpecLanes] = static_cast<uint8_t>(exact ? lanes : 0);
 
   rope_spirv_shape& s = plan->shape;
+  std::ranges::copy(key.constants, s.choices);
+  if (device.general) {
+    std::fill_n(key.constants.begin(), int{kRopeSpecUnits}, uint8_t{kRopeSpecArgument});
+    key.constants[kRopeSpecLanes] = 0;
+  }
   ChoosePages(p.page_size, &s);
   s.lanes = lanes;
   s.lane_multiplier = (65536 + lanes - 1) / lanes;
@@ -197,6 +202,9 @@ std::string RopeOpenClDefines(const RopeSpirvKey& key) {
 std::string RopeSpirvName(const RopeSpirvKey& key) {
   constexpr const char* kDtypes[] = {"", "float32", "float16", "bfloat16", "e4m3", "e5m2"};
   const auto& c = key.constants;
+  if (c[kRopeSpecNorm] == kRopeSpecArgument) {
+    return Text(kDtypes[key.dtype], " general v", int{key.vector}, " u", int{c[kRopeSpecUnits]});
+  }
   std::string name = Text(kDtypes[key.dtype], c[kRopeSpecInterleaved] ? " interleaved" : " neox");
   if (c[kRopeSpecNorm]) {
     Append(&name, Text(" rms", c[kRopeSpecWeightDtype] ? Text("*w:", kDtypes[c[kRopeSpecWeightDtype]]) : Text()));

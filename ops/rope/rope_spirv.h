@@ -39,6 +39,7 @@ inline constexpr const char* kRopeLevelZeroOptions = "-ze-opt-greater-than-4GB-b
 struct SpirvDevice {
   int threads = 0;       // hardware threads, each of which runs one sub-group
   int max_local = 256;   // work-items of a work-group
+  bool general = false;  // builds are dear: few kernels, whose choices are arguments
 };
 
 // A 32-bit specialisation constant.

@@ -21,6 +21,8 @@ enum {
   kRopeSpecLanes = 9,        // work-items of a head if that is 4, 8 or 16 and each has all its units; 0: any, by the shape
   kRopeSpecCount = 10
 };
+// A constant of this value: the choice is in rope_spirv_shape. Not for units and lanes.
+enum { kRopeSpecArgument = 255 };
 
 // The same values for every work-item that the kernel would else have to compute from the params.
 typedef struct {
@@ -39,6 +41,7 @@ typedef struct {
   rw_u32 sine_flip;         // the sign bit if inverse
   float inverse_head_dim;
   rw_i32 reserved;
+  rw_i32 choices[kRopeSpecCount];  // the values of the constants that are kRopeSpecArgument
 } rope_spirv_shape;
 
 typedef struct {
@@ -46,7 +49,7 @@ typedef struct {
   rope_spirv_shape shape;
 } rope_spirv_params;
 
-#define ROPE_SPIRV_PARAMS_SIZE (ROPE_PARAMS_SIZE + 96)
+#define ROPE_SPIRV_PARAMS_SIZE (ROPE_PARAMS_SIZE + 136)
 #if defined(__cplusplus)
 static_assert(sizeof(rope_spirv_params) == ROPE_SPIRV_PARAMS_SIZE, "rope_spirv_params must have one layout");
 #endif
