@@ -47,7 +47,7 @@ struct Kernel {
 };
 
 std::string Compile(const std::string& source) {
-  static const std::vector<std::string> paths = {"kernels/kernel_types.h",    "ops/rope/rope_params.h",
+  static const std::vector<std::string> paths = {"kernels/kernel_types.h",    "ops/rope/rope_params.h",   "ops/rope/rope_fault.h",
                                                  "ops/rope/rope_cuda_args.h", "kernels/cuda/vector.cuh",
                                                  "kernels/cuda/angle.cuh",    "ops/rope/rope.cuh"};
   static const std::vector<std::string> texts = [] {

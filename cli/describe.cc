@@ -27,6 +27,7 @@ std::string KindOf(const Json& arg) {
   const std::string kind = arg["kind"];
   if (kind == "tensor") return Code(arg["shape"]);
   if (kind == "handle") return "`Frequencies`";
+  if (kind == "queue") return "a SYCL queue";
   if (kind == "choice") {
     const Json& choices = arg["choices"];
     return fmt::format("`\"{}\"` or `\"{}\"`", choices[0].get<std::string>(), choices[1].get<std::string>());

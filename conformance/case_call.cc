@@ -561,6 +561,7 @@ struct CaseCall::Builder {
       ROPEWALK_TRY(call.memory_.CopyIn(buffer->device, buffer->initial.data(), buffer->initial.size()));
     }
     call.args_ = call.host_args_;
+    call.args_.sycl_queue = call.memory_.sycl_queue();
     for (const auto& tensor : call.tensors_) {
       tensor->on_device = tensor->on_host;
       const ptrdiff_t at = static_cast<const uint8_t*>(tensor->on_host.data) - tensor->buffer->initial.data();

@@ -68,8 +68,7 @@ class Cuda final : public DeviceMemory {
 
 }  // namespace
 
-DeviceMemory& MemoryOf(std::string_view backend) {
-  if (backend.substr(0, backend.find(':')) != "cuda") return HostMemory();
+DeviceMemory& CudaMemory() {
   static Cuda cuda(0);
   return cuda;
 }

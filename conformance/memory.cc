@@ -36,4 +36,11 @@ DeviceMemory& HostMemory() {
   return host;
 }
 
+DeviceMemory& MemoryOf(std::string_view backend) {
+  const std::string_view name = backend.substr(0, backend.find(':'));
+  if (name == "cuda") return CudaMemory();
+  if (name == "intel") return LevelZeroMemory();
+  return HostMemory();
+}
+
 }  // namespace ropewalk

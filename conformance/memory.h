@@ -16,6 +16,7 @@ class DeviceMemory {
   virtual ~DeviceMemory() = default;
   virtual DLDevice device() const = 0;
   virtual void* stream() const { return nullptr; }        // for ropewalk_rope
+  virtual void* sycl_queue() const { return nullptr; }    // likewise
   virtual Status Allocate(size_t bytes, void** out) = 0;  // aligned to 256 bytes at least
   virtual void Free(void* memory) = 0;
   virtual Status CopyIn(void* device, const void* host, size_t bytes) = 0;
@@ -24,6 +25,8 @@ class DeviceMemory {
 };
 
 DeviceMemory& HostMemory();
+DeviceMemory& CudaMemory();       // of cuda:0
+DeviceMemory& LevelZeroMemory();  // of xpu:0, without SYCL
 // The memory that a backend's tensors lie in: "cpu", "cpu:avx2", "cuda", ..
 DeviceMemory& MemoryOf(std::string_view backend);
 

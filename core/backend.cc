@@ -7,7 +7,8 @@
 
 #include "backends/cpu/cpu.h"
 #include "backends/cuda/cuda.h"
-#include "backends/none/none.h"
+#include "backends/level_zero/level_zero.h"
+#include "backends/opencl/opencl.h"
 #include "core/text.h"
 
 namespace ropewalk {
@@ -18,7 +19,7 @@ std::atomic<const Backend*> forced{nullptr};
 }  // namespace
 
 std::span<const Backend* const> Backends() {
-  static constexpr const Backend* kBackends[] = {&kCpuBackend, &kCudaBackend, &kIntelBackend};
+  static constexpr const Backend* kBackends[] = {&kCpuBackend, &kCudaBackend, &kIntelBackend, &kOpenClBackend};
   return kBackends;
 }
 
@@ -35,7 +36,7 @@ Status ChooseBackend(DLDevice device, const Backend** backend) {
     *backend = candidate;
     return {};
   }
-  return Status::Invalid(Text("rope: q must be on the CPU, an NVIDIA GPU or an Intel GPU, but is on ", DeviceName(device)));
+  return Status::Invalid(Text("rope: q must be on the CPU, an NVIDIA GPU, an Intel GPU or an OpenCL device, but is on ", DeviceName(device)));
 }
 
 Status ForceBackend(const char* name) {

@@ -13,7 +13,6 @@ namespace {
 // DLPack's codes for 8-bit floats, newer than the oldest dlpack.h that we build with.
 constexpr uint8_t kDlFloat8E4M3Fn = 10;
 constexpr uint8_t kDlFloat8E5M2 = 12;
-constexpr int32_t kDlOneApi = 14;
 
 struct DtypeEntry {
   uint32_t dtype;
@@ -270,7 +269,7 @@ Status Check(const char* op, std::span<const Arg> args_table, const void* args, 
   Checker checker{op, args_table, args, mapped_axes, nullptr, sizes};
   for (size_t i = 0; i < args_table.size(); ++i) {
     const Arg& arg = args_table[i];
-    if (arg.kind == Kind::kHandle) continue;
+    if (arg.kind == Kind::kHandle || arg.kind == Kind::kQueue) continue;
     if (arg.kind != Kind::kTensor) {
       ROPEWALK_TRY(checker.CheckScalar(arg));
       continue;
@@ -312,6 +311,7 @@ const char* KindName(Kind kind) {
   switch (kind) {
     case Kind::kTensor: return "tensor";
     case Kind::kHandle: return "handle";
+    case Kind::kQueue: return "queue";
     case Kind::kInt: return "int";
     case Kind::kBool: return "bool";
     case Kind::kChoice: return "choice";
@@ -358,7 +358,8 @@ std::string TorchSchema(const char* op, std::span<const Arg> args_table) {
         Append(&out, Text("Tensor", mark, optional, " ", arg.name, optional.empty() ? "" : "=None"));
         break;
       }
-      case Kind::kHandle: Append(&out, Text("int ", arg.name, "=0")); break;
+      case Kind::kHandle:
+      case Kind::kQueue: Append(&out, Text("int ", arg.name, "=0")); break;
       case Kind::kDouble: Append(&out, Text("float ", arg.name, "=", arg.default_text)); break;
       default: Append(&out, Text("int ", arg.name, "=0")); break;
     }

@@ -18,6 +18,8 @@
 
 namespace ropewalk {
 
+inline constexpr int32_t kDlOneApi = 14;  // DLPack's kDLOneAPI: SYCL's unified shared memory; Intel GPUs
+
 // Bits, so that an argument can accept several.
 enum Dtype : uint32_t {
   kF32 = 1u << 0,
@@ -46,7 +48,7 @@ enum class Dim : uint8_t {
 };
 const char* DimName(Dim dim);
 
-enum class Kind : uint8_t { kTensor, kHandle, kInt, kBool, kChoice, kDouble };
+enum class Kind : uint8_t { kTensor, kHandle, kQueue, kInt, kBool, kChoice, kDouble };
 enum class Intent : uint8_t { kIn, kOut, kInOut };
 
 enum Flag : uint32_t {

@@ -29,7 +29,7 @@ namespace {
 void Describe(const ropewalk_rope_args& args) {
   for (const Arg& arg : RopeDescription()) {
     const char* field = reinterpret_cast<const char*>(&args) + arg.offset;
-    if (arg.kind == Kind::kDouble || arg.kind == Kind::kHandle) continue;
+    if (arg.kind == Kind::kDouble || arg.kind == Kind::kHandle || arg.kind == Kind::kQueue) continue;
     if (arg.kind != Kind::kTensor) {
       int32_t value;
       std::memcpy(&value, field, sizeof(value));
@@ -335,7 +335,7 @@ void MakeCall(Bytes& bytes, Call* call) {
     }
     if (bytes.OneIn(64)) {
       if (arg.kind == Kind::kDouble) args.eps = bytes.OneIn(2) ? NAN : static_cast<int8_t>(bytes.Next());
-      if (arg.kind != Kind::kDouble && arg.kind != Kind::kHandle) {
+      if (arg.kind != Kind::kDouble && arg.kind != Kind::kHandle && arg.kind != Kind::kQueue) {
         SetField<int32_t>(&args, arg.offset, bytes.OneIn(2) ? static_cast<int32_t>(bytes.Wide()) : bytes.Next() % 16);
       }
     }

@@ -29,7 +29,8 @@ static_assert(offsetof(ropewalk_rope_args, q_weight) == 96);
 static_assert(offsetof(ropewalk_rope_args, eps) == 120);
 static_assert(offsetof(ropewalk_rope_args, q_out) == 128);
 static_assert(offsetof(ropewalk_rope_args, v_scale) == 184);
-static_assert(sizeof(ropewalk_rope_args) == 192);
+static_assert(offsetof(ropewalk_rope_args, sycl_queue) == 192);
+static_assert(sizeof(ropewalk_rope_args) == 200);
 #endif
 
 struct Tensor {
@@ -132,9 +133,8 @@ TEST(Abi, DescriptionNamesEveryFieldOnce) {
   std::vector<char> covered(sizeof(ropewalk_rope_args));
   for (const Arg& arg : RopeDescription()) {
     EXPECT_NE(schema.find(std::string(" ") + arg.name), std::string::npos) << arg.name;
-    const size_t size = arg.kind == Kind::kTensor || arg.kind == Kind::kHandle ? sizeof(void*)
-                        : arg.kind == Kind::kDouble                            ? sizeof(double)
-                                                                               : sizeof(int32_t);
+    const bool pointer = arg.kind == Kind::kTensor || arg.kind == Kind::kHandle || arg.kind == Kind::kQueue;
+    const size_t size = pointer ? sizeof(void*) : arg.kind == Kind::kDouble ? sizeof(double) : sizeof(int32_t);
     for (size_t i = arg.offset; i < arg.offset + size; ++i) EXPECT_EQ(covered[i]++, 0) << arg.name;
   }
   for (size_t i = sizeof(uint32_t); i < covered.size(); ++i) EXPECT_EQ(covered[i], 1) << "byte " << i;

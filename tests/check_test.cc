@@ -316,6 +316,7 @@ TEST(Check, Scalars) {
         break;
       case Kind::kTensor:
       case Kind::kHandle:
+      case Kind::kQueue:
         break;
     }
   }
@@ -480,6 +481,10 @@ std::vector<Rule> Rules() {
          }
        },
        {"v_cache must have 4 dimensions like k_cache, but has 3"}},
+      {"SyclQueueOfTheCpu",
+       kF,
+       [](auto* a) { a->sycl_queue = a; },
+       {"sycl_queue is given, but q is on cpu"}},
       {"ScaleOfZero",
        kF,
        [](auto* a) {

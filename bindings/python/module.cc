@@ -83,6 +83,20 @@ bool GetBytes(const TVMFFIAny& value, std::string_view* out) {
 // ---- the operation
 // ----------------------------------------------------------------------------------------------------
 
+// Python's function from the index of an Intel GPU to the address of its current SYCL queue.
+TVMFFIObjectHandle find_sycl_queue = nullptr;
+
+int FindSyclQueue(int32_t device, void** queue) {
+  if (!find_sycl_queue) return 0;
+  TVMFFIAny argument{}, result{};
+  argument.type_index = kTVMFFIInt;
+  argument.v_int64 = device;
+  result.type_index = kTVMFFINone;
+  if (const int error = TVMFFIFunctionCall(find_sycl_queue, &argument, 1, &result)) return error;
+  if (IsInt(result)) *queue = reinterpret_cast<void*>(result.v_int64);
+  return 0;
+}
+
 // A scale given as a Python number: a tensor of no dimensions, on the host.
 struct HostScalar {
   DLTensor tensor = {};
@@ -123,6 +137,10 @@ struct RopeArgs {
         if (!IsInt(value)) return false;
         Set(arg, reinterpret_cast<void*>(value.v_int64));
         return true;
+      case Kind::kQueue:
+        if (!IsInt(value)) return false;
+        Set(arg, reinterpret_cast<void*>(value.v_int64));
+        return true;
       case Kind::kDouble:
         if (!GetDouble(value, &number)) return false;
         Set(arg, number);
@@ -145,10 +163,13 @@ struct RopeArgs {
       const char* wanted = arg.kind == Kind::kTensor   ? "a tensor with DLPack (torch, numpy, ..)"
                            : arg.kind == Kind::kDouble ? "a number"
                            : arg.kind == Kind::kHandle ? "a ropewalk.Frequencies"
+                           : arg.kind == Kind::kQueue  ? "a dpctl.SyclQueue, a torch.xpu.Stream or an address"
                                                        : "an int";
       return Raise("TypeError", std::string("rope: ") + arg.name + " must be " + wanted);
     }
-    if (args.q && args.q->device.device_type != kDLCPU) {
+    if (args.q && static_cast<int32_t>(args.q->device.device_type) == ropewalk::kDlOneApi) {
+      if (!args.sycl_queue) return FindSyclQueue(args.q->device.device_id, &args.sycl_queue);
+    } else if (args.q && args.q->device.device_type != kDLCPU) {
       stream = TVMFFIEnvGetStream(static_cast<int32_t>(args.q->device.device_type), args.q->device.device_id);
     }
     return 0;
@@ -244,6 +265,14 @@ EXPORT(description, 0) { return ReturnText(result, ropewalk_description()); }
 EXPORT(torch_schema, 0) { return ReturnText(result, ropewalk_torch_schema()); }
 EXPORT(use_torch_threads, 0) { return Return(result, UseTorchThreads(), kTVMFFIBool); }
 EXPORT(set_threads, 1) { return Raise(ropewalk_set_threads(static_cast<int32_t>(args[0].v_int64))); }
+// (function): what finds the queue of calls on Intel GPUs that name none.
+EXPORT(set_find_sycl_queue, 1) {
+  if (args[0].type_index != kTVMFFIFunction) return Raise("TypeError", "set_find_sycl_queue: needs a function");
+  TVMFFIObjectIncRef(args[0].v_obj);
+  if (find_sycl_queue) TVMFFIObjectDecRef(find_sycl_queue);
+  find_sycl_queue = args[0].v_obj;
+  return 0;
+}
 EXPORT(default_threads, 0) { return Raise(ropewalk_set_parallel_for(nullptr, nullptr)); }
 EXPORT(force_backend, 1) {
   std::string name;

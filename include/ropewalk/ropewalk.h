@@ -88,6 +88,8 @@ typedef struct ropewalk_rope_args {
   const DLTensor* slots ROPEWALK_DEFAULT(nullptr);    // [batch?, tokens] int32 | int64; negative: the token is not stored
   const DLTensor* k_scale ROPEWALK_DEFAULT(nullptr);  // [] or [k_heads] float32: an fp8 cache holds k / k_scale
   const DLTensor* v_scale ROPEWALK_DEFAULT(nullptr);  // [] or [k_heads] float32: an fp8 cache holds v / v_scale
+
+  void* sycl_queue ROPEWALK_DEFAULT(nullptr);  // a sycl::queue* to work on instead of `stream`; tensors are its USM (kDLOneAPI)
 } ropewalk_rope_args;
 
 #ifdef __cplusplus
@@ -97,7 +99,8 @@ typedef struct ropewalk_rope_args {
 #endif
 
 // Does the operation. `stream` is the caller's stream or queue on the device of q (a CUstream, a ze_command_list_handle_t,
-// a cl_command_queue); NULL: the device's default. On the CPU it is ignored and the call returns when the work is done.
+// a cl_command_queue); NULL: the device's default; on an Intel GPU the call then returns when the work is done, and a
+// sycl::queue goes in args->sycl_queue. On the CPU it is ignored and the call returns when the work is done.
 // Bad arguments are refused with one sentence and nothing is written. A position past the table gives NaN in that token,
 // a slot past the cache is not stored, and ropewalk_check_faults() tells of both.
 ROPEWALK_API int ropewalk_rope(const ropewalk_rope_args* args, void* stream);

@@ -69,6 +69,7 @@ constexpr Arg kArgs[] = {
      kBroadcast | kHostScalar},
     {FIELD(v_scale), "an fp8 v_cache holds v / v_scale", Intent::kIn, kF32, nullptr, {Dim::kKHeads},
      kBroadcast | kHostScalar},
+    {SCALAR(sycl_queue, kQueue), "a SYCL queue to work on, for tensors in its unified shared memory"},
 };
 
 consteval size_t Index(std::string_view name) {
@@ -235,6 +236,13 @@ Status LowerRope(const ropewalk_rope_args& a, void* stream, RopeCall* call) {
   call->frequencies = a.frequencies;
   call->device = a.q->device;
   call->stream = stream;
+  call->sycl_queue = a.sycl_queue;
+  if (a.sycl_queue) {
+    if (static_cast<int32_t>(call->device.device_type) != kDlOneApi) {
+      return Invalid("sycl_queue is given, but q is on ", DeviceName(call->device));
+    }
+    if (stream) return Invalid("sycl_queue and stream are both given: the work goes to one of them");
+  }
   RopeTensors& t = call->tensors;
   rope_params& p = call->params;
   RopeVariant& v = call->variant;

@@ -61,6 +61,7 @@ struct RopeCall {
   const ropewalk_frequencies* frequencies = nullptr;
   DLDevice device;
   void* stream = nullptr;
+  void* sycl_queue = nullptr;  // a sycl::queue*, instead of the stream
 };
 
 std::span<const Arg> RopeDescription();

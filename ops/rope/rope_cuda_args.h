@@ -3,18 +3,8 @@
 #ifndef ROPEWALK_OPS_ROPE_ROPE_CUDA_ARGS_H_
 #define ROPEWALK_OPS_ROPE_ROPE_CUDA_ARGS_H_
 
+#include "ops/rope/rope_fault.h"
 #include "ops/rope/rope_params.h"
-
-// What a kernel leaves behind of the first token that it poisoned or did not store. On the device; `key` is all ones
-// while there is none.
-typedef struct {
-  rw_u64 key;       // row (of batch x tokens), times 4, plus the kind (kRopeFault..)
-  rw_i64 value;     // the position, slot or axis
-  rw_i64 limit;     // rows of the table, slots of the cache, axes
-  rw_i64 tokens;    // of a batch entry, to tell the row's batch and token
-  rw_u32 lock;
-  rw_u32 axis;      // of a position; the pair of an axis
-} rope_fault;
 
 // In the order of use: a line of the constant cache holds eight, and each one touched is a miss of its own in a kernel of
 // a microsecond. Rope needs the first line, table and store the second.

@@ -46,6 +46,7 @@ if TYPE_CHECKING:
         slots: Any
         k_scale: Any
         v_scale: Any
+        sycl_queue: Any
 
 
 __all__ = [
@@ -74,6 +75,7 @@ _force_backend = _module.function("force_backend")
 _set_threads = _module.function("set_threads")
 _default_threads = _module.function("default_threads")
 _use_torch_threads = _module.function("use_torch_threads")
+_module.function("set_find_sycl_queue")(_arrays.current_queue)
 
 _PAIRING = _arrays.CHOICES["pairing"]
 _NORM = _arrays.CHOICES["norm"]
@@ -126,6 +128,7 @@ def rope_(
     slots: Any = None,
     k_scale: Any = None,
     v_scale: Any = None,
+    sycl_queue: Any = None,
 ) -> tuple[Any, Any]:
     """Rotates q and k in place, optionally normalising each head before and storing k and v in a KV cache after.
 
@@ -163,6 +166,8 @@ def rope_(
             float8_e4m3fn or float8_e5m2; any strides.
         slots: [batch?, tokens] int32 or int64, where each token goes: page * page_size + place. Negative: not stored.
         k_scale, v_scale: a number, or [k_heads] float32: an fp8 cache holds k / k_scale.
+        sycl_queue: for tensors in SYCL's unified shared memory (Intel GPUs): the queue to work on, a dpctl.SyclQueue, a
+            torch.xpu.Stream or the address of a sycl::queue. None: torch's current one.
 
     Returns:
         q and k, or what was written instead of them.
@@ -184,7 +189,7 @@ def rope_(
         elif _is_compiling():
             _torch.rope_(q, k, positions, offsets, frequencies, cos, sin, cos_sin, axes, pairing, rotary_dim,
                          rotary_offset, inverse, norm, q_weight, k_weight, zero_centered_weight, eps, rounding, q_out,
-                         k_out, v, k_cache, v_cache, slots, k_scale, v_scale)  # fmt: skip
+                         k_out, v, k_cache, v_cache, slots, k_scale, v_scale, sycl_queue)  # fmt: skip
             return q if q_out is None else q_out, k if k_out is None else k_out
         else:
             # What requires grad, is lazily negated or is not torch's is looked at in detail below.
@@ -198,7 +203,7 @@ def rope_(
         handle = None if frequencies is None else frequencies._handle
         _rope(q, k, positions, offsets, handle, cos, sin, cos_sin, axes, _PAIRING[pairing], rotary_dim, rotary_offset,
               inverse, _NORM[norm], q_weight, k_weight, zero_centered_weight, eps, _ROUNDING[rounding], q_out, k_out, v,
-              k_cache, v_cache, slots, k_scale, v_scale)  # fmt: skip
+              k_cache, v_cache, slots, k_scale, v_scale, sycl_queue)  # fmt: skip
         return q if q_out is None else q_out, k if k_out is None else k_out
     except (TypeError, KeyError, AttributeError, BufferError, RuntimeError) as error:
         # All but a RuntimeError come from the types of the arguments, before anything was written: once more, more
@@ -210,7 +215,7 @@ def rope_(
             "rotary_offset": rotary_offset, "inverse": inverse, "norm": norm, "q_weight": q_weight,
             "k_weight": k_weight, "zero_centered_weight": zero_centered_weight, "eps": eps, "rounding": rounding,
             "q_out": q_out, "k_out": k_out, "v": v, "k_cache": k_cache, "v_cache": v_cache, "slots": slots,
-            "k_scale": k_scale, "v_scale": v_scale,
+            "k_scale": k_scale, "v_scale": v_scale, "sycl_queue": sycl_queue,
         }  # fmt: skip
     values = _arrays.values(arguments)
     if failure is not None:

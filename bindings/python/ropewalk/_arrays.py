@@ -134,6 +134,8 @@ def values(arguments: Mapping[str, Any]) -> list[Any]:
             if handle is None:
                 raise TypeError(f"rope: {name} must be a ropewalk.Frequencies, but is a {_type_name(value)}")
             value = handle
+        elif kind == "queue":
+            value = queue(value)
         elif kind == "float":
             if not isinstance(value, (int, float)):
                 raise TypeError(f"rope: {name} must be a number, but is a {_type_name(value)}")
@@ -144,6 +146,29 @@ def values(arguments: Mapping[str, Any]) -> list[Any]:
             )
         out.append(value)
     return out
+
+
+def queue(value: Any) -> int | None:
+    """The address of the sycl::queue that a queue of dpctl, a stream of torch or an address stands for."""
+    if value is None or (isinstance(value, int) and not isinstance(value, bool)):
+        return value
+    if hasattr(value, "addressof_ref"):  # dpctl.SyclQueue
+        return value.addressof_ref()
+    address = getattr(value, "sycl_queue", None)  # torch.xpu.Stream; dpctl's arrays and memory
+    if address is not None:
+        return queue(address)
+    raise TypeError(
+        "rope: sycl_queue must be a dpctl.SyclQueue, a torch.xpu.Stream or the address of a sycl::queue, "
+        f"but is a {_type_name(value)}"
+    )
+
+
+def current_queue(device: int) -> int | None:
+    """The address of torch's current queue on that Intel GPU; None if torch uses none here."""
+    xpu = getattr(torch, "xpu", None)
+    if xpu is None or not xpu.is_initialized():
+        return None
+    return xpu.current_stream(device).sycl_queue
 
 
 def choice(name: str, value: Any) -> int:

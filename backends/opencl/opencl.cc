@@ -1,0 +1,149 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "backends/opencl/opencl.h"
+
+#include <map>
+
+#include "backends/opencl/context.h"
+#include "backends/opencl/library.h"
+#include "core/text.h"
+
+namespace ropewalk {
+namespace {
+
+bool OnHost(const RopeCall& call) { return call.device.device_type == kDLCPU; }
+
+// The device's place among library.devices, if it can serve the call.
+Status Usable(const OpenClLibrary& library, const RopeCall& call, size_t* place) {
+  if (!library.status.ok()) {
+    return Status(library.status.code(),
+                  Text("rope: q is on ", DeviceName(call.device), ", but OpenCL is not available: ", library.status.text(),
+                       library.remedy.empty() ? "" : "; ", library.remedy));
+  }
+  *place = OnHost(call) ? 0 : static_cast<size_t>(call.device.device_id);
+  if (call.device.device_id < 0 || *place >= library.devices.size()) {
+    return Status::Invalid(Text("rope: q is on opencl:", call.device.device_id, ", but there are ", library.devices.size(),
+                                " OpenCL devices"));
+  }
+  const OpenClDevice& device = library.devices[*place];
+  if (!device.refusal.empty()) {
+    return Status::Unavailable(Text("rope: q is on opencl:", *place, ", but ", device.text, " ", device.refusal));
+  }
+  if (OnHost(call) && !device.system_memory) {
+    return Status::Unavailable(Text("rope: q is on the CPU, but ", device.text,
+                                    " does not work on the memory of the process; give tensors of SVM or USM as "
+                                    "kDLOpenCL, or choose another device (ROPEWALK_OPENCL_DEVICE)"));
+  }
+  return {};
+}
+
+bool Serves(DLDevice device) { return device.device_type == kDLOpenCL || device.device_type == kDLCPU; }
+
+Availability Available() {
+  const OpenClLibrary& library = GetOpenCl();
+  if (!library.status.ok()) return {false, library.status.text(), library.remedy};
+  std::string detail = library.path;
+  for (size_t i = 0; i < library.devices.size(); ++i) {
+    const OpenClDevice& device = library.devices[i];
+    Append(&detail, Text("; opencl:", i, " ", device.text, device.refusal.empty() ? "" : " ", device.refusal));
+  }
+  if (RopeSpirvModules().empty()) Append(&detail, Text("; without SPIR-V: ", RopeSpirvMissing()));
+  return {true, detail, ""};
+}
+
+Status Launch(const RopeCall& call) {
+  const OpenClLibrary& library = GetOpenCl();
+  size_t place = 0;
+  ROPEWALK_TRY(Usable(library, call, &place));
+  RopeSpirvPlan plan;
+  ROPEWALK_TRY(PlanRopeSpirv(call, library.devices[place].properties, &plan));
+  if (plan.empty()) return {};
+  auto queue = OnHost(call) ? nullptr : static_cast<cl::Queue>(call.stream);
+  const bool wait = !queue;
+  OpenClContext* context = nullptr;
+  ROPEWALK_TRY(FindOpenClContext(library, place, queue, &context));
+  SpirvContext::Ready ready;
+  if (!context->Find(call, plan.key, &ready)) ROPEWALK_TRY(context->Make(call, plan.key, &ready));
+  if (!queue) ROPEWALK_TRY(context->OwnQueue(&queue));
+  RopeSpirvArgs args;
+  FillRopeSpirvArgs(call, plan, ready.frequencies, ready.fault, &args);
+  ROPEWALK_TRY(context->Launch(ready.kernel, plan, args, queue));
+  // Nobody else can wait for a queue of ours.
+  return wait ? library.Check(library.Finish(queue), "clFinish", Text(" on ", context->device_name)) : Status();
+}
+
+Status Prepare(const RopeCall& call) {
+  const OpenClLibrary& library = GetOpenCl();
+  size_t place = 0;
+  ROPEWALK_TRY(Usable(library, call, &place));
+  RopeSpirvPlan plan;
+  ROPEWALK_TRY(PlanRopeSpirv(call, library.devices[place].properties, &plan));
+  if (plan.empty()) return {};
+  // In the contexts that queues have brought; in ours if there are none, or if that is where the call will run.
+  Status status;
+  bool prepared = false;
+  const auto make = [&](OpenClContext* context) {
+    SpirvContext::Ready ready;
+    if (status.ok() && !context->Find(call, plan.key, &ready)) status = context->Make(call, plan.key, &ready);
+    prepared = true;
+  };
+  ForEachOpenClContext([&](OpenClContext* context) {
+    if (context->device.handle == library.devices[place].handle) make(context);
+  });
+  if (!prepared) {
+    OpenClContext* context = nullptr;
+    ROPEWALK_TRY(FindOpenClContext(library, place, nullptr, &context));
+    make(context);
+  }
+  return status;
+}
+
+Status Explain(const RopeCall& call, Explanation* explanation) {
+  const OpenClLibrary& library = GetOpenCl();
+  size_t place = 0;
+  ROPEWALK_TRY(Usable(library, call, &place));
+  RopeSpirvPlan plan;
+  ROPEWALK_TRY(PlanRopeSpirv(call, library.devices[place].properties, &plan));
+  explanation->emplace_back("device", Text("opencl:", place, " ", library.devices[place].text));
+  const SpirvKernel* kernel = nullptr;
+  ForEachOpenClContext([&](OpenClContext* context) {
+    if (context->device.handle == library.devices[place].handle && !kernel) kernel = context->FindKernel(plan.key);
+  });
+  ExplainSpirv("opencl", call, plan, kernel, explanation);
+  return {};
+}
+
+Status CheckFaults() {
+  std::string fault;
+  Status error;
+  if (!OpenClWasLoaded()) return {};
+  ForEachOpenClContext([&](OpenClContext* context) {
+    if (!context->launched.load(std::memory_order_relaxed)) return;
+    std::string text;
+    Status status = context->TakeFaults(&text);
+    if (fault.empty()) fault = std::move(text);
+    if (error.ok()) error = std::move(status);
+  });
+  return fault.empty() ? error : Status::Fault(std::move(fault));
+}
+
+Status Force(const std::string& part) {
+  if (part.empty()) return {};
+  return Status::Invalid(Text("force_backend: opencl has no parts, but \"", part,
+                              "\" is asked for; ROPEWALK_OPENCL_DEVICE chooses a device"));
+}
+
+void Counters(std::vector<std::pair<std::string, int64_t>>* counters) {
+  std::map<std::string, int64_t> counts;
+  ForEachOpenClContext([&](OpenClContext* context) {
+    context->ForEachKernel([&](const SpirvKernel& kernel) {
+      if (const int64_t count = kernel.launches.load(std::memory_order_relaxed)) counts[kernel.name] += count;
+    });
+  });
+  for (const auto& [name, count] : counts) counters->emplace_back(Text("opencl ", name), count);
+}
+
+}  // namespace
+
+const Backend kOpenClBackend = {"opencl", Serves, Available, Launch, Prepare, Explain, CheckFaults, Force, Counters};
+
+}  // namespace ropewalk

@@ -1,0 +1,98 @@
+// What a backend that runs the SPIR-V kernel keeps for a device: kernels by variant, the turns of frequencies, the record
+// of faults. How a kernel is built and memory is had is each backend's own.
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <array>
+#include <atomic>
+#include <cstdint>
+#include <functional>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "core/status.h"
+#include "ops/rope/rope_spirv.h"
+
+namespace ropewalk {
+
+struct SpirvKernel {
+  RopeSpirvKey key;
+  std::string name;          // RopeSpirvName
+  std::string source = "from SPIR-V";  // for explain()
+  void* module = nullptr;    // of the backend, as
+  void* function = nullptr;  // this is: a cl_kernel, a ze_kernel_handle_t, ..
+  int spilled_bytes = -1;    // -1: the driver does not say
+  // Held from the first argument that is set to the launch, where a kernel's arguments are its state.
+  std::mutex mutex;
+  std::atomic<int64_t> launches{0};
+};
+
+class SpirvContext {
+ public:
+  virtual ~SpirvContext() = default;
+  SpirvContext(const SpirvContext&) = delete;
+  SpirvContext& operator=(const SpirvContext&) = delete;
+
+  const std::string device_name;      // "xpu:0 (Intel(R) Data Center GPU Max 1550)"
+  const SpirvDevice properties;
+  std::atomic<bool> launched{false};  // since the last TakeFaults
+
+  // What a launch needs and prepare() makes.
+  struct Ready {
+    SpirvKernel* kernel = nullptr;
+    const void* frequencies = nullptr;  // on the device: turns, then axes; null with a table
+    rope_fault* fault = nullptr;        // on the device: one of four, so that the message can say what the kernel cannot
+  };
+  // Lock-free, without allocation; false if something is still to be made.
+  bool Find(const RopeCall& call, const RopeSpirvKey& key, Ready* ready);
+  // Makes what is missing; may allocate, build and wait. Copies stay as long as the context.
+  Status Make(const RopeCall& call, const RopeSpirvKey& key, Ready* ready);
+  SpirvKernel* FindKernel(const RopeSpirvKey& key) const;
+
+  // Waits for the device where the backend can; "" or the first fault since the last call.
+  Status TakeFaults(std::string* text);
+  void ForEachKernel(const std::function<void(const SpirvKernel&)>& visit) const;
+
+ protected:
+  SpirvContext(std::string name, SpirvDevice device) : device_name(std::move(name)), properties(device) {}
+
+  // Never two at a time.
+  virtual Status Build(const RopeSpirvKey& key, SpirvKernel* kernel) = 0;
+  virtual Status Allocate(size_t bytes, void** out) = 0;  // aligned to 64 bytes at least; never freed
+  virtual Status CopyIn(void* to, const void* from, size_t bytes) = 0;
+  virtual Status CopyOut(void* to, const void* from, size_t bytes) = 0;
+  virtual Status Wait() = 0;  // for what was launched
+
+ private:
+  struct Slots {
+    explicit Slots(size_t count) : mask(count - 1), kernels(count) {}
+    size_t mask;
+    std::vector<std::atomic<SpirvKernel*>> kernels;
+  };
+  struct FrequenciesSlot {
+    std::atomic<uint64_t> id{0};
+    std::atomic<const void*> address{nullptr};
+  };
+
+  const void* FindFrequencies(const ropewalk_frequencies& frequencies);
+  void Insert(std::unique_ptr<SpirvKernel> kernel);
+  Status ResetFaults();
+
+  mutable std::mutex mutex_;
+  std::vector<std::unique_ptr<SpirvKernel>> kernels_;
+  std::vector<std::unique_ptr<Slots>> slots_;  // the last is in use; a reader may still hold one before it
+  std::atomic<const Slots*> current_{nullptr};
+  std::map<std::string, void*> frequencies_;                  // by content: equal frequencies share a copy
+  std::array<FrequenciesSlot, 1024> frequencies_slots_ = {};  // by id
+  std::atomic<rope_fault*> faults_{nullptr};
+};
+
+// Adds what explain() says of the kernel that a plan wants; null: it is not built yet.
+void ExplainSpirv(const char* backend, const RopeCall& call, const RopeSpirvPlan& plan, const SpirvKernel* kernel,
+                  std::vector<std::pair<std::string, std::string>>* explanation);
+
+}  // namespace ropewalk

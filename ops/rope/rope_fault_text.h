@@ -1,0 +1,50 @@
+// The records of faults that a device keeps, and their message.
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <span>
+#include <string>
+
+#include "core/text.h"
+#include "ops/rope/rope_fault.h"
+#include "ops/rope/rope_params.h"
+
+namespace ropewalk {
+
+// One for each of batched or not (+ 1) and with offsets or not (+ 2), so that the message can say what the kernel does
+// not know.
+inline constexpr size_t kRopeFaultRecords = 4;
+
+inline std::array<rope_fault, kRopeFaultRecords> NoRopeFaults() {
+  std::array<rope_fault, kRopeFaultRecords> none{};
+  for (rope_fault& fault : none) fault.key = ~rw_u64{0};
+  return none;
+}
+
+// Of the first bad token; "" if there is none.
+inline std::string RopeFaultText(std::span<const rope_fault, kRopeFaultRecords> faults) {
+  const auto first = std::ranges::min_element(faults, {}, &rope_fault::key);
+  const rope_fault& fault = *first;
+  if (fault.key == ~rw_u64{0}) return "";
+  const auto record = static_cast<unsigned>(first - faults.begin());
+  const bool batched = record & 1u, offsets = record & 2u;
+  const auto row = static_cast<int64_t>(fault.key >> 2);
+  const int64_t tokens = std::max<int64_t>(fault.tokens, 1);
+  const std::string where = batched ? Text("[", row / tokens, ", ", row % tokens, "]") : Text("[", row, "]");
+  switch (static_cast<int>(fault.key & 3)) {
+    case kRopeFaultPosition:
+      return Text("rope: positions", where, " is ", fault.value, fault.axis ? Text(" on axis ", fault.axis) : "",
+                  offsets ? " with its offset" : "", ", but the table has ", fault.limit,
+                  " rows; the token was filled with NaN");
+    case kRopeFaultSlot:
+      return Text("rope: slots", where, " is ", fault.value, ", but the cache has ", fault.limit,
+                  " slots; the token was not stored");
+    default:
+      return Text("rope: axes[", fault.axis, "] is ", fault.value, ", but positions have ", fault.limit,
+                  " rows; all tokens were filled with NaN");
+  }
+}
+
+}  // namespace ropewalk

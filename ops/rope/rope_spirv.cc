@@ -1,0 +1,235 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "ops/rope/rope_spirv.h"
+
+#include <algorithm>
+#include <bit>
+#include <cstring>
+
+#include "core/text.h"
+
+namespace ropewalk {
+namespace {
+
+int Bytes(uint8_t dtype) {
+  switch (dtype) {
+    case kRopeF32: return 4;
+    case kRopeE4M3:
+    case kRopeE5M2: return 1;
+    default: return 2;
+  }
+}
+
+// The largest power of two up to `limit` that divides the address, in elements of `bytes`, and every stride.
+int Alignment(int limit, const void* data, int bytes, std::initializer_list<int64_t> strides) {
+  const auto address = reinterpret_cast<uintptr_t>(data);
+  const auto divides = [&](int vector) {
+    return address % static_cast<uintptr_t>(vector * bytes) == 0 &&
+           std::ranges::all_of(strides, [&](int64_t stride) { return stride % vector == 0; });
+  };
+  while (limit > 1 && !divides(limit)) limit /= 2;
+  return limit;
+}
+
+int Alignment(int limit, const void* data, int bytes, const rope_strides& s) {
+  return data ? Alignment(limit, data, bytes, {s.batch, s.token, s.head}) : limit;
+}
+
+// The widest access, up to 16 bytes, that every address and every part of a head allows.
+int ChooseVector(const RopeCall& call) {
+  const RopeVariant& v = call.variant;
+  const rope_params& p = call.params;
+  const RopeTensors& t = call.tensors;
+  const int bytes = Bytes(v.dtype), cache_bytes = Bytes(v.cache_dtype);
+  int vector = 16 / bytes;
+  while (p.head_dim % vector || p.rotary_offset % vector || (p.rotary_dim / 2) % vector ||
+         (v.store_v && p.v_dim % vector)) {
+    vector /= 2;
+  }
+  vector = Alignment(vector, t.q, bytes, p.q);
+  vector = Alignment(vector, t.q_out, bytes, p.q_out);
+  vector = Alignment(vector, t.k, bytes, p.k);
+  vector = Alignment(vector, t.k_out, bytes, p.k_out);
+  vector = Alignment(vector, t.v, bytes, p.v);
+  vector = Alignment(vector, t.k_cache, cache_bytes, p.k_cache);
+  vector = Alignment(vector, t.v_cache, cache_bytes, p.v_cache);
+  if (v.weight_dtype != kRopeNoDtype) {
+    vector = Alignment(vector, t.q_weight, Bytes(v.weight_dtype), {});
+    vector = Alignment(vector, t.k_weight, Bytes(v.weight_dtype), {});
+  }
+  return vector;
+}
+
+// Whether a run of pairs that a vector takes lies in the table side by side, aligned for one access.
+bool TableVector(const RopeCall& call, int vector) {
+  const RopeVariant& v = call.variant;
+  const rope_params& p = call.params;
+  if (v.table_dtype == kRopeNoDtype || v.axes || p.cos_pair != 1 || p.sin_pair != 1) return false;
+  const int bytes = Bytes(v.table_dtype);
+  const int run = std::min(v.pairing == ROPEWALK_INTERLEAVED && vector > 1 ? vector / 2 : vector, 16 / bytes);
+  return run > 1 && Alignment(run, call.tensors.cos, bytes, {p.cos_batch, p.cos_row}) == run &&
+         Alignment(run, call.tensors.sin, bytes, {p.sin_batch, p.sin_row}) == run;
+}
+
+// Lanes for a head, and units of each that stay in registers (0: too many for that): as few idle lanes as can be.
+void ChooseLanes(int units, int vector, int bytes, int* lanes, int* each) {
+  *lanes = ROPE_SUB_GROUP;
+  *each = 0;
+  int best_busy = 0;
+  const int most = vector * bytes == 16 ? 2 : 4;  // ROPE_MAX_UNITS of the kernel
+  for (int candidate = 1; candidate <= most; candidate *= 2) {
+    const int needed = (units + candidate - 1) / candidate;
+    if (needed > ROPE_SUB_GROUP) continue;
+    const int busy = 64 / candidate * (ROPE_SUB_GROUP / needed) * units / ROPE_SUB_GROUP;  // 1/64 of what could be
+    if (busy <= best_busy) continue;
+    best_busy = busy;
+    *lanes = needed;
+    *each = candidate;
+  }
+}
+
+// For a division by `size` (>= 1) of any n < 2^63: the upper half of 2 n x multiplier, shifted.
+void ChoosePages(int64_t size, rope_spirv_shape* shape) {
+  __extension__ using Wide = unsigned __int128;
+  const auto divisor = static_cast<uint64_t>(std::max<int64_t>(size, 1));
+  const int shift = static_cast<int>(std::bit_width(divisor - 1));
+  shape->page_shift = shift;
+  shape->page_multiplier = static_cast<rw_u64>(((Wide{1} << (63 + shift)) + divisor - 1) / divisor);
+}
+
+}  // namespace
+
+Status PlanRopeSpirv(const RopeCall& call, const SpirvDevice& device, RopeSpirvPlan* plan) {
+  const RopeVariant& v = call.variant;
+  const rope_params& p = call.params;
+  const RopeTensors& t = call.tensors;
+  *plan = {};
+  const int64_t rows = p.batch * p.tokens;
+  const int heads = p.q_heads + (t.k ? p.k_heads : 0);
+  const int all_heads = heads + (v.store_v ? p.k_heads : 0);
+  if (rows == 0 || all_heads == 0) return {};
+  if (rows > INT32_MAX) {
+    return Status::Invalid(Text("rope: q must have fewer than 2^31 tokens on a GPU, but has ", rows));
+  }
+
+  const int bytes = Bytes(v.dtype);
+  const int vector = ChooseVector(call);
+  const int units = p.rotary_dim / (2 * vector);
+  int lanes = 0, each = 0;
+  ChooseLanes(units, vector, bytes, &lanes, &each);
+  const bool rest_matters = v.norm || v.out_of_place || v.store_k;
+  const int rest = rest_matters ? (p.head_dim - p.rotary_dim) / vector : 0;
+  if (rest > 4 * units) lanes = ROPE_SUB_GROUP;  // most of the head is not rotated
+  const bool exact = each > 0 && lanes * each == units && (lanes == 4 || lanes == 8 || lanes == 16);
+
+  RopeSpirvKey& key = plan->key;
+  key.dtype = v.dtype;
+  key.vector = static_cast<uint8_t>(vector);
+  key.constants[kRopeSpecInterleaved] = v.pairing == ROPEWALK_INTERLEAVED;
+  key.constants[kRopeSpecNorm] = v.norm;
+  key.constants[kRopeSpecWeightDtype] = v.weight == kRopeNoWeight ? uint8_t{kRopeNoDtype} : v.weight_dtype;
+  key.constants[kRopeSpecReference] = v.rounding == kRopeRoundReference;
+  key.constants[kRopeSpecTableDtype] = v.table_dtype;
+  key.constants[kRopeSpecTableVector] = TableVector(call, vector);
+  key.constants[kRopeSpecAxes] = v.axes != 0;
+  key.constants[kRopeSpecCacheDtype] = v.cache_dtype;
+  key.constants[kRopeSpecUnits] = static_cast<uint8_t>(each);
+  key.constants[kRopeSpecLanes] = static_cast<uint8_t>(exact ? lanes : 0);
+
+  rope_spirv_shape& s = plan->shape;
+  std::ranges::copy(key.constants, s.choices);
+  if (device.general) {
+    std::fill_n(key.constants.begin(), int{kRopeSpecUnits}, uint8_t{kRopeSpecArgument});
+    key.constants[kRopeSpecLanes] = 0;
+  }
+  ChoosePages(p.page_size, &s);
+  s.lanes = lanes;
+  s.lane_multiplier = (65536 + lanes - 1) / lanes;
+  s.heads_at_once = ROPE_SUB_GROUP / lanes;
+  s.units = units;
+  s.rest = rest;
+  s.before = p.rotary_offset / vector;
+  s.head_vectors = p.head_dim / vector;
+  s.v_vectors = v.store_v ? p.v_dim / vector : 0;
+  s.heads = heads;
+  s.all_heads = all_heads;
+  s.positions_dtype = v.positions_dtype;
+  s.offsets_dtype = v.offsets_dtype;
+  s.slots_dtype = v.slots_dtype;
+  s.check_axes = v.axes == 2;
+  s.out_of_place = v.out_of_place;
+  s.store_k = v.store_k;
+  s.store_v = v.store_v;
+  s.zero_centered = v.weight == kRopeZeroCenteredWeight;
+  s.sine_flip = v.inverse ? 0x80000000u : 0u;
+  s.inverse_head_dim = 1.0f / static_cast<float>(p.head_dim);
+
+  // Many tokens: a few sub-groups for each, so that a lane's sines serve several heads; few tokens: as many as there are
+  // heads, until the device is busy twice over.
+  const int64_t turns = (all_heads + s.heads_at_once - 1) / s.heads_at_once;
+  const int64_t busy = 2 * std::max(device.threads, 1);
+  const int64_t least = device.threads >= 64 ? 4 : 1;
+  const int64_t wanted = std::clamp<int64_t>((busy + rows - 1) / rows, std::min(least, turns), turns);
+  const int64_t most = std::clamp(device.max_local / ROPE_SUB_GROUP, 1, 8);
+  const int64_t together = std::min(wanted, most);
+  plan->local = static_cast<uint32_t>(together * ROPE_SUB_GROUP);
+  plan->groups[0] = static_cast<uint32_t>(p.tokens);
+  plan->groups[1] = static_cast<uint32_t>((wanted + together - 1) / together);
+  plan->groups[2] = static_cast<uint32_t>(p.batch);
+  plan->why = wanted > least ? "few tokens: the heads of a token are spread over sub-groups"
+                             : "many tokens: the sub-groups of a token share its heads";
+  return {};
+}
+
+const SpirvModule* RopeSpirvModuleOf(const RopeSpirvKey& key) {
+  for (const SpirvModule& module : RopeSpirvModules()) {
+    if (module.dtype == key.dtype && module.vector == key.vector) return &module;
+  }
+  return nullptr;
+}
+
+std::array<SpirvConstant, kRopeSpecCount> RopeSpirvConstants(const RopeSpirvKey& key) {
+  std::array<SpirvConstant, kRopeSpecCount> constants{};
+  for (uint32_t i = 0; i < kRopeSpecCount; ++i) constants[i] = {i, key.constants[i]};
+  return constants;
+}
+
+std::string RopeOpenClDefines(const RopeSpirvKey& key) {
+  std::string text = Text("-DROPE_DTYPE=", int{key.dtype}, " -DROPE_VECTOR=", int{key.vector});
+  for (size_t i = 0; i < kRopeSpecCount; ++i) Append(&text, Text(" -DROPE_SPEC_", i, "=", int{key.constants[i]}));
+  return text;
+}
+
+std::string RopeSpirvName(const RopeSpirvKey& key) {
+  constexpr const char* kDtypes[] = {"", "float32", "float16", "bfloat16", "e4m3", "e5m2"};
+  const auto& c = key.constants;
+  if (c[kRopeSpecNorm] == kRopeSpecArgument) {
+    return Text(kDtypes[key.dtype], " general v", int{key.vector}, " u", int{c[kRopeSpecUnits]});
+  }
+  std::string name = Text(kDtypes[key.dtype], c[kRopeSpecInterleaved] ? " interleaved" : " neox");
+  if (c[kRopeSpecNorm]) {
+    Append(&name, Text(" rms", c[kRopeSpecWeightDtype] ? Text("*w:", kDtypes[c[kRopeSpecWeightDtype]]) : Text()));
+  }
+  if (c[kRopeSpecReference]) name += " reference";
+  Append(&name, c[kRopeSpecTableDtype]
+                    ? Text(" table:", kDtypes[c[kRopeSpecTableDtype]], c[kRopeSpecTableVector] ? " wide" : "")
+                    : Text(" turns"));
+  if (c[kRopeSpecAxes]) name += " axes";
+  if (c[kRopeSpecCacheDtype]) Append(&name, Text(" store:", kDtypes[c[kRopeSpecCacheDtype]]));
+  return Text(name, " v", int{key.vector}, " u", int{c[kRopeSpecUnits]}, " l", int{c[kRopeSpecLanes]});
+}
+
+void FillRopeSpirvArgs(const RopeCall& call, const RopeSpirvPlan& plan, const void* frequencies, void* fault,
+                       RopeSpirvArgs* args) {
+  static_assert(sizeof(RopeTensors) == kRopeSpirvTurns * sizeof(void*), "the kernel takes the tensors in this order");
+  constexpr size_t kAxes = offsetof(RopeTensors, axes) / sizeof(void*);
+  std::memcpy(args->pointers.data(), &call.tensors, sizeof(RopeTensors));
+  if (!call.tensors.axes && call.variant.axes) {
+    args->pointers[kAxes] =
+        static_cast<const char*>(frequencies) + call.frequencies->turns.size() * sizeof(uint64_t);
+  }
+  args->pointers[kRopeSpirvTurns] = frequencies;
+  args->pointers[kRopeSpirvFault] = fault;
+  args->params = {call.params, plan.shape};
+}
+
+}  // namespace ropewalk

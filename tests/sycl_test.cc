@@ -1,0 +1,284 @@
+// Calls on a SYCL queue: the shim and the kernel on Intel's CPU device, whose numbers are held to the reference; order,
+// faults, threads, refusals. Without the run-times (pip install dpctl intel-opencl-rt) the tests are skipped.
+// SPDX-License-Identifier: Apache-2.0
+#include <dlfcn.h>
+#include <gtest/gtest.h>
+#include <stdlib.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <cstring>
+#include <filesystem>
+#include <functional>
+#include <memory>
+#include <nlohmann/json.hpp>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "conformance/case_call.h"
+#include "conformance/runner.h"
+#include "core/op.h"
+#include "core/text.h"
+#include "ops/rope/rope_cases.h"
+#include "tests/spirv_variants.h"
+#include "tests/sycl_device.h"
+
+namespace ropewalk {
+namespace {
+
+namespace fs = std::filesystem;
+
+std::string LastError() { return ropewalk_last_error(); }
+#define EXPECT_HAS(text, part) EXPECT_NE(std::string(text).find(part), std::string::npos) << (text)
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Without SYCL: first, as a process that has opened it cannot fork
+
+// In a process of its own, where no libsycl is loaded.
+void InFreshProcess(const std::function<void()>& body) {
+  const pid_t child = fork();
+  ASSERT_GE(child, 0);
+  if (child == 0) {
+    body();
+    fflush(stdout);
+    _exit(::testing::Test::HasFailure() ? 1 : 0);
+  }
+  int status = -1;
+  ASSERT_EQ(waitpid(child, &status, 0), child);
+  EXPECT_EQ(status, 0) << "see above";
+}
+
+// The queue is not looked at before a shim is found, so that any address will do.
+struct Unserved {
+  float data[64] = {};
+  int64_t shape[3] = {1, 1, 64};
+  DLTensor q = {data, {static_cast<DLDeviceType>(kDlOneApi), 0}, 3, {kDLFloat, 32, 1}, shape, nullptr, 0};
+  ropewalk_frequencies* frequencies = nullptr;
+  ropewalk_rope_args args;
+  Unserved() {
+    EXPECT_EQ(ropewalk_frequencies_create(1e4, 64, nullptr, 0, &frequencies), ROPEWALK_OK);
+    args.q = &q;
+    args.frequencies = frequencies;
+    args.sycl_queue = this;
+  }
+};
+
+TEST(SyclAbsent, RefusesWithoutALibsycl) {
+  InFreshProcess([] {
+    unsetenv("ROPEWALK_LIBSYCL_SHIM");
+    Unserved call;
+    EXPECT_EQ(ropewalk_rope(&call.args, nullptr), ROPEWALK_UNAVAILABLE);
+    EXPECT_EQ(LastError(), "rope: sycl_queue is given, but neither libsycl.so.9 nor libsycl.so.8 is loaded here");
+  });
+}
+
+TEST(SyclAbsent, RefusesAForeignShim) {
+  InFreshProcess([] {
+    setenv("ROPEWALK_LIBSYCL_SHIM", "/nowhere/libropewalk_sycl9.so", 1);
+    Unserved call;
+    EXPECT_EQ(ropewalk_rope(&call.args, nullptr), ROPEWALK_UNAVAILABLE);
+    EXPECT_HAS(LastError(), "rope: /nowhere/libropewalk_sycl9.so cannot be opened");
+    setenv("ROPEWALK_LIBSYCL_SHIM", "libdl.so.2", 1);
+    EXPECT_EQ(ropewalk_rope(&call.args, nullptr), ROPEWALK_UNAVAILABLE);
+    EXPECT_HAS(LastError(), "rope: libdl.so.2 is not of this version of Ropewalk");
+  });
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The device
+
+std::string missing;  // why there is no device
+
+const SyclDevice* Device() {
+  static const SyclDevice* const device = []() -> const SyclDevice* {
+    // Intel's CPU device alone, wherever else OpenCL is installed.
+    if (fs::exists(ROPEWALK_INTEL_OPENCL)) {
+      setenv("OCL_ICD_VENDORS", ROPEWALK_INTEL_OPENCL, 0);    // as ocl-icd wants it,
+      setenv("OCL_ICD_FILENAMES", ROPEWALK_INTEL_OPENCL, 0);  // and the loader that comes with the packages
+    }
+    if (*RopeSpirvMissing()) return missing = RopeSpirvMissing(), nullptr;
+    void* library = dlopen(ROPEWALK_SYCL_DEVICE, RTLD_NOW);
+    if (!library) return missing = dlerror(), nullptr;
+    auto* function = reinterpret_cast<SyclDeviceFunction*>(dlsym(library, "sycl_device"));
+    const SyclDevice* found = function();
+    void* queue = found->queue(true);
+    if (!queue) return missing = found->error(), nullptr;
+    if (std::string(found->name(queue)).find("pthread-") == 0) return missing = "PoCL takes no SPIR-V", nullptr;
+    setenv("ROPEWALK_LIBSYCL_SHIM", ROPEWALK_SYCL_SHIM, 1);
+    return found;
+  }();
+  return device;
+}
+
+class SyclMemory final : public DeviceMemory {
+ public:
+  explicit SyclMemory(bool in_order = true) : queue_(Device()->queue(in_order)) {}
+  DLDevice device() const override { return {static_cast<DLDeviceType>(kDlOneApi), 0}; }
+  void* sycl_queue() const override { return queue_; }
+  Status Allocate(size_t bytes, void** out) override {
+    *out = Device()->allocate(queue_, bytes);
+    return *out ? Status() : Status::Driver(Device()->error());
+  }
+  void Free(void* memory) override { Device()->free(queue_, memory); }
+  Status CopyIn(void* to, const void* from, size_t bytes) override { return Copy(to, from, bytes); }
+  Status CopyOut(void* to, const void* from, size_t bytes) override { return Copy(to, from, bytes); }
+  Status Synchronize() override { return Device()->wait(queue_) ? Status() : Status::Driver(Device()->error()); }
+
+ private:
+  Status Copy(void* to, const void* from, size_t bytes) {
+    if (bytes == 0 || Device()->copy(queue_, to, from, bytes)) return {};
+    return Status::Driver(Device()->error());
+  }
+  void* queue_;
+};
+
+SyclMemory& Memory() {
+  static SyclMemory* const memory = new SyclMemory;
+  return *memory;
+}
+
+class Sycl : public ::testing::Test {
+ protected:
+  void SetUp() override {
+    if (Device()) return;
+    // Where the packages are installed, the device must be there.
+    EXPECT_FALSE(fs::exists(ROPEWALK_INTEL_OPENCL) && fs::exists(ROPEWALK_SYCL_SHIM)) << missing;
+    GTEST_SKIP() << missing;
+  }
+};
+
+RopeCase Small() {
+  RopeCase c;
+  c.name = "small";
+  return c;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Numbers
+
+// The kernel itself is proved on the same device through OpenCL, by every case: here a sample, since a variant takes this
+// device 0.9 s to build. ROPEWALK_SYCL_ALL=1: all.
+TEST_F(Sycl, Conformance) {
+  std::vector<RopeCase> cases = RopeCases();
+  if (const char* all = getenv("ROPEWALK_SYCL_ALL"); !all || *all != '1') {
+    std::vector<SpirvVariant> variants;
+    ASSERT_TRUE(SpirvVariantsOf(cases, {64, 256}, &variants).ok());
+    variants = CoveringSpirvVariants(variants);
+    std::set<std::string> names;
+    for (size_t i = 0; i < variants.size(); i += 6) names.insert(variants[i].of);
+    std::erase_if(cases, [&](const RopeCase& c) { return !names.contains(c.name); });
+  }
+  RunOptions options;
+  options.backend = "intel";
+  const RunSummary sum = RunCases(cases, Memory(), options);
+  EXPECT_EQ(sum.error, "");
+  EXPECT_EQ(sum.run, static_cast<int64_t>(cases.size()));
+  EXPECT_EQ(sum.failed, 0);
+  for (size_t i = 0; i < std::min<size_t>(sum.failures.size(), 5); ++i) {
+    ADD_FAILURE() << sum.failures[i].name << ": " << sum.failures[i].message;
+  }
+  for (const auto& [kernel, count] : sum.kernels) EXPECT_TRUE(kernel.starts_with("intel ") || kernel == "none") << kernel;
+  std::printf("%lld cases ran on a SYCL queue of %s, %lld elements compared, the worst error %.2f of its tolerance\n",
+              static_cast<long long>(sum.run), Device()->name(Memory().sycl_queue()),
+              static_cast<long long>(sum.elements), sum.worst);
+}
+
+// Queues that are not in order are made to be: what was submitted before is seen, what comes after sees the result.
+TEST_F(Sycl, KeepsTheOrderOfAQueueWithoutOrder) {
+  SyclMemory memory(/*in_order=*/false);
+  RopeCase c = Small();
+  c.tokens = 64;
+  for (int round = 0; round < 20; ++round) {
+    std::unique_ptr<CaseCall> call;
+    ASSERT_TRUE(CaseCall::Make(c, memory, &call).ok());
+    ropewalk_rope_args args = call->args();
+    const size_t bytes = static_cast<size_t>(c.tokens * c.q_heads * c.head_dim * 2);
+    void* q = static_cast<char*>(args.q->data) + args.q->byte_offset;
+    std::vector<uint16_t> zeros(bytes / 2, 1), after(bytes / 2);
+    ASSERT_EQ(ropewalk_prepare(&args), ROPEWALK_OK) << LastError();
+    ASSERT_TRUE(Device()->fill_late(args.sycl_queue, q, 0, bytes)) << Device()->error();
+    ASSERT_EQ(ropewalk_rope(&args, nullptr), ROPEWALK_OK) << LastError();
+    ASSERT_TRUE(Device()->copy(args.sycl_queue, after.data(), q, bytes)) << Device()->error();
+    ASSERT_TRUE(Device()->wait(args.sycl_queue)) << Device()->error();
+    // Zeros rotated are zeros; had the kernel run too early, the late fill would still be ones of 50.
+    for (const uint16_t bits : after) ASSERT_EQ(bits & 0x7fffu, 0u) << "round " << round;
+  }
+}
+
+TEST_F(Sycl, FaultsAreTold) {
+  RopeCase c = Small();
+  for (const RopeCase& candidate : RopeCases()) {
+    if (candidate.bad == Bad::kPosition && candidate.batch == 0) c = candidate;
+  }
+  ASSERT_EQ(c.bad, Bad::kPosition);
+  std::unique_ptr<CaseCall> call;
+  ASSERT_TRUE(CaseCall::Make(c, Memory(), &call).ok());
+  ASSERT_EQ(ropewalk_check_faults(), ROPEWALK_OK) << LastError();
+  ASSERT_EQ(ropewalk_rope(&call->args(), nullptr), ROPEWALK_OK) << LastError();
+  EXPECT_EQ(ropewalk_check_faults(), ROPEWALK_FAULT);  // waits for the queue
+  EXPECT_HAS(LastError(), "rope: positions[");
+  EXPECT_EQ(ropewalk_check_faults(), ROPEWALK_OK) << LastError();
+}
+
+TEST_F(Sycl, ThreadsWithQueuesOfTheirOwn) {
+  std::vector<std::thread> threads;
+  for (int i = 0; i < 4; ++i) {
+    threads.emplace_back([] {
+      SyclMemory memory;
+      std::unique_ptr<CaseCall> call;
+      ASSERT_TRUE(CaseCall::Make(Small(), memory, &call).ok());
+      for (int j = 0; j < 20; ++j) {
+        std::string message;
+        double worst = 0;
+        int64_t elements = 0;
+        ASSERT_TRUE(call->Reset().ok());
+        const Status status = call->Run();
+        ASSERT_TRUE(status.ok()) << status.text();
+        ASSERT_TRUE(call->Verify(&message, &worst, &elements).ok());
+        ASSERT_EQ(message, "");
+      }
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+}
+
+TEST_F(Sycl, ExplainNamesTheQueue) {
+  std::unique_ptr<CaseCall> call;
+  ASSERT_TRUE(CaseCall::Make(Small(), Memory(), &call).ok());
+  const char* text = ropewalk_explain(&call->args());
+  ASSERT_NE(text, nullptr) << LastError();
+  const nlohmann::json explanation = nlohmann::json::parse(text);
+  EXPECT_EQ(explanation.at("backend"), "intel");
+  EXPECT_HAS(explanation.at("device").get<std::string>(), "OpenCL");
+  EXPECT_HAS(explanation.at("queue").get<std::string>(), "libsycl.so.");
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Refusals; the process lives on
+
+TEST_F(Sycl, RefusesMemoryOfTheHost) {
+  std::unique_ptr<CaseCall> call;
+  ASSERT_TRUE(CaseCall::Make(Small(), Memory(), &call).ok());
+  std::vector<uint16_t> host(static_cast<size_t>(5 * 2 * 128 + 64));
+  DLTensor k = *call->args().k;
+  k.data = reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(host.data()) + 63) / 64 * 64);
+  ropewalk_rope_args args = call->args();
+  args.k = &k;
+  EXPECT_EQ(ropewalk_rope(&args, nullptr), ROPEWALK_INVALID_ARGUMENT);
+  EXPECT_HAS(LastError(), "rope: k must be unified shared memory of the context of sycl_queue (");
+  std::string message;
+  EXPECT_TRUE(call->VerifyUntouched(&message).ok());
+  EXPECT_EQ(message, "");
+}
+
+TEST_F(Sycl, RefusesAStreamBesideTheQueue) {
+  std::unique_ptr<CaseCall> call;
+  ASSERT_TRUE(CaseCall::Make(Small(), Memory(), &call).ok());
+  int stream = 0;
+  EXPECT_EQ(ropewalk_rope(&call->args(), &stream), ROPEWALK_INVALID_ARGUMENT);
+  EXPECT_EQ(LastError(), "rope: sycl_queue and stream are both given: the work goes to one of them");
+}
+
+}  // namespace
+}  // namespace ropewalk
