@@ -90,6 +90,8 @@ typedef struct ropewalk_rope_args {
   const DLTensor* v_scale ROPEWALK_DEFAULT(nullptr);  // [] or [k_heads] float32: an fp8 cache holds v / v_scale
 
   void* sycl_queue ROPEWALK_DEFAULT(nullptr);  // a sycl::queue* to work on instead of `stream`; tensors are its USM (kDLOneAPI)
+  int32_t disable_pdl ROPEWALK_DEFAULT(0);     // 1: no programmatic dependent launch (CUDA, sm_90 and later)
+  int32_t reserved ROPEWALK_DEFAULT(0);        // keep 0
 } ropewalk_rope_args;
 
 #ifdef __cplusplus

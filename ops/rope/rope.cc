@@ -70,6 +70,8 @@ constexpr Arg kArgs[] = {
     {FIELD(v_scale), "an fp8 v_cache holds v / v_scale", Intent::kIn, kF32, nullptr, {Dim::kKHeads},
      kBroadcast | kHostScalar},
     {SCALAR(sycl_queue, kQueue), "a SYCL queue to work on, for tensors in its unified shared memory"},
+    {.name = "disable_pdl", .kind = Kind::kBool, .offset = offsetof(ropewalk_rope_args, disable_pdl),
+     .doc = "CUDA: no programmatic dependent launch", .default_text = "False"},
 };
 
 consteval size_t Index(std::string_view name) {
@@ -237,6 +239,7 @@ Status LowerRope(const ropewalk_rope_args& a, void* stream, RopeCall* call) {
   call->device = a.q->device;
   call->stream = stream;
   call->sycl_queue = a.sycl_queue;
+  call->disable_pdl = a.disable_pdl != 0;
   if (a.sycl_queue) {
     if (static_cast<int32_t>(call->device.device_type) != kDlOneApi) {
       return Invalid("sycl_queue is given, but q is on ", DeviceName(call->device));

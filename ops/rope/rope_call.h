@@ -62,6 +62,7 @@ struct RopeCall {
   DLDevice device;
   void* stream = nullptr;
   void* sycl_queue = nullptr;  // a sycl::queue*, instead of the stream
+  bool disable_pdl = false;    // programmatic dependent launch
 };
 
 std::span<const Arg> RopeDescription();

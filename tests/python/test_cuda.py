@@ -42,6 +42,15 @@ def close(got, want):
 # ---- results
 
 
+def test_pdl_can_be_switched_off():
+    q = torch.randn(4, 2, 64, device="cuda").bfloat16()
+    frequencies = ropewalk.Frequencies(theta=1e4, rotary_dim=64)
+    name = ropewalk.explain(q, frequencies=frequencies, disable_pdl=True)["kernel"]
+    assert not name.endswith(" pdl")
+    want = ropewalk.rope(q, frequencies=frequencies)[0]
+    assert torch.equal(ropewalk.rope(q, frequencies=frequencies, disable_pdl=True)[0], want)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("pairing", ["neox", "interleaved"])
 @pytest.mark.parametrize("inverse", [False, True])

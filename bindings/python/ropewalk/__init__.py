@@ -47,6 +47,7 @@ if TYPE_CHECKING:
         k_scale: Any
         v_scale: Any
         sycl_queue: Any
+        disable_pdl: bool
 
 
 __all__ = [
@@ -129,6 +130,7 @@ def rope_(
     k_scale: Any = None,
     v_scale: Any = None,
     sycl_queue: Any = None,
+    disable_pdl: bool = False,
 ) -> tuple[Any, Any]:
     """Rotates q and k in place, optionally normalising each head before and storing k and v in a KV cache after.
 
@@ -168,6 +170,8 @@ def rope_(
         k_scale, v_scale: a number, or [k_heads] float32: an fp8 cache holds k / k_scale.
         sycl_queue: for tensors in SYCL's unified shared memory (Intel GPUs): the queue to work on, a dpctl.SyclQueue, a
             torch.xpu.Stream or the address of a sycl::queue. None: torch's current one.
+        disable_pdl: on NVIDIA GPUs from sm_90 on, do not let the kernel begin before the one before it in the stream has
+            ended (programmatic dependent launch); it reads nothing before that in either case.
 
     Returns:
         q and k, or what was written instead of them.
@@ -189,21 +193,30 @@ def rope_(
         elif _is_compiling():
             _torch.rope_(q, k, positions, offsets, frequencies, cos, sin, cos_sin, axes, pairing, rotary_dim,
                          rotary_offset, inverse, norm, q_weight, k_weight, zero_centered_weight, eps, rounding, q_out,
-                         k_out, v, k_cache, v_cache, slots, k_scale, v_scale, sycl_queue)  # fmt: skip
+                         k_out, v, k_cache, v_cache, slots, k_scale, v_scale, sycl_queue, disable_pdl)  # fmt: skip
             return q if q_out is None else q_out, k if k_out is None else k_out
         else:
-            # What requires grad, is lazily negated or is not torch's is looked at in detail below.
-            grad, special = q.requires_grad, q.is_neg()
-            for tensor in (k, cos, sin, cos_sin, q_weight, k_weight, q_out, k_out, v, k_cache, v_cache):
-                if tensor is not None:
-                    grad = grad or tensor.requires_grad
-                    special = special or tensor.is_neg()
-            if special or (grad and _grad_enabled()):
-                raise TypeError
+            # What requires grad, is lazily negated or is not torch's is looked at in detail below. Written out, as
+            # this is much of what a call costs.
+            tensors = [t for t in (q, k, cos, sin, cos_sin, q_weight, k_weight, q_out, k_out, v, k_cache, v_cache)
+                       if t is not None]  # fmt: skip
+            for tensor in tensors:
+                if tensor.is_neg():
+                    raise TypeError
+            if _grad_enabled():
+                for tensor in tensors:
+                    if tensor.requires_grad:
+                        raise TypeError
         handle = None if frequencies is None else frequencies._handle
+        if q_out is k_out is v is k_cache is v_cache is slots is k_scale is v_scale is sycl_queue is None and not disable_pdl:
+            # What is left out at the end need not be handed over.
+            _rope(q, k, positions, offsets, handle, cos, sin, cos_sin, axes, _PAIRING[pairing], rotary_dim,
+                  rotary_offset, inverse, _NORM[norm], q_weight, k_weight, zero_centered_weight, eps,
+                  _ROUNDING[rounding])  # fmt: skip
+            return q, k
         _rope(q, k, positions, offsets, handle, cos, sin, cos_sin, axes, _PAIRING[pairing], rotary_dim, rotary_offset,
               inverse, _NORM[norm], q_weight, k_weight, zero_centered_weight, eps, _ROUNDING[rounding], q_out, k_out, v,
-              k_cache, v_cache, slots, k_scale, v_scale, sycl_queue)  # fmt: skip
+              k_cache, v_cache, slots, k_scale, v_scale, sycl_queue, disable_pdl)  # fmt: skip
         return q if q_out is None else q_out, k if k_out is None else k_out
     except (TypeError, KeyError, AttributeError, BufferError, RuntimeError) as error:
         # All but a RuntimeError come from the types of the arguments, before anything was written: once more, more
@@ -215,7 +228,7 @@ def rope_(
             "rotary_offset": rotary_offset, "inverse": inverse, "norm": norm, "q_weight": q_weight,
             "k_weight": k_weight, "zero_centered_weight": zero_centered_weight, "eps": eps, "rounding": rounding,
             "q_out": q_out, "k_out": k_out, "v": v, "k_cache": k_cache, "v_cache": v_cache, "slots": slots,
-            "k_scale": k_scale, "v_scale": v_scale, "sycl_queue": sycl_queue,
+            "k_scale": k_scale, "v_scale": v_scale, "sycl_queue": sycl_queue, "disable_pdl": disable_pdl,
         }  # fmt: skip
     values = _arrays.values(arguments)
     if failure is not None:

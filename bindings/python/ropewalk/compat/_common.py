@@ -140,11 +140,13 @@ def rotate_flat(
     rope_dim: int = 0,
     buffers: Any = None,
     offsets: Any = None,
+    **options: Any,
 ) -> None:
-    """As `rotate`, for query and key as `heads` takes them."""
+    """As `rotate`, for query and key as `heads` takes them. `options` go to `ropewalk.rope_` as they are."""
     q, k = heads(function, positions, head_size, query=query, key=key)
     store = {} if buffers is None else stored(function, k, buffers)
-    rotate(function, {**FLAT, **BUFFERS}, q, k, cos_sin_cache, positions, is_neox, rope_dim, offsets=offsets, **store)
+    rotate(function, {**FLAT, **BUFFERS}, q, k, cos_sin_cache, positions, is_neox, rope_dim, offsets=offsets, **store,
+           **options)  # fmt: skip
 
 
 def heads(function: str, positions: Any, head_size: int, **tensors_by_name: Any) -> list[Any]:

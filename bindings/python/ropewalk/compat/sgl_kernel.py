@@ -69,7 +69,7 @@ def apply_rope_with_cos_sin_cache_inplace(
         is_neox: True: pairs (i, i + rotary_dim/2); False: pairs (2i, 2i + 1).
         fused_set_kv_buffer_arg: a FusedSetKVBufferArg, or any object with its fields: rotated key and value are also
             written to rows cache_loc of the buffers.
-        enable_pdl: taken and ignored: Ropewalk launches so where it is safe.
+        enable_pdl: False: no programmatic dependent launch; else Ropewalk launches so where it is safe.
 
     Raises:
         ValueError: an argument does not fit. Nothing was written.
@@ -77,7 +77,7 @@ def apply_rope_with_cos_sin_cache_inplace(
     function = "apply_rope_with_cos_sin_cache_inplace"
     _common.float_cache(function, cos_sin_cache)
     _common.rotate_flat(function, positions, query, key, head_size, cos_sin_cache, is_neox,
-                        buffers=fused_set_kv_buffer_arg)  # fmt: skip
+                        buffers=fused_set_kv_buffer_arg, disable_pdl=enable_pdl is False)  # fmt: skip
 
 
 def fused_qk_rope_with_cos_sin_cache_inplace(
