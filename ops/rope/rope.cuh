@@ -536,7 +536,7 @@ __device__ __forceinline__ void RopeBody(const rope_cuda_args& a) {
 
   // The second line of the parameters, asked for without waiting: read in place it would be missed after the first.
   const void* second_line = nullptr;
-  if constexpr (K::kFewTokens && (S::kTable || S::kStores)) {
+  if constexpr (K::kFewTokens && S::kStores) {
     int zero;
     asm volatile("mov.u32 %0, 0;" : "=r"(zero));
     second_line = (&a.slots)[zero];

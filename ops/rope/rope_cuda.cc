@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <bit>
+#include <cmath>
 #include <cstdint>
 
 #include "core/text.h"
@@ -46,8 +47,9 @@ void PlanMany(const RopeVariant& v, int64_t rows, int64_t heads, int64_t all_hea
   const bool store = v.cache_dtype != kRopeNoDtype, table = v.table_dtype != kRopeNoDtype;
   const bool whole = v.dtype != kRopeF32 && key->vector == 8;  // accesses of 16 bytes
   const bool regular = whole && std::has_single_bit(key->lanes);
-  const auto warps_for = [&](int64_t turns, int64_t most) {
-    return std::clamp<int64_t>(Ceil(Ceil(heads, turns), per_warp), 2, most);
+  // So many warps that their groups take the heads in so many turns.
+  const auto warps_for = [&](double turns, int64_t most) {
+    return std::clamp<int64_t>(Ceil(static_cast<int64_t>(std::ceil(static_cast<double>(heads) / turns)), per_warp), 2, most);
   };
   int64_t warps = 0, in_flight = 2, resident = 0;
   if (rows < 768) {
@@ -59,14 +61,21 @@ void PlanMany(const RopeVariant& v, int64_t rows, int64_t heads, int64_t all_hea
     warps = store ? 3 : 2;
     in_flight = store ? 2 : 5;
   } else if (store) {
-    warps = 6;
+    warps = v.cache_dtype == v.dtype ? 6 : 3;
   } else if (v.norm) {
-    warps = key->flat ? 2 : warps_for(2, whole ? 6 : 10);
+    warps = key->flat ? 2 : warps_for(2, std::max<int64_t>(2, whole ? 24 / per_warp : 10));
     in_flight = table && regular && key->lanes >= 8 ? 1 : 2;
+  } else if (regular && key->lanes == 8) {
+    warps = std::clamp<int64_t>(heads / 6, 2, 10);  // one turn and a half
+    in_flight = 1;
+    resident = 40;
+  } else if (regular && key->lanes > 8 && table) {
+    warps = warps_for(per_warp == 1 ? 1 : 2, 10);
+    in_flight = 1;
+    resident = 40;
   } else {
-    warps = warps_for(per_warp == 1 || Ceil(heads, per_warp) <= 5 ? 1 : 2, 10);
-    in_flight = regular ? 1 : 2;
-    resident = key->flat ? 0 : 40;
+    warps = warps_for(2, std::max<int64_t>(2, whole && regular ? 24 / per_warp : 10));
+    resident = regular || key->flat ? 0 : 40;
   }
   constexpr int64_t kSharedBytes = 48 * 1024;
   while (warps > 1 && warps * stage_bytes > kSharedBytes) warps /= 2;
@@ -123,7 +132,8 @@ Status PlanRopeCuda(const RopeCall& call, const CudaDevice& device, RopeCudaOpti
   // Few tokens: narrow accesses and so many threads, every load issued at once. Many tokens: wide accesses, several heads
   // of a group on their way through shared memory.
   const int64_t bytes_moved = rows * heads * p.head_dim * bytes;
-  const bool few = options.layout == RopeCudaLayout::kAny ? bytes_moved <= int64_t{device.sm_count} * 24 * 1024
+  const int64_t few_bytes = int64_t{device.sm_count} * (v.cache_dtype == kRopeNoDtype ? 24 : 8) * 1024;
+  const bool few = options.layout == RopeCudaLayout::kAny ? bytes_moved <= few_bytes
                                                   : options.layout == RopeCudaLayout::kFew;
   const bool tiny = bytes_moved <= int64_t{device.sm_count} * 1536;
   key.few_tokens = few;

@@ -7,7 +7,7 @@
 #include "ops/rope/rope_params.h"
 
 // In the order of use: a line of the constant cache holds eight, and each one touched is a miss of its own in a kernel of
-// a microsecond. Rope needs the first line, table and store the second.
+// a microsecond. Rope needs the first line, a store the second, a table the third.
 typedef struct {
   void* q;
   void* k;
@@ -16,19 +16,19 @@ typedef struct {
   const void* q_weight;
   const void* k_weight;
 
-  const void* cos;
-  const void* sin;
-  rw_i64 rows;              // of the table
   const void* slots;
   rw_i64 slot_count;        // of the caches
   void* k_cache;
   const void* v;
   void* v_cache;
-
   const float* k_scale;
   const float* v_scale;
   float k_scale_value;      // used where the pointer is null
   float v_scale_value;
+
+  const void* cos;
+  const void* sin;
+  rw_i64 rows;              // of the table
   void* q_out;
   void* k_out;
   const void* offsets;
