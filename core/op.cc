@@ -166,12 +166,14 @@ struct Checker {
     }
     if (tensor.ndim != count) return WrongRank(arg, tensor);
 
+    // Strides between no elements may be anything: no address is worked out from them.
+    const bool empty = Numel(tensor) == 0;
     for (int i = 0; i < count; ++i) {
       const int64_t size = tensor.shape[i];
       const bool broadcasts = (arg.flags & kBroadcast) && (names[i] == Dim::kBatch || names[i] == Dim::kKHeads ||
                                                            (names[i] == Dim::kTokens && arg.dims[0] != Dim::kAxes));
       if (!(broadcasts && size == 1)) ROPEWALK_TRY(BindSize(arg, names[i], size));
-      strides->value[static_cast<size_t>(names[i])] = size <= 1 ? 0 : StrideOf(tensor, i);
+      strides->value[static_cast<size_t>(names[i])] = size <= 1 || empty ? 0 : StrideOf(tensor, i);
     }
     if ((arg.flags & kUnitStride) && tensor.ndim > 0 && tensor.shape[tensor.ndim - 1] > 1 &&
         StrideOf(tensor, tensor.ndim - 1) != 1) {

@@ -182,7 +182,7 @@ DLTensor* MakeTensor(Bytes& bytes, Call* call, const Arg& arg, const Shapes& sha
   tensor.arg = &arg;
   DLTensor& t = tensor.now;
   t.device = {kDLCPU, 0};
-  t.dtype = arg.dtypes & kInts                         ? TypeFor(arg.dtypes == kI32 ? 5 : 5 + bytes.Next() % 2)
+  t.dtype = arg.dtypes & kInts                         ? TypeFor(static_cast<uint8_t>(arg.dtypes == kI32 ? 5 : 5 + bytes.Next() % 2))
             : std::strstr(arg.name, "weight")          ? shapes.weight_type
             : std::strstr(arg.name, "scale")           ? DLDataType{kDLFloat, 32, 1}
             : std::strstr(arg.name, "cache")           ? shapes.cache_type

@@ -12,6 +12,7 @@
 #include "conformance/case_call.h"
 #include "conformance/runner.h"
 #include "core/text.h"
+#include "ops/rope/rope_call.h"
 #include "ops/rope/rope_reference.h"
 #include "tests/make_call.h"
 
@@ -616,6 +617,21 @@ TEST(Failures, ZeroHeadsOfK) {
   k.strides = nullptr;
   k.data = nullptr;
   call->args().k = &k;
+  EXPECT_TRUE(call->Run().ok());
+}
+
+// Strides between no elements may be anything: an address worked out from them could leave the address space.
+TEST(Failures, StridesOfNoHeads) {
+  const auto call = MakeCall({.tokens = 3, .head_dim = 64});
+  int64_t shape[] = {3, 0, 64}, strides[] = {-(int64_t{1} << 59), 64, 1};
+  DLTensor k = *call->args().k;
+  k.shape = shape;
+  k.strides = strides;
+  call->args().k = &k;
+  RopeCall lowered;
+  ASSERT_TRUE(LowerRope(call->args(), nullptr, &lowered).ok());
+  EXPECT_EQ(lowered.params.k.token, 0);
+  EXPECT_EQ(lowered.params.k_out.token, 0);
   EXPECT_TRUE(call->Run().ok());
 }
 

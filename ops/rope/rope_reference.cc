@@ -467,7 +467,8 @@ int64_t RowOffset(const DLTensor& tensor, int64_t outer, int64_t token, int64_t 
 ReferenceFault RopeReference(const ropewalk_rope_args& args, const RowVisitor& visit) {
   Reference reference(args);
   ReferenceFault first;
-  for (int64_t batch = 0; batch < reference.batch(); ++batch) {
+  const int64_t batches = reference.tokens() > 0 ? reference.batch() : 0;  // no tokens is no work
+  for (int64_t batch = 0; batch < batches; ++batch) {
     for (int64_t token = 0; token < reference.tokens(); ++token) {
       const ReferenceFault fault = reference.Token(batch, token, visit);
       if (first.token < 0) first = fault;

@@ -10,7 +10,6 @@ import os
 import pathlib
 
 import pytest
-
 import ropewalk
 
 np = pytest.importorskip("numpy")
