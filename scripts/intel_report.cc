@@ -240,17 +240,18 @@ int Main(const Options& options) {
   }
   const std::vector<RopeCase> all = RopeCases();
   cases.insert(cases.end(), all.begin(), all.end());
-  std::vector<SpirvVariant> variants;
-  if (const Status status = SpirvVariantsOf(cases, {512, 1024}, &variants); !status.ok()) return fail(status.text());
-  const size_t known = variants.size();
-  if (!options.all) variants = CoveringSpirvVariants(variants);
-  std::printf("%zu cases need %zu variants; %zu of them compiled\n", cases.size(), known, variants.size());
-
   std::ofstream csv(options.csv.empty() ? "/dev/null" : options.csv);
   csv << "device,kernel,case,simd,registers,spilled_bytes,instructions,loads,stores,atomics\n";
   int bad = 0;
   for (const Target& target : kTargets) {
     if (!options.devices.empty() && std::ranges::find(options.devices, target.name) == options.devices.end()) continue;
+    const SpirvDevice device = {.threads = 512, .max_local = 1024, .register_bytes = target.register_bytes};
+    std::vector<SpirvVariant> variants;
+    if (const Status status = SpirvVariantsOf(cases, device, &variants); !status.ok()) return fail(status.text());
+    const size_t known = variants.size();
+    if (!options.all) variants = CoveringSpirvVariants(variants);
+    std::printf("%s: %zu cases need %zu variants; %zu of them compiled\n", target.name, cases.size(), known,
+                variants.size());
     const std::vector<Row> rows = CompileAll(variants, target);
     bad += Report(target, variants, rows);
     for (size_t i = 0; i < rows.size(); ++i) {

@@ -163,7 +163,7 @@ TEST_F(Sycl, Conformance) {
   std::vector<RopeCase> cases = RopeCases();
   if (const char* all = getenv("ROPEWALK_SYCL_ALL"); !all || *all != '1') {
     std::vector<SpirvVariant> variants;
-    ASSERT_TRUE(SpirvVariantsOf(cases, {64, 256}, &variants).ok());
+    ASSERT_TRUE(SpirvVariantsOf(cases, {.threads = 64, .max_local = 256, .general = true}, &variants).ok());
     variants = CoveringSpirvVariants(variants);
     std::set<std::string> names;
     for (size_t i = 0; i < variants.size(); i += 6) names.insert(variants[i].of);
