@@ -34,13 +34,13 @@ int Alignment(int limit, const void* data, int bytes, const rope_strides& s) {
   return data ? Alignment(limit, data, bytes, {s.batch, s.token, s.head}) : limit;
 }
 
-// The widest access, up to 16 bytes, that every address and every part of a head allows.
-int ChooseVector(const RopeCall& call) {
+// The widest access, up to `limit` bytes, that every address and every part of a head allows.
+int ChooseVector(const RopeCall& call, int limit) {
   const RopeVariant& v = call.variant;
   const rope_params& p = call.params;
   const RopeTensors& t = call.tensors;
   const int bytes = Bytes(v.dtype), cache_bytes = Bytes(v.cache_dtype);
-  int vector = 16 / bytes;
+  int vector = limit / bytes;
   while (p.head_dim % vector || p.rotary_offset % vector || (p.rotary_dim / 2) % vector ||
          (v.store_v && p.v_dim % vector)) {
     vector /= 2;
@@ -112,7 +112,7 @@ Status PlanRopeSpirv(const RopeCall& call, const SpirvDevice& device, RopeSpirvP
   }
 
   const int bytes = Bytes(v.dtype);
-  const int vector = ChooseVector(call);
+  const int vector = ChooseVector(call, device.register_bytes >= 64 ? 16 : 8);
   const int units = p.rotary_dim / (2 * vector);
   int lanes = 0, each = 0;
   ChooseLanes(units, vector, bytes, &lanes, &each);
@@ -132,6 +132,7 @@ Status PlanRopeSpirv(const RopeCall& call, const SpirvDevice& device, RopeSpirvP
   key.constants[kRopeSpecTableVector] = TableVector(call, vector);
   key.constants[kRopeSpecAxes] = v.axes != 0;
   key.constants[kRopeSpecCacheDtype] = v.cache_dtype;
+  key.constants[kRopeSpecOutOfPlace] = v.out_of_place;
   key.constants[kRopeSpecUnits] = static_cast<uint8_t>(each);
   key.constants[kRopeSpecLanes] = static_cast<uint8_t>(exact ? lanes : 0);
 
@@ -156,7 +157,6 @@ Status PlanRopeSpirv(const RopeCall& call, const SpirvDevice& device, RopeSpirvP
   s.offsets_dtype = v.offsets_dtype;
   s.slots_dtype = v.slots_dtype;
   s.check_axes = v.axes == 2;
-  s.out_of_place = v.out_of_place;
   s.store_k = v.store_k;
   s.store_v = v.store_v;
   s.zero_centered = v.weight == kRopeZeroCenteredWeight;
@@ -215,6 +215,7 @@ std::string RopeSpirvName(const RopeSpirvKey& key) {
                     : Text(" turns"));
   if (c[kRopeSpecAxes]) name += " axes";
   if (c[kRopeSpecCacheDtype]) Append(&name, Text(" store:", kDtypes[c[kRopeSpecCacheDtype]]));
+  if (c[kRopeSpecOutOfPlace]) name += " out";
   return Text(name, " v", int{key.vector}, " u", int{c[kRopeSpecUnits]}, " l", int{c[kRopeSpecLanes]});
 }
 
