@@ -41,7 +41,7 @@ class KnownPages {
       std::memcpy(&pointer, reinterpret_cast<const char*>(&tensors) + tensor.offset, sizeof(pointer));
       if (!pointer) continue;
       const uint64_t page = reinterpret_cast<uintptr_t>(pointer) >> kPageShift;
-      const uint64_t entry = page * 4096 + (device & 4094) + 1;
+      const uint64_t entry = page * 4096 + device % 4095 + 1;
       std::atomic<uint64_t>& known = pages_[page % pages_.size()];
       if (known.load(std::memory_order_relaxed) == entry) continue;
       bool keep = false;

@@ -37,6 +37,7 @@ case $mode in
     part "C++ tests (build/dev)" cpp dev
     part "Python tests (the installed wheel)" python -m pytest tests/python
     part "ropewalk check (the installed command)" ropewalk check
+    if command -v ocloc iga64 spirv-opt >/dev/null; then part "Intel's compiler on the SPIR-V kernel" scripts/intel_report.sh; fi
     ;;
   asan)
     choose_compiler

@@ -70,6 +70,8 @@ Status DescribeLevelZeroDevice(const LevelZeroDriver& driver, ze::Driver owner, 
   if (properties.type != ze::kDeviceTypeGpu) return {};
   out->properties.threads = static_cast<int>(properties.threads_per_eu * properties.eus_per_subslice *
                                              properties.subslices_per_slice * properties.slices);
+  constexpr uint32_t kWide = 16;  // lanes of an instruction, from PVC and Xe2 on
+  out->properties.register_bytes = properties.simd_width >= kWide ? 64 : 32;
   // 0: a driver that does not say; it then refuses what is too large.
   if (compute.most_in_group) {
     out->properties.max_local = static_cast<int>(std::min(compute.most_in_group, compute.most_x));
