@@ -71,8 +71,8 @@ int Main() {
   double own = 1e18, ours = 1e18;
   for (int round = 0; round < 5; ++round) {  // the best of alternating rounds: the machine has other work
     own = std::min(own, Median(memory, [&] {
-                     shim->launch(entry, ready.kernel->function, arguments, kRopeSpirvArguments, plan.groups, plan.local,
-                                  error);
+                     shim->launch(entry, ready.kernel->function, arguments, kRopeSpirvArguments, plan.groups,
+                                  plan.local, error);
                    }));
     ours = std::min(ours, Median(memory, [&] { (void)ropewalk_rope(&call->args(), nullptr); }));
   }

@@ -25,7 +25,8 @@ foreach(version 9 8)  # of libsycl: 9 is that of the compilers of 2026, 8 of 202
     target_compile_definitions(ropewalk_sycl${version} PRIVATE
       SYCL_DISABLE_FSYCL_SYCLHPP_WARNING ROPEWALK_LIBSYCL="libsycl.so.${version}")
     # By name and not by path, so that the process's own libsycl serves, wherever it lies. What that one needs is not here.
-    target_link_libraries(ropewalk_sycl${version} PRIVATE ropewalk_flags)
+    # Our warnings, but the libstdc++ that libsycl throws its exceptions with.
+    target_compile_options(ropewalk_sycl${version} PRIVATE $<TARGET_PROPERTY:ropewalk_flags,INTERFACE_COMPILE_OPTIONS>)
     target_link_options(ropewalk_sycl${version} PRIVATE -L${root}/lib LINKER:--allow-shlib-undefined)
     target_link_libraries(ropewalk_sycl${version} PRIVATE -l:libsycl.so.${version})
     set_target_properties(ropewalk_sycl${version} PROPERTIES

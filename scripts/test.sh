@@ -37,7 +37,11 @@ case $mode in
     part "C++ tests (build/dev)" cpp dev
     part "Python tests (the installed wheel)" python -m pytest tests/python
     part "ropewalk check (the installed command)" ropewalk check
-    if command -v ocloc iga64 spirv-opt >/dev/null; then part "Intel's compiler on the SPIR-V kernel" scripts/intel_report.sh; fi
+    if command -v ocloc >/dev/null && command -v iga64 >/dev/null && command -v spirv-opt >/dev/null; then
+      part "Intel's compiler on the SPIR-V kernel" scripts/intel_report.sh
+    else
+      say "Intel's compiler: not here (apt-get install intel-opencl-icd libigc-tools spirv-tools)"
+    fi
     ;;
   asan)
     choose_compiler

@@ -110,8 +110,8 @@ RopeCase Small() {
 // ---------------------------------------------------------------------------------------------------------------------
 // Numbers
 
-// The kernel itself is proved on the same device through OpenCL, by every case: here a sample, since a variant takes this
-// device seconds to build. ROPEWALK_SYCL_ALL=1: all.
+// The kernel itself is proved on the same device through OpenCL, by every case: here a sample, since a variant takes
+// this device seconds to build. ROPEWALK_SYCL_ALL=1: all.
 TEST_F(Sycl, Conformance) {
   std::vector<RopeCase> cases = RopeCases();
   if (const char* all = getenv("ROPEWALK_SYCL_ALL"); !all || *all != '1') {
@@ -128,7 +128,8 @@ TEST_F(Sycl, Conformance) {
   for (size_t i = 0; i < std::min<size_t>(sum.failures.size(), 5); ++i) {
     ADD_FAILURE() << sum.failures[i].name << ": " << sum.failures[i].message;
   }
-  for (const auto& [kernel, count] : sum.kernels) EXPECT_TRUE(kernel.starts_with("intel ") || kernel == "none") << kernel;
+  for (const auto& [kernel, count] : sum.kernels)
+    EXPECT_TRUE(kernel.starts_with("intel ") || kernel == "none") << kernel;
   std::printf("%lld cases ran on a SYCL queue of %s, %lld elements compared, the worst error %.2f of its tolerance\n",
               static_cast<long long>(sum.run), Device()->name(Memory().sycl_queue()),
               static_cast<long long>(sum.elements), sum.worst);

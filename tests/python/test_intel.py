@@ -1,5 +1,4 @@
-"""The operation on SYCL queues: dpctl's CPU queue and unified shared memory stand in for an Intel GPU and torch's tensors
-on it."""
+"""The operation on SYCL queues: dpctl's CPU queue and unified shared memory stand in for an Intel GPU and torch."""
 
 # SPDX-License-Identifier: Apache-2.0
 import ctypes
@@ -21,7 +20,7 @@ if _runtime.exists():
     os.environ.setdefault("OCL_ICD_VENDORS", str(_runtime))
     os.environ.setdefault("OCL_ICD_FILENAMES", str(_runtime))
 dpctl = pytest.importorskip("dpctl")
-import dpctl.memory  # noqa: E402
+usm = pytest.importorskip("dpctl.memory")
 
 try:
     QUEUE = dpctl.SyclQueue("opencl:cpu", property="in_order")
@@ -41,7 +40,7 @@ class Usm:
     """Shared memory of a SYCL queue: `torch` reads and writes it on the host, DLPack says that it is oneAPI's."""
 
     def __init__(self, values, queue=QUEUE):
-        self.memory = dpctl.memory.MemoryUSMShared(max(values.numel() * values.element_size(), 1), queue=queue)
+        self.memory = usm.MemoryUSMShared(max(values.numel() * values.element_size(), 1), queue=queue)
         flat = torch.from_numpy(np.frombuffer(self.memory, dtype=np.uint8))
         self.torch = flat[: values.numel() * values.element_size()].view(values.dtype).view(values.shape)
         self.torch.copy_(values)
@@ -95,7 +94,10 @@ def test_norm_and_store():
     weight = 1 + draw(64, dtype=torch.bfloat16, seed=3) / 10
     slots = torch.tensor([3, -1, 0, 7, 5])
     on = {name: Usm(x) for name, x in (("q", q), ("k", k), ("v", v), ("w", weight), ("slots", slots))}
-    k_cache, v_cache = Usm(torch.zeros(8, 2, 64, dtype=torch.bfloat16)), Usm(torch.zeros(8, 2, 64, dtype=torch.bfloat16))
+    k_cache, v_cache = (
+        Usm(torch.zeros(8, 2, 64, dtype=torch.bfloat16)),
+        Usm(torch.zeros(8, 2, 64, dtype=torch.bfloat16)),
+    )
     run(on["q"], on["k"], q_weight=on["w"], k_weight=on["w"], v=on["v"], k_cache=k_cache, v_cache=v_cache,
         slots=on["slots"])  # fmt: skip
     oracle.assert_close(on["k"].torch, *oracle.rope(k, angles(range(5)), weight=weight))
@@ -198,7 +200,7 @@ class HostAsOneApi(Usm):
     ("q", "queue", "error", "words"),
     [
         (draw(3, 2, 64), QUEUE, ValueError, ["sycl_queue is given, but q is on cpu"]),
-        (HostAsOneApi(draw(3, 2, 64)), QUEUE, ValueError, ["q must be unified shared memory of the context of sycl_queue"]),
+        (HostAsOneApi(draw(3, 2, 64)), QUEUE, ValueError, ["q must be unified shared memory of", "sycl_queue"]),
         (Usm(draw(3, 2, 64)), "queue", TypeError, ["sycl_queue must be a dpctl.SyclQueue", "str"]),
         (Usm(draw(3, 2, 64)), None, RuntimeError, ["q is on xpu:0"]),
     ],
