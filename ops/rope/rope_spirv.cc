@@ -70,12 +70,21 @@ bool TableVector(const RopeCall& call, int vector) {
          Alignment(run, call.tensors.sin, bytes, {p.sin_batch, p.sin_row}) == run;
 }
 
-// Lanes for a head, and units of each that stay in registers (0: too many for that): as few idle lanes as can be.
-void ChooseLanes(int units, int vector, int bytes, int* lanes, int* each) {
+// How many units a lane can keep in registers without a spill, as Intel's compiler has it (make intel-report).
+int MostUnits(const RopeVariant& v, int access_bytes, int register_bytes) {
+  if (register_bytes >= 64) return access_bytes == 16 ? 2 : 4;  // ROPE_MAX_UNITS of the kernel
+  const bool fp8 = v.cache_dtype == kRopeE4M3 || v.cache_dtype == kRopeE5M2;
+  const bool stores = v.cache_dtype != kRopeNoDtype;
+  if (v.norm && stores && (v.rounding == kRopeRoundReference || (fp8 && v.pairing == ROPEWALK_INTERLEAVED))) return 0;
+  return v.norm || stores || v.rounding == kRopeRoundReference ? 1 : 2;
+}
+
+// Lanes for a head, and units of each that stay in registers, up to `most` (0: they are too many for that): as few idle
+// lanes as can be.
+void ChooseLanes(int units, int most, int* lanes, int* each) {
   *lanes = ROPE_SUB_GROUP;
   *each = 0;
   int best_busy = 0;
-  const int most = vector * bytes == 16 ? 2 : 4;  // ROPE_MAX_UNITS of the kernel
   for (int candidate = 1; candidate <= most; candidate *= 2) {
     const int needed = (units + candidate - 1) / candidate;
     if (needed > ROPE_SUB_GROUP) continue;
@@ -115,7 +124,7 @@ Status PlanRopeSpirv(const RopeCall& call, const SpirvDevice& device, RopeSpirvP
   const int vector = ChooseVector(call, device.register_bytes >= 64 ? 16 : 8);
   const int units = p.rotary_dim / (2 * vector);
   int lanes = 0, each = 0;
-  ChooseLanes(units, vector, bytes, &lanes, &each);
+  ChooseLanes(units, MostUnits(v, vector * bytes, device.register_bytes), &lanes, &each);
   const bool rest_matters = v.norm || v.out_of_place || v.store_k;
   const int rest = rest_matters ? (p.head_dim - p.rotary_dim) / vector : 0;
   if (rest > 4 * units) lanes = ROPE_SUB_GROUP;  // most of the head is not rotated
