@@ -271,6 +271,7 @@ int Main(const Options& options) {
 }  // namespace ropewalk
 
 int main(int count, char** arguments) {
+  std::setvbuf(stdout, nullptr, _IOLBF, 0);  // lines as they come, into a file as well
   ropewalk::Options options;
   for (int i = 1; i < count; ++i) {
     const std::string argument = arguments[i];
