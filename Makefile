@@ -1,7 +1,7 @@
 # Ropewalk: every command does its own set-up first. `make` alone lists them.
 # SPDX-License-Identifier: Apache-2.0
 .DEFAULT_GOAL := help
-.PHONY: gpu-test cuda-report help run test setup wheel test-asan test-tsan test-arm fuzz bench format lint docs clean
+.PHONY: gpu-test cuda-report intel-report help run test setup wheel test-asan test-tsan test-arm fuzz bench format lint docs clean
 .NOTPARALLEL:
 
 setup := scripts/setup.sh
@@ -11,25 +11,25 @@ help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 run:  ## see it work: what serves here, real models' shapes checked and timed, a real language model
-	@$(setup) system base wheel
+	@$(setup) system base sycl wheel
 	.venv/bin/ropewalk doctor
 	.venv/bin/ropewalk run
 	@$(setup) full
 	.venv/bin/python examples/smollm2.py
 
 test:  ## all tests, C++ and Python
-	@$(setup) system base wheel full
+	@$(setup) system base sycl wheel full
 	@scripts/test.sh
 
 setup:  ## only the set-up: system packages, .venv, the wheel in it
-	@$(setup) system base wheel full
+	@$(setup) system base sycl wheel full
 
 wheel:  ## a wheel for other machines, in dist/
-	@$(setup) system base dev
+	@$(setup) system base sycl dev
 	@scripts/wheel.sh
 
 test-asan:  ## all tests under AddressSanitizer and UndefinedBehaviorSanitizer
-	@$(setup) system base wheel full
+	@$(setup) system base sycl wheel full
 	@scripts/test.sh asan
 
 test-tsan:  ## the threaded tests under ThreadSanitizer
@@ -45,15 +45,19 @@ fuzz:  ## each fuzz target for FUZZ_SECONDS seconds (600)
 	@scripts/fuzz.sh $(FUZZ_SECONDS)
 
 gpu-test:  ## the tests that need an NVIDIA GPU; report in docs/results/
-	@$(setup) system base wheel full
+	@$(setup) system base sycl wheel full
 	@ROPEWALK=.venv/bin/ropewalk scripts/gpu_test.sh docs/results/$$(date -u +%F)-gpu-test.md
 
 cuda-report:  ## registers, spills, shared memory and size of the CUDA variants; fails on a spill
 	@$(setup) system base
 	@scripts/cuda_report.sh
 
+intel-report:  ## SIMD width, spills, loads and stores of the Intel GPU variants; fails on a spill
+	@$(setup) system base
+	@scripts/intel_report.sh
+
 bench:  ## the speed of every shape beside its floor and the peers installed; results in docs/results/
-	@$(setup) system base wheel full
+	@$(setup) system base sycl wheel full
 	@scripts/bench.sh
 
 format:  ## format C++ and Python in place
@@ -65,7 +69,7 @@ lint:  ## formatting, clang-tidy, ruff, headers, versions
 	@scripts/lint.sh
 
 docs:  ## regenerate docs/arguments.md from the description
-	@$(setup) system base wheel
+	@$(setup) system base sycl wheel
 	.venv/bin/ropewalk describe --markdown > build/arguments.md
 	mv build/arguments.md docs/arguments.md
 

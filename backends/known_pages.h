@@ -19,13 +19,12 @@ struct TensorName {
   const char* name;
   size_t offset;
 };
-#define ROPEWALK_TENSOR(name) \
-  { #name, offsetof(RopeTensors, name) }
+#define ROPEWALK_TENSOR(name) {#name, offsetof(RopeTensors, name)}
 inline constexpr TensorName kTensorNames[] = {
-    ROPEWALK_TENSOR(q),        ROPEWALK_TENSOR(k),        ROPEWALK_TENSOR(positions), ROPEWALK_TENSOR(offsets),
-    ROPEWALK_TENSOR(cos),      ROPEWALK_TENSOR(sin),      ROPEWALK_TENSOR(axes),      ROPEWALK_TENSOR(q_weight),
-    ROPEWALK_TENSOR(k_weight), ROPEWALK_TENSOR(q_out),    ROPEWALK_TENSOR(k_out),     ROPEWALK_TENSOR(v),
-    ROPEWALK_TENSOR(k_cache),  ROPEWALK_TENSOR(v_cache),  ROPEWALK_TENSOR(slots),     ROPEWALK_TENSOR(k_scale),
+    ROPEWALK_TENSOR(q),        ROPEWALK_TENSOR(k),       ROPEWALK_TENSOR(positions), ROPEWALK_TENSOR(offsets),
+    ROPEWALK_TENSOR(cos),      ROPEWALK_TENSOR(sin),     ROPEWALK_TENSOR(axes),      ROPEWALK_TENSOR(q_weight),
+    ROPEWALK_TENSOR(k_weight), ROPEWALK_TENSOR(q_out),   ROPEWALK_TENSOR(k_out),     ROPEWALK_TENSOR(v),
+    ROPEWALK_TENSOR(k_cache),  ROPEWALK_TENSOR(v_cache), ROPEWALK_TENSOR(slots),     ROPEWALK_TENSOR(k_scale),
     ROPEWALK_TENSOR(v_scale)};
 #undef ROPEWALK_TENSOR
 static_assert(sizeof(kTensorNames) / sizeof(TensorName) * sizeof(void*) == sizeof(RopeTensors));
@@ -41,7 +40,7 @@ class KnownPages {
       std::memcpy(&pointer, reinterpret_cast<const char*>(&tensors) + tensor.offset, sizeof(pointer));
       if (!pointer) continue;
       const uint64_t page = reinterpret_cast<uintptr_t>(pointer) >> kPageShift;
-      const uint64_t entry = page * 4096 + (device & 4094) + 1;
+      const uint64_t entry = page * 4096 + device % 4095 + 1;
       std::atomic<uint64_t>& known = pages_[page % pages_.size()];
       if (known.load(std::memory_order_relaxed) == entry) continue;
       bool keep = false;

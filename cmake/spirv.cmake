@@ -19,8 +19,9 @@ function(ropewalk_spirv output)
   endforeach()
   find_program(ROPEWALK_SPIRV_VAL spirv-val)
 
-  set(sources kernels/kernel_types.h kernels/opencl/vector.clh kernels/opencl/angle.clh ops/rope/rope_params.h
-    ops/rope/rope_fault.h ops/rope/rope_spirv_args.h ops/rope/rope.cl)
+  # In the order in which the text without includes must have them.
+  set(sources kernels/kernel_types.h ops/rope/rope_params.h
+    ops/rope/rope_fault.h ops/rope/rope_spirv_args.h kernels/opencl/vector.clh kernels/opencl/angle.clh ops/rope/rope.cl)
   set(inputs ${sources})
   list(TRANSFORM inputs PREPEND ${PROJECT_SOURCE_DIR}/)
   set(directory ${PROJECT_BINARY_DIR}/spirv)

@@ -7,6 +7,11 @@
 set(ROPEWALK_SYCL_ROOTS "${PROJECT_SOURCE_DIR}/.venv/sycl/9;${PROJECT_SOURCE_DIR}/.venv/sycl/8;$ENV{CMPLR_ROOT}"
   CACHE STRING "Folders with SYCL's include/ and lib/, for queues of that SYCL")
 
+# Ropewalk looks for a shim beside itself.
+set(ropewalk_sycl_dir ${PROJECT_BINARY_DIR})
+if(ROPEWALK_PYTHON)
+  set(ropewalk_sycl_dir ${PROJECT_BINARY_DIR}/python/ropewalk)
+endif()
 set(ropewalk_sycl_shims "")
 foreach(version 9 8)  # of libsycl: 9 is that of the compilers of 2026, 8 of 2025
   foreach(root IN LISTS ROPEWALK_SYCL_ROOTS)
@@ -20,11 +25,12 @@ foreach(version 9 8)  # of libsycl: 9 is that of the compilers of 2026, 8 of 202
     target_compile_definitions(ropewalk_sycl${version} PRIVATE
       SYCL_DISABLE_FSYCL_SYCLHPP_WARNING ROPEWALK_LIBSYCL="libsycl.so.${version}")
     # By name and not by path, so that the process's own libsycl serves, wherever it lies. What that one needs is not here.
-    target_link_libraries(ropewalk_sycl${version} PRIVATE ropewalk_flags)
+    # Our warnings, but the libstdc++ that libsycl throws its exceptions with.
+    target_compile_options(ropewalk_sycl${version} PRIVATE $<TARGET_PROPERTY:ropewalk_flags,INTERFACE_COMPILE_OPTIONS>)
     target_link_options(ropewalk_sycl${version} PRIVATE -L${root}/lib LINKER:--allow-shlib-undefined)
     target_link_libraries(ropewalk_sycl${version} PRIVATE -l:libsycl.so.${version})
     set_target_properties(ropewalk_sycl${version} PROPERTIES
-      LIBRARY_OUTPUT_DIRECTORY ${PROJECT_BINARY_DIR}/sycl PREFIX lib BUILD_WITH_INSTALL_RPATH TRUE INSTALL_RPATH "")
+      LIBRARY_OUTPUT_DIRECTORY ${ropewalk_sycl_dir} PREFIX lib BUILD_WITH_INSTALL_RPATH TRUE INSTALL_RPATH "")
     list(APPEND ropewalk_sycl_shims ropewalk_sycl${version})
     set(ropewalk_sycl${version}_root ${root})
   endforeach()

@@ -26,9 +26,9 @@ class LevelZero final : public DeviceMemory {
   Status Allocate(size_t bytes, void** out) override {
     ROPEWALK_TRY(opened_);
     const ze::DeviceMemoryDesc desc;
-    return context_->driver.Check(
-        context_->driver.MemAllocDevice(context_->handle, &desc, bytes ? bytes : 1, 256, context_->device().handle, out),
-        "zeMemAllocDevice", Text(" for ", bytes, " bytes"));
+    return context_->driver.Check(context_->driver.MemAllocDevice(context_->handle, &desc, bytes ? bytes : 1, 256,
+                                                                  context_->device().handle, out),
+                                  "zeMemAllocDevice", Text(" for ", bytes, " bytes"));
   }
   void Free(void* memory) override {
     if (free_ && memory) free_(context_->handle, memory);

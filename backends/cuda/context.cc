@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "core/text.h"
+#include "ops/rope/rope_fault_text.h"
 
 namespace ropewalk {
 namespace {
@@ -94,26 +95,6 @@ Status Adopt(const CudaDriver& driver, int ordinal, cu::Context handle, CudaCont
   contexts.others.store(*out, std::memory_order_release);
   return {};
 }
-
-std::string FaultText(const rope_fault& fault, bool batched, bool offsets) {
-  const auto row = static_cast<int64_t>(fault.key >> 2);
-  const int64_t tokens = std::max<int64_t>(fault.tokens, 1);
-  const std::string where = batched ? Text("[", row / tokens, ", ", row % tokens, "]") : Text("[", row, "]");
-  switch (static_cast<int>(fault.key & 3)) {
-    case kRopeFaultPosition:
-      return Text("rope: positions", where, " is ", fault.value, fault.axis ? Text(" on axis ", fault.axis) : "",
-                  offsets ? " with its offset" : "", ", but the table has ", fault.limit,
-                  " rows; the token was filled with NaN");
-    case kRopeFaultSlot:
-      return Text("rope: slots", where, " is ", fault.value, ", but the cache has ", fault.limit,
-                  " slots; the token was not stored");
-    default:
-      return Text("rope: axes[", fault.axis, "] is ", fault.value, ", but positions have ", fault.limit,
-                  " rows; all tokens were filled with NaN");
-  }
-}
-
-constexpr int kFaultRecords = 4;
 
 }  // namespace
 
@@ -259,15 +240,14 @@ Status CudaContext::CopyIn(cu::DevicePtr to, const void* from, size_t bytes) {
 }
 
 Status CudaContext::ResetFaults() {
-  rope_fault none[kFaultRecords] = {};
-  for (rope_fault& fault : none) fault.key = ~rw_u64{0};
-  return CopyIn(faults_, none, sizeof(none));
+  const auto none = NoRopeFaults();
+  return CopyIn(faults_, none.data(), sizeof(none));
 }
 
 Status CudaContext::Prepare() {
   if (!stream_) ROPEWALK_TRY(driver.Check(driver.StreamCreate(&stream_, cu::kStreamNonBlocking), "cuStreamCreate"));
   if (faults_) return {};
-  ROPEWALK_TRY(Allocate(sizeof(rope_fault) * kFaultRecords, &faults_));
+  ROPEWALK_TRY(Allocate(sizeof(rope_fault) * kRopeFaultRecords, &faults_));
   const Status status = ResetFaults();
   if (!status.ok()) faults_ = 0;
   return status;
@@ -276,21 +256,18 @@ Status CudaContext::Prepare() {
 Status CudaContext::TakeFaults(std::string* text) {
   const std::lock_guard lock(mutex_);
   if (!faults_ || !launched.exchange(false)) return {};
-  rope_fault faults[kFaultRecords];
+  std::array<rope_fault, kRopeFaultRecords> faults;
   Status status = driver.Check(driver.CtxSynchronize(), "cuCtxSynchronize");
   if (status.ok()) {
-    status = driver.Check(driver.MemcpyDtoHAsync(faults, faults_, sizeof(faults), stream_), "cuMemcpyDtoHAsync");
+    status = driver.Check(driver.MemcpyDtoHAsync(faults.data(), faults_, sizeof(faults), stream_), "cuMemcpyDtoHAsync");
   }
   if (status.ok()) status = driver.Check(driver.StreamSynchronize(stream_), "cuStreamSynchronize");
   if (!status.ok()) {
     launched.store(true);  // the next call asks again
     return status;
   }
-  const auto* first = std::ranges::min_element(faults, {}, &rope_fault::key);
-  if (first->key == ~rw_u64{0}) return {};
-  const auto index = static_cast<unsigned>(first - faults);
-  *text = FaultText(*first, index & 1u, index & 2u);
-  return ResetFaults();
+  *text = RopeFaultText(faults);
+  return text->empty() ? Status() : ResetFaults();
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

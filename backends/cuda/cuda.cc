@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "backends/cuda/cuda.h"
 
-#include <array>
 #include <atomic>
 #include <cstddef>
 #include <cstdlib>
@@ -12,6 +11,7 @@
 #include "backends/cuda/context.h"
 #include "backends/cuda/driver.h"
 #include "backends/cuda/nvrtc.h"
+#include "backends/known_pages.h"
 #include "core/text.h"
 #include "ops/rope/rope_cuda.h"
 
@@ -93,27 +93,9 @@ Status RefuseCapture(const CudaDriver& driver, const RopeCall& call, const RopeC
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Pointers. Asking the driver about one costs tenths of a microsecond, so the answer is kept for its page of 2 MB, the
-// granularity of device memory; a hit is one load and one comparison. Only "this is memory of that device" is kept, so
-// that a stale answer can let a freed page pass, as without the check, but never refuse a good one.
+// Pointers
 
-struct TensorName {
-  const char* name;
-  size_t offset;
-};
-#define ROPEWALK_TENSOR(name) \
-  { #name, offsetof(RopeTensors, name) }
-constexpr TensorName kTensorNames[] = {ROPEWALK_TENSOR(q),       ROPEWALK_TENSOR(k),        ROPEWALK_TENSOR(positions),
-                                       ROPEWALK_TENSOR(offsets), ROPEWALK_TENSOR(cos),      ROPEWALK_TENSOR(sin),
-                                       ROPEWALK_TENSOR(axes),    ROPEWALK_TENSOR(q_weight), ROPEWALK_TENSOR(k_weight),
-                                       ROPEWALK_TENSOR(q_out),   ROPEWALK_TENSOR(k_out),    ROPEWALK_TENSOR(v),
-                                       ROPEWALK_TENSOR(k_cache), ROPEWALK_TENSOR(v_cache),  ROPEWALK_TENSOR(slots),
-                                       ROPEWALK_TENSOR(k_scale), ROPEWALK_TENSOR(v_scale)};
-#undef ROPEWALK_TENSOR
-static_assert(sizeof(kTensorNames) / sizeof(TensorName) * sizeof(void*) == sizeof(RopeTensors));
-
-constexpr size_t kKnownPages = 1024;
-std::array<std::atomic<uint64_t>, kKnownPages> known_pages{};  // page * 256 + device + 1
+KnownPages<21> known_pages;  // 2 MB, the granularity of device memory
 
 Status AskPointer(const CudaDriver& driver, int ordinal, const char* name, cu::DevicePtr pointer, bool* keep) {
   int attributes[] = {cu::kMemoryType, cu::kIsManaged, cu::kDeviceOrdinal, cu::kAccessFlags};
@@ -139,19 +121,10 @@ Status AskPointer(const CudaDriver& driver, int ordinal, const char* name, cu::D
 
 Status CheckPointers(const CudaDriver& driver, const RopeCall& call) {
   const int ordinal = call.device.device_id;
-  for (const TensorName& tensor : kTensorNames) {
-    const auto pointer =
-        *reinterpret_cast<const uintptr_t*>(reinterpret_cast<const char*>(&call.tensors) + tensor.offset);
-    if (!pointer) continue;
-    const uint64_t page = pointer >> 21;
-    const uint64_t entry = page * 256 + static_cast<uint64_t>(ordinal) + 1;
-    std::atomic<uint64_t>& known = known_pages[page % kKnownPages];
-    if (known.load(std::memory_order_relaxed) == entry) continue;
-    bool keep = false;
-    ROPEWALK_TRY(AskPointer(driver, ordinal, tensor.name, pointer, &keep));
-    if (keep) known.store(entry, std::memory_order_relaxed);
-  }
-  return {};
+  const auto ask = [&](const char* name, const void* pointer, bool* keep) {
+    return AskPointer(driver, ordinal, name, reinterpret_cast<cu::DevicePtr>(pointer), keep);
+  };
+  return known_pages.Check(call.tensors, static_cast<uint64_t>(ordinal), ask);
 }
 
 // The driver refuses a stream of another context by its handle alone; here is what it means.

@@ -49,8 +49,8 @@ Status BuildLevelZeroKernel(const LevelZeroDriver& driver, ze::Context context, 
                             const RopeSpirvKey& key, SpirvKernel* kernel) {
   const SpirvModule* module = RopeSpirvModuleOf(key);
   if (!module) {
-    return Status::Unavailable(Text("rope: there is no SPIR-V for ", RopeSpirvName(key), " in this build: ",
-                                    RopeSpirvMissing()));
+    return Status::Unavailable(
+        Text("rope: there is no SPIR-V for ", RopeSpirvName(key), " in this build: ", RopeSpirvMissing()));
   }
   const auto constants = RopeSpirvConstants(key);
   uint32_t ids[kRopeSpecCount];
@@ -74,8 +74,8 @@ Status BuildLevelZeroKernel(const LevelZeroDriver& driver, ze::Context context, 
   ze::KernelDesc kernel_desc;
   kernel_desc.name = kRopeSpirvKernel;
   ze::Kernel function = nullptr;
-  Status status = driver.Check(driver.KernelCreate(built, &kernel_desc, &function), "zeKernelCreate",
-                               Text(" for ", kernel->name));
+  Status status =
+      driver.Check(driver.KernelCreate(built, &kernel_desc, &function), "zeKernelCreate", Text(" for ", kernel->name));
   ze::KernelProperties properties{};
   if (status.ok()) status = driver.Check(driver.KernelGetProperties(function, &properties), "zeKernelGetProperties");
   if (!status.ok()) {
@@ -168,7 +168,8 @@ Status EnterLevelZero(const LevelZeroDriver& driver, int ordinal, ze::CommandLis
           return Status::Invalid(Text("rope: q is on xpu:", ordinal, ", but the stream is a command list of xpu:", i));
         }
       }
-      return Status::Invalid(Text("rope: q is on xpu:", ordinal, ", but the stream is a command list of another device"));
+      return Status::Invalid(
+          Text("rope: q is on xpu:", ordinal, ", but the stream is a command list of another device"));
     }
     ROPEWALK_TRY(driver.Check(driver.CommandListGetContext(list, &handle), "zeCommandListGetContextHandle"));
   }

@@ -16,30 +16,54 @@ std::atomic<bool> was_loaded{false};
 
 const char* ResultName(ze::Result result) {
   switch (result) {
-    case 0x70000001: return "ZE_RESULT_ERROR_DEVICE_LOST";
-    case 0x70000002: return "ZE_RESULT_ERROR_OUT_OF_HOST_MEMORY";
-    case 0x70000003: return "ZE_RESULT_ERROR_OUT_OF_DEVICE_MEMORY";
-    case 0x70000004: return "ZE_RESULT_ERROR_MODULE_BUILD_FAILURE";
-    case 0x70000005: return "ZE_RESULT_ERROR_MODULE_LINK_FAILURE";
-    case 0x70010000: return "ZE_RESULT_ERROR_INSUFFICIENT_PERMISSIONS";
-    case 0x70010001: return "ZE_RESULT_ERROR_NOT_AVAILABLE";
-    case 0x70020000: return "ZE_RESULT_ERROR_DEPENDENCY_UNAVAILABLE";
-    case 0x78000001: return "ZE_RESULT_ERROR_UNINITIALIZED";
-    case 0x78000002: return "ZE_RESULT_ERROR_UNSUPPORTED_VERSION";
-    case 0x78000003: return "ZE_RESULT_ERROR_UNSUPPORTED_FEATURE";
-    case 0x78000004: return "ZE_RESULT_ERROR_INVALID_ARGUMENT";
-    case 0x78000005: return "ZE_RESULT_ERROR_INVALID_NULL_HANDLE";
-    case 0x78000007: return "ZE_RESULT_ERROR_INVALID_NULL_POINTER";
-    case 0x78000008: return "ZE_RESULT_ERROR_INVALID_SIZE";
-    case 0x78000009: return "ZE_RESULT_ERROR_UNSUPPORTED_SIZE";
-    case 0x7800000f: return "ZE_RESULT_ERROR_INVALID_NATIVE_BINARY";
-    case 0x78000011: return "ZE_RESULT_ERROR_INVALID_KERNEL_NAME";
-    case 0x78000013: return "ZE_RESULT_ERROR_INVALID_GROUP_SIZE_DIMENSION";
-    case 0x78000015: return "ZE_RESULT_ERROR_INVALID_KERNEL_ARGUMENT_INDEX";
-    case 0x78000016: return "ZE_RESULT_ERROR_INVALID_KERNEL_ARGUMENT_SIZE";
-    case 0x78000018: return "ZE_RESULT_ERROR_INVALID_MODULE_UNLINKED";
-    case 0x78000019: return "ZE_RESULT_ERROR_INVALID_COMMAND_LIST_TYPE";
-    default: return nullptr;
+    case 0x70000001:
+      return "ZE_RESULT_ERROR_DEVICE_LOST";
+    case 0x70000002:
+      return "ZE_RESULT_ERROR_OUT_OF_HOST_MEMORY";
+    case 0x70000003:
+      return "ZE_RESULT_ERROR_OUT_OF_DEVICE_MEMORY";
+    case 0x70000004:
+      return "ZE_RESULT_ERROR_MODULE_BUILD_FAILURE";
+    case 0x70000005:
+      return "ZE_RESULT_ERROR_MODULE_LINK_FAILURE";
+    case 0x70010000:
+      return "ZE_RESULT_ERROR_INSUFFICIENT_PERMISSIONS";
+    case 0x70010001:
+      return "ZE_RESULT_ERROR_NOT_AVAILABLE";
+    case 0x70020000:
+      return "ZE_RESULT_ERROR_DEPENDENCY_UNAVAILABLE";
+    case 0x78000001:
+      return "ZE_RESULT_ERROR_UNINITIALIZED";
+    case 0x78000002:
+      return "ZE_RESULT_ERROR_UNSUPPORTED_VERSION";
+    case 0x78000003:
+      return "ZE_RESULT_ERROR_UNSUPPORTED_FEATURE";
+    case 0x78000004:
+      return "ZE_RESULT_ERROR_INVALID_ARGUMENT";
+    case 0x78000005:
+      return "ZE_RESULT_ERROR_INVALID_NULL_HANDLE";
+    case 0x78000007:
+      return "ZE_RESULT_ERROR_INVALID_NULL_POINTER";
+    case 0x78000008:
+      return "ZE_RESULT_ERROR_INVALID_SIZE";
+    case 0x78000009:
+      return "ZE_RESULT_ERROR_UNSUPPORTED_SIZE";
+    case 0x7800000f:
+      return "ZE_RESULT_ERROR_INVALID_NATIVE_BINARY";
+    case 0x78000011:
+      return "ZE_RESULT_ERROR_INVALID_KERNEL_NAME";
+    case 0x78000013:
+      return "ZE_RESULT_ERROR_INVALID_GROUP_SIZE_DIMENSION";
+    case 0x78000015:
+      return "ZE_RESULT_ERROR_INVALID_KERNEL_ARGUMENT_INDEX";
+    case 0x78000016:
+      return "ZE_RESULT_ERROR_INVALID_KERNEL_ARGUMENT_SIZE";
+    case 0x78000018:
+      return "ZE_RESULT_ERROR_INVALID_MODULE_UNLINKED";
+    case 0x78000019:
+      return "ZE_RESULT_ERROR_INVALID_COMMAND_LIST_TYPE";
+    default:
+      return nullptr;
   }
 }
 
@@ -70,6 +94,8 @@ Status DescribeLevelZeroDevice(const LevelZeroDriver& driver, ze::Driver owner, 
   if (properties.type != ze::kDeviceTypeGpu) return {};
   out->properties.threads = static_cast<int>(properties.threads_per_eu * properties.eus_per_subslice *
                                              properties.subslices_per_slice * properties.slices);
+  constexpr uint32_t kWide = 16;  // lanes of an instruction, from PVC and Xe2 on
+  out->properties.register_bytes = properties.simd_width >= kWide ? 64 : 32;
   // 0: a driver that does not say; it then refuses what is too large.
   if (compute.most_in_group) {
     out->properties.max_local = static_cast<int>(std::min(compute.most_in_group, compute.most_x));
@@ -84,12 +110,13 @@ Status DescribeLevelZeroDevice(const LevelZeroDriver& driver, ze::Driver owner, 
     out->unfit = Text("has sub-groups of ", known, ", but ", ROPE_SUB_GROUP, " is needed");
   }
   uint32_t count = 0;
-  ROPEWALK_TRY(driver.Check(driver.DeviceGetQueueGroups(handle, &count, nullptr),
-                            "zeDeviceGetCommandQueueGroupProperties"));
+  ROPEWALK_TRY(
+      driver.Check(driver.DeviceGetQueueGroups(handle, &count, nullptr), "zeDeviceGetCommandQueueGroupProperties"));
   std::vector<ze::QueueGroupProperties> groups(count, ze::QueueGroupProperties{});
   ROPEWALK_TRY(driver.Check(driver.DeviceGetQueueGroups(handle, &count, groups.data()),
                             "zeDeviceGetCommandQueueGroupProperties"));
-  const auto computes = std::ranges::find_if(groups, [](const auto& group) { return group.flags & ze::kQueueGroupCompute; });
+  const auto computes =
+      std::ranges::find_if(groups, [](const auto& group) { return group.flags & ze::kQueueGroupCompute; });
   if (computes == groups.end()) out->unfit = "has no queue for computing";
   out->compute_group = static_cast<uint32_t>(computes - groups.begin());
   return {};

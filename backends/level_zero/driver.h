@@ -165,8 +165,8 @@ struct Groups {
   X(MemGetAllocProperties, "zeMemGetAllocProperties", ze::Context, const void*, ze::AllocationProperties*, ze::Device*)
 
 // What drivers before Level Zero 1.9 (2024) lack; null there.
-#define ROPEWALK_LEVEL_ZERO_OPTIONAL(X)                                                           \
-  X(CommandListGetDevice, "zeCommandListGetDeviceHandle", ze::CommandList, ze::Device*)           \
+#define ROPEWALK_LEVEL_ZERO_OPTIONAL(X)                                                 \
+  X(CommandListGetDevice, "zeCommandListGetDeviceHandle", ze::CommandList, ze::Device*) \
   X(CommandListGetContext, "zeCommandListGetContextHandle", ze::CommandList, ze::Context*)
 
 struct LevelZeroDevice {

@@ -13,15 +13,15 @@ namespace {
 // The device of the call, if it can serve.
 Status Usable(const LevelZeroDriver& driver, const RopeCall& call) {
   if (!driver.status.ok()) {
-    return Status(driver.status.code(),
-                  Text("rope: q is on ", DeviceName(call.device), ", but Level Zero is not available: ",
-                       driver.status.text(), driver.remedy.empty() ? "" : "; ", driver.remedy));
+    return Status(driver.status.code(), Text("rope: q is on ", DeviceName(call.device),
+                                             ", but Level Zero is not available: ", driver.status.text(),
+                                             driver.remedy.empty() ? "" : "; ", driver.remedy));
   }
   const int ordinal = call.device.device_id;
   const auto count = static_cast<int>(driver.devices.size());
   if (ordinal < 0 || ordinal >= count) {
-    return Status::Invalid(Text("rope: q is on xpu:", ordinal, ", but Level Zero has ", count,
-                                count == 1 ? " GPU here" : " GPUs here"));
+    return Status::Invalid(
+        Text("rope: q is on xpu:", ordinal, ", but Level Zero has ", count, count == 1 ? " GPU here" : " GPUs here"));
   }
   const LevelZeroDevice& device = driver.devices[static_cast<size_t>(ordinal)];
   if (!device.unfit.empty()) {
@@ -65,7 +65,8 @@ bool Serves(DLDevice device) { return static_cast<int32_t>(device.device_type) =
 Availability Available() {
   const std::string shims = SyclText();
   const bool sycl = SyclIsLoaded();
-  if (*RopeSpirvMissing()) return {false, RopeSpirvMissing(), "build Ropewalk where clang and llvm-spirv are installed"};
+  if (*RopeSpirvMissing())
+    return {false, RopeSpirvMissing(), "build Ropewalk where clang and llvm-spirv are installed"};
   const LevelZeroDriver& driver = GetLevelZeroDriver();
   if (!driver.status.ok()) return {sycl, Text(driver.status.text(), "; ", shims), driver.remedy};
   std::string detail = Text("Level Zero ", driver.version >> 16, ".", driver.version & 0xffff);

@@ -1,5 +1,5 @@
-// What a backend that runs the SPIR-V kernel keeps for a device: kernels by variant, the turns of frequencies, the record
-// of faults. How a kernel is built and memory is had is each backend's own.
+// What a backend that runs the SPIR-V kernel keeps for a device: kernels by variant, the turns of frequencies, the
+// record of faults. How a kernel is built and memory is had is each backend's own.
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
@@ -21,11 +21,11 @@ namespace ropewalk {
 
 struct SpirvKernel {
   RopeSpirvKey key;
-  std::string name;          // RopeSpirvName
+  std::string name;                    // RopeSpirvName
   std::string source = "from SPIR-V";  // for explain()
-  void* module = nullptr;    // of the backend, as
-  void* function = nullptr;  // this is: a cl_kernel, a ze_kernel_handle_t, ..
-  int spilled_bytes = -1;    // -1: the driver does not say
+  void* module = nullptr;              // of the backend, as
+  void* function = nullptr;            // this is: a cl_kernel, a ze_kernel_handle_t, ..
+  int spilled_bytes = -1;              // -1: the driver does not say
   // Held from the first argument that is set to the launch, where a kernel's arguments are its state.
   std::mutex mutex;
   std::atomic<int64_t> launches{0};
@@ -37,7 +37,7 @@ class SpirvContext {
   SpirvContext(const SpirvContext&) = delete;
   SpirvContext& operator=(const SpirvContext&) = delete;
 
-  const std::string device_name;      // "xpu:0 (Intel(R) Data Center GPU Max 1550)"
+  const std::string device_name;  // "xpu:0 (Intel(R) Data Center GPU Max 1550)"
   const SpirvDevice properties;
   std::atomic<bool> launched{false};  // since the last TakeFaults
 
@@ -45,7 +45,7 @@ class SpirvContext {
   struct Ready {
     SpirvKernel* kernel = nullptr;
     const void* frequencies = nullptr;  // on the device: turns, then axes; null with a table
-    rope_fault* fault = nullptr;        // on the device: one of four, so that the message can say what the kernel cannot
+    rope_fault* fault = nullptr;  // on the device: one of four, so that the message can say what the kernel cannot
   };
   // Lock-free, without allocation; false if something is still to be made.
   bool Find(const RopeCall& call, const RopeSpirvKey& key, Ready* ready);

@@ -1,4 +1,5 @@
-// The SYCL side of SyclShim, compiled by a plain C++ compiler against SYCL's headers: no kernel is written in SYCL here.
+// The SYCL side of SyclShim, compiled by a plain C++ compiler against SYCL's headers: no kernel is written in SYCL
+// here.
 // SPDX-License-Identifier: Apache-2.0
 #include "backends/sycl/shim.h"
 
@@ -74,13 +75,17 @@ void Describe(Entry* entry) {
       info.device = sycl::get_native<sycl::backend::ext_oneapi_level_zero>(device);
       name = "Level Zero";
       break;
-    case sycl::backend::ext_oneapi_cuda: name = "CUDA"; break;
-    case sycl::backend::ext_oneapi_hip: name = "HIP"; break;
-    default: break;
+    case sycl::backend::ext_oneapi_cuda:
+      name = "CUDA";
+      break;
+    case sycl::backend::ext_oneapi_hip:
+      name = "HIP";
+      break;
+    default:
+      break;
   }
   std::snprintf(info.backend_name, sizeof(info.backend_name), "%s", name);
-  std::snprintf(info.device_name, sizeof(info.device_name), "%s",
-                device.get_info<sycl::info::device::name>().c_str());
+  std::snprintf(info.device_name, sizeof(info.device_name), "%s", device.get_info<sycl::info::device::name>().c_str());
 }
 
 int Find(const void* pointer, void** out, const SyclQueueInfo** info, char* error) {
@@ -180,12 +185,18 @@ int MemoryOf(void* entry_pointer, const void* pointer, int32_t* memory, char* er
   return Guard(error, [&] {
     const sycl::context context = entry->queue.get_context();
     switch (sycl::get_pointer_type(pointer, context)) {
-      case sycl::usm::alloc::host: *memory = kSyclHost; break;
-      case sycl::usm::alloc::shared: *memory = kSyclShared; break;
-      case sycl::usm::alloc::device:
-        *memory = sycl::get_pointer_device(pointer, context) == entry->queue.get_device() ? kSyclDevice : kSyclOtherDevice;
+      case sycl::usm::alloc::host:
+        *memory = kSyclHost;
         break;
-      default: *memory = kSyclUnknown;
+      case sycl::usm::alloc::shared:
+        *memory = kSyclShared;
+        break;
+      case sycl::usm::alloc::device:
+        *memory =
+            sycl::get_pointer_device(pointer, context) == entry->queue.get_device() ? kSyclDevice : kSyclOtherDevice;
+        break;
+      default:
+        *memory = kSyclUnknown;
     }
   });
 }

@@ -42,7 +42,7 @@ struct SyclShim {
   // queue holds, and before all that comes, also if it is not in order.
   int (*launch)(void* entry, const void* kernel, const SyclArgument* arguments, uint32_t count, const uint32_t* groups,
                 uint32_t local, char* error);
-  int (*allocate)(void* entry, size_t bytes, void** out, char* error);  // on the queue's device
+  int (*allocate)(void* entry, size_t bytes, void** out, char* error);              // on the queue's device
   int (*copy)(void* entry, void* to, const void* from, size_t bytes, char* error);  // waits
   int (*memory_of)(void* entry, const void* pointer, int32_t* memory, char* error);
   int (*wait)(char* error);  // for every queue that a kernel was launched on

@@ -63,8 +63,8 @@ Status FindShim(std::string* path) {
   }
   std::error_code ignored;
   if (std::filesystem::exists(*path, ignored)) return {};
-  return Status::Unavailable(Text("rope: sycl_queue is given, but this build of Ropewalk has no ", *path, " for ", loaded,
-                                  "; build it where SYCL's headers are installed (pip install intel-sycl-rt)"));
+  return Status::Unavailable(Text("rope: sycl_queue is given, but this build of Ropewalk has no ", *path, " for ",
+                                  loaded, "; build it where SYCL's headers are installed (pip install intel-sycl-rt)"));
 }
 
 Status OpenShim(const SyclShim** out) {
@@ -96,7 +96,10 @@ Status Failed(const char* what, const char* error, const std::string& device) {
 class SyclContext final : public SpirvContext {
  public:
   SyclContext(const SyclShim& shim, void* entry, const SyclQueueInfo& info, SpirvDevice device)
-      : SpirvContext(Text(info.device_name, ", ", info.backend_name), device), shim_(shim), entry_(entry), info_(info) {}
+      : SpirvContext(Text(info.device_name, ", ", info.backend_name), device),
+        shim_(shim),
+        entry_(entry),
+        info_(info) {}
 
   const SyclQueueInfo& info() const { return info_; }
   SyclContext* next = nullptr;
@@ -165,14 +168,14 @@ Status DeviceOf(const SyclQueueInfo& info, SpirvDevice* out) {
   if (info.backend == kSyclOpenCl) return OpenClProperties(info.device, out);
   const LevelZeroDriver& driver = GetLevelZeroDriver();
   if (!driver.status.ok()) {
-    return Status(driver.status.code(), Text("rope: sycl_queue is of Level Zero, but Level Zero is not available: ",
-                                             driver.status.text()));
+    return Status(driver.status.code(),
+                  Text("rope: sycl_queue is of Level Zero, but Level Zero is not available: ", driver.status.text()));
   }
   LevelZeroDevice device;
   ROPEWALK_TRY(DescribeLevelZeroDevice(driver, nullptr, static_cast<ze::Device>(info.device), &device));
   if (!device.unfit.empty()) {
-    return Status::Unavailable(Text("rope: sycl_queue is on ", info.device_name, ", which ", device.unfit,
-                                    "; move the tensors to the CPU"));
+    return Status::Unavailable(
+        Text("rope: sycl_queue is on ", info.device_name, ", which ", device.unfit, "; move the tensors to the CPU"));
   }
   *out = device.properties;
   return {};
@@ -186,8 +189,8 @@ Status Enter(const RopeCall& call, Queue* out) {
     return Status::Driver(Text("rope: sycl_queue cannot be used: ", error));
   }
   if (info->backend == kSyclOther) {
-    return Status::Invalid(Text("rope: sycl_queue must be of Level Zero or OpenCL, but is of ", info->backend_name, " (",
-                                info->device_name, ")"));
+    return Status::Invalid(Text("rope: sycl_queue must be of Level Zero or OpenCL, but is of ", info->backend_name,
+                                " (", info->device_name, ")"));
   }
   if ((out->context = FindContext(*info))) return {};
   const std::lock_guard lock(contexts_mutex);

@@ -47,7 +47,7 @@ float __attribute__((overloadable, convergent)) intel_sub_group_shuffle_xor(floa
 
 // The specialisation constants, in registers that become constants.
 typedef struct {
-  int interleaved, norm, weight_dtype, reference, table_dtype, table_vector, axes, cache_dtype, units, lanes;
+  int interleaved, norm, weight_dtype, reference, table_dtype, table_vector, axes, cache_dtype, out_of_place, units, lanes;
 } rope_choices;
 
 // All that the stages read. Inlined away.
@@ -402,19 +402,22 @@ RW_INLINE float rope_inverse_scale(const __private rope_choices* k, const __glob
   return 1.0f / (scale ? scale[(rw_i64)head * stride] : value);
 }
 
-RW_INLINE rope_head rope_head_of(const __private rope_all* a, const __private rope_token* t, int h) {
+RW_INLINE rw_in rope_in_of(const __private rope_all* a, const __private rope_token* t, int h) {
+  const __private rope_params* p = a->p;
+  return h < p->q_heads ? a->q + rope_offset(&p->q, t, h) * RW_SIZE
+                        : a->k + rope_offset(&p->k, t, h - p->q_heads) * RW_SIZE;
+}
+
+RW_INLINE rope_head rope_head_of(const __private rope_choices* k, const __private rope_all* a, const __private rope_token* t,
+                                 int h) {
   const __private rope_params* p = a->p;
   rope_head head;
-  if (h < p->q_heads) {
-    head.in = a->q + rope_offset(&p->q, t, h) * RW_SIZE;
-    head.out = a->q_out + rope_offset(&p->q_out, t, h) * RW_SIZE;
-    head.weight = a->q_weight;
-  } else {
-    h -= p->q_heads;
-    head.in = a->k + rope_offset(&p->k, t, h) * RW_SIZE;
-    head.out = a->k_out + rope_offset(&p->k_out, t, h) * RW_SIZE;
-    head.weight = a->k_weight;
-  }
+  head.in = rope_in_of(a, t, h);
+  // In place there is nothing to find.
+  head.out = !k->out_of_place ? (rw_out)head.in
+             : h < p->q_heads ? a->q_out + rope_offset(&p->q_out, t, h) * RW_SIZE
+                              : a->k_out + rope_offset(&p->k_out, t, h - p->q_heads) * RW_SIZE;
+  head.weight = h < p->q_heads ? a->q_weight : a->k_weight;
   return head;
 }
 
@@ -455,7 +458,7 @@ RW_INLINE void rope_write_rest(const __private rope_choices* k, const __private 
     return;
   }
   // The same bits, untouched by any conversion.
-  if (a->s->out_of_place) rw_store(head->out + begin * RW_SIZE, words);
+  if (k->out_of_place) rw_store(head->out + begin * RW_SIZE, words);
   if (k->cache_dtype != kRopeNoDtype && head->stored) rope_write_cache(k, head, begin, rw_unpack(words), words);
 }
 
@@ -518,7 +521,8 @@ ROPE_KERNEL void rope_kernel(__global void* q, __global void* k_tensor, const __
   // Where a device gains less by a variant than its build costs, the choice is an argument.
 #define ROPE_CHOICE(number) (ROPE_CONSTANT(number) == kRopeSpecArgument ? params.shape.choices[number] : ROPE_CONSTANT(number))
   const rope_choices choices = {ROPE_CHOICE(0), ROPE_CHOICE(1), ROPE_CHOICE(2),   ROPE_CHOICE(3),   ROPE_CHOICE(4),
-                                ROPE_CHOICE(5), ROPE_CHOICE(6), ROPE_CHOICE(7), ROPE_CONSTANT(8), ROPE_CONSTANT(9)};
+                                ROPE_CHOICE(5), ROPE_CHOICE(6), ROPE_CHOICE(7),   ROPE_CHOICE(8),   ROPE_CONSTANT(9),
+                                ROPE_CONSTANT(10)};
   const rope_all all = {(rw_in)q,         (rw_in)k_tensor,  (rw_in)v,          (rw_out)q_out, (rw_out)k_out,
                         (rw_out)k_cache,  (rw_out)v_cache,  positions,         offsets,       cos_table,
                         sin_table,        slots,            axes,              turns,         (rw_in)q_weight,
@@ -543,38 +547,40 @@ ROPE_KERNEL void rope_kernel(__global void* q, __global void* k_tensor, const __
 #define ROPE_UNIT(i) (lane + (i) * lanes)
 #define ROPE_HAS_UNIT(i) (k->lanes || ROPE_UNIT(i) < s->units)
 
-  rope_token t = {batch, token, -1, 0, 0};
-  rw_i64 position = 0;
+  const rope_token here = {batch, token, -1, 0, 0};
+  rw_words x[ROPE_MAX_UNITS], y[ROPE_MAX_UNITS];
+#define ROPE_FETCH(h)                                                      \
+  if (k->units && (h) < heads) {                                           \
+    const rw_in in = rope_in_of(a, &here, h);                              \
+    RW_UNROLL for (int i = 0; i < ROPE_MAX_UNITS; ++i) {                   \
+      if (i >= k->units || !ROPE_HAS_UNIT(i)) continue;                    \
+      const rw_in at = in + rope_unit_begin(k, a, ROPE_UNIT(i)) * RW_SIZE; \
+      x[i] = rw_load(at);                                                  \
+      y[i] = rw_load(at + rope_unit_distance(k, a) * RW_SIZE);             \
+    }                                                                      \
+  }
+  // Asked for before anything waits.
+  ROPE_FETCH(first)
+
+  const rope_token t = rope_plan_token(k, a, batch, token, id == 0 && turn_first == 0);
+  if (t.poisoned || t.left_out) {
+    if (t.left_out && !k->out_of_place) return;
+    RW_ROLLED for (int h = first; h < heads; h += step) {
+      const rope_head head = rope_head_of(k, a, &t, h);
+      rope_fill_head(a, &head, t.poisoned, lane, lanes);
+    }
+    return;
+  }
+  const rw_i64 position = k->axes ? 0 : rope_position_of(a, batch, token, 0);
   rw_floats cos[ROPE_MAX_UNITS], sin[ROPE_MAX_UNITS];
+  RW_UNROLL for (int i = 0; i < ROPE_MAX_UNITS; ++i) {
+    if (i >= k->units || !ROPE_HAS_UNIT(i)) continue;
+    rope_cos_sin_of(k, a, &t, position, ROPE_UNIT(i), &cos[i], &sin[i]);
+  }
+
   int h = first;
-  RW_ROLLED for (int turn = turn_first;;) {
-    // Asked for before anything waits: in the first turn the slot is not known yet, nor needed for this.
-    rope_head head = rope_head_of(a, &t, h < heads ? h : 0);
-    rw_words x[ROPE_MAX_UNITS], y[ROPE_MAX_UNITS];
-    if (k->units && h < heads) {
-      RW_UNROLL for (int i = 0; i < ROPE_MAX_UNITS; ++i) {
-        if (i >= k->units || !ROPE_HAS_UNIT(i)) continue;
-        const rw_in at = head.in + rope_unit_begin(k, a, ROPE_UNIT(i)) * RW_SIZE;
-        x[i] = rw_load(at);
-        y[i] = rw_load(at + rope_unit_distance(k, a) * RW_SIZE);
-      }
-    }
-    if (turn == turn_first) {
-      t = rope_plan_token(k, a, batch, token, id == 0 && turn_first == 0);
-      if (t.poisoned || t.left_out) {
-        if (t.left_out && !s->out_of_place) return;
-        RW_ROLLED for (; h < heads; h += step) {
-          head = rope_head_of(a, &t, h);
-          rope_fill_head(a, &head, t.poisoned, lane, lanes);
-        }
-        return;
-      }
-      if (!k->axes) position = rope_position_of(a, batch, token, 0);
-      RW_UNROLL for (int i = 0; i < ROPE_MAX_UNITS; ++i) {
-        if (i >= k->units || !ROPE_HAS_UNIT(i)) continue;
-        rope_cos_sin_of(k, a, &t, position, ROPE_UNIT(i), &cos[i], &sin[i]);
-      }
-    }
+  RW_ROLLED for (int turn = turn_first; turn < heads; turn += step) {
+    rope_head head = rope_head_of(k, a, &t, h < heads ? h : 0);
     float rstd = 0.0f;
     if (k->norm) {
       if (h < heads) {
@@ -616,8 +622,7 @@ ROPE_KERNEL void rope_kernel(__global void* q, __global void* k_tensor, const __
       }
       h += step;
     }
-    turn += step;
-    if (turn >= heads) break;
+    ROPE_FETCH(h)
   }
   if (k->cache_dtype != kRopeNoDtype && s->store_v && t.slot >= 0) {
     // After the heads of q and k, in the same order: the group that would take the head after them takes the first of v.

@@ -34,13 +34,13 @@ int Alignment(int limit, const void* data, int bytes, const rope_strides& s) {
   return data ? Alignment(limit, data, bytes, {s.batch, s.token, s.head}) : limit;
 }
 
-// The widest access, up to 16 bytes, that every address and every part of a head allows.
-int ChooseVector(const RopeCall& call) {
+// The widest access, up to `limit` bytes, that every address and every part of a head allows.
+int ChooseVector(const RopeCall& call, int limit) {
   const RopeVariant& v = call.variant;
   const rope_params& p = call.params;
   const RopeTensors& t = call.tensors;
   const int bytes = Bytes(v.dtype), cache_bytes = Bytes(v.cache_dtype);
-  int vector = 16 / bytes;
+  int vector = limit / bytes;
   while (p.head_dim % vector || p.rotary_offset % vector || (p.rotary_dim / 2) % vector ||
          (v.store_v && p.v_dim % vector)) {
     vector /= 2;
@@ -70,12 +70,21 @@ bool TableVector(const RopeCall& call, int vector) {
          Alignment(run, call.tensors.sin, bytes, {p.sin_batch, p.sin_row}) == run;
 }
 
-// Lanes for a head, and units of each that stay in registers (0: too many for that): as few idle lanes as can be.
-void ChooseLanes(int units, int vector, int bytes, int* lanes, int* each) {
+// How many units a lane can keep in registers without a spill, as Intel's compiler has it (make intel-report).
+int MostUnits(const RopeVariant& v, int access_bytes, int register_bytes) {
+  if (register_bytes >= 64) return access_bytes == 16 ? 2 : 4;  // ROPE_MAX_UNITS of the kernel
+  const bool fp8 = v.cache_dtype == kRopeE4M3 || v.cache_dtype == kRopeE5M2;
+  const bool stores = v.cache_dtype != kRopeNoDtype;
+  if (v.norm && stores && (v.rounding == kRopeRoundReference || (fp8 && v.pairing == ROPEWALK_INTERLEAVED))) return 0;
+  return v.norm || stores || v.rounding == kRopeRoundReference ? 1 : 2;
+}
+
+// Lanes for a head, and units of each that stay in registers, up to `most` (0: they are too many for that): as few idle
+// lanes as can be.
+void ChooseLanes(int units, int most, int* lanes, int* each) {
   *lanes = ROPE_SUB_GROUP;
   *each = 0;
   int best_busy = 0;
-  const int most = vector * bytes == 16 ? 2 : 4;  // ROPE_MAX_UNITS of the kernel
   for (int candidate = 1; candidate <= most; candidate *= 2) {
     const int needed = (units + candidate - 1) / candidate;
     if (needed > ROPE_SUB_GROUP) continue;
@@ -112,10 +121,10 @@ Status PlanRopeSpirv(const RopeCall& call, const SpirvDevice& device, RopeSpirvP
   }
 
   const int bytes = Bytes(v.dtype);
-  const int vector = ChooseVector(call);
+  const int vector = ChooseVector(call, device.register_bytes >= 64 ? 16 : 8);
   const int units = p.rotary_dim / (2 * vector);
   int lanes = 0, each = 0;
-  ChooseLanes(units, vector, bytes, &lanes, &each);
+  ChooseLanes(units, MostUnits(v, vector * bytes, device.register_bytes), &lanes, &each);
   const bool rest_matters = v.norm || v.out_of_place || v.store_k;
   const int rest = rest_matters ? (p.head_dim - p.rotary_dim) / vector : 0;
   if (rest > 4 * units) lanes = ROPE_SUB_GROUP;  // most of the head is not rotated
@@ -132,6 +141,7 @@ Status PlanRopeSpirv(const RopeCall& call, const SpirvDevice& device, RopeSpirvP
   key.constants[kRopeSpecTableVector] = TableVector(call, vector);
   key.constants[kRopeSpecAxes] = v.axes != 0;
   key.constants[kRopeSpecCacheDtype] = v.cache_dtype;
+  key.constants[kRopeSpecOutOfPlace] = v.out_of_place;
   key.constants[kRopeSpecUnits] = static_cast<uint8_t>(each);
   key.constants[kRopeSpecLanes] = static_cast<uint8_t>(exact ? lanes : 0);
 
@@ -156,7 +166,6 @@ Status PlanRopeSpirv(const RopeCall& call, const SpirvDevice& device, RopeSpirvP
   s.offsets_dtype = v.offsets_dtype;
   s.slots_dtype = v.slots_dtype;
   s.check_axes = v.axes == 2;
-  s.out_of_place = v.out_of_place;
   s.store_k = v.store_k;
   s.store_v = v.store_v;
   s.zero_centered = v.weight == kRopeZeroCenteredWeight;
@@ -215,6 +224,7 @@ std::string RopeSpirvName(const RopeSpirvKey& key) {
                     : Text(" turns"));
   if (c[kRopeSpecAxes]) name += " axes";
   if (c[kRopeSpecCacheDtype]) Append(&name, Text(" store:", kDtypes[c[kRopeSpecCacheDtype]]));
+  if (c[kRopeSpecOutOfPlace]) name += " out";
   return Text(name, " v", int{key.vector}, " u", int{c[kRopeSpecUnits]}, " l", int{c[kRopeSpecLanes]});
 }
 

@@ -39,6 +39,7 @@ inline constexpr const char* kRopeLevelZeroOptions = "-ze-opt-greater-than-4GB-b
 struct SpirvDevice {
   int threads = 0;       // hardware threads, each of which runs one sub-group
   int max_local = 256;   // work-items of a work-group
+  int register_bytes = 64;  // 32 before Intel's Xe-HPC (PVC) and Xe2: with half the room, accesses are half as wide
   bool general = false;  // builds are dear: few kernels, whose choices are arguments
 };
 
@@ -56,7 +57,7 @@ struct RopeSpirvKey {
 
   bool operator==(const RopeSpirvKey&) const = default;
 };
-static_assert(sizeof(RopeSpirvKey) == 12);
+static_assert(sizeof(RopeSpirvKey) == 13);
 
 struct RopeSpirvPlan {
   RopeSpirvKey key;

@@ -17,9 +17,10 @@ enum {
   kRopeSpecTableVector = 5,  // 1: several elements of the table at a time
   kRopeSpecAxes = 6,
   kRopeSpecCacheDtype = 7,   // kRopeNoDtype: no store
-  kRopeSpecUnits = 8,        // units that a lane keeps in registers, 1, 2 or 4; 0: it takes any number, one at a time
-  kRopeSpecLanes = 9,        // work-items of a head if that is 4, 8 or 16 and each has all its units; 0: any, by the shape
-  kRopeSpecCount = 10
+  kRopeSpecOutOfPlace = 8,
+  kRopeSpecUnits = 9,        // units that a lane keeps in registers, 1, 2 or 4; 0: it takes any number, one at a time
+  kRopeSpecLanes = 10,       // work-items of a head if that is 4, 8 or 16 and each has all its units; 0: any, by the shape
+  kRopeSpecCount = 11
 };
 // A constant of this value: the choice is in rope_spirv_shape. Not for units and lanes.
 enum { kRopeSpecArgument = 255 };
@@ -37,10 +38,9 @@ typedef struct {
   rw_i32 heads, all_heads;  // of q and k; with those of v
   rw_i32 positions_dtype, offsets_dtype, slots_dtype;  // kRopeNoDtype: none
   rw_i32 check_axes;        // they are the caller's
-  rw_i32 out_of_place, store_k, store_v, zero_centered;
+  rw_i32 store_k, store_v, zero_centered;
   rw_u32 sine_flip;         // the sign bit if inverse
   float inverse_head_dim;
-  rw_i32 reserved;
   rw_i32 choices[kRopeSpecCount];  // the values of the constants that are kRopeSpecArgument
 } rope_spirv_shape;
 

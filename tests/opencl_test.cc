@@ -1,0 +1,344 @@
+// The OpenCL backend on the machine's OpenCL device, as a rule Intel's run-time for CPUs (scripts/test.sh finds it in
+// .venv): every conformance case on the very SPIR-V of the GPUs, tensors of a caller's context and queue, the exact
+// variants of GPUs, the kernel from its text, threads, prepare(), faults, and refusals. Without a device the tests are
+// skipped, unless ROPEWALK_TEST_OPENCL=required.
+// SPDX-License-Identifier: Apache-2.0
+#include <dlfcn.h>
+#include <gtest/gtest.h>
+#include <stdlib.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <cstdio>
+#include <functional>
+#include <memory>
+#include <string>
+#include <string_view>
+#include <thread>
+#include <vector>
+
+#include "backends/opencl/library.h"
+#include "conformance/case_call.h"
+#include "conformance/runner.h"
+#include "core/text.h"
+#include "ops/rope/rope_spirv.h"
+
+namespace ropewalk {
+namespace {
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The loader is opened once in a process, so each scenario has its own
+
+using Environment = std::vector<std::pair<const char*, std::string>>;
+constexpr int kSkipped = 77;
+
+// Intel's run-time for CPUs, wherever the loader looks else: Debian's loader and Intel's own have each their variable.
+void UseIntelRuntime() {
+  if (std::getenv("OCL_ICD_VENDORS") || access(ROPEWALK_INTEL_OPENCL, R_OK) != 0) return;
+  setenv("OCL_ICD_VENDORS", ROPEWALK_INTEL_OPENCL, 1);
+  setenv("OCL_ICD_FILENAMES", ROPEWALK_INTEL_OPENCL, 1);
+}
+
+// What the body says with SKIP() is told by the process's code.
+void InFreshProcess(const Environment& changes, const std::function<void()>& body) {
+  const pid_t child = fork();
+  ASSERT_GE(child, 0);
+  if (child == 0) {
+    for (const char* name : {"ROPEWALK_LIBOPENCL", "ROPEWALK_OPENCL_DEVICE", "ROPEWALK_OPENCL_OPTIONS",
+                             "ROPEWALK_OPENCL_SOURCE", "ROPEWALK_OPENCL_GENERAL", "FAKE_CL"}) {
+      unsetenv(name);
+    }
+    UseIntelRuntime();
+    for (const auto& [name, value] : changes) setenv(name, value.c_str(), 1);
+    body();
+    fflush(stdout);
+    _exit(testing::Test::HasFailure() ? 1 : testing::Test::IsSkipped() ? kSkipped : 0);
+  }
+  int status = -1;
+  ASSERT_EQ(waitpid(child, &status, 0), child);
+  EXPECT_FALSE(WIFSIGNALED(status)) << "the process ended with signal " << WTERMSIG(status);
+  if (WIFEXITED(status) && WEXITSTATUS(status) == kSkipped) GTEST_SKIP() << "no OpenCL device";
+  EXPECT_EQ(status, 0) << "see above";
+}
+
+// False, and the test is skipped, where there is no device.
+bool HasDevice() {
+  if (GetOpenCl().status.ok()) return true;
+  const char* required = std::getenv("ROPEWALK_TEST_OPENCL");
+  EXPECT_FALSE(required && std::string_view(required) == "required")
+      << GetOpenCl().status.text() << "; " << GetOpenCl().remedy;
+  return false;
+}
+#define NEEDS_DEVICE() \
+  if (!HasDevice()) GTEST_SKIP() << GetOpenCl().status.text()
+
+// For the summary of scripts/test.sh.
+void Report(int64_t cases, const char* what) {
+  const std::string line = Text(cases, " cases on ", GetOpenCl().devices.front().text, ": ", what, "\n");
+  std::fputs(line.c_str(), stdout);
+  const char* path = std::getenv("ROPEWALK_TEST_COUNTS");
+  if (FILE* file = path ? std::fopen(path, "a") : nullptr) {
+    std::fputs(line.c_str(), file);
+    std::fclose(file);
+  }
+}
+
+void ExpectAllPass(const std::vector<RopeCase>& cases, DeviceMemory& memory, const char* what) {
+  const RunSummary summary = RunCases(cases, memory, {.backend = "opencl"});
+  EXPECT_TRUE(summary.ok()) << summary.error << summary.failed << " of " << summary.run << " cases failed";
+  EXPECT_EQ(summary.run, static_cast<int64_t>(cases.size()));
+  int shown = 0;
+  for (const CaseResult& failure : summary.failures) {
+    if (++shown > 20) break;
+    ADD_FAILURE() << failure.name << "\n  " << failure.message << "\n  alone: " << failure.rerun;
+  }
+  EXPECT_LE(summary.worst, 1.0) << summary.worst_case;
+  for (const auto& [kernel, count] : summary.kernels) EXPECT_TRUE(kernel.starts_with("opencl ")) << kernel;
+  if (summary.failed == 0) Report(summary.run, what);
+}
+
+std::vector<RopeCase> Every(size_t step, size_t from, const std::function<bool(const RopeCase&)>& which) {
+  std::vector<RopeCase> cases;
+  size_t i = 0;
+  for (const RopeCase& c : RopeCases()) {
+    if (which(c) && i++ % step == from) cases.push_back(c);
+  }
+  return cases;
+}
+bool Any(const RopeCase&) { return true; }
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Conformance. By dtype, as a process builds each kernel that it meets, and a kernel is of one dtype.
+
+TEST(OpenClConformance, AllOfBFloat16) {
+  InFreshProcess({}, [] {
+    NEEDS_DEVICE();
+    ExpectAllPass(Every(1, 0, [](const RopeCase& c) { return c.dtype == kBF16; }), HostMemory(), "all of bfloat16");
+  });
+}
+TEST(OpenClConformance, AllOfFloat16) {
+  InFreshProcess({}, [] {
+    NEEDS_DEVICE();
+    ExpectAllPass(Every(1, 0, [](const RopeCase& c) { return c.dtype == kF16; }), HostMemory(), "all of float16");
+  });
+}
+TEST(OpenClConformance, AllOfFloat32) {
+  InFreshProcess({}, [] {
+    NEEDS_DEVICE();
+    ExpectAllPass(Every(1, 0, [](const RopeCase& c) { return c.dtype == kF32; }), HostMemory(), "all of float32");
+  });
+}
+
+// As on GPUs: the choices are specialisation constants. Most cases have a kernel of their own, which takes this device
+// about a second to build, so these are some.
+TEST(OpenClConformance, ExactVariants) {
+  InFreshProcess({{"ROPEWALK_OPENCL_GENERAL", "0"}}, [] {
+    NEEDS_DEVICE();
+    ExpectAllPass(Every(61, 7, Any), HostMemory(), "specialised as on GPUs, every 61st");
+  });
+}
+
+// A device that takes no SPIR-V is given the kernel's text.
+TEST(OpenClConformance, FromSource) {
+  InFreshProcess({{"ROPEWALK_OPENCL_SOURCE", "1"}}, [] {
+    NEEDS_DEVICE();
+    EXPECT_FALSE(GetOpenCl().devices.front().spirv);
+    ExpectAllPass(Every(31, 3, [](const RopeCase& c) { return c.dtype == kF32; }), HostMemory(),
+                  "built from source, every 31st of float32");
+  });
+}
+
+// A caller's context, queue and shared virtual memory.
+TEST(OpenClConformance, TensorsOfACallersContext) {
+  InFreshProcess({}, [] {
+    NEEDS_DEVICE();
+    ExpectAllPass(Every(9, 4, [](const RopeCase& c) { return c.dtype == kF32; }), OpenClMemory(),
+                  "kDLOpenCL tensors on a caller's queue, every 9th of float32");
+  });
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Threads, prepare(), faults
+
+std::string MessageOf(const CaseCall& call) {
+  std::string message;
+  double worst;
+  int64_t elements;
+  const Status status = call.Verify(&message, &worst, &elements);
+  return status.ok() ? message : status.text();
+}
+
+std::unique_ptr<CaseCall> MakeCall(RopeCase c, DeviceMemory& memory) {
+  c.name = CaseName(c);
+  std::unique_ptr<CaseCall> call;
+  const Status status = CaseCall::Make(c, memory, &call);
+  EXPECT_TRUE(status.ok()) << status.text();
+  return call;
+}
+
+TEST(OpenClHost, ManyThreadsShareOneKernel) {
+  InFreshProcess({}, [] {
+    NEEDS_DEVICE();
+    ASSERT_EQ(ropewalk_force_backend("opencl"), ROPEWALK_OK) << ropewalk_last_error();
+    // Shapes, strides and stages that differ in the arguments alone.
+    std::vector<std::unique_ptr<CaseCall>> calls;
+    for (int i = 0; i < 8; ++i) {
+      calls.push_back(MakeCall({.dtype = kF32, .tokens = 5 + i, .head_dim = 64, .rotary_dim = 64, .norm = i % 2 != 0},
+                               HostMemory()));
+    }
+    std::vector<std::thread> threads;
+    std::atomic<int> wrong{0};
+    for (int t = 0; t < 8; ++t) {
+      threads.emplace_back([&, t] {
+        CaseCall& call = *calls[static_cast<size_t>(t)];
+        for (int repeat = 0; repeat < 50; ++repeat) {
+          if (!call.Reset().ok() || !call.Run().ok() || !MessageOf(call).empty()) ++wrong;
+        }
+      });
+    }
+    for (std::thread& thread : threads) thread.join();
+    EXPECT_EQ(wrong, 0);
+  });
+}
+
+TEST(OpenClHost, FaultsAreTakenOnce) {
+  InFreshProcess({}, [] {
+    NEEDS_DEVICE();
+    ASSERT_EQ(ropewalk_force_backend("opencl"), ROPEWALK_OK) << ropewalk_last_error();
+    const auto call = MakeCall({.dtype = kF32, .tokens = 300, .q_heads = 8, .head_dim = 64, .rotary_dim = 64,
+                                .angles = Angles::kPacked, .bad = Bad::kPosition}, HostMemory());
+    ASSERT_TRUE(call->Run().ok());
+    EXPECT_EQ(MessageOf(*call), "");
+    EXPECT_EQ(ropewalk_check_faults(), ROPEWALK_FAULT);
+    EXPECT_NE(std::string(ropewalk_last_error()).find(call->expected_fault()), std::string::npos) << ropewalk_last_error();
+    EXPECT_EQ(ropewalk_check_faults(), ROPEWALK_OK);
+  });
+}
+
+#ifdef ROPEWALK_FAKE_OPENCL
+int Count(const char* symbol) {
+  void* library = dlopen(ROPEWALK_FAKE_OPENCL, RTLD_NOW);
+  auto* function = reinterpret_cast<int (*)()>(library ? dlsym(library, symbol) : nullptr);
+  return function ? function() : -1;
+}
+
+Environment Fake(const char* words) { return {{"ROPEWALK_LIBOPENCL", ROPEWALK_FAKE_OPENCL}, {"FAKE_CL", words}}; }
+
+TEST(OpenClHost, NothingIsBuiltAfterPrepare) {
+  InFreshProcess(Fake(""), [] {
+    NEEDS_DEVICE();
+    for (DeviceMemory* memory : {&HostMemory(), &OpenClMemory()}) {
+      ASSERT_EQ(ropewalk_force_backend("opencl"), ROPEWALK_OK) << ropewalk_last_error();
+      const auto call = MakeCall({.dtype = kF32, .tokens = 3, .head_dim = 64, .rotary_dim = 64}, *memory);
+      if (memory != &HostMemory()) {
+        ASSERT_TRUE(call->Run().ok());  // its queue brings the context
+      }
+      ASSERT_EQ(ropewalk_prepare(&call->args()), ROPEWALK_OK) << ropewalk_last_error();
+      const int builds = Count("fake_opencl_builds"), enqueues = Count("fake_opencl_enqueues");
+      EXPECT_GT(builds, 0);
+      ASSERT_TRUE(call->Reset().ok());
+      ASSERT_TRUE(call->Run().ok());
+      EXPECT_EQ(MessageOf(*call), "");
+      EXPECT_EQ(Count("fake_opencl_builds"), builds);
+      EXPECT_EQ(Count("fake_opencl_enqueues"), enqueues + 1);
+      EXPECT_NE(std::string(ropewalk_explain(&call->args())).find("memory, from SPIR-V"), std::string::npos);
+    }
+  });
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Refusals: a clear error each, and the process lives on
+
+void ExpectRefusal(const Environment& environment, DeviceMemory& (*memory)(), std::string_view text) {
+  InFreshProcess(environment, [&] {
+    if (GetOpenCl().path != "libOpenCL.so.1" && !GetOpenCl().BuildProgram) GTEST_SKIP();
+    std::unique_ptr<CaseCall> call;
+    RopeCase c = {.dtype = kF32, .tokens = 3, .head_dim = 64, .rotary_dim = 64};
+    c.name = CaseName(c);
+    std::string error;
+    if (ropewalk_force_backend("opencl") != ROPEWALK_OK) {
+      error = ropewalk_last_error();
+    } else if (const Status made = CaseCall::Make(c, memory(), &call); !made.ok()) {
+      error = made.text();
+    } else if (const Status ran = call->Run(); !ran.ok()) {
+      error = ran.text();
+      std::string touched;
+      EXPECT_TRUE(call->VerifyUntouched(&touched).ok());
+      EXPECT_EQ(touched, "");
+    }
+    EXPECT_NE(error.find(text), std::string::npos) << "the error is: " << error;
+    ASSERT_EQ(ropewalk_force_backend(nullptr), ROPEWALK_OK);
+    const auto again = MakeCall(c, HostMemory());  // the CPU still serves
+    EXPECT_TRUE(again->Run().ok());
+    EXPECT_EQ(MessageOf(*again), "");
+  });
+}
+
+TEST(OpenClRefuses, ADriverThatRefusesTheSpirv) {
+  ExpectRefusal(Fake("refuse_build"), HostMemory, "which refuses the SPIR-V; its log: ");
+  ExpectRefusal(Fake("refuse_build"), HostMemory, "-no-such-option");  // of the log
+  ExpectRefusal(Fake("refuse_il"), HostMemory, "clCreateProgramWithIL failed: CL_INVALID_BINARY");
+}
+TEST(OpenClRefuses, ADeviceWithoutSubGroupsOf16AndWithoutACompiler) {
+  ExpectRefusal(Fake("no_sub_groups no_compiler"), HostMemory, "has no sub-groups of 16 and no compiler");
+  ExpectRefusal(Fake("no_spirv no_compiler"), HostMemory, "takes no SPIR-V and has no compiler");
+}
+TEST(OpenClRefuses, ADeviceWithoutSharedMemory) {
+  ExpectRefusal(Fake("no_svm"), HostMemory, "has neither shared virtual memory nor cl_intel_unified_shared_memory");
+}
+TEST(OpenClRefuses, HostTensorsOnADeviceWithMemoryOfItsOwn) {
+  ExpectRefusal(Fake("no_system"), HostMemory, "does not work on the memory of the process");
+}
+TEST(OpenClRefuses, AQueueOfAnotherDevice) {
+  ExpectRefusal(Fake("other_device"), OpenClMemory, "but the queue is one of another device");
+}
+
+// Memory that the driver manages: the arguments are bound anew at each call.
+TEST(OpenClHost, DevicesWithMemoryOfTheirOwn) {
+  InFreshProcess(Fake("no_system"), [] {
+    NEEDS_DEVICE();
+    EXPECT_FALSE(OpenClWorksOnHost());
+    ExpectAllPass(Every(40, 11, [](const RopeCase& c) { return c.dtype == kF32; }), OpenClMemory(),
+                  "memory of the device's own, every 40th of float32");
+  });
+}
+// Without sub-groups of 16 the kernel is built from its text.
+TEST(OpenClHost, DevicesWithoutSubGroupsOf16) {
+  InFreshProcess(Fake("no_sub_groups"), [] {
+    NEEDS_DEVICE();
+    EXPECT_FALSE(GetOpenCl().devices.front().spirv);
+    ExpectAllPass(Every(200, 5, [](const RopeCase& c) { return c.dtype == kF32; }), HostMemory(),
+                  "without sub-groups, every 200th of float32");
+  });
+}
+#endif
+
+TEST(OpenClRefuses, AMissingLoader) {
+  InFreshProcess({{"ROPEWALK_LIBOPENCL", "/nowhere/libOpenCL.so"}}, [] {
+    EXPECT_NE(ropewalk_force_backend("opencl"), ROPEWALK_OK);
+    const std::string error = ropewalk_last_error();
+    EXPECT_NE(error.find("ROPEWALK_LIBOPENCL names /nowhere/libOpenCL.so, which cannot be opened"), std::string::npos)
+        << error;
+  });
+}
+TEST(OpenClRefuses, ADeviceThatIsNotThere) {
+  InFreshProcess({{"ROPEWALK_OPENCL_DEVICE", "abacus"}}, [] {
+    if (!GetOpenCl().BuildProgram) GTEST_SKIP();
+    EXPECT_NE(ropewalk_force_backend("opencl"), ROPEWALK_OK);
+    const std::string error = ropewalk_last_error();
+    EXPECT_TRUE(error.find("ROPEWALK_OPENCL_DEVICE is \"abacus\"") != std::string::npos ||
+                error.find("finds no driver") != std::string::npos)
+        << error;
+  });
+}
+TEST(OpenClRefuses, APart) {
+  InFreshProcess({}, [] {
+    NEEDS_DEVICE();
+    EXPECT_NE(ropewalk_force_backend("opencl:fast"), ROPEWALK_OK);
+    EXPECT_NE(std::string(ropewalk_last_error()).find("opencl has no parts"), std::string::npos);
+  });
+}
+
+}  // namespace
+}  // namespace ropewalk
