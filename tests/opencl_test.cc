@@ -206,12 +206,19 @@ TEST(OpenClHost, FaultsAreTakenOnce) {
   InFreshProcess({}, [] {
     NEEDS_DEVICE();
     ASSERT_EQ(ropewalk_force_backend("opencl"), ROPEWALK_OK) << ropewalk_last_error();
-    const auto call = MakeCall({.dtype = kF32, .tokens = 300, .q_heads = 8, .head_dim = 64, .rotary_dim = 64,
-                                .angles = Angles::kPacked, .bad = Bad::kPosition}, HostMemory());
+    const auto call = MakeCall({.dtype = kF32,
+                                .tokens = 300,
+                                .q_heads = 8,
+                                .head_dim = 64,
+                                .rotary_dim = 64,
+                                .angles = Angles::kPacked,
+                                .bad = Bad::kPosition},
+                               HostMemory());
     ASSERT_TRUE(call->Run().ok());
     EXPECT_EQ(MessageOf(*call), "");
     EXPECT_EQ(ropewalk_check_faults(), ROPEWALK_FAULT);
-    EXPECT_NE(std::string(ropewalk_last_error()).find(call->expected_fault()), std::string::npos) << ropewalk_last_error();
+    EXPECT_NE(std::string(ropewalk_last_error()).find(call->expected_fault()), std::string::npos)
+        << ropewalk_last_error();
     EXPECT_EQ(ropewalk_check_faults(), ROPEWALK_OK);
   });
 }

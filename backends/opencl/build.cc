@@ -73,8 +73,8 @@ Status BuildOpenClKernel(const OpenClLibrary& library, cl::Context context, cons
   if (result != cl::kSuccess) {
     status = library.Check(result, "clBuildProgram",
                            Text(" for ", RopeSpirvName(key), " on ", device.text, ", ",
-                                device.spirv ? "which refuses the SPIR-V" : "which refuses the source", "; its log: ",
-                                BuildLog(library, program, device.handle)));
+                                device.spirv ? "which refuses the SPIR-V" : "which refuses the source",
+                                "; its log: ", BuildLog(library, program, device.handle)));
   } else {
     cl::Int created = cl::kSuccess;
     *kernel = library.CreateKernel(program, kRopeSpirvKernel, &created);
@@ -96,8 +96,8 @@ Status BuildOpenClKernel(void* context, void* device, const RopeSpirvKey& key, S
   cl::Kernel built = nullptr;
   cl::Program program = nullptr;  // kept: Intel's CPU run-time no longer tells a kernel's program once it is released
   double milliseconds = 0;
-  ROPEWALK_TRY(BuildOpenClKernel(*library, static_cast<cl::Context>(context), described, key, &built, &milliseconds,
-                                 &program));
+  ROPEWALK_TRY(
+      BuildOpenClKernel(*library, static_cast<cl::Context>(context), described, key, &built, &milliseconds, &program));
   kernel->module = program;
   kernel->function = built;
   return {};

@@ -12,10 +12,13 @@ namespace {
 
 int Bytes(uint8_t dtype) {
   switch (dtype) {
-    case kRopeF32: return 4;
+    case kRopeF32:
+      return 4;
     case kRopeE4M3:
-    case kRopeE5M2: return 1;
-    default: return 2;
+    case kRopeE5M2:
+      return 1;
+    default:
+      return 2;
   }
 }
 
@@ -172,8 +175,8 @@ Status PlanRopeSpirv(const RopeCall& call, const SpirvDevice& device, RopeSpirvP
   s.sine_flip = v.inverse ? 0x80000000u : 0u;
   s.inverse_head_dim = 1.0f / static_cast<float>(p.head_dim);
 
-  // Many tokens: a few sub-groups for each, so that a lane's sines serve several heads; few tokens: as many as there are
-  // heads, until the device is busy twice over.
+  // Many tokens: a few sub-groups for each, so that a lane's sines serve several heads; few tokens: as many as there
+  // are heads, until the device is busy twice over.
   const int64_t turns = (all_heads + s.heads_at_once - 1) / s.heads_at_once;
   const int64_t busy = 2 * std::max(device.threads, 1);
   const int64_t least = device.threads >= 64 ? 4 : 1;
@@ -234,8 +237,7 @@ void FillRopeSpirvArgs(const RopeCall& call, const RopeSpirvPlan& plan, const vo
   constexpr size_t kAxes = offsetof(RopeTensors, axes) / sizeof(void*);
   std::memcpy(args->pointers.data(), &call.tensors, sizeof(RopeTensors));
   if (!call.tensors.axes && call.variant.axes) {
-    args->pointers[kAxes] =
-        static_cast<const char*>(frequencies) + call.frequencies->turns.size() * sizeof(uint64_t);
+    args->pointers[kAxes] = static_cast<const char*>(frequencies) + call.frequencies->turns.size() * sizeof(uint64_t);
   }
   args->pointers[kRopeSpirvTurns] = frequencies;
   args->pointers[kRopeSpirvFault] = fault;
