@@ -15,18 +15,20 @@ with table.open() as file:
 columns = ["device", "kernel", "simd", "registers", "spilled_bytes", "instructions", "loads", "stores"]
 print(f"""# What Intel's compiler makes of the SPIR-V kernel
 
-By `make intel-report`: `spirv-opt` sets the specialisation constants, `ocloc` 22.43 with IGC 1.0.12504 (Debian 12) compiles with
-`-ze-opt-greater-than-4GB-buffer-required`, `iga64` disassembles. As few variants as hold every pair of choices; `--all` compiles
-all. Nothing of this ran on a GPU.
+By `make intel-report`: `spirv-opt` sets the specialisation constants, `ocloc` 22.43 with IGC 1.0.12504 (Debian 12)
+compiles with `-ze-opt-greater-than-4GB-buffer-required`, `iga64` disassembles. As few variants as hold every pair of
+choices; `--all` compiles all. Nothing of this ran on a GPU.
 
 ```
 {text.read_text().strip()}
 ```
 
-Loads and stores are messages to memory, by the bytes that each lane moves; `block`: one block or one value for all lanes (such
-as the kernel's parameters). 16 bytes a lane are full vectors of rows on pvc; dg2 has registers half as large and takes 8.
+Loads and stores are messages to memory, by the bytes that each lane moves; `block`: one block or one value for all
+lanes (such as the kernel's parameters). 16 bytes a lane are full vectors of rows on pvc; dg2 has registers half as
+large and takes 8.
 
-What the models of `models/` need, and every eighth of the rest; all rows are in the file of the same name that ends in `.csv`.
+What the models of `models/` need, and every eighth of the rest; all rows are in the file of the same name that ends
+in `.csv`.
 
 | {" | ".join(columns)} |
 |{"---|" * len(columns)}""")
