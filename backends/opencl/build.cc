@@ -66,7 +66,7 @@ Status BuildOpenClKernel(const OpenClLibrary& library, cl::Context context, cons
   std::string options = device.spirv ? std::string() : Text("-cl-std=CL1.2 ", RopeOpenClDefines(key));
   // Intel's GPU driver would else take 32-bit offsets into each tensor.
   if (device.gpu && device.usm) options += " -cl-intel-greater-than-4GB-buffer-required";
-  // For the driver's own options; -cl-opt-disable makes a build on a CPU five times as fast, and the kernel slow.
+  // Not -cl-opt-disable: Intel's run-time for CPUs then heeds no sub-groups, and numbers are wrong.
   if (const char* more = std::getenv("ROPEWALK_OPENCL_OPTIONS")) Append(&options, Text(" ", more));
   const cl::Int result = library.BuildProgram(program, 1, &device.handle, options.c_str(), nullptr, nullptr);
   Status status;

@@ -50,8 +50,8 @@ Status OpenClContext::Launch(SpirvKernel* kernel, const RopeSpirvPlan& plan, con
   held.complete = false;
   for (cl::Uint i = 0; i < kRopeSpirvPointers; ++i) {
     const void* pointer = args.pointers[i];
-    // Drivers that manage memory bind the allocation, not the address, which may be another's by now.
-    if (complete && pointer == held.args.pointers[i] && (device.system_memory || !pointer)) continue;
+    // Drivers bind the allocation at the address, which may be another by now; only what is null or ours stays.
+    if (complete && pointer == held.args.pointers[i] && (!pointer || i >= kRopeSpirvTurns)) continue;
     const cl::Int result = pointer && usm_.set_kernel_arg && !device.system_memory
                                ? usm_.set_kernel_arg(held.kernel, i, pointer)
                                : library.SetKernelArgSvmPointer(held.kernel, i, pointer);
