@@ -56,7 +56,8 @@ Status Measure() {
   double milliseconds = 0;
   ROPEWALK_TRY(BuildOpenClKernel(library, context->handle, context->device, plan.key, &kernel, &milliseconds));
   for (cl::Uint i = 0; i < kRopeSpirvPointers; ++i) {
-    ROPEWALK_TRY(library.Check(library.SetKernelArgSvmPointer(kernel, i, args.pointers[i]), "clSetKernelArgSVMPointer"));
+    ROPEWALK_TRY(
+        library.Check(library.SetKernelArgSvmPointer(kernel, i, args.pointers[i]), "clSetKernelArgSVMPointer"));
   }
   ROPEWALK_TRY(library.Check(library.SetKernelArg(kernel, kRopeSpirvPointers, sizeof(args.params), &args.params),
                              "clSetKernelArg"));
@@ -65,7 +66,8 @@ Status Measure() {
 
   double own = 1e18, ours = 1e18;
   for (int round = 0; round < 5; ++round) {  // the best of alternating rounds: the machine has other work
-    own = std::min(own, Median([&] { library.EnqueueNdRange(queue, kernel, 3, nullptr, global, local, 0, nullptr, nullptr); }));
+    own = std::min(
+        own, Median([&] { library.EnqueueNdRange(queue, kernel, 3, nullptr, global, local, 0, nullptr, nullptr); }));
     ours = std::min(ours, Median([&] { (void)ropewalk_rope(&call->args(), queue); }));
   }
   std::printf("%s: %.0f ns a call, %.0f ns of it the run-time's own launch: %.0f ns ours (%s, built in %.0f ms)\n",

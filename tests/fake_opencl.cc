@@ -35,8 +35,8 @@ extern "C" {
 __attribute__((visibility("default"))) int fake_opencl_builds() { return builds; }
 __attribute__((visibility("default"))) int fake_opencl_enqueues() { return enqueues; }
 
-__attribute__((visibility("default"))) cl::Int clGetDeviceInfo(cl::Device device, cl::Uint what, size_t size, void* value,
-                                                               size_t* needed) {
+__attribute__((visibility("default"))) cl::Int clGetDeviceInfo(cl::Device device, cl::Uint what, size_t size,
+                                                               void* value, size_t* needed) {
   const auto real = Real<cl::Int (*)(cl::Device, cl::Uint, size_t, void*, size_t*)>("clGetDeviceInfo");
   const cl::Int result = real(device, what, size, value, needed);
   if (result != cl::kSuccess || !value) return result;
@@ -53,8 +53,8 @@ __attribute__((visibility("default"))) cl::Int clGetDeviceInfo(cl::Device device
   return result;
 }
 
-__attribute__((visibility("default"))) cl::Program clCreateProgramWithIL(cl::Context context, const void* il, size_t size,
-                                                                         cl::Int* result) {
+__attribute__((visibility("default"))) cl::Program clCreateProgramWithIL(cl::Context context, const void* il,
+                                                                         size_t size, cl::Int* result) {
   if (Told("refuse_il")) {
     *result = -42;
     return nullptr;
@@ -63,8 +63,9 @@ __attribute__((visibility("default"))) cl::Program clCreateProgramWithIL(cl::Con
   return real(context, il, size, result);
 }
 
-__attribute__((visibility("default"))) cl::Int clBuildProgram(cl::Program program, cl::Uint count, const cl::Device* devices,
-                                                              const char* options, void* notify, void* data) {
+__attribute__((visibility("default"))) cl::Int clBuildProgram(cl::Program program, cl::Uint count,
+                                                              const cl::Device* devices, const char* options,
+                                                              void* notify, void* data) {
   ++builds;
   const auto real =
       Real<cl::Int (*)(cl::Program, cl::Uint, const cl::Device*, const char*, void*, void*)>("clBuildProgram");

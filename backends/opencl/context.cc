@@ -30,7 +30,8 @@ OpenClContext::OpenClContext(const OpenClLibrary& library_, const OpenClDevice& 
       ours(ours_) {
   if (!device.usm) return;
   const auto find = [&](auto* function, const char* symbol) {
-    *function = reinterpret_cast<std::remove_pointer_t<decltype(function)>>(library.GetExtension(device.platform, symbol));
+    *function =
+        reinterpret_cast<std::remove_pointer_t<decltype(function)>>(library.GetExtension(device.platform, symbol));
   };
   find(&usm_.set_kernel_arg, "clSetKernelArgMemPointerINTEL");
   find(&usm_.allocate, "clDeviceMemAllocINTEL");
@@ -41,21 +42,23 @@ OpenClContext::OpenClContext(const OpenClLibrary& library_, const OpenClDevice& 
 // ---------------------------------------------------------------------------------------------------------------------
 // Launch
 
-Status OpenClContext::Launch(SpirvKernel* kernel, const RopeSpirvPlan& plan, const RopeSpirvArgs& args, cl::Queue queue) {
+Status OpenClContext::Launch(SpirvKernel* kernel, const RopeSpirvPlan& plan, const RopeSpirvArgs& args,
+                             cl::Queue queue) {
   auto& held = *static_cast<Held*>(kernel->function);
   const std::lock_guard lock(kernel->mutex);
   const bool complete = held.complete;
   held.complete = false;
   for (cl::Uint i = 0; i < kRopeSpirvPointers; ++i) {
     const void* pointer = args.pointers[i];
-    // Drivers that manage memory bind the allocation, not the address, which may be another's by now.
-    if (complete && pointer == held.args.pointers[i] && (device.system_memory || !pointer)) continue;
+    // Drivers bind the allocation at the address, which may be another by now; only what is null or ours stays.
+    if (complete && pointer == held.args.pointers[i] && (!pointer || i >= kRopeSpirvTurns)) continue;
     const cl::Int result = pointer && usm_.set_kernel_arg && !device.system_memory
                                ? usm_.set_kernel_arg(held.kernel, i, pointer)
                                : library.SetKernelArgSvmPointer(held.kernel, i, pointer);
     if (result != cl::kSuccess) {
-      return Status::Invalid(Text("rope: ", i < kRopeSpirvTurns ? kTensorNames[i].name : "memory of ours", " is said to be on ",
-                                  device_name, ", but ", library.Check(result, "clSetKernelArgSVMPointer").text().substr(6),
+      return Status::Invalid(Text("rope: ", i < kRopeSpirvTurns ? kTensorNames[i].name : "memory of ours",
+                                  " is said to be on ", device_name, ", but ",
+                                  library.Check(result, "clSetKernelArgSVMPointer").text().substr(6),
                                   ": its data must be a pointer to SVM or USM of the context of the queue"));
     }
     held.args.pointers[i] = pointer;
@@ -68,9 +71,8 @@ Status OpenClContext::Launch(SpirvKernel* kernel, const RopeSpirvPlan& plan, con
   held.complete = true;
   const size_t global[3] = {size_t{plan.groups[0]} * plan.local, plan.groups[1], plan.groups[2]};
   const size_t local[3] = {plan.local, 1, 1};
-  ROPEWALK_TRY(library.Check(
-      library.EnqueueNdRange(queue, held.kernel, 3, nullptr, global, local, 0, nullptr, nullptr), "clEnqueueNDRangeKernel",
-      Text(" on ", device_name)));
+  ROPEWALK_TRY(library.Check(library.EnqueueNdRange(queue, held.kernel, 3, nullptr, global, local, 0, nullptr, nullptr),
+                             "clEnqueueNDRangeKernel", Text(" on ", device_name)));
   kernel->launches.fetch_add(1, std::memory_order_relaxed);
   if (last_queue_.load(std::memory_order_relaxed) != queue) ROPEWALK_TRY(Remember(queue));
   if (!launched.load(std::memory_order_relaxed)) launched.store(true, std::memory_order_relaxed);
@@ -127,8 +129,8 @@ Status OpenClContext::Build(const RopeSpirvKey& key, SpirvKernel* kernel) {
     const cl::Uint yes = 1;  // pointers of any memory; a device that needs no telling may refuse the call
     (void)library.SetKernelExecInfo(held->kernel, cl::kFineGrainSystemAccess, sizeof(yes), &yes);
   }
-  kernel->source = Text(device.spirv ? "from SPIR-V in " : "from source in ",
-                        static_cast<int64_t>(milliseconds + 0.5), " ms");
+  kernel->source =
+      Text(device.spirv ? "from SPIR-V in " : "from source in ", static_cast<int64_t>(milliseconds + 0.5), " ms");
   kernel->function = held.release();
   return {};
 }
@@ -190,8 +192,9 @@ Status FindOpenClContext(const OpenClLibrary& library, size_t place, cl::Queue q
     if (owner != device.handle) {
       const auto it = std::ranges::find(library.devices, owner, &OpenClDevice::handle);
       return Status::Invalid(Text("rope: q is on opencl:", place, " (", device.text, "), but the queue is one of ",
-                                  it != library.devices.end() ? Text("opencl:", it - library.devices.begin(), " (", it->text, ")")
-                                                              : Text("another device")));
+                                  it != library.devices.end()
+                                      ? Text("opencl:", it - library.devices.begin(), " (", it->text, ")")
+                                      : Text("another device")));
     }
   }
   if ((*out = FindAmong(handle, device.handle, library, place))) return {};

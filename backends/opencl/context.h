@@ -4,8 +4,8 @@
 
 #include <atomic>
 #include <functional>
-#include <string>
 #include <mutex>
+#include <string>
 #include <vector>
 
 #include "backends/opencl/build.h"

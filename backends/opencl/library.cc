@@ -16,36 +16,62 @@ namespace {
 
 std::atomic<bool> was_loaded{false};
 
-constexpr const char* kInstallLoader = "install an OpenCL loader and a driver (Debian, Ubuntu: apt-get install ocl-icd-libopencl1)";
+constexpr const char* kInstallLoader =
+    "install an OpenCL loader and a driver (Debian, Ubuntu: apt-get install ocl-icd-libopencl1)";
 
 // Those that a user may meet; the others go by their number.
 const char* ErrorName(cl::Int code) {
   switch (code) {
-    case -1: return "CL_DEVICE_NOT_FOUND";
-    case -3: return "CL_COMPILER_NOT_AVAILABLE";
-    case -4: return "CL_MEM_OBJECT_ALLOCATION_FAILURE";
-    case -5: return "CL_OUT_OF_RESOURCES";
-    case -6: return "CL_OUT_OF_HOST_MEMORY";
-    case -11: return "CL_BUILD_PROGRAM_FAILURE";
-    case -30: return "CL_INVALID_VALUE";
-    case -33: return "CL_INVALID_DEVICE";
-    case -34: return "CL_INVALID_CONTEXT";
-    case -36: return "CL_INVALID_COMMAND_QUEUE";
-    case -38: return "CL_INVALID_MEM_OBJECT";
-    case -42: return "CL_INVALID_BINARY";
-    case -43: return "CL_INVALID_BUILD_OPTIONS";
-    case -44: return "CL_INVALID_PROGRAM";
-    case -46: return "CL_INVALID_KERNEL_NAME";
-    case -49: return "CL_INVALID_ARG_INDEX";
-    case -50: return "CL_INVALID_ARG_VALUE";
-    case -51: return "CL_INVALID_ARG_SIZE";
-    case -52: return "CL_INVALID_KERNEL_ARGS";
-    case -54: return "CL_INVALID_WORK_GROUP_SIZE";
-    case -55: return "CL_INVALID_WORK_ITEM_SIZE";
-    case -59: return "CL_INVALID_OPERATION";
-    case -71: return "CL_INVALID_SPEC_ID";
-    case -1001: return "CL_PLATFORM_NOT_FOUND_KHR";
-    default: return nullptr;
+    case -1:
+      return "CL_DEVICE_NOT_FOUND";
+    case -3:
+      return "CL_COMPILER_NOT_AVAILABLE";
+    case -4:
+      return "CL_MEM_OBJECT_ALLOCATION_FAILURE";
+    case -5:
+      return "CL_OUT_OF_RESOURCES";
+    case -6:
+      return "CL_OUT_OF_HOST_MEMORY";
+    case -11:
+      return "CL_BUILD_PROGRAM_FAILURE";
+    case -30:
+      return "CL_INVALID_VALUE";
+    case -33:
+      return "CL_INVALID_DEVICE";
+    case -34:
+      return "CL_INVALID_CONTEXT";
+    case -36:
+      return "CL_INVALID_COMMAND_QUEUE";
+    case -38:
+      return "CL_INVALID_MEM_OBJECT";
+    case -42:
+      return "CL_INVALID_BINARY";
+    case -43:
+      return "CL_INVALID_BUILD_OPTIONS";
+    case -44:
+      return "CL_INVALID_PROGRAM";
+    case -46:
+      return "CL_INVALID_KERNEL_NAME";
+    case -49:
+      return "CL_INVALID_ARG_INDEX";
+    case -50:
+      return "CL_INVALID_ARG_VALUE";
+    case -51:
+      return "CL_INVALID_ARG_SIZE";
+    case -52:
+      return "CL_INVALID_KERNEL_ARGS";
+    case -54:
+      return "CL_INVALID_WORK_GROUP_SIZE";
+    case -55:
+      return "CL_INVALID_WORK_ITEM_SIZE";
+    case -59:
+      return "CL_INVALID_OPERATION";
+    case -71:
+      return "CL_INVALID_SPEC_ID";
+    case -1001:
+      return "CL_PLATFORM_NOT_FOUND_KHR";
+    default:
+      return nullptr;
   }
 }
 
@@ -115,8 +141,9 @@ Status Load(OpenClLibrary* library) {
     return Status::Unavailable(Text(library->path, " is too old: it has no ", why));
   }
 
-  library->remedy = "install a driver for OpenCL (Intel GPUs: intel-opencl-icd; any CPU: pip install intel-opencl-rt "
-                    "intel-cmplr-lib-rt, or pocl-opencl-icd)";
+  library->remedy =
+      "install a driver for OpenCL (Intel GPUs: intel-opencl-icd; any CPU: pip install intel-opencl-rt "
+      "intel-cmplr-lib-rt, or pocl-opencl-icd)";
   cl::Uint count = 0;
   const cl::Int platforms_result = library->GetPlatformIDs(0, nullptr, &count);
   if (platforms_result == cl::kNoPlatforms || (platforms_result == cl::kSuccess && count == 0)) {
@@ -196,8 +223,11 @@ OpenClDevice DescribeOpenClDevice(const OpenClLibrary& library, cl::Platform pla
   d.properties.max_local =
       d.spirv ? static_cast<int>(std::min<size_t>(Info<size_t>(library, device, cl::kMaxWorkGroupSize), 128))
               : ROPE_SUB_GROUP;
-  d.text = Text(d.name, " (", d.gpu ? "GPU" : cpu ? "CPU" : "accelerator", ", ", platform_name, " ",
-                text(cl::kDriverVersion), d.spirv ? ", SPIR-V" : ", from source", ")");
+  d.text = Text(d.name, " (",
+                d.gpu ? "GPU"
+                : cpu ? "CPU"
+                      : "accelerator",
+                ", ", platform_name, " ", text(cl::kDriverVersion), d.spirv ? ", SPIR-V" : ", from source", ")");
   if (Info<cl::Uint>(library, device, cl::kAddressBits) != 64) {
     d.refusal = "has no 64-bit addresses";
   } else if (!d.system_memory && !d.usm && !svm) {

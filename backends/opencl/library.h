@@ -1,6 +1,5 @@
-// libOpenCL, opened when first needed, with our own declarations of what we call, and the devices that can serve: building
-// needs no headers, and the library loads where there is no OpenCL.
-// SPDX-License-Identifier: Apache-2.0
+// libOpenCL, opened when first needed, with our own declarations of what we call, and the devices that can serve:
+// building needs no headers, and the library loads where there is no OpenCL. SPDX-License-Identifier: Apache-2.0
 #pragma once
 
 #include <cstddef>
@@ -53,25 +52,25 @@ enum : Uint {
 
 }  // namespace cl
 
-#define ROPEWALK_OPENCL_FUNCTIONS(F)                                                                                     \
-  F(GetPlatformIDs, "clGetPlatformIDs", cl::Uint, cl::Platform*, cl::Uint*)                                              \
-  F(GetPlatformInfo, "clGetPlatformInfo", cl::Platform, cl::Uint, size_t, void*, size_t*)                                \
-  F(GetDeviceIDs, "clGetDeviceIDs", cl::Platform, cl::Bits, cl::Uint, cl::Device*, cl::Uint*)                            \
-  F(GetDeviceInfo, "clGetDeviceInfo", cl::Device, cl::Uint, size_t, void*, size_t*)                                      \
-  F(RetainContext, "clRetainContext", cl::Context)                                                                       \
-  F(RetainCommandQueue, "clRetainCommandQueue", cl::Queue)                                                               \
-  F(ReleaseCommandQueue, "clReleaseCommandQueue", cl::Queue)                                                             \
-  F(GetCommandQueueInfo, "clGetCommandQueueInfo", cl::Queue, cl::Uint, size_t, void*, size_t*)                           \
-  F(BuildProgram, "clBuildProgram", cl::Program, cl::Uint, const cl::Device*, const char*, void*, void*)                 \
-  F(GetProgramBuildInfo, "clGetProgramBuildInfo", cl::Program, cl::Device, cl::Uint, size_t, void*, size_t*)             \
-  F(ReleaseProgram, "clReleaseProgram", cl::Program)                                                                     \
-  F(SetKernelArg, "clSetKernelArg", cl::Kernel, cl::Uint, size_t, const void*)                                           \
-  F(SetKernelArgSvmPointer, "clSetKernelArgSVMPointer", cl::Kernel, cl::Uint, const void*)                               \
-  F(SetKernelExecInfo, "clSetKernelExecInfo", cl::Kernel, cl::Uint, size_t, const void*)                                 \
-  F(EnqueueNdRange, "clEnqueueNDRangeKernel", cl::Queue, cl::Kernel, cl::Uint, const size_t*, const size_t*,             \
-    const size_t*, cl::Uint, const cl::Event*, cl::Event*)                                                               \
-  F(EnqueueSvmMemcpy, "clEnqueueSVMMemcpy", cl::Queue, cl::Uint, void*, const void*, size_t, cl::Uint, const cl::Event*, \
-    cl::Event*)                                                                                                          \
+#define ROPEWALK_OPENCL_FUNCTIONS(F)                                                                         \
+  F(GetPlatformIDs, "clGetPlatformIDs", cl::Uint, cl::Platform*, cl::Uint*)                                  \
+  F(GetPlatformInfo, "clGetPlatformInfo", cl::Platform, cl::Uint, size_t, void*, size_t*)                    \
+  F(GetDeviceIDs, "clGetDeviceIDs", cl::Platform, cl::Bits, cl::Uint, cl::Device*, cl::Uint*)                \
+  F(GetDeviceInfo, "clGetDeviceInfo", cl::Device, cl::Uint, size_t, void*, size_t*)                          \
+  F(RetainContext, "clRetainContext", cl::Context)                                                           \
+  F(RetainCommandQueue, "clRetainCommandQueue", cl::Queue)                                                   \
+  F(ReleaseCommandQueue, "clReleaseCommandQueue", cl::Queue)                                                 \
+  F(GetCommandQueueInfo, "clGetCommandQueueInfo", cl::Queue, cl::Uint, size_t, void*, size_t*)               \
+  F(BuildProgram, "clBuildProgram", cl::Program, cl::Uint, const cl::Device*, const char*, void*, void*)     \
+  F(GetProgramBuildInfo, "clGetProgramBuildInfo", cl::Program, cl::Device, cl::Uint, size_t, void*, size_t*) \
+  F(ReleaseProgram, "clReleaseProgram", cl::Program)                                                         \
+  F(SetKernelArg, "clSetKernelArg", cl::Kernel, cl::Uint, size_t, const void*)                               \
+  F(SetKernelArgSvmPointer, "clSetKernelArgSVMPointer", cl::Kernel, cl::Uint, const void*)                   \
+  F(SetKernelExecInfo, "clSetKernelExecInfo", cl::Kernel, cl::Uint, size_t, const void*)                     \
+  F(EnqueueNdRange, "clEnqueueNDRangeKernel", cl::Queue, cl::Kernel, cl::Uint, const size_t*, const size_t*, \
+    const size_t*, cl::Uint, const cl::Event*, cl::Event*)                                                   \
+  F(EnqueueSvmMemcpy, "clEnqueueSVMMemcpy", cl::Queue, cl::Uint, void*, const void*, size_t, cl::Uint,       \
+    const cl::Event*, cl::Event*)                                                                            \
   F(Finish, "clFinish", cl::Queue)
 
 struct OpenClLibrary;
@@ -80,22 +79,22 @@ struct OpenClLibrary;
 struct OpenClDevice {
   cl::Platform platform = nullptr;
   cl::Device handle = nullptr;
-  std::string name;          // "AMD EPYC"
-  std::string text;          // "AMD EPYC (CPU, Intel(R) OpenCL 2026.22.10.0, SPIR-V)"
+  std::string name;  // "AMD EPYC"
+  std::string text;  // "AMD EPYC (CPU, Intel(R) OpenCL 2026.22.10.0, SPIR-V)"
   bool gpu = false;
-  bool spirv = false;        // takes SPIR-V with sub-groups of 16; else the kernel is built from its text
+  bool spirv = false;          // takes SPIR-V with sub-groups of 16; else the kernel is built from its text
   bool system_memory = false;  // works on any memory of the process: tensors on the CPU serve
   bool usm = false;            // cl_intel_unified_shared_memory
   SpirvDevice properties;
-  std::string refusal;         // "" if it can serve
+  std::string refusal;  // "" if it can serve
 };
 
 struct OpenClLibrary {
-  Status status;       // why there is nothing to use
+  Status status;  // why there is nothing to use
   std::string remedy;
   std::string path;
-  // Those that can serve first, of these the GPUs before the others; ROPEWALK_OPENCL_DEVICE leaves only those whose name
-  // holds its text. kDLOpenCL tensors name a device by its place here.
+  // Those that can serve first, of these the GPUs before the others; ROPEWALK_OPENCL_DEVICE leaves only those whose
+  // name holds its text. kDLOpenCL tensors name a device by its place here.
   std::vector<OpenClDevice> devices;
 
 #define ROPEWALK_DECLARE(name, symbol, ...) cl::Int (*name)(__VA_ARGS__) = nullptr;

@@ -15,14 +15,14 @@ bool OnHost(const RopeCall& call) { return call.device.device_type == kDLCPU; }
 // The device's place among library.devices, if it can serve the call.
 Status Usable(const OpenClLibrary& library, const RopeCall& call, size_t* place) {
   if (!library.status.ok()) {
-    return Status(library.status.code(),
-                  Text("rope: q is on ", DeviceName(call.device), ", but OpenCL is not available: ", library.status.text(),
-                       library.remedy.empty() ? "" : "; ", library.remedy));
+    return Status(library.status.code(), Text("rope: q is on ", DeviceName(call.device),
+                                              ", but OpenCL is not available: ", library.status.text(),
+                                              library.remedy.empty() ? "" : "; ", library.remedy));
   }
   *place = OnHost(call) ? 0 : static_cast<size_t>(call.device.device_id);
   if (call.device.device_id < 0 || *place >= library.devices.size()) {
-    return Status::Invalid(Text("rope: q is on opencl:", call.device.device_id, ", but there are ", library.devices.size(),
-                                " OpenCL devices"));
+    return Status::Invalid(Text("rope: q is on opencl:", call.device.device_id, ", but there are ",
+                                library.devices.size(), " OpenCL devices"));
   }
   const OpenClDevice& device = library.devices[*place];
   if (!device.refusal.empty()) {

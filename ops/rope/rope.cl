@@ -30,6 +30,10 @@ float __attribute__((overloadable, convergent)) intel_sub_group_shuffle_xor(floa
 #define ROPE_KERNEL __attribute__((intel_reqd_sub_group_size(ROPE_SUB_GROUP))) __kernel
 #endif
 
+// One layout on every compiler: a negative size does not compile.
+typedef char rope_params_size[sizeof(rope_params) == ROPE_PARAMS_SIZE ? 1 : -1];
+typedef char rope_spirv_params_size[sizeof(rope_spirv_params) == ROPE_SPIRV_PARAMS_SIZE ? 1 : -1];
+
 // Neighbours can share a vector, unless it has one element.
 #if ROPE_VECTOR > 1
 #define ROPE_PAIRS_INSIDE(k) ((k)->interleaved != 0)

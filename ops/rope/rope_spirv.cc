@@ -12,10 +12,13 @@ namespace {
 
 int Bytes(uint8_t dtype) {
   switch (dtype) {
-    case kRopeF32: return 4;
+    case kRopeF32:
+      return 4;
     case kRopeE4M3:
-    case kRopeE5M2: return 1;
-    default: return 2;
+    case kRopeE5M2:
+      return 1;
+    default:
+      return 2;
   }
 }
 
@@ -70,13 +73,19 @@ bool TableVector(const RopeCall& call, int vector) {
          Alignment(run, call.tensors.sin, bytes, {p.sin_batch, p.sin_row}) == run;
 }
 
-// How many units a lane can keep in registers without a spill, as Intel's compiler has it (make intel-report).
-int MostUnits(const RopeVariant& v, int access_bytes, int register_bytes) {
-  if (register_bytes >= 64) return access_bytes == 16 ? 2 : 4;  // ROPE_MAX_UNITS of the kernel
+// What spills nowhere, as Intel's compiler has it (make intel-report): bytes of an access, and units that a lane keeps
+// in registers. With registers of 32 bytes there is half the room.
+int AccessBytes(const RopeVariant& v, int register_bytes) {
+  if (register_bytes >= 64) return 16;
   const bool fp8 = v.cache_dtype == kRopeE4M3 || v.cache_dtype == kRopeE5M2;
   const bool stores = v.cache_dtype != kRopeNoDtype;
-  if (v.norm && stores && (v.rounding == kRopeRoundReference || (fp8 && v.pairing == ROPEWALK_INTERLEAVED))) return 0;
-  return v.norm || stores || v.rounding == kRopeRoundReference ? 1 : 2;
+  const bool rich = v.norm && (fp8 || (stores && v.rounding == kRopeRoundReference));
+  return rich && v.dtype != kRopeF32 ? 4 : 8;
+}
+int MostUnits(const RopeVariant& v, int access_bytes, int register_bytes) {
+  if (register_bytes >= 64) return access_bytes == 16 ? 2 : 4;  // ROPE_MAX_UNITS of the kernel
+  const bool plain = !v.norm && v.cache_dtype == kRopeNoDtype && v.rounding == kRopeRoundFused;
+  return plain && access_bytes < 8 ? 2 : 1;
 }
 
 // Lanes for a head, and units of each that stay in registers, up to `most` (0: they are too many for that): as few idle
@@ -121,7 +130,7 @@ Status PlanRopeSpirv(const RopeCall& call, const SpirvDevice& device, RopeSpirvP
   }
 
   const int bytes = Bytes(v.dtype);
-  const int vector = ChooseVector(call, device.register_bytes >= 64 ? 16 : 8);
+  const int vector = ChooseVector(call, AccessBytes(v, device.register_bytes));
   const int units = p.rotary_dim / (2 * vector);
   int lanes = 0, each = 0;
   ChooseLanes(units, MostUnits(v, vector * bytes, device.register_bytes), &lanes, &each);
@@ -172,8 +181,8 @@ Status PlanRopeSpirv(const RopeCall& call, const SpirvDevice& device, RopeSpirvP
   s.sine_flip = v.inverse ? 0x80000000u : 0u;
   s.inverse_head_dim = 1.0f / static_cast<float>(p.head_dim);
 
-  // Many tokens: a few sub-groups for each, so that a lane's sines serve several heads; few tokens: as many as there are
-  // heads, until the device is busy twice over.
+  // Many tokens: a few sub-groups for each, so that a lane's sines serve several heads; few tokens: as many as there
+  // are heads, until the device is busy twice over.
   const int64_t turns = (all_heads + s.heads_at_once - 1) / s.heads_at_once;
   const int64_t busy = 2 * std::max(device.threads, 1);
   const int64_t least = device.threads >= 64 ? 4 : 1;
@@ -234,8 +243,7 @@ void FillRopeSpirvArgs(const RopeCall& call, const RopeSpirvPlan& plan, const vo
   constexpr size_t kAxes = offsetof(RopeTensors, axes) / sizeof(void*);
   std::memcpy(args->pointers.data(), &call.tensors, sizeof(RopeTensors));
   if (!call.tensors.axes && call.variant.axes) {
-    args->pointers[kAxes] =
-        static_cast<const char*>(frequencies) + call.frequencies->turns.size() * sizeof(uint64_t);
+    args->pointers[kAxes] = static_cast<const char*>(frequencies) + call.frequencies->turns.size() * sizeof(uint64_t);
   }
   args->pointers[kRopeSpirvTurns] = frequencies;
   args->pointers[kRopeSpirvFault] = fault;

@@ -1,7 +1,6 @@
-// From a call to the exact SPIR-V kernel: which module, which specialisation constants, which grid, which arguments. Pure
-// functions of the call and the device's properties; backends/opencl, backends/level_zero and backends/sycl build, keep
-// and launch.
-// SPDX-License-Identifier: Apache-2.0
+// From a call to the exact SPIR-V kernel: which module, which specialisation constants, which grid, which arguments.
+// Pure functions of the call and the device's properties; backends/opencl, backends/level_zero and backends/sycl build,
+// keep and launch. SPDX-License-Identifier: Apache-2.0
 #pragma once
 
 #include <array>
@@ -21,8 +20,8 @@ struct SpirvModule {
   const char* name;      // "bfloat16_v8"
   const uint8_t* bytes;  // SPIR-V 1.2 for OpenCL
   size_t size;
-  uint8_t dtype;         // kRopeF32, kRopeF16, kRopeBF16
-  uint8_t vector;        // elements of one access
+  uint8_t dtype;   // kRopeF32, kRopeF16, kRopeBF16
+  uint8_t vector;  // elements of one access
 };
 
 // All modules; none if this build had no compiler for them, and then the second says so ("" else).
@@ -37,10 +36,10 @@ inline constexpr const char* kRopeSpirvKernel = "rope_kernel";
 inline constexpr const char* kRopeLevelZeroOptions = "-ze-opt-greater-than-4GB-buffer-required";
 
 struct SpirvDevice {
-  int threads = 0;       // hardware threads, each of which runs one sub-group
-  int max_local = 256;   // work-items of a work-group
+  int threads = 0;          // hardware threads, each of which runs one sub-group
+  int max_local = 256;      // work-items of a work-group
   int register_bytes = 64;  // 32 before Intel's Xe-HPC (PVC) and Xe2: with half the room, accesses are half as wide
-  bool general = false;  // builds are dear: few kernels, whose choices are arguments
+  bool general = false;     // builds are dear: few kernels, whose choices are arguments
 };
 
 // A 32-bit specialisation constant.
@@ -51,7 +50,7 @@ struct SpirvConstant {
 
 // Everything a kernel is built for: plain bytes, to be hashed and compared as such.
 struct RopeSpirvKey {
-  uint8_t dtype = kRopeNoDtype;                   // with `vector`: the module
+  uint8_t dtype = kRopeNoDtype;  // with `vector`: the module
   uint8_t vector = 0;
   std::array<uint8_t, kRopeSpecCount> constants{};  // by number
 
@@ -64,7 +63,7 @@ struct RopeSpirvPlan {
   uint32_t groups[3] = {0, 0, 0};  // work-groups: tokens, shares of a token's heads, batch; no work if one is 0
   uint32_t local = 0;              // work-items of a group, all in the first dimension; a multiple of 16
   rope_spirv_shape shape{};
-  const char* why = "";            // the choice of the layout, for explain()
+  const char* why = "";  // the choice of the layout, for explain()
 
   bool empty() const { return groups[0] == 0; }
 };
@@ -85,8 +84,8 @@ struct RopeSpirvArgs {
   rope_spirv_params params;
 };
 
-// `frequencies`: on the device, the turns and after them the axes of call.frequencies; null with a table. `fault`: on the
-// device, a rope_fault.
+// `frequencies`: on the device, the turns and after them the axes of call.frequencies; null with a table. `fault`: on
+// the device, a rope_fault.
 void FillRopeSpirvArgs(const RopeCall& call, const RopeSpirvPlan& plan, const void* frequencies, void* fault,
                        RopeSpirvArgs* args);
 
