@@ -78,6 +78,7 @@ case $mode in
     part "threaded C++ tests under ThreadSanitizer (build/tsan)" cpp tsan
     ;;
   arm)
+    # But for cuda_compile_test: the CUDA kernels are compiled for GPUs, by this machine's compiler, in build/dev.
     part "C++ tests for aarch64 under qemu (build/arm)" cpp arm
     part "conformance for aarch64 under qemu" qemu-aarch64-static -L /usr/aarch64-linux-gnu build/arm/bin/ropewalk check
     ;;

@@ -222,19 +222,19 @@ const Backend kCpuBackend = {"cpu", Serves, Available, Launch, Prepare, Explain,
 
 Status SetParallelFor(ropewalk_parallel_for parallel_for, void* context) {
   const std::lock_guard lock(splitter_mutex);
-  static std::vector<const Splitter*> kept;
+  static auto* const kept = new std::vector<const Splitter*>;  // also while the process ends
   if (!parallel_for) {
     caller_splitter.store(nullptr);
     return {};
   }
-  for (const Splitter* splitter : kept) {
+  for (const Splitter* splitter : *kept) {
     if (splitter->parallel_for == parallel_for && splitter->context == context) {
       caller_splitter.store(splitter);
       return {};
     }
   }
-  kept.push_back(new Splitter{parallel_for, context});
-  caller_splitter.store(kept.back());
+  kept->push_back(new Splitter{parallel_for, context});
+  caller_splitter.store(kept->back());
   return {};
 }
 
