@@ -328,9 +328,11 @@ def test_order_of_the_description():
     names = [arg["name"] for arg in _module.description()]
     assert sorted(names) == sorted(inspect.signature(ropewalk.rope_).parameters)
     source = inspect.getsource(ropewalk.rope_)
-    handed = source.split(" _rope(")[1].split(")  # fmt")[0].replace("handle", "frequencies")
+    calls = [part.split(")  # fmt")[0] for part in source.split(" _rope(")[1:3]]
     for name in ("PAIRING", "NORM", "ROUNDING"):
-        handed = handed.replace(f"_{name}[", "").replace("]", "")
-    assert [part.strip() for part in handed.split(",")] == names
+        calls = [call.replace(f"_{name}[", "").replace("]", "") for call in calls]
+    short, whole = ([part.strip() for part in call.replace("handle", "frequencies").split(",")] for call in calls)
+    assert whole == names
+    assert short == names[: len(short)]  # without what is left out at the end
     compiled = source.split("_torch.rope_(")[1].split(")  # fmt")[0]
     assert [part.strip() for part in compiled.split(",")] == names
