@@ -73,18 +73,24 @@ bool TableVector(const RopeCall& call, int vector) {
          Alignment(run, call.tensors.sin, bytes, {p.sin_batch, p.sin_row}) == run;
 }
 
-// What spills nowhere, as Intel's compiler has it (make intel-report): bytes of an access, and units that a lane keeps
-// in registers. With registers of 32 bytes there is half the room.
+// What spills nowhere, as Intel's compiler has it (scripts/intel_report.sh --all): bytes of an access, and units that a
+// lane keeps in registers. With registers of 32 bytes there is half the room; rounding in between takes more of it.
 int AccessBytes(const RopeVariant& v, int register_bytes) {
-  if (register_bytes >= 64) return 16;
   const bool fp8 = v.cache_dtype == kRopeE4M3 || v.cache_dtype == kRopeE5M2;
   const bool stores = v.cache_dtype != kRopeNoDtype;
-  const bool rich = v.norm && (fp8 || (stores && v.rounding == kRopeRoundReference));
-  return rich && v.dtype != kRopeF32 ? 4 : 8;
+  const bool rounds = v.rounding == kRopeRoundReference;
+  if (v.dtype == kRopeF32) return register_bytes >= 64 ? 16 : 8;
+  if (register_bytes >= 64) return v.norm && fp8 && rounds ? 8 : 16;
+  return v.norm && (fp8 || (stores && rounds)) ? 4 : 8;
 }
 int MostUnits(const RopeVariant& v, int access_bytes, int register_bytes) {
-  if (register_bytes >= 64) return access_bytes == 16 ? 2 : 4;  // ROPE_MAX_UNITS of the kernel
-  const bool plain = !v.norm && v.cache_dtype == kRopeNoDtype && v.rounding == kRopeRoundFused;
+  const bool fp8 = v.cache_dtype == kRopeE4M3 || v.cache_dtype == kRopeE5M2;
+  const bool rounds = v.rounding == kRopeRoundReference;
+  if (register_bytes >= 64) {
+    if (v.dtype != kRopeF32 && (rounds || (v.norm && fp8))) return 1;
+    return access_bytes == 16 ? 2 : 4;  // ROPE_MAX_UNITS of the kernel
+  }
+  const bool plain = !v.norm && v.cache_dtype == kRopeNoDtype && !rounds;
   return plain && access_bytes < 8 ? 2 : 1;
 }
 
