@@ -75,6 +75,7 @@ case $mode in
     ;;
   tsan)
     choose_compiler
+    # But for cuda_compile_test: its threads only call NVIDIA's compiler, whose own locks ThreadSanitizer does not see.
     part "threaded C++ tests under ThreadSanitizer (build/tsan)" cpp tsan
     ;;
   arm)
