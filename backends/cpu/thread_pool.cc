@@ -98,12 +98,13 @@ void ForgetPool() {
   pool.store(nullptr);
   new (&making) std::mutex;
 }
+// From the start: another thread may be making the first pool, with the lock held, when this one forks.
+[[maybe_unused]] const int registered = pthread_atfork(nullptr, nullptr, ForgetPool);
 
 ThreadPool* Pool() {
   if (ThreadPool* ready = pool.load(std::memory_order_acquire)) return ready;
   const std::lock_guard lock(making);
   if (!pool.load()) {
-    [[maybe_unused]] static const int registered = pthread_atfork(nullptr, nullptr, ForgetPool);
     pool.store(new ThreadPool(wanted.load()), std::memory_order_release);
   }
   return pool.load();
