@@ -211,7 +211,7 @@ void Counters(std::vector<std::pair<std::string, int64_t>>* counters) {
 }
 
 // ROPEWALK_CPU_TARGET forces a target from the start, as ropewalk_force_backend("cpu:..") does later.
-[[maybe_unused]] const bool forced_by_environment = [] {
+[[maybe_unused]] const bool kForcedByEnvironment = [] {
   const char* name = std::getenv("ROPEWALK_CPU_TARGET");
   return name && Force(name).ok();
 }();
