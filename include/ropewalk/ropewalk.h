@@ -83,8 +83,9 @@ typedef struct ropewalk_rope_args {
   DLTensor* k_out ROPEWALK_DEFAULT(nullptr);  // like k: written instead of k
 
   const DLTensor* v ROPEWALK_DEFAULT(nullptr);   // [batch?, tokens, k_heads, v_dim] T, only stored
-  DLTensor* k_cache ROPEWALK_DEFAULT(nullptr);   // [slots, k_heads, head_dim] or [pages, page_size, k_heads, head_dim], T | fp8
-  DLTensor* v_cache ROPEWALK_DEFAULT(nullptr);   // [slots, k_heads, v_dim] or [pages, page_size, k_heads, v_dim], as k_cache
+  // The caches: [slots, k_heads, head_dim] or [pages, page_size, k_heads, head_dim], T | fp8; that of v with v_dim.
+  DLTensor* k_cache ROPEWALK_DEFAULT(nullptr);
+  DLTensor* v_cache ROPEWALK_DEFAULT(nullptr);
   const DLTensor* slots ROPEWALK_DEFAULT(nullptr);    // [batch?, tokens] int32 | int64; negative: the token is not stored
   const DLTensor* k_scale ROPEWALK_DEFAULT(nullptr);  // [] or [k_heads] float32: an fp8 cache holds k / k_scale
   const DLTensor* v_scale ROPEWALK_DEFAULT(nullptr);  // [] or [k_heads] float32: an fp8 cache holds v / v_scale
@@ -143,7 +144,7 @@ ROPEWALK_API const char* ropewalk_torch_schema(void);
 typedef void (*ropewalk_parallel_for)(int64_t begin, int64_t end, int64_t grain,
                                       void (*body)(int64_t begin, int64_t end, const void* body_context),
                                       const void* body_context, void* context);
-ROPEWALK_API int ropewalk_set_parallel_for(ropewalk_parallel_for parallel_for, void* context);  // NULL: back to the default
+ROPEWALK_API int ropewalk_set_parallel_for(ropewalk_parallel_for parallel_for, void* context);  // NULL: the default
 // The opt-in pool: `threads` threads of our own, the caller's included. 1 (the default): none. Safe across fork().
 ROPEWALK_API int ropewalk_set_threads(int32_t threads);
 
@@ -172,7 +173,8 @@ ROPEWALK_API void ropewalk_frequencies_release(ropewalk_frequencies* frequencies
 ROPEWALK_API int64_t ropewalk_frequencies_rotary_dim(const ropewalk_frequencies* frequencies);
 ROPEWALK_API double ropewalk_frequencies_attention_scaling(const ropewalk_frequencies* frequencies);
 ROPEWALK_API const double* ropewalk_frequencies_inv_freq(const ropewalk_frequencies* frequencies);  // [rotary_dim/2]
-ROPEWALK_API const int32_t* ropewalk_frequencies_axes(const ropewalk_frequencies* frequencies);  // [rotary_dim/2] or NULL
+// [rotary_dim/2] or NULL
+ROPEWALK_API const int32_t* ropewalk_frequencies_axes(const ropewalk_frequencies* frequencies);
 
 // Fills cos and sin [rows, rotary_dim/2] (float32, float16 or bfloat16, on the host, any strides) for positions
 // 0 .. rows-1 as Hugging Face does: the angle is a float32 product of position and float32 frequency.

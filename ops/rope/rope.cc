@@ -14,6 +14,7 @@ namespace {
 #define FIELD(name) #name, Kind::kTensor, offsetof(ropewalk_rope_args, name)
 #define SCALAR(name, kind) #name, Kind::kind, offsetof(ropewalk_rope_args, name)
 
+// clang-format off: one to three lines an argument
 constexpr Arg kArgs[] = {
     {FIELD(q), "rotated in place, unless q_out is given", Intent::kInOut, kFloats, nullptr,
      {Dim::kBatch, Dim::kTokens, Dim::kQHeads, Dim::kHeadDim}, kRequired | kUnitStride | kOptionalBatch},
@@ -73,6 +74,7 @@ constexpr Arg kArgs[] = {
     {.name = "disable_pdl", .kind = Kind::kBool, .offset = offsetof(ropewalk_rope_args, disable_pdl),
      .doc = "CUDA: no programmatic dependent launch", .default_text = "False"},
 };
+// clang-format on
 
 consteval size_t Index(std::string_view name) {
   for (size_t i = 0; i < std::size(kArgs); ++i) {
