@@ -19,7 +19,8 @@ struct TensorName {
   const char* name;
   size_t offset;
 };
-#define ROPEWALK_TENSOR(name) {#name, offsetof(RopeTensors, name)}
+#define ROPEWALK_TENSOR(name) \
+  { #name, offsetof(RopeTensors, name) }
 inline constexpr TensorName kTensorNames[] = {
     ROPEWALK_TENSOR(q),        ROPEWALK_TENSOR(k),       ROPEWALK_TENSOR(positions), ROPEWALK_TENSOR(offsets),
     ROPEWALK_TENSOR(cos),      ROPEWALK_TENSOR(sin),     ROPEWALK_TENSOR(axes),      ROPEWALK_TENSOR(q_weight),

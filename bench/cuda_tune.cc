@@ -47,9 +47,9 @@ struct Kernel {
 };
 
 std::string Compile(const std::string& source) {
-  static const std::vector<std::string> paths = {"kernels/kernel_types.h",    "ops/rope/rope_params.h",   "ops/rope/rope_fault.h",
-                                                 "ops/rope/rope_cuda_args.h", "kernels/cuda/vector.cuh",
-                                                 "kernels/cuda/angle.cuh",    "ops/rope/rope.cuh"};
+  static const std::vector<std::string> paths = {
+      "kernels/kernel_types.h",  "ops/rope/rope_params.h", "ops/rope/rope_fault.h", "ops/rope/rope_cuda_args.h",
+      "kernels/cuda/vector.cuh", "kernels/cuda/angle.cuh", "ops/rope/rope.cuh"};
   static const std::vector<std::string> texts = [] {
     std::vector<std::string> out;
     for (const auto& path : paths) out.push_back(ReadFile(path));
@@ -220,17 +220,17 @@ int main(int argc, char** argv) {
 
   const std::string floor_cubin = Compile(kFloorSource);
   std::map<std::string, Kernel> floors;
-  for (const char* f :
-       {"row10", "row20", "row40", "row11", "row21", "row41", "flat1", "flat2", "flat4", "dep", "dep_pdl", "empty", "kv10", "kv20", "kv40", "kv11", "kv21",
-        "kv41", "depkv0", "depkv0_pdl", "depkv1", "depkv1_pdl"}) {
+  for (const char* f : {"row10", "row20", "row40",   "row11",      "row21",  "row41",     "flat1", "flat2",
+                        "flat4", "dep",   "dep_pdl", "empty",      "kv10",   "kv20",      "kv40",  "kv11",
+                        "kv21",  "kv41",  "depkv0",  "depkv0_pdl", "depkv1", "depkv1_pdl"}) {
     floors[f] = LoadKernel(floor_cubin, f);
   }
 
   const TuneShape many[] = {
-      {"1024 32/8", 1024, 32, 8, 128},   {"2048 32/8", 2048, 32, 8, 128},     {"flux", 4096, 24, 24, 128},
-      {"qwen_image", 4096, 32, 32, 128}, {"8192 32/4", 8192, 32, 4, 128},     {"16384 32/8", 16384, 32, 8, 128},
-      {"4096 32/8x64", 4096, 32, 8, 64}, {"4096 16/4x256", 4096, 16, 4, 256}, {"4096 8/2x512", 4096, 8, 2, 512},
-      {"4096 32/8x72", 4096, 32, 8, 72}, {"4096 32/8x80", 4096, 32, 8, 80},   {"4096 32/8x96", 4096, 32, 8, 96},
+      {"1024 32/8", 1024, 32, 8, 128},     {"2048 32/8", 2048, 32, 8, 128},     {"flux", 4096, 24, 24, 128},
+      {"qwen_image", 4096, 32, 32, 128},   {"8192 32/4", 8192, 32, 4, 128},     {"16384 32/8", 16384, 32, 8, 128},
+      {"4096 32/8x64", 4096, 32, 8, 64},   {"4096 16/4x256", 4096, 16, 4, 256}, {"4096 8/2x512", 4096, 8, 2, 512},
+      {"4096 32/8x72", 4096, 32, 8, 72},   {"4096 32/8x80", 4096, 32, 8, 80},   {"4096 32/8x96", 4096, 32, 8, 96},
       {"4096 32/8x112", 4096, 32, 8, 112}, {"4096 16/4x160", 4096, 16, 4, 160}, {"4096 16/4x192", 4096, 16, 4, 192}};
   const TuneShape few[] = {{"1", 1, 32, 8, 128},   {"4", 4, 32, 8, 128},     {"16", 16, 32, 8, 128},
                            {"64", 64, 32, 8, 128}, {"256", 256, 32, 8, 128}, {"1024", 1024, 32, 8, 128}};
@@ -271,10 +271,11 @@ int main(int argc, char** argv) {
     const char* name;
     int pairing, norm, table, cache;
   };
-  const Mode modes[] = {{"rope neox turns", 0, 0, 0, 0}, {"rope il turns", 1, 0, 0, 0}, {"rope neox table", 0, 0, 1, 0},
-                        {"rope il table", 1, 0, 1, 0},   {"norm neox turns", 0, 1, 0, 0}, {"norm il turns", 1, 1, 0, 0},
-                        {"norm neox table", 0, 1, 1, 0}, {"norm il table", 1, 1, 1, 0},   {"kv bf16", 0, 1, 0, kRopeBF16},
-                        {"kv fp8", 0, 1, 0, kRopeE4M3}};
+  const Mode modes[] = {{"rope neox turns", 0, 0, 0, 0}, {"rope il turns", 1, 0, 0, 0},
+                        {"rope neox table", 0, 0, 1, 0}, {"rope il table", 1, 0, 1, 0},
+                        {"norm neox turns", 0, 1, 0, 0}, {"norm il turns", 1, 1, 0, 0},
+                        {"norm neox table", 0, 1, 1, 0}, {"norm il table", 1, 1, 1, 0},
+                        {"kv bf16", 0, 1, 0, kRopeBF16}, {"kv fp8", 0, 1, 0, kRopeE4M3}};
 
   const auto run = [&](const TuneShape& s, bool is_few) {
     const int row = (s.q_heads + 2 * s.k_heads) * s.head_dim;  // packed
@@ -334,9 +335,15 @@ int main(int argc, char** argv) {
 
     // The floors of the store.
     double best_kv[2] = {1e9, 1e9}, best_kv_pdl[2] = {1e9, 1e9};
-    const bool with_kv = s.head_dim == 128 && static_cast<size_t>(buffers) * static_cast<size_t>(s.tokens * s.k_heads * s.head_dim) * 2 <= cache_pool;
+    const bool with_kv =
+        s.head_dim == 128 &&
+        static_cast<size_t>(buffers) * static_cast<size_t>(s.tokens * s.k_heads * s.head_dim) * 2 <= cache_pool;
     const auto cache_at = [&](int b, int which) {
-      return caches + static_cast<size_t>(which) * cache_pool + static_cast<size_t>(b % (is_few && !cold ? 8 : buffers)) * static_cast<size_t>((s.tokens < 16384 ? (is_few && !cold ? 16384 : s.tokens) : s.tokens) * s.k_heads * s.head_dim) * 2;
+      return caches + static_cast<size_t>(which) * cache_pool +
+             static_cast<size_t>(b % (is_few && !cold ? 8 : buffers)) *
+                 static_cast<size_t>((s.tokens < 16384 ? (is_few && !cold ? 16384 : s.tokens) : s.tokens) * s.k_heads *
+                                     s.head_dim) *
+                 2;
     };
     for (int narrow = 0; narrow < 2 && with_kv && is_few != cold; ++narrow) {
       if (cold) {
@@ -348,7 +355,8 @@ int main(int argc, char** argv) {
                   long long r = row / 8;
                   int q = s.q_heads * s.head_dim / 8, k = s.k_heads * s.head_dim / 8;
                   void* params[] = {&p, &r, &q, &k, &positions, &kc, &vc};
-                  Launch(stream, floors[f + std::to_string(narrow)], static_cast<unsigned>(s.tokens), 1, static_cast<unsigned>(threads), false, params);
+                  Launch(stream, floors[f + std::to_string(narrow)], static_cast<unsigned>(s.tokens), 1,
+                         static_cast<unsigned>(threads), false, params);
                 },
                 buffers, count);
             best_kv[narrow] = std::min(best_kv[narrow], t);
@@ -362,8 +370,9 @@ int main(int argc, char** argv) {
                   CUdeviceptr p = at(b), kc = cache_at(b, 0), vc = cache_at(b, 1);
                   int q = s.q_heads * s.head_dim / 4, k = s.k_heads * s.head_dim / 4, n = s.tokens * (q + 2 * k);
                   void* params[] = {&p, &positions, &weights, &slots, &kc, &vc, &q, &k, &n};
-                  Launch(stream, floors[std::string("depkv") + std::to_string(narrow) + (pdl ? "_pdl" : "")], static_cast<unsigned>((n + threads - 1) / threads), 1,
-                         static_cast<unsigned>(threads), pdl, params);
+                  Launch(stream, floors[std::string("depkv") + std::to_string(narrow) + (pdl ? "_pdl" : "")],
+                         static_cast<unsigned>((n + threads - 1) / threads), 1, static_cast<unsigned>(threads), pdl,
+                         params);
                 },
                 buffers, count);
             double& b = pdl ? best_kv_pdl[narrow] : best_kv[narrow];
@@ -372,7 +381,9 @@ int main(int argc, char** argv) {
         }
       }
     }
-    if (with_kv) std::printf("  kv floors: bf16 %.2f pdl %.2f, fp8 %.2f pdl %.2f\n", best_kv[0], best_kv_pdl[0], best_kv[1], best_kv_pdl[1]);
+    if (with_kv)
+      std::printf("  kv floors: bf16 %.2f pdl %.2f, fp8 %.2f pdl %.2f\n", best_kv[0], best_kv_pdl[0], best_kv[1],
+                  best_kv_pdl[1]);
 
     for (const Mode& mode : modes) {
       if (mode.cache && (!with_kv || best_kv[0] == 1e9)) continue;
@@ -424,7 +435,8 @@ int main(int argc, char** argv) {
           key.dependent_launch = static_cast<uint8_t>(pdl);
           key.table_vector = mode.table ? static_cast<uint8_t>(std::min(4, mode.pairing ? vector / 2 : vector)) : 1;
           const int groups = threads / lanes;
-          const unsigned grid_y = is_few ? static_cast<unsigned>((s.q_heads + (mode.cache ? 2 : 1) * s.k_heads + groups - 1) / groups) : 1;
+          const unsigned grid_y =
+              is_few ? static_cast<unsigned>((s.q_heads + (mode.cache ? 2 : 1) * s.k_heads + groups - 1) / groups) : 1;
           std::string source = RopeCudaSource(key);
           candidates.push_back({key, grid_y, std::async(std::launch::async, Compile, source), 1e9, 0, 0, min_blocks});
         };
@@ -456,7 +468,9 @@ int main(int argc, char** argv) {
                 for (int flat : {0, 1}) {
                   for (int warps : {0, 32, 40, 48}) {
                     const int min_blocks = warps * 32 / threads;
-                    if ((warps && min_blocks == 0) || (warps == 32 && !mode.cache && !flat) || (warps == 48 && s.head_dim != 128)) continue;
+                    if ((warps && min_blocks == 0) || (warps == 32 && !mode.cache && !flat) ||
+                        (warps == 48 && s.head_dim != 128))
+                      continue;
                     add(vector, lanes, threads, in_flight, min_blocks, flat);
                   }
                 }
@@ -508,7 +522,8 @@ int main(int argc, char** argv) {
           c.time = Time(
               [&](CUstream stream, int b) {
                 void* params[] = {&args[static_cast<size_t>(b)]};
-                Launch(stream, kernel, static_cast<unsigned>(s.tokens), c.key.few_tokens ? c.grid_y : 1, c.key.threads, pdl, params);
+                Launch(stream, kernel, static_cast<unsigned>(s.tokens), c.key.few_tokens ? c.grid_y : 1, c.key.threads,
+                       pdl, params);
               },
               buffers, count);
         }
@@ -518,8 +533,8 @@ int main(int argc, char** argv) {
         std::printf("  %-16s%s", mode.name, pdl ? " pdl" : "");
         for (size_t i = 0; i < std::min<size_t>(6, candidates.size()); ++i) {
           const Candidate& c = candidates[i];
-          std::printf(" | %.2f=%.3f v%d l%d t%d x%d b%d%s r%d", c.time, c.time / floor, c.key.vector,
-                      c.key.lanes, c.key.threads, c.key.in_flight, c.min_blocks, c.key.flat ? " flat" : "", c.registers);
+          std::printf(" | %.2f=%.3f v%d l%d t%d x%d b%d%s r%d", c.time, c.time / floor, c.key.vector, c.key.lanes,
+                      c.key.threads, c.key.in_flight, c.min_blocks, c.key.flat ? " flat" : "", c.registers);
         }
         std::printf("\n");
         std::fflush(stdout);
@@ -532,7 +547,8 @@ int main(int argc, char** argv) {
   // "sizes": the heads that are not of 128 alone.
   if (what == "all" || what == "many" || what == "sizes") {
     for (const TuneShape& s : many) {
-      if (what != "sizes" || (s.head_dim != 128 && (argc < 3 || std::strstr(argv[2], std::to_string(s.head_dim).c_str())))) {
+      if (what != "sizes" ||
+          (s.head_dim != 128 && (argc < 3 || std::strstr(argv[2], std::to_string(s.head_dim).c_str())))) {
         run(s, false);
       }
     }

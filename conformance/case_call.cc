@@ -59,20 +59,13 @@ class Random {
 
 DLDataType TypeFor(uint32_t dtype) {
   switch (dtype) {
-    case kF32:
-      return {kDLFloat, 32, 1};
-    case kF16:
-      return {kDLFloat, 16, 1};
-    case kBF16:
-      return {kDLBfloat, 16, 1};
-    case kE4M3:
-      return {10, 8, 1};
-    case kE5M2:
-      return {12, 8, 1};
-    case kI32:
-      return {kDLInt, 32, 1};
-    default:
-      return {kDLInt, 64, 1};
+    case kF32: return {kDLFloat, 32, 1};
+    case kF16: return {kDLFloat, 16, 1};
+    case kBF16: return {kDLBfloat, 16, 1};
+    case kE4M3: return {10, 8, 1};
+    case kE5M2: return {12, 8, 1};
+    case kI32: return {kDLInt, 32, 1};
+    default: return {kDLInt, 64, 1};
   }
 }
 
@@ -241,8 +234,7 @@ struct CaseCall::Builder {
     for (const Heads& h : wanted) {
       int64_t head = h.dim, token = h.heads * h.dim, outer = tokens * token, first = 0, offset = 0;
       switch (c.layout) {
-        case Layout::kSeparate:
-          break;
+        case Layout::kSeparate: break;
         case Layout::kPacked:
           token = row;
           outer = tokens * row;
@@ -258,9 +250,7 @@ struct CaseCall::Builder {
           token = h.heads * head + 7;
           outer = tokens * token + 11;
           break;
-        case Layout::kMisaligned:
-          first = offset = 1;
-          break;
+        case Layout::kMisaligned: first = offset = 1; break;
         case Layout::kReversed:
           first = tokens > 0 ? (tokens - 1) * token : 0;
           token = -token;
@@ -324,17 +314,10 @@ struct CaseCall::Builder {
       int32_t axis = 0;
       const int64_t first = pairs() / 4, second = (pairs() - first) / 2;  // 16, 24, 24 of 64
       switch (c.axes) {
-        case Axes::kNone:
-          break;
-        case Axes::kSections:
-          axis = pair < first ? 0 : pair < first + second ? 1 : 2;
-          break;
-        case Axes::kInterleaved:
-          axis = pair < pairs() * 15 / 16 ? static_cast<int32_t>(pair % 3) : 0;
-          break;
-        case Axes::kTwo:
-          axis = pair < pairs() / 2 ? 0 : 1;
-          break;
+        case Axes::kNone: break;
+        case Axes::kSections: axis = pair < first ? 0 : pair < first + second ? 1 : 2; break;
+        case Axes::kInterleaved: axis = pair < pairs() * 15 / 16 ? static_cast<int32_t>(pair % 3) : 0; break;
+        case Axes::kTwo: axis = pair < pairs() / 2 ? 0 : 1; break;
       }
       axes[static_cast<size_t>(pair)] = axis;
     }
@@ -418,12 +401,9 @@ struct CaseCall::Builder {
 
   int64_t PositionOf(int64_t axis, int64_t batch, int64_t token) {
     switch (c.positions) {
-      case Positions::kNone:
-        return token;
-      case Positions::kArange:
-        return token + 5 * axis + 3 * batch;
-      case Positions::kRandom:
-        return random.Below(table() ? rows() : 4096);
+      case Positions::kNone: return token;
+      case Positions::kArange: return token + 5 * axis + 3 * batch;
+      case Positions::kRandom: return random.Below(table() ? rows() : 4096);
       case Positions::kListed: {
         const int64_t n = token + axis;
         return n / 8 % 2 ? -kListedPositions[n % 8] : kListedPositions[n % 8];
@@ -669,14 +649,9 @@ Status CaseCall::Verify(std::string* message, double* worst, int64_t* elements) 
       const double got = LoadNumber(dtype, got_bytes);
       bool right = false;
       switch (want.want) {
-        case Expected::Want::kSame:
-          break;
-        case Expected::Want::kBits:
-          right = std::memcmp(got_bytes, &want.bits, static_cast<size_t>(item)) == 0;
-          break;
-        case Expected::Want::kNan:
-          right = std::isnan(got);
-          break;
+        case Expected::Want::kSame: break;
+        case Expected::Want::kBits: right = std::memcmp(got_bytes, &want.bits, static_cast<size_t>(item)) == 0; break;
+        case Expected::Want::kNan: right = std::isnan(got); break;
         case Expected::Want::kRange: {
           right = got >= want.low && got <= want.high;
           const double tolerance = std::max(want.high - want.value, want.value - want.low);
@@ -696,11 +671,8 @@ Status CaseCall::Verify(std::string* message, double* worst, int64_t* elements) 
         case Expected::Want::kBits:
           Append(message, Text("the bits ", Hex(reinterpret_cast<const uint8_t*>(&want.bits), item), ", a copy"));
           break;
-        case Expected::Want::kNan:
-          Append(message, "NaN");
-          break;
-        default:
-          Append(message, Text(want.value, " (", want.low, " to ", want.high, ")"));
+        case Expected::Want::kNan: Append(message, "NaN"); break;
+        default: Append(message, Text(want.value, " (", want.low, " to ", want.high, ")"));
       }
     }
   };

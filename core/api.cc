@@ -52,8 +52,8 @@ Status WithArgs(const ropewalk_rope_args* args, const Body& body) {
                                 ropewalk_version(), ", but is ", size, ": the caller was built for a newer one"));
   }
   if (size < offsetof(ropewalk_rope_args, k) || size % alignof(ropewalk_rope_args) != 0) {
-    return Status::Invalid(Text("rope: struct_size must be sizeof(ropewalk_rope_args) (", sizeof(ropewalk_rope_args),
-                                "), but is ", size));
+    return Status::Invalid(
+        Text("rope: struct_size must be sizeof(ropewalk_rope_args) (", sizeof(ropewalk_rope_args), "), but is ", size));
   }
   ropewalk_rope_args full;
   std::memcpy(&full, args, size);
@@ -122,9 +122,9 @@ const char* ropewalk_backends(void) {
     *text = "[";
     for (const Backend* backend : Backends()) {
       const Availability a = backend->availability();
-      Append(text, Text(text->size() > 1 ? ", " : "", "{\"name\": ", JsonString(backend->name), ", \"available\": ",
-                        a.available ? "true" : "false", ", \"detail\": ", JsonString(a.detail), ", \"remedy\": ",
-                        JsonString(a.remedy), ", \"parts\": ["));
+      Append(text, Text(text->size() > 1 ? ", " : "", "{\"name\": ", JsonString(backend->name),
+                        ", \"available\": ", a.available ? "true" : "false", ", \"detail\": ", JsonString(a.detail),
+                        ", \"remedy\": ", JsonString(a.remedy), ", \"parts\": ["));
       for (size_t i = 0; i < a.parts.size(); ++i) Append(text, Text(i ? ", " : "", JsonString(a.parts[i])));
       *text += "]}";
     }

@@ -36,7 +36,8 @@ Status ChooseBackend(DLDevice device, const Backend** backend) {
     *backend = candidate;
     return {};
   }
-  return Status::Invalid(Text("rope: q must be on the CPU, an NVIDIA GPU, an Intel GPU or an OpenCL device, but is on ", DeviceName(device)));
+  return Status::Invalid(Text("rope: q must be on the CPU, an NVIDIA GPU, an Intel GPU or an OpenCL device, but is on ",
+                              DeviceName(device)));
 }
 
 Status ForceBackend(const char* name) {

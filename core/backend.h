@@ -17,8 +17,8 @@ namespace ropewalk {
 
 struct Availability {
   bool available = false;
-  std::string detail;  // what serves, or why it cannot
-  std::string remedy;  // what would help; "" if nothing is missing
+  std::string detail;                   // what serves, or why it cannot
+  std::string remedy;                   // what would help; "" if nothing is missing
   std::vector<std::string> parts = {};  // what force_backend("name:part") takes here
 };
 

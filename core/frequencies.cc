@@ -61,13 +61,10 @@ YarnRange FindYarnRange(const RopeRule& rule) {
 DoubleDouble Scaled(const RopeRule& rule, const YarnRange& yarn, int64_t i, DoubleDouble w) {
   switch (rule.type) {
     case RopeType::kDefault:
-    case RopeType::kDynamic:
-      return w;
+    case RopeType::kDynamic: return w;
     case RopeType::kLinear:
-    case RopeType::kProportional:
-      return w / rule.factor;
-    case RopeType::kLongrope:
-      return w / rule.divisors[static_cast<size_t>(i)];
+    case RopeType::kProportional: return w / rule.factor;
+    case RopeType::kLongrope: return w / rule.divisors[static_cast<size_t>(i)];
     case RopeType::kYarn: {
       DoubleDouble ramp = (DoubleDouble(static_cast<double>(i)) - yarn.low) / (yarn.high - yarn.low);
       ramp = std::min(std::max(ramp, DoubleDouble(0.0)), DoubleDouble(1.0));
@@ -160,15 +157,10 @@ void AppendTable(const RopeRule& rule, int64_t dim, std::vector<float>* out) {
     float w = F(1 / D(p));
     switch (rule.type) {
       case RopeType::kDefault:
-      case RopeType::kDynamic:
-        break;
+      case RopeType::kDynamic: break;
       case RopeType::kLinear:
-      case RopeType::kProportional:
-        w = F(D(w) / D(factor));
-        break;
-      case RopeType::kLongrope:
-        w = F(1 / D(F(D(F(rule.divisors[static_cast<size_t>(i)])) * D(p))));
-        break;
+      case RopeType::kProportional: w = F(D(w) / D(factor)); break;
+      case RopeType::kLongrope: w = F(1 / D(F(D(F(rule.divisors[static_cast<size_t>(i)])) * D(p)))); break;
       case RopeType::kYarn: {
         const float divided = F(1 / D(F(D(factor) * D(p))));
         float ramp = F(D(F(static_cast<double>(i) - D(yarn_low))) / D(yarn_width));

@@ -14,14 +14,14 @@
 // The opaque type of the C ABI. Immutable once made.
 struct ropewalk_frequencies {
   int64_t rotary_dim = 0;
-  double attention_scaling = 1.0;       // multiplies cos and sin
-  std::vector<double> inv_freq;         // [rotary_dim/2] radians per position, rounded from `exact`
-  std::vector<long double> exact;       // [rotary_dim/2] the same, as exact as the host can (reference and turns)
-  std::vector<uint64_t> turns;          // [rotary_dim/2] round(exact / 2pi * 2^64) modulo 2^64
-  std::vector<int32_t> axes;            // empty, or [rotary_dim/2] the row of positions each pair takes
-  std::vector<float> table_inv_freq;    // [rotary_dim/2] Hugging Face's own, for its table; empty: it uses double
+  double attention_scaling = 1.0;     // multiplies cos and sin
+  std::vector<double> inv_freq;       // [rotary_dim/2] radians per position, rounded from `exact`
+  std::vector<long double> exact;     // [rotary_dim/2] the same, as exact as the host can (reference and turns)
+  std::vector<uint64_t> turns;        // [rotary_dim/2] round(exact / 2pi * 2^64) modulo 2^64
+  std::vector<int32_t> axes;          // empty, or [rotary_dim/2] the row of positions each pair takes
+  std::vector<float> table_inv_freq;  // [rotary_dim/2] Hugging Face's own, for its table; empty: it uses double
   mutable std::atomic<int64_t> references{1};
-  uint64_t id = 0;                      // unique in the process, so that backends can key device copies by it
+  uint64_t id = 0;  // unique in the process, so that backends can key device copies by it
 };
 
 namespace ropewalk {

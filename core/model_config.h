@@ -13,17 +13,17 @@
 namespace ropewalk {
 
 struct ModelConfig {
-  std::string name;          // "_name_or_path", or the file's stem
-  std::string model_type;    // "qwen3", "flux", ..
+  std::string name;        // "_name_or_path", or the file's stem
+  std::string model_type;  // "qwen3", "flux", ..
   int64_t q_heads = 0, k_heads = 0;
-  int64_t head_dim = 0;      // of a whole head (DeepSeek-V3: qk_nope_head_dim + qk_rope_head_dim)
+  int64_t head_dim = 0;  // of a whole head (DeepSeek-V3: qk_nope_head_dim + qk_rope_head_dim)
   int64_t rotary_dim = 0, rotary_offset = 0;
   int64_t max_position = 0;
   bool interleaved = false;  // pairing
   bool norm = false;         // per-head RMSNorm of q and k before the rotation
   bool zero_centered_weight = false;
   double eps = 1e-6;
-  int axes = 1;              // rows of positions: 1, or 3 for mrope, Flux and Qwen-Image
+  int axes = 1;                          // rows of positions: 1, or 3 for mrope, Flux and Qwen-Image
   std::vector<std::string> layer_types;  // keys for FrequenciesFromConfig; empty: one for all layers
 };
 

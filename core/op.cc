@@ -20,9 +20,12 @@ struct DtypeEntry {
   uint8_t code, bits;
 };
 constexpr DtypeEntry kDtypes[] = {
-    {kF32, "float32", kDLFloat, 32},           {kF16, "float16", kDLFloat, 16},
-    {kBF16, "bfloat16", kDLBfloat, 16},        {kE4M3, "float8_e4m3fn", kDlFloat8E4M3Fn, 8},
-    {kE5M2, "float8_e5m2", kDlFloat8E5M2, 8},  {kI32, "int32", kDLInt, 32},
+    {kF32, "float32", kDLFloat, 32},
+    {kF16, "float16", kDLFloat, 16},
+    {kBF16, "bfloat16", kDLBfloat, 16},
+    {kE4M3, "float8_e4m3fn", kDlFloat8E4M3Fn, 8},
+    {kE5M2, "float8_e5m2", kDlFloat8E5M2, 8},
+    {kI32, "int32", kDLInt, 32},
     {kI64, "int64", kDLInt, 64},
 };
 
@@ -31,9 +34,9 @@ struct DimEntry {
   const char* counted;  // "5 tokens"; null: "head_dim 128"
 };
 constexpr DimEntry kDims[] = {
-    {"", nullptr},        {"axes", "axes"},         {"batch", nullptr}, {"tokens", "tokens"},
-    {"q_heads", "heads"}, {"k_heads", "k_heads"},   {"head_dim", nullptr}, {"v_dim", nullptr},
-    {"rows", "rows"},     {"rotary_dim/2", nullptr}, {"rotary_dim", nullptr}, {"pages", "pages"},
+    {"", nullptr},          {"axes", "axes"},          {"batch", nullptr},      {"tokens", "tokens"},
+    {"q_heads", "heads"},   {"k_heads", "k_heads"},    {"head_dim", nullptr},   {"v_dim", nullptr},
+    {"rows", "rows"},       {"rotary_dim/2", nullptr}, {"rotary_dim", nullptr}, {"pages", "pages"},
     {"page_size", nullptr},
 };
 
@@ -298,10 +301,9 @@ std::string ShapeSpec(const Arg& arg) {
     if (dim == Dim::kNone) continue;
     if (out.size() > 1) out += ", ";
     out += DimName(dim);
-    const bool optional = (dim == Dim::kBatch && (arg.flags & kOptionalBatch)) ||
-                          (dim == Dim::kAxes && (arg.flags & kOptionalAxes)) ||
-                          (dim == Dim::kPages && (arg.flags & kOptionalPages)) ||
-                          (dim == Dim::kKHeads && (arg.flags & kBroadcast));
+    const bool optional =
+        (dim == Dim::kBatch && (arg.flags & kOptionalBatch)) || (dim == Dim::kAxes && (arg.flags & kOptionalAxes)) ||
+        (dim == Dim::kPages && (arg.flags & kOptionalPages)) || (dim == Dim::kKHeads && (arg.flags & kBroadcast));
     if (optional) out += '?';
   }
   return out + "]";
@@ -328,13 +330,16 @@ std::string DescriptionJson(const char* op, std::span<const Arg> args_table) {
   std::string out = Text("{\"op\": ", JsonString(op), ", \"args\": [");
   for (size_t i = 0; i < args_table.size(); ++i) {
     const Arg& arg = args_table[i];
-    Append(&out, Text(i ? ", " : "", "{\"name\": ", JsonString(arg.name), ", \"kind\": ", JsonString(KindName(arg.kind)),
-                      ", \"default\": ", JsonString(arg.default_text), ", \"doc\": ", JsonString(arg.doc)));
+    Append(&out,
+           Text(i ? ", " : "", "{\"name\": ", JsonString(arg.name), ", \"kind\": ", JsonString(KindName(arg.kind)),
+                ", \"default\": ", JsonString(arg.default_text), ", \"doc\": ", JsonString(arg.doc)));
     if (arg.kind == Kind::kTensor) {
-      const std::string dtypes = arg.like ? Text("that of ", arg.like, arg.dtypes & kFp8 ? ", or fp8" : "")
-                                          : DtypeNames(arg.dtypes);
+      const std::string dtypes =
+          arg.like ? Text("that of ", arg.like, arg.dtypes & kFp8 ? ", or fp8" : "") : DtypeNames(arg.dtypes);
       Append(&out, Text(", \"intent\": ",
-                        JsonString(arg.intent == Intent::kIn ? "in" : arg.intent == Intent::kOut ? "out" : "inout"),
+                        JsonString(arg.intent == Intent::kIn    ? "in"
+                                   : arg.intent == Intent::kOut ? "out"
+                                                                : "inout"),
                         ", \"shape\": ", JsonString(ShapeSpec(arg)), ", \"dtypes\": ", JsonString(dtypes),
                         ", \"unit_stride\": ", arg.flags & kUnitStride ? "true" : "false",
                         ", \"required\": ", arg.flags & kRequired ? "true" : "false"));

@@ -1,6 +1,6 @@
-// The description of an operation's arguments, and what reads it: checks, JSON, torch schema. The description is the one
-// place where an argument's name, dtypes and shape are written; checks, messages, bindings, docs and the negative tests
-// are loops over it.
+// The description of an operation's arguments, and what reads it: checks, JSON, torch schema. The description is the
+// one place where an argument's name, dtypes and shape are written; checks, messages, bindings, docs and the negative
+// tests are loops over it.
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
@@ -36,15 +36,28 @@ inline constexpr uint32_t kInts = kI32 | kI64;
 
 // 0 for a dtype that Ropewalk does not know.
 uint32_t DtypeOf(DLDataType type);
-std::string DtypeName(DLDataType type);     // "bfloat16", also of foreign ones: "uint8"
-std::string DtypeNames(uint32_t dtypes);    // "float32, float16 or bfloat16"
+std::string DtypeName(DLDataType type);   // "bfloat16", also of foreign ones: "uint8"
+std::string DtypeNames(uint32_t dtypes);  // "float32, float16 or bfloat16"
 int64_t DtypeBytes(uint32_t dtype);
-std::string DeviceName(DLDevice device);    // "cpu", "cuda:0"
+std::string DeviceName(DLDevice device);        // "cpu", "cuda:0"
 std::string ShapeText(const DLTensor& tensor);  // "[4, 8, 64]"
 
 // Names of dimensions. A name that two arguments share must have one size in a call.
 enum class Dim : uint8_t {
-  kNone, kAxes, kBatch, kTokens, kQHeads, kKHeads, kHeadDim, kVDim, kRows, kPairs, kRotaryDim, kPages, kPageSize, kCount
+  kNone,
+  kAxes,
+  kBatch,
+  kTokens,
+  kQHeads,
+  kKHeads,
+  kHeadDim,
+  kVDim,
+  kRows,
+  kPairs,
+  kRotaryDim,
+  kPages,
+  kPageSize,
+  kCount
 };
 const char* DimName(Dim dim);
 
@@ -53,26 +66,26 @@ enum class Intent : uint8_t { kIn, kOut, kInOut };
 
 enum Flag : uint32_t {
   kRequired = 1u << 0,
-  kUnitStride = 1u << 1,    // the last dimension must be contiguous
-  kBroadcast = 1u << 2,     // the batch may be absent or of size 1, a last dimension k_heads too
-  kHostScalar = 1u << 3,    // one value may lie on the host, whatever q's device
-  kOptionalBatch = 1u << 4, // dims[0] == kBatch is there iff q has 4 dimensions
-  kOptionalAxes = 1u << 5,  // dims[0] == kAxes is there iff pairs are mapped to axes
-  kOptionalPages = 1u << 6, // dims[0] == kPages may be absent
+  kUnitStride = 1u << 1,     // the last dimension must be contiguous
+  kBroadcast = 1u << 2,      // the batch may be absent or of size 1, a last dimension k_heads too
+  kHostScalar = 1u << 3,     // one value may lie on the host, whatever q's device
+  kOptionalBatch = 1u << 4,  // dims[0] == kBatch is there iff q has 4 dimensions
+  kOptionalAxes = 1u << 5,   // dims[0] == kAxes is there iff pairs are mapped to axes
+  kOptionalPages = 1u << 6,  // dims[0] == kPages may be absent
 };
 
 struct Arg {
   const char* name;
   Kind kind;
-  size_t offset;                       // in the argument struct
+  size_t offset;  // in the argument struct
   const char* doc;
   Intent intent = Intent::kIn;
   uint32_t dtypes = 0;
-  const char* like = nullptr;          // its dtype must be that of this argument (or one of `dtypes`)
+  const char* like = nullptr;  // its dtype must be that of this argument (or one of `dtypes`)
   std::array<Dim, 4> dims = {};
   uint32_t flags = 0;
   std::array<const char*, 2> choices = {};  // kChoice: the names of 0 and 1
-  const char* default_text = "None";   // in Python
+  const char* default_text = "None";        // in Python
 };
 
 // The sizes that a call's tensors agree on; -1 for a name that no tensor has.

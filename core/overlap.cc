@@ -19,7 +19,8 @@ bool Search(Footprint a, Footprint b, int* budget) {
     Footprint row_a = a, row_b = b;
     row_a.axes[0].size = row_b.axes[0].size = 1;
     const uintptr_t extent_a = row_a.end() - a.base, extent_b = row_b.end() - b.base;
-    const uintptr_t shift = b.base >= a.base ? (b.base - a.base) % period : (period - (a.base - b.base) % period) % period;
+    const uintptr_t shift =
+        b.base >= a.base ? (b.base - a.base) % period : (period - (a.base - b.base) % period) % period;
     if (shift >= extent_a && shift + extent_b <= period) return false;
   }
   const auto outer = [](const Footprint& f) { return f.count ? f.axes[0].stride * f.axes[0].size : 0; };

@@ -16,16 +16,17 @@ struct Footprint {
     bool operator==(const Axis&) const = default;
   };
   uintptr_t base;
-  int64_t item;    // bytes of the innermost dense run; 0: no elements
+  int64_t item;  // bytes of the innermost dense run; 0: no elements
   int count;
-  Axis axes[4];    // `count` of them
+  Axis axes[4];  // `count` of them
 
   bool operator==(const Footprint& other) const {
-    return base == other.base && item == other.item && std::equal(axes, axes + count, other.axes, other.axes + other.count);
+    return base == other.base && item == other.item &&
+           std::equal(axes, axes + count, other.axes, other.axes + other.count);
   }
   bool empty() const { return item == 0; }
-  bool repeats() const;     // its axes overlap: a stride of 0, or one within the span of those behind it
-  uintptr_t end() const;    // one past the last byte
+  bool repeats() const;   // its axes overlap: a stride of 0, or one within the span of those behind it
+  uintptr_t end() const;  // one past the last byte
 };
 
 Footprint FootprintOf(const DLTensor& tensor);

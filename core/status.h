@@ -32,8 +32,8 @@ class [[nodiscard]] Status {
 };
 
 // Leaves the function with the status of `expression` unless it is OK.
-#define ROPEWALK_TRY(expression)                                            \
-  do {                                                                      \
+#define ROPEWALK_TRY(expression)                                                  \
+  do {                                                                            \
     if (::ropewalk::Status status_ = (expression); !status_.ok()) return status_; \
   } while (false)
 

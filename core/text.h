@@ -14,7 +14,7 @@ inline void Append(std::string* out, std::string_view part) { out->append(part);
 inline void Append(std::string* out, const char* part) { out->append(part); }
 inline void Append(std::string* out, char part) { out->push_back(part); }
 template <class Number>
-  requires std::is_arithmetic_v<Number>
+requires std::is_arithmetic_v<Number>
 void Append(std::string* out, Number number) {
   if constexpr (std::is_floating_point_v<Number>) {
     if (std::isnan(number)) return Append(out, "nan");  // to_chars may write -nan

@@ -182,7 +182,7 @@ DLTensor* MakeTensor(Bytes& bytes, Call* call, const Arg& arg, const Shapes& sha
   tensor.arg = &arg;
   DLTensor& t = tensor.now;
   t.device = {kDLCPU, 0};
-  t.dtype = arg.dtypes & kInts                         ? TypeFor(static_cast<uint8_t>(arg.dtypes == kI32 ? 5 : 5 + bytes.Next() % 2))
+  t.dtype = arg.dtypes & kInts ? TypeFor(static_cast<uint8_t>(arg.dtypes == kI32 ? 5 : 5 + bytes.Next() % 2))
             : std::strstr(arg.name, "weight")          ? shapes.weight_type
             : std::strstr(arg.name, "scale")           ? DLDataType{kDLFloat, 32, 1}
             : std::strstr(arg.name, "cache")           ? shapes.cache_type
@@ -214,50 +214,23 @@ DLTensor* MakeTensor(Bytes& bytes, Call* call, const Arg& arg, const Shapes& sha
   const uint8_t spoil = bytes.Next();
   const int i = t.ndim > 0 ? bytes.Next() % t.ndim : 0;
   switch (spoil) {
-    case 240:
-      t.dtype = TypeFor(bytes.Next());
-      break;
-    case 241:
-      t.dtype = {bytes.Next(), bytes.Next(), bytes.Next()};
-      break;
-    case 242:
-      t.device = {static_cast<DLDeviceType>(bytes.Next() % 16), bytes.Next() % 3};
-      break;
-    case 243:
-      tensor.shape[i] = static_cast<int8_t>(bytes.Next());
-      break;
-    case 244:
-      tensor.shape[i] = bytes.Wide();
-      break;
-    case 245:
-      tensor.strides[i] = static_cast<int8_t>(bytes.Next());
-      break;
-    case 246:
-      tensor.strides[i] = bytes.Wide();
-      break;
-    case 247:
-      tensor.strides[i] = -tensor.strides[i];
-      break;
-    case 248:
-      t.ndim = bytes.Next() % 8;
-      break;
-    case 249:
-      t.ndim = static_cast<int32_t>(bytes.Wide()) % 8;
-      break;
-    case 250:
-      tensor.strides[i] = 0;
-      break;
-    case 251:
-      tensor.shape[i] += 1;
-      break;
-    default:
-      break;
+    case 240: t.dtype = TypeFor(bytes.Next()); break;
+    case 241: t.dtype = {bytes.Next(), bytes.Next(), bytes.Next()}; break;
+    case 242: t.device = {static_cast<DLDeviceType>(bytes.Next() % 16), bytes.Next() % 3}; break;
+    case 243: tensor.shape[i] = static_cast<int8_t>(bytes.Next()); break;
+    case 244: tensor.shape[i] = bytes.Wide(); break;
+    case 245: tensor.strides[i] = static_cast<int8_t>(bytes.Next()); break;
+    case 246: tensor.strides[i] = bytes.Wide(); break;
+    case 247: tensor.strides[i] = -tensor.strides[i]; break;
+    case 248: t.ndim = bytes.Next() % 8; break;
+    case 249: t.ndim = static_cast<int32_t>(bytes.Wide()) % 8; break;
+    case 250: tensor.strides[i] = 0; break;
+    case 251: tensor.shape[i] += 1; break;
+    default: break;
   }
   GiveMemory(bytes, call, &tensor);
   switch (spoil) {
-    case 252:
-      t.shape = nullptr;
-      break;
+    case 252: t.shape = nullptr; break;
     case 253:
       t.data = nullptr;
       call->wild |= t.byte_offset != 0;
@@ -271,8 +244,7 @@ DLTensor* MakeTensor(Bytes& bytes, Call* call, const Arg& arg, const Shapes& sha
       t.byte_offset = static_cast<uint64_t>(bytes.Wide());
       call->wild = true;
       break;
-    default:
-      break;
+    default: break;
   }
   tensor.before.shape = t.shape;
   return &t;

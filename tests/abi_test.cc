@@ -138,7 +138,8 @@ TEST(Abi, DescriptionNamesEveryFieldOnce) {
     const size_t size = pointer ? sizeof(void*) : arg.kind == Kind::kDouble ? sizeof(double) : sizeof(int32_t);
     for (size_t i = arg.offset; i < arg.offset + size; ++i) EXPECT_EQ(covered[i]++, 0) << arg.name;
   }
-  for (size_t i = sizeof(uint32_t); i < offsetof(ropewalk_rope_args, reserved); ++i) EXPECT_EQ(covered[i], 1) << "byte " << i;
+  for (size_t i = sizeof(uint32_t); i < offsetof(ropewalk_rope_args, reserved); ++i)
+    EXPECT_EQ(covered[i], 1) << "byte " << i;
 }
 
 TEST(Cpp, ServesAndRefuses) {

@@ -316,8 +316,7 @@ TEST(Check, Scalars) {
         break;
       case Kind::kTensor:
       case Kind::kHandle:
-      case Kind::kQueue:
-        break;
+      case Kind::kQueue: break;
     }
   }
   EXPECT_GE(broken, 21);
@@ -481,10 +480,7 @@ std::vector<Rule> Rules() {
          }
        },
        {"v_cache must have 4 dimensions like k_cache, but has 3"}},
-      {"SyclQueueOfTheCpu",
-       kF,
-       [](auto* a) { a->sycl_queue = a; },
-       {"sycl_queue is given, but q is on cpu"}},
+      {"SyclQueueOfTheCpu", kF, [](auto* a) { a->sycl_queue = a; }, {"sycl_queue is given, but q is on cpu"}},
       {"ScaleOfZero",
        kF,
        [](auto* a) {

@@ -23,8 +23,8 @@ struct CudaVariant {
   RopeCudaKey key;
 };
 
-// Those of the cases as they are, with one token and with many, and in both layouts, on a device of this architecture. The variants of one
-// source text are one variant.
+// Those of the cases as they are, with one token and with many, and in both layouts, on a device of this architecture.
+// The variants of one source text are one variant.
 inline Status CudaVariantsOf(const std::vector<RopeCase>& cases, const CudaDevice& device,
                              std::vector<CudaVariant>* out) {
   std::unordered_set<std::string> known;

@@ -164,27 +164,13 @@ FAKE_API int cuDriverGetVersion(int* version) {
 
 FAKE_API int cuGetErrorName(int result, const char** name) {
   switch (result) {
-    case cu::kOutOfMemory:
-      *name = "CUDA_ERROR_OUT_OF_MEMORY";
-      return 0;
-    case cu::kNoDevice:
-      *name = "CUDA_ERROR_NO_DEVICE";
-      return 0;
-    case cu::kInvalidImage:
-      *name = "CUDA_ERROR_INVALID_IMAGE";
-      return 0;
-    case cu::kInvalidHandle:
-      *name = "CUDA_ERROR_INVALID_HANDLE";
-      return 0;
-    case 700:
-      *name = "CUDA_ERROR_ILLEGAL_ADDRESS";
-      return 0;
-    case 719:
-      *name = "CUDA_ERROR_LAUNCH_FAILED";
-      return 0;
-    default:
-      *name = "CUDA_ERROR_OTHER";
-      return 0;
+    case cu::kOutOfMemory: *name = "CUDA_ERROR_OUT_OF_MEMORY"; return 0;
+    case cu::kNoDevice: *name = "CUDA_ERROR_NO_DEVICE"; return 0;
+    case cu::kInvalidImage: *name = "CUDA_ERROR_INVALID_IMAGE"; return 0;
+    case cu::kInvalidHandle: *name = "CUDA_ERROR_INVALID_HANDLE"; return 0;
+    case 700: *name = "CUDA_ERROR_ILLEGAL_ADDRESS"; return 0;
+    case 719: *name = "CUDA_ERROR_LAUNCH_FAILED"; return 0;
+    default: *name = "CUDA_ERROR_OTHER"; return 0;
   }
 }
 FAKE_API int cuGetErrorString(int, const char** text) { return *text = "a fake failure", 0; }

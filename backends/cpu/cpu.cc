@@ -67,7 +67,8 @@ void RecordFault(const RopeCall& call, int64_t row) {
   std::string text;
   switch (plan.fault) {
     case kRopeFaultPosition:
-      text = Text("rope: positions", where, " is ", plan.fault_value, plan.fault_axis ? Text(" on axis ", plan.fault_axis) : "",
+      text = Text("rope: positions", where, " is ", plan.fault_value,
+                  plan.fault_axis ? Text(" on axis ", plan.fault_axis) : "",
                   call.tensors.offsets ? " with its offset" : "", ", but the table has ", call.params.rows,
                   " rows; the token was filled with NaN");
       break;
@@ -112,8 +113,9 @@ bool Serves(DLDevice device) { return device.device_type == kDLCPU || device.dev
 
 Availability Available() {
   const CpuTarget* target = Target();
-  if (!target) return {false, "this CPU has none of the instruction sets that Ropewalk is built for (SSE4.2 at least)",
-                       "use a CPU made after 2009"};
+  if (!target)
+    return {false, "this CPU has none of the instruction sets that Ropewalk is built for (SSE4.2 at least)",
+            "use a CPU made after 2009"};
   Availability availability{true, Text("target ", target->name, forced_target.load() ? " (forced)" : ""), ""};
   for (const CpuTarget& candidate : CpuTargets()) {
     if (candidate.supported()) availability.parts.push_back(candidate.name);
@@ -144,12 +146,13 @@ Status Launch(const RopeCall& call) {
   if (rows < 2 * grain) {
     work.kernel(call, 0, rows, &first_fault);
   } else {
-    Split(rows, grain,
-          [](int64_t begin, int64_t end, const void* context) {
-            const Work& w = *static_cast<const Work*>(context);
-            w.kernel(*w.call, begin, end, w.first_fault);
-          },
-          &work);
+    Split(
+        rows, grain,
+        [](int64_t begin, int64_t end, const void* context) {
+          const Work& w = *static_cast<const Work*>(context);
+          w.kernel(*w.call, begin, end, w.first_fault);
+        },
+        &work);
   }
   launches[static_cast<size_t>(target - CpuTargets().data())][static_cast<size_t>(KernelIndex(call.variant))].fetch_add(
       1, std::memory_order_relaxed);
@@ -172,8 +175,9 @@ Status Explain(const RopeCall& call, Explanation* explanation) {
   explanation->emplace_back("threads", caller_splitter.load() ? "the caller's parallel_for"
                                        : ThreadPoolSize() > 1 ? Text("pool of ", ThreadPoolSize())
                                                               : "1 (ropewalk_set_threads makes a pool)");
-  explanation->emplace_back("why", Text("q is on the CPU; ", target->name,
-                                        forced_target.load() ? " is forced" : " is the best target that this CPU runs"));
+  explanation->emplace_back("why",
+                            Text("q is on the CPU; ", target->name,
+                                 forced_target.load() ? " is forced" : " is the best target that this CPU runs"));
   return {};
 }
 
@@ -239,7 +243,8 @@ Status SetParallelFor(ropewalk_parallel_for parallel_for, void* context) {
 }
 
 Status SetThreads(int32_t threads) {
-  if (threads < 1 || threads > 1024) return Status::Invalid(Text("set_threads: threads must be from 1 to 1024, but is ", threads));
+  if (threads < 1 || threads > 1024)
+    return Status::Invalid(Text("set_threads: threads must be from 1 to 1024, but is ", threads));
   ResizeThreadPool(threads);
   return {};
 }

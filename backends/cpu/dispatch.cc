@@ -1,5 +1,5 @@
-// Compiles the kernel once for each target. Which targets there are: SSE4 is the least on x86 (this file is compiled with
-// -msse4.2), NEON on Arm. Highway's headers only: the choice at run time is ours, so that nothing is linked.
+// Compiles the kernel once for each target. Which targets there are: SSE4 is the least on x86 (this file is compiled
+// with -msse4.2), NEON on Arm. Highway's headers only: the choice at run time is ours, so that nothing is linked.
 // SPDX-License-Identifier: Apache-2.0
 #include "backends/cpu/dispatch.h"
 

@@ -14,8 +14,8 @@ inline int64_t LoadInt(const void* data, uint8_t dtype, int64_t index) {
 
 struct RowPlan {
   int64_t batch, token;
-  int64_t slot = -1;          // where to store; negative: nowhere
-  bool left_out = false;      // padding: a negative slot, and a position outside the table
+  int64_t slot = -1;      // where to store; negative: nowhere
+  bool left_out = false;  // padding: a negative slot, and a position outside the table
   int fault = kRopeFaultNone;
   int64_t fault_value = 0;
   int fault_axis = 0;
@@ -26,13 +26,13 @@ inline int64_t PositionOf(const RopeCall& call, int64_t batch, int64_t token, in
   const rope_params& p = call.params;
   uint64_t position = static_cast<uint64_t>(token);
   if (call.tensors.positions) {
-    position = static_cast<uint64_t>(LoadInt(call.tensors.positions, call.variant.positions_dtype,
-                                             axis * p.positions_axis + batch * p.positions_batch +
-                                                 token * p.positions_token));
+    position =
+        static_cast<uint64_t>(LoadInt(call.tensors.positions, call.variant.positions_dtype,
+                                      axis * p.positions_axis + batch * p.positions_batch + token * p.positions_token));
   }
   if (call.tensors.offsets) {
-    position += static_cast<uint64_t>(LoadInt(call.tensors.offsets, call.variant.offsets_dtype,
-                                              batch * p.offsets_batch + token * p.offsets_token));
+    position += static_cast<uint64_t>(
+        LoadInt(call.tensors.offsets, call.variant.offsets_dtype, batch * p.offsets_batch + token * p.offsets_token));
   }
   return static_cast<int64_t>(position);
 }
@@ -48,8 +48,8 @@ inline RowPlan PlanRow(const RopeCall& call, int64_t row) {
   bool padding = false;
   int64_t slot = -1;
   if (call.tensors.slots) {
-    slot = LoadInt(call.tensors.slots, call.variant.slots_dtype,
-                   plan.batch * p.slots_batch + plan.token * p.slots_token);
+    slot =
+        LoadInt(call.tensors.slots, call.variant.slots_dtype, plan.batch * p.slots_batch + plan.token * p.slots_token);
     padding = slot < 0;
   }
   if (const int32_t* axes = call.tensors.axes; axes && call.variant.axes) {

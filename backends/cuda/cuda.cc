@@ -57,7 +57,8 @@ Status Usable(const CudaDriver& driver, const RopeCall& call) {
 
 Status Plan(const CudaDriver& driver, const RopeCall& call, RopeCudaPlan* plan) {
   const CudaDeviceInfo& info = driver.devices[static_cast<size_t>(call.device.device_id)];
-  return PlanRopeCuda(call, info.properties, {DependentLaunchAllowed() && !call.disable_pdl, forced_layout.load(std::memory_order_relaxed)},
+  return PlanRopeCuda(call, info.properties,
+                      {DependentLaunchAllowed() && !call.disable_pdl, forced_layout.load(std::memory_order_relaxed)},
                       plan);
 }
 
@@ -286,7 +287,10 @@ Status Explain(const RopeCall& call, Explanation* explanation) {
   add("angles", NeedsFrequencies(call) ? "frequencies" : "table");
   add("grid", Text(plan.grid_x, " x ", plan.grid_y));
   add("block", Text(plan.key.threads));
-  add("dependent launch", plan.key.dependent_launch ? "yes" : call.disable_pdl ? "no (disable_pdl)" : DependentLaunchAllowed() ? "no" : "no (ROPEWALK_PDL=0)");
+  add("dependent launch", plan.key.dependent_launch  ? "yes"
+                          : call.disable_pdl         ? "no (disable_pdl)"
+                          : DependentLaunchAllowed() ? "no"
+                                                     : "no (ROPEWALK_PDL=0)");
   add("why", plan.why);
   return {};
 }

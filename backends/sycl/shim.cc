@@ -75,14 +75,9 @@ void Describe(Entry* entry) {
       info.device = sycl::get_native<sycl::backend::ext_oneapi_level_zero>(device);
       name = "Level Zero";
       break;
-    case sycl::backend::ext_oneapi_cuda:
-      name = "CUDA";
-      break;
-    case sycl::backend::ext_oneapi_hip:
-      name = "HIP";
-      break;
-    default:
-      break;
+    case sycl::backend::ext_oneapi_cuda: name = "CUDA"; break;
+    case sycl::backend::ext_oneapi_hip: name = "HIP"; break;
+    default: break;
   }
   std::snprintf(info.backend_name, sizeof(info.backend_name), "%s", name);
   std::snprintf(info.device_name, sizeof(info.device_name), "%s", device.get_info<sycl::info::device::name>().c_str());
@@ -185,18 +180,13 @@ int MemoryOf(void* entry_pointer, const void* pointer, int32_t* memory, char* er
   return Guard(error, [&] {
     const sycl::context context = entry->queue.get_context();
     switch (sycl::get_pointer_type(pointer, context)) {
-      case sycl::usm::alloc::host:
-        *memory = kSyclHost;
-        break;
-      case sycl::usm::alloc::shared:
-        *memory = kSyclShared;
-        break;
+      case sycl::usm::alloc::host: *memory = kSyclHost; break;
+      case sycl::usm::alloc::shared: *memory = kSyclShared; break;
       case sycl::usm::alloc::device:
         *memory =
             sycl::get_pointer_device(pointer, context) == entry->queue.get_device() ? kSyclDevice : kSyclOtherDevice;
         break;
-      default:
-        *memory = kSyclUnknown;
+      default: *memory = kSyclUnknown;
     }
   });
 }

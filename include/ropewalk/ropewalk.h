@@ -55,10 +55,10 @@ typedef struct ropewalk_frequencies ropewalk_frequencies;
 typedef struct ropewalk_rope_args {
   uint32_t struct_size ROPEWALK_DEFAULT(sizeof(ropewalk_rope_args));  // sizeof of the caller's struct
 
-  int32_t pairing ROPEWALK_DEFAULT(ROPEWALK_NEOX);                    // ropewalk_pairing
+  int32_t pairing ROPEWALK_DEFAULT(ROPEWALK_NEOX);  // ropewalk_pairing
 
-  DLTensor* q ROPEWALK_DEFAULT(nullptr);                // [batch?, tokens, q_heads, head_dim] T, rotated in place unless q_out
-  DLTensor* k ROPEWALK_DEFAULT(nullptr);                // [batch?, tokens, k_heads, head_dim] T, optional
+  DLTensor* q ROPEWALK_DEFAULT(nullptr);  // [batch?, tokens, q_heads, head_dim] T, rotated in place unless q_out
+  DLTensor* k ROPEWALK_DEFAULT(nullptr);  // [batch?, tokens, k_heads, head_dim] T, optional
   const DLTensor* positions ROPEWALK_DEFAULT(nullptr);  // [axes?, batch?, tokens] int32 | int64; NULL: 0, 1, 2, ..
   const DLTensor* offsets ROPEWALK_DEFAULT(nullptr);    // [batch?, tokens] int32 | int64, added to positions
 
@@ -72,40 +72,43 @@ typedef struct ropewalk_rope_args {
   int32_t rotary_offset ROPEWALK_DEFAULT(0);  // where the rotated part begins in the head
   int32_t inverse ROPEWALK_DEFAULT(0);        // 1: rotate back
 
-  int32_t norm ROPEWALK_DEFAULT(ROPEWALK_NORM_NONE);  // ropewalk_norm
-  const DLTensor* q_weight ROPEWALK_DEFAULT(nullptr);  // [head_dim] float32 | float16 | bfloat16
-  const DLTensor* k_weight ROPEWALK_DEFAULT(nullptr);  // [head_dim] dtype of q_weight
-  int32_t zero_centered_weight ROPEWALK_DEFAULT(0);    // 1: multiply by 1 + weight (Gemma)
+  int32_t norm ROPEWALK_DEFAULT(ROPEWALK_NORM_NONE);        // ropewalk_norm
+  const DLTensor* q_weight ROPEWALK_DEFAULT(nullptr);       // [head_dim] float32 | float16 | bfloat16
+  const DLTensor* k_weight ROPEWALK_DEFAULT(nullptr);       // [head_dim] dtype of q_weight
+  int32_t zero_centered_weight ROPEWALK_DEFAULT(0);         // 1: multiply by 1 + weight (Gemma)
   int32_t rounding ROPEWALK_DEFAULT(ROPEWALK_ROUND_FUSED);  // ropewalk_rounding
   double eps ROPEWALK_DEFAULT(1e-6);
 
   DLTensor* q_out ROPEWALK_DEFAULT(nullptr);  // like q: written instead of q
   DLTensor* k_out ROPEWALK_DEFAULT(nullptr);  // like k: written instead of k
 
-  const DLTensor* v ROPEWALK_DEFAULT(nullptr);   // [batch?, tokens, k_heads, v_dim] T, only stored
+  const DLTensor* v ROPEWALK_DEFAULT(nullptr);  // [batch?, tokens, k_heads, v_dim] T, only stored
   // The caches: [slots, k_heads, head_dim] or [pages, page_size, k_heads, head_dim], T | fp8; that of v with v_dim.
   DLTensor* k_cache ROPEWALK_DEFAULT(nullptr);
   DLTensor* v_cache ROPEWALK_DEFAULT(nullptr);
-  const DLTensor* slots ROPEWALK_DEFAULT(nullptr);    // [batch?, tokens] int32 | int64; negative: the token is not stored
+  const DLTensor* slots ROPEWALK_DEFAULT(nullptr);  // [batch?, tokens] int32 | int64; negative: the token is not stored
   const DLTensor* k_scale ROPEWALK_DEFAULT(nullptr);  // [] or [k_heads] float32: an fp8 cache holds k / k_scale
   const DLTensor* v_scale ROPEWALK_DEFAULT(nullptr);  // [] or [k_heads] float32: an fp8 cache holds v / v_scale
 
-  void* sycl_queue ROPEWALK_DEFAULT(nullptr);  // a sycl::queue* to work on instead of `stream`; tensors are its USM (kDLOneAPI)
-  int32_t disable_pdl ROPEWALK_DEFAULT(0);     // 1: no programmatic dependent launch (CUDA, sm_90 and later)
-  int32_t reserved ROPEWALK_DEFAULT(0);        // keep 0
+  // A sycl::queue* to work on instead of `stream`; tensors are its unified shared memory (kDLOneAPI).
+  void* sycl_queue ROPEWALK_DEFAULT(nullptr);
+  int32_t disable_pdl ROPEWALK_DEFAULT(0);  // 1: no programmatic dependent launch (CUDA, sm_90 and later)
+  int32_t reserved ROPEWALK_DEFAULT(0);     // keep 0
 } ropewalk_rope_args;
 
+// clang-format off
 #ifdef __cplusplus
 #define ROPEWALK_ROPE_ARGS_INIT ropewalk_rope_args{}
 #else
 #define ROPEWALK_ROPE_ARGS_INIT {.struct_size = sizeof(ropewalk_rope_args), .eps = 1e-6}
 #endif
+// clang-format on
 
-// Does the operation. `stream` is the caller's stream or queue on the device of q (a CUstream, a ze_command_list_handle_t,
-// a cl_command_queue); NULL: the device's default; on an Intel GPU the call then returns when the work is done, and a
-// sycl::queue goes in args->sycl_queue. On the CPU it is ignored and the call returns when the work is done.
-// Bad arguments are refused with one sentence and nothing is written. A position past the table gives NaN in that token,
-// a slot past the cache is not stored, and ropewalk_check_faults() tells of both.
+// Does the operation. `stream` is the caller's stream or queue on the device of q (a CUstream, a
+// ze_command_list_handle_t, a cl_command_queue); NULL: the device's default; on an Intel GPU the call then returns when
+// the work is done, and a sycl::queue goes in args->sycl_queue. On the CPU it is ignored and the call returns when the
+// work is done. Bad arguments are refused with one sentence and nothing is written. A position past the table gives NaN
+// in that token, a slot past the cache is not stored, and ropewalk_check_faults() tells of both.
 ROPEWALK_API int ropewalk_rope(const ropewalk_rope_args* args, void* stream);
 
 // Makes everything a later ropewalk_rope with such arguments needs (code, device copies), so that it neither compiles

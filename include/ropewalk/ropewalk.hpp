@@ -46,8 +46,8 @@ class Frequencies {
   static Frequencies Make(double theta, int64_t rotary_dim, const std::string& scaling_json = "",
                           int64_t sequence_length = 0) {
     Frequencies f;
-    f.result_ = MakeResult(ropewalk_frequencies_create(theta, rotary_dim, scaling_json.empty() ? nullptr : scaling_json.c_str(),
-                                                       sequence_length, &f.handle_));
+    f.result_ = MakeResult(ropewalk_frequencies_create(
+        theta, rotary_dim, scaling_json.empty() ? nullptr : scaling_json.c_str(), sequence_length, &f.handle_));
     return f;
   }
   static Frequencies FromArray(const double* inv_freq, int64_t count, double attention_scaling = 1.0,
@@ -59,9 +59,8 @@ class Frequencies {
   static Frequencies FromConfig(const std::string& json, const std::string& name, const std::string& layer_type = "",
                                 int64_t sequence_length = 0) {
     Frequencies f;
-    f.result_ = MakeResult(ropewalk_frequencies_from_config(json.c_str(), name.c_str(),
-                                                            layer_type.empty() ? nullptr : layer_type.c_str(),
-                                                            sequence_length, &f.handle_));
+    f.result_ = MakeResult(ropewalk_frequencies_from_config(
+        json.c_str(), name.c_str(), layer_type.empty() ? nullptr : layer_type.c_str(), sequence_length, &f.handle_));
     return f;
   }
 

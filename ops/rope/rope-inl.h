@@ -35,7 +35,7 @@ constexpr DU du;
 constexpr D16 d16;
 constexpr DH16 dh16;
 constexpr int kLanes = HWY_LANES(float);
-constexpr int kBlock = 2 * kLanes;   // elements
+constexpr int kBlock = 2 * kLanes;  // elements
 constexpr int kMaxHeadDim = 8192;
 constexpr int kPrefetchHeads = 8;
 
@@ -54,9 +54,9 @@ HWY_INLINE VU Encode(V v) {
   const VU rounded = hn::Add(hn::Add(magnitude, hn::Set(du, (1u << (kDrop - 1)) - 1)), odd);
   const VU normal = hn::ShiftRight<kDrop>(hn::Sub(rounded, hn::Set(du, uint32_t{127 - kBias} << 23)));
   const VU magic = hn::Set(du, uint32_t{127 + 1 - kBias + kDrop} << 23);
-  const VU subnormal =
-      hn::Sub(hn::BitCast(du, hn::Add(hn::BitCast(df, magnitude), hn::BitCast(df, magic))), magic);
-  const auto is_subnormal = hn::Lt(hn::BitCast(df, magnitude), hn::BitCast(df, hn::Set(du, uint32_t{128 - kBias} << 23)));
+  const VU subnormal = hn::Sub(hn::BitCast(du, hn::Add(hn::BitCast(df, magnitude), hn::BitCast(df, magic))), magic);
+  const auto is_subnormal =
+      hn::Lt(hn::BitCast(df, magnitude), hn::BitCast(df, hn::Set(du, uint32_t{128 - kBias} << 23)));
   // The clamp comes before the choice: of a subnormal, `normal` wrapped around.
   VU code = hn::Min(hn::IfThenElse(hn::RebindMask(du, is_subnormal), subnormal, normal), hn::Set(du, kTop));
   code = hn::IfThenElse(hn::RebindMask(du, hn::IsNaN(v)), hn::Set(du, kNan), code);
@@ -111,9 +111,7 @@ struct BF16 {
   using Raw = uint16_t;
   static constexpr uint8_t kDtype = kRopeBF16;
   static constexpr Raw kNan = 0x7fc0;
-  static HWY_INLINE V Round(V v) {
-    return hn::BitCast(df, hn::And(RoundBf16Bits(v), hn::Set(du, 0xffff0000u)));
-  }
+  static HWY_INLINE V Round(V v) { return hn::BitCast(df, hn::And(RoundBf16Bits(v), hn::Set(du, 0xffff0000u))); }
 };
 
 // Whether a block is loaded as its even and its odd elements.
@@ -470,7 +468,8 @@ HWY_NOINLINE void FillWeights(const RopeCall& call, const Layout& layout, const 
 // Cosines and sines times the weights of the elements that they multiply, so that the norm costs a head no product but
 // 1 / rms: for each vector of pairs x cos, y sin, y cos, x sin.
 template <bool kInterleaved>
-HWY_NOINLINE void FoldWeights(const Layout& layout, const float* cos, const float* sin, const float* weight, float* out) {
+HWY_NOINLINE void FoldWeights(const Layout& layout, const float* cos, const float* sin, const float* weight,
+                              float* out) {
   const Run& run = layout.part[1];
   const int blocks = run.blocks + run.tail;
   const float* x_weight = weight + run.table;
@@ -528,8 +527,8 @@ HWY_INLINE float SumOfSquares(const typename T::Raw* head, int count) {
 }
 
 // The same in the order in which torch adds on the CPU, so that reference rounding gives its bits: four accumulators of
-// eight lanes take groups of eight in turn (what is left after whole rounds goes to the first), then the accumulators are
-// added, then their lanes.
+// eight lanes take groups of eight in turn (what is left after whole rounds goes to the first), then the accumulators
+// are added, then their lanes.
 template <class T>
 HWY_NOINLINE float SumOfSquaresLikeTorch(const typename T::Raw* head, int count) {
   alignas(64) float values[kMaxHeadDim + kBlock];
@@ -549,9 +548,9 @@ HWY_NOINLINE float SumOfSquaresLikeTorch(const typename T::Raw* head, int count)
   return total;
 }
 
-// Whether the CPU's own bfloat16 rounding, which takes subnormal numbers for zero, could be wrong by more than 2^-20 of a
-// pair. Not if every element's magnitude is in [2^-63, 2^65): adding 64 to the exponent then leaves its highest bit set,
-// which costs an addition and an AND a block. Others, zero among them, take the integer rounding.
+// Whether the CPU's own bfloat16 rounding, which takes subnormal numbers for zero, could be wrong by more than 2^-20 of
+// a pair. Not if every element's magnitude is in [2^-63, 2^65): adding 64 to the exponent then leaves its highest bit
+// set, which costs an addition and an AND a block. Others, zero among them, take the integer rounding.
 HWY_INLINE hn::Vec<D16> ExponentShifted(hn::Vec<D16> block) { return hn::Add(block, hn::Set(d16, uint16_t{64u << 7})); }
 HWY_INLINE bool AllOrdinary(hn::Vec<D16> shifted) {
   const auto highest = hn::Set(d16, uint16_t{0x4000});
@@ -578,8 +577,8 @@ struct Heads {
   using Raw = typename T::Raw;
   const Raw* in;
   Raw* out;
-  void* cache;                      // null: not stored
-  const float* scale;               // of an fp8 cache, by head; null: `scale_value`
+  void* cache;                                        // null: not stored
+  const float* scale;                                 // of an fp8 cache, by head; null: `scale_value`
   int64_t in_head, out_head, cache_head, scale_head;  // strides
   int64_t count;
   int head_dim;
@@ -592,18 +591,20 @@ struct Heads {
   float eps, scale_value;
   bool e4m3;
   bool zero_centered;
-  bool round_products;              // reference rounding, in the dtype of the tensors rather than in float32
+  bool round_products;  // reference rounding, in the dtype of the tensors rather than in float32
 };
 
 // Vectors that a kernel of kFixed blocks keeps in registers: of a head, and of the table it is rotated with.
 template <class C, int kFixed>
-constexpr int kHeadVectors = kFixed == 0 ? 1 : C::kInterleaved ? kFixed : 2 * kFixed;
+constexpr int kHeadVectors = kFixed == 0       ? 1
+                             : C::kInterleaved ? kFixed
+                                               : 2 * kFixed;
 template <class C, int kFixed>
-constexpr int kTableVectors = kFixed == 0 ? 1 : (C::kInterleaved ? 1 : 2) * kFixed * (C::kNorm ? 4 : 2);
+constexpr int kTableVectors = kFixed == 0 ? 1 : (C::kInterleaved ? 1 : 2) * kFixed*(C::kNorm ? 4 : 2);
 
-// One head. C: the configuration; kStore: whether and how it also goes to a cache; kFixed: 0, or the number of blocks of
-// the rotated part (neox: of a half) where that is the whole head, whose blocks then were loaded once, into `blocks`, and
-// whose table all heads find in registers.
+// One head. C: the configuration; kStore: whether and how it also goes to a cache; kFixed: 0, or the number of blocks
+// of the rotated part (neox: of a half) where that is the whole head, whose blocks then were loaded once, into
+// `blocks`, and whose table all heads find in registers.
 template <class C, int kStore, bool kNative, int kFixed>
 struct Head {
   using T = typename C::T;
@@ -830,8 +831,9 @@ HWY_NOINLINE void PaddedHead(const Heads<typename C::T>& heads, const typename C
   }
   const hn::Vec<D16> no_blocks[1] = {hn::Zero(d16)};
   const V no_table[1] = {hn::Zero(df)};
-  Head<C, kStore, false, 0>{heads, *heads.padded, padded, padded, padded_cache, rstd, inverse_scale, no_blocks,
-                            no_table}.All();
+  Head<C, kStore, false, 0>{heads, *heads.padded, padded,    padded,  padded_cache,
+                            rstd,  inverse_scale, no_blocks, no_table}
+      .All();
   const size_t cache_bytes = kStore == kStoreFp8 ? 1 : sizeof(Raw);
   for (int i = 0; i < 4; ++i) {
     const auto from = static_cast<size_t>(heads.padded->part[i].begin), to = static_cast<size_t>(layout.part[i].begin);

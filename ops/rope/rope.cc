@@ -14,7 +14,8 @@ namespace {
 #define FIELD(name) #name, Kind::kTensor, offsetof(ropewalk_rope_args, name)
 #define SCALAR(name, kind) #name, Kind::kind, offsetof(ropewalk_rope_args, name)
 
-// clang-format off: one to three lines an argument
+// One to three lines an argument.
+// clang-format off
 constexpr Arg kArgs[] = {
     {FIELD(q), "rotated in place, unless q_out is given", Intent::kInOut, kFloats, nullptr,
      {Dim::kBatch, Dim::kTokens, Dim::kQHeads, Dim::kHeadDim}, kRequired | kUnitStride | kOptionalBatch},
@@ -104,12 +105,12 @@ Status Invalid(const Parts&... parts) {
 
 // Which arguments go together.
 Status CheckCombination(const ropewalk_rope_args& a) {
-  if (a.cos_sin && (a.cos || a.sin)) return Invalid("cos_sin is given together with ", a.cos ? "cos" : "sin",
-                                                    ": give cos_sin, or cos and sin");
+  if (a.cos_sin && (a.cos || a.sin))
+    return Invalid("cos_sin is given together with ", a.cos ? "cos" : "sin", ": give cos_sin, or cos and sin");
   if (!a.cos != !a.sin) return Invalid(a.cos ? "sin" : "cos", " is missing: cos and sin go together");
   const bool table = a.cos || a.cos_sin;
-  if (table && a.frequencies) return Invalid("frequencies and ", a.cos ? "cos" : "cos_sin",
-                                             " are both given: angles come from one of them");
+  if (table && a.frequencies)
+    return Invalid("frequencies and ", a.cos ? "cos" : "cos_sin", " are both given: angles come from one of them");
   if (!table && !a.frequencies) return Invalid("frequencies are missing: give frequencies, or cos and sin, or cos_sin");
   if (!a.k) {
     const char* needs_k = a.k_out ? "k_out" : a.k_weight ? "k_weight" : a.k_cache ? "k_cache" : nullptr;
@@ -120,8 +121,8 @@ Status CheckCombination(const ropewalk_rope_args& a) {
     return Invalid("k_weight is missing, but q_weight is given, and k is normalised too: give both or neither");
   }
   if (a.zero_centered_weight && !a.q_weight) return Invalid("zero_centered_weight is given, but q_weight is missing");
-  if (!a.v != !a.v_cache) return Invalid(a.v ? "v_cache is missing, but v is given: v is only stored"
-                                             : "v is missing, but v_cache is given");
+  if (!a.v != !a.v_cache)
+    return Invalid(a.v ? "v_cache is missing, but v is given: v is only stored" : "v is missing, but v_cache is given");
   const bool store = a.k_cache || a.v_cache;
   if (store && !a.slots) return Invalid("slots are missing, but ", a.k_cache ? "k_cache" : "v_cache", " is given");
   if (!store && a.slots) return Invalid("slots are given, but k_cache and v_cache are missing");
@@ -146,8 +147,9 @@ Status FindRotaryDim(const ropewalk_rope_args& a, const Sizes& sizes, int64_t* r
                        : a.cos_sin   ? sizes[Dim::kRotaryDim]
                                      : 2 * sizes[Dim::kPairs];
   *rotary_dim = a.rotary_dim ? a.rotary_dim : said;
-  if (*rotary_dim % 2 != 0) return Invalid(a.rotary_dim ? "rotary_dim" : source, " must be even, but is ", *rotary_dim,
-                                           a.rotary_dim ? "" : " wide");
+  if (*rotary_dim % 2 != 0)
+    return Invalid(a.rotary_dim ? "rotary_dim" : source, " must be even, but is ", *rotary_dim,
+                   a.rotary_dim ? "" : " wide");
   if (*rotary_dim < 2) return Invalid(source, " must hold at least one pair, but holds none");
   if (*rotary_dim != said) {
     if (a.frequencies) return Invalid("rotary_dim is ", *rotary_dim, ", but frequencies are for ", said);
@@ -206,16 +208,14 @@ Status CheckOverlap(const ropewalk_rope_args& a) {
     for (size_t j = 0; j < count; ++j) {
       if (i == j || (parts[j].written && j < i) || !Overlap(parts[i].footprint, parts[j].footprint)) continue;
       const auto [first, second] = std::minmax(parts[i].arg, parts[j].arg);
-      return Invalid(second->name, " must not share memory with ", first->name, ", which it overlaps: ",
-                     parts[i].arg->name, " is written");
+      return Invalid(second->name, " must not share memory with ", first->name,
+                     ", which it overlaps: ", parts[i].arg->name, " is written");
     }
   }
   return {};
 }
 
-rope_strides HeadStrides(const Strides& s, Dim heads) {
-  return {s[Dim::kBatch], s[Dim::kTokens], s[heads]};
-}
+rope_strides HeadStrides(const Strides& s, Dim heads) { return {s[Dim::kBatch], s[Dim::kTokens], s[heads]}; }
 
 }  // namespace
 
@@ -233,8 +233,10 @@ Status LowerRope(const ropewalk_rope_args& a, void* stream, RopeCall* call) {
   ROPEWALK_TRY(FindRotaryDim(a, sizes, &rotary_dim));
 
   constexpr int64_t kMaxHeads = 1 << 20;
-  if (sizes[Dim::kQHeads] > kMaxHeads) return Invalid("q must have at most ", kMaxHeads, " heads, but has ", sizes[Dim::kQHeads]);
-  if (sizes[Dim::kKHeads] > kMaxHeads) return Invalid("k must have at most ", kMaxHeads, " heads, but has ", sizes[Dim::kKHeads]);
+  if (sizes[Dim::kQHeads] > kMaxHeads)
+    return Invalid("q must have at most ", kMaxHeads, " heads, but has ", sizes[Dim::kQHeads]);
+  if (sizes[Dim::kKHeads] > kMaxHeads)
+    return Invalid("k must have at most ", kMaxHeads, " heads, but has ", sizes[Dim::kKHeads]);
   if (sizes[Dim::kVDim] > 65536) return Invalid("v must have a v_dim of at most 65536, but has ", sizes[Dim::kVDim]);
 
   call->frequencies = a.frequencies;
@@ -321,9 +323,9 @@ Status LowerRope(const ropewalk_rope_args& a, void* stream, RopeCall* call) {
     p.sin_row = ss[Dim::kRows];
     p.sin_pair = ss[pair];
     t.cos = data(cos);
-    t.sin = a.cos_sin && t.cos ? static_cast<const char*>(t.cos) +
-                                     p.cos_pair * (rotary_dim / 2) * DtypeBytes(DtypeOf(cos->dtype))
-                               : data(a.sin);
+    t.sin = a.cos_sin && t.cos
+                ? static_cast<const char*>(t.cos) + p.cos_pair * (rotary_dim / 2) * DtypeBytes(DtypeOf(cos->dtype))
+                : data(a.sin);
     v.table_dtype = Constant(cos);
     p.attention_scaling = 1.0f;
     if (!a.positions && !a.offsets && p.batch > 0 && p.tokens > p.rows) {
@@ -375,7 +377,8 @@ Status LowerRope(const ropewalk_rope_args& a, void* stream, RopeCall* call) {
         return {};
       }
       const int64_t step = strides_of(i)[Dim::kKHeads];
-      if (step > INT32_MAX || step < INT32_MIN) return Invalid(name, " must have a stride below 2^31, but its stride is ", step);
+      if (step > INT32_MAX || step < INT32_MIN)
+        return Invalid(name, " must have a stride below 2^31, but its stride is ", step);
       *pointer = static_cast<const float*>(DataOf(*tensor));
       *stride = static_cast<rw_i32>(step);
       return {};

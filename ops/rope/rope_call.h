@@ -14,21 +14,21 @@ namespace ropewalk {
 // The compile-time choices of a kernel; fields hold the constants of rope_params.h. A backend may treat some of them as
 // run-time values.
 struct RopeVariant {
-  uint8_t dtype = kRopeNoDtype;           // of q, k, v and the outputs
+  uint8_t dtype = kRopeNoDtype;  // of q, k, v and the outputs
   uint8_t pairing = ROPEWALK_NEOX;
   uint8_t inverse = 0;
-  uint8_t norm = 0;                       // 1: RMS
+  uint8_t norm = 0;  // 1: RMS
   uint8_t weight = kRopeNoWeight;
   uint8_t weight_dtype = kRopeNoDtype;
   uint8_t rounding = kRopeRoundFused;
-  uint8_t table_dtype = kRopeNoDtype;     // none: angles from turns
-  uint8_t positions_dtype = kRopeNoDtype; // none: 0, 1, 2, ..
-  uint8_t offsets_dtype = kRopeNoDtype;   // none: no offsets
+  uint8_t table_dtype = kRopeNoDtype;      // none: angles from turns
+  uint8_t positions_dtype = kRopeNoDtype;  // none: 0, 1, 2, ..
+  uint8_t offsets_dtype = kRopeNoDtype;    // none: no offsets
   uint8_t slots_dtype = kRopeNoDtype;
-  uint8_t cache_dtype = kRopeNoDtype;     // none: no store
-  uint8_t axes = 0;                       // pairs are mapped to rows of positions: 1 by the frequencies, 2 by the caller
-  uint8_t store_k = 0, store_v = 0;       // which caches are there
-  uint8_t out_of_place = 0;               // 1: q_out or k_out differs from its input
+  uint8_t cache_dtype = kRopeNoDtype;  // none: no store
+  uint8_t axes = 0;                    // pairs are mapped to rows of positions: 1 by the frequencies, 2 by the caller
+  uint8_t store_k = 0, store_v = 0;    // which caches are there
+  uint8_t out_of_place = 0;            // 1: q_out or k_out differs from its input
 
   bool operator==(const RopeVariant&) const = default;
 };
@@ -41,16 +41,16 @@ struct RopeTensors {
   const void* offsets = nullptr;
   const void* cos = nullptr;
   const void* sin = nullptr;
-  const int32_t* axes = nullptr;      // the caller's tensor; null: those of `frequencies`, if the variant has axes
+  const int32_t* axes = nullptr;  // the caller's tensor; null: those of `frequencies`, if the variant has axes
   const void* q_weight = nullptr;
   const void* k_weight = nullptr;
-  void* q_out = nullptr;              // q where in place
+  void* q_out = nullptr;  // q where in place
   void* k_out = nullptr;
   const void* v = nullptr;
   void* k_cache = nullptr;
   void* v_cache = nullptr;
   const void* slots = nullptr;
-  const float* k_scale = nullptr;     // null: params.k_scale
+  const float* k_scale = nullptr;  // null: params.k_scale
   const float* v_scale = nullptr;
 };
 

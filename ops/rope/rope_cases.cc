@@ -14,22 +14,14 @@ namespace {
 
 const char* ShortName(uint32_t dtype) {
   switch (dtype) {
-    case kF32:
-      return "f32";
-    case kF16:
-      return "f16";
-    case kBF16:
-      return "bf16";
-    case kE4M3:
-      return "e4m3";
-    case kE5M2:
-      return "e5m2";
-    case kI32:
-      return "i32";
-    case kI64:
-      return "i64";
-    default:
-      return "?";
+    case kF32: return "f32";
+    case kF16: return "f16";
+    case kBF16: return "bf16";
+    case kE4M3: return "e4m3";
+    case kE5M2: return "e5m2";
+    case kI32: return "i32";
+    case kI64: return "i64";
+    default: return "?";
   }
 }
 

@@ -26,8 +26,7 @@ int Bytes(uint8_t dtype) {
 int Alignment(int limit, const void* data, int bytes, std::initializer_list<int64_t> strides) {
   const auto elements = static_cast<int64_t>(reinterpret_cast<uintptr_t>(data) / static_cast<uintptr_t>(bytes));
   const auto divides = [&](int vector) {
-    return elements % vector == 0 &&
-           std::ranges::all_of(strides, [&](int64_t stride) { return stride % vector == 0; });
+    return elements % vector == 0 && std::ranges::all_of(strides, [&](int64_t stride) { return stride % vector == 0; });
   };
   while (limit > 1 && !divides(limit)) limit /= 2;
   return limit;
@@ -42,14 +41,15 @@ int64_t Ceil(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // Many tokens, a block for each: how many warps it has and how many heads of a group are on their way at once. Searched
 // on an H200 (docs/cuda.md): the more tokens, the less there is to gain from many loads of one, and the more from many
 // blocks of a multiprocessor. A warp works on `per_warp` heads at once.
-void PlanMany(const RopeVariant& v, int64_t rows, int64_t heads, int64_t all_heads, int64_t per_warp, int64_t stage_bytes,
-              RopeCudaKey* key) {
+void PlanMany(const RopeVariant& v, int64_t rows, int64_t heads, int64_t all_heads, int64_t per_warp,
+              int64_t stage_bytes, RopeCudaKey* key) {
   const bool store = v.cache_dtype != kRopeNoDtype, table = v.table_dtype != kRopeNoDtype;
   const bool whole = v.dtype != kRopeF32 && key->vector == 8;  // accesses of 16 bytes
   const bool regular = whole && std::has_single_bit(key->lanes);
   // So many warps that their groups take the heads in so many turns.
   const auto warps_for = [&](double turns, int64_t most) {
-    return std::clamp<int64_t>(Ceil(static_cast<int64_t>(std::ceil(static_cast<double>(heads) / turns)), per_warp), 2, most);
+    return std::clamp<int64_t>(Ceil(static_cast<int64_t>(std::ceil(static_cast<double>(heads) / turns)), per_warp), 2,
+                               most);
   };
   int64_t warps = 0, in_flight = 2, resident = 0;
   if (rows < 768) {
@@ -129,12 +129,12 @@ Status PlanRopeCuda(const RopeCall& call, const CudaDevice& device, RopeCudaOpti
     if (t.k_weight) vector = Alignment(vector, t.k_weight, Bytes(v.weight_dtype), {});
   }
 
-  // Few tokens: narrow accesses and so many threads, every load issued at once. Many tokens: wide accesses, several heads
-  // of a group on their way through shared memory.
+  // Few tokens: narrow accesses and so many threads, every load issued at once. Many tokens: wide accesses, several
+  // heads of a group on their way through shared memory.
   const int64_t bytes_moved = rows * heads * p.head_dim * bytes;
   const int64_t few_bytes = int64_t{device.sm_count} * (v.cache_dtype == kRopeNoDtype ? 24 : 8) * 1024;
-  const bool few = options.layout == RopeCudaLayout::kAny ? bytes_moved <= few_bytes
-                                                  : options.layout == RopeCudaLayout::kFew;
+  const bool few =
+      options.layout == RopeCudaLayout::kAny ? bytes_moved <= few_bytes : options.layout == RopeCudaLayout::kFew;
   const bool tiny = bytes_moved <= int64_t{device.sm_count} * 1536;
   key.few_tokens = few;
   if (few) vector = std::min(vector, std::max(1, (tiny ? 4 : 8) / bytes));
@@ -157,7 +157,8 @@ Status PlanRopeCuda(const RopeCall& call, const CudaDevice& device, RopeCudaOpti
                (p.rotary_dim / 2 * bytes % 32 != 0 || p.rotary_offset * bytes % 32 != 0);
     const int64_t rest = rest_matters ? (p.head_dim - p.rotary_dim) / vector : 0;
     const int64_t slots = 2 * Ceil(units, lanes) + Ceil(rest, lanes);
-    PlanMany(v, rows, heads, all_heads, per_warp, key.flat ? per_warp * span * bytes : slots * 32 * vector * bytes, &key);
+    PlanMany(v, rows, heads, all_heads, per_warp, key.flat ? per_warp * span * bytes : slots * 32 * vector * bytes,
+             &key);
     if (key.in_flight == 0) key.flat = 0;
     plan->why = "many tokens: a block for each token";
   }
@@ -165,7 +166,7 @@ Status PlanRopeCuda(const RopeCall& call, const CudaDevice& device, RopeCudaOpti
   key.batched = p.batch > 1;
   if (v.cache_dtype != kRopeNoDtype) {
     const auto page_size = static_cast<uint64_t>(p.page_size);
-    key.page_shift = p.page_size == p.slots          ? kFlatPages
+    key.page_shift = p.page_size == p.slots           ? kFlatPages
                      : std::has_single_bit(page_size) ? static_cast<uint16_t>(1 + std::countr_zero(page_size))
                                                       : uint16_t{0};
   }
@@ -176,16 +177,17 @@ Status PlanRopeCuda(const RopeCall& call, const CudaDevice& device, RopeCudaOpti
   const auto dense = [&](const rope_strides& s, int count) {
     return (count <= 1 || s.head == p.head_dim) && token_stride(s) > 0 && token_stride(s) <= INT32_MAX;
   };
-  if (!v.out_of_place && p.q_heads > 0 && p.q_heads <= UINT16_MAX && p.k_heads <= UINT16_MAX &&
-      dense(p.q, p.q_heads) && (!t.k || dense(p.k, p.k_heads))) {
+  if (!v.out_of_place && p.q_heads > 0 && p.q_heads <= UINT16_MAX && p.k_heads <= UINT16_MAX && dense(p.q, p.q_heads) &&
+      (!t.k || dense(p.k, p.k_heads))) {
     key.q_heads = static_cast<uint16_t>(p.q_heads);
     key.k_heads = static_cast<uint16_t>(p.k_heads);
     key.q_token = static_cast<int32_t>(token_stride(p.q));
     key.k_token = t.k ? static_cast<int32_t>(token_stride(p.k)) : 0;
     // Told by the strides: that a single token's k happens to follow its q must compile nothing.
-    key.packed = t.k && p.tokens > 1 && key.k_token == key.q_token && p.k.batch == p.q.batch &&
-                 key.q_token >= (p.q_heads + p.k_heads) * p.head_dim &&
-                 static_cast<const char*>(t.k) == static_cast<const char*>(t.q) + int64_t{p.q_heads} * p.head_dim * bytes;
+    key.packed =
+        t.k && p.tokens > 1 && key.k_token == key.q_token && p.k.batch == p.q.batch &&
+        key.q_token >= (p.q_heads + p.k_heads) * p.head_dim &&
+        static_cast<const char*>(t.k) == static_cast<const char*>(t.q) + int64_t{p.q_heads} * p.head_dim * bytes;
   }
 
   const auto dense_index = [&](int64_t stride) { return p.tokens <= 1 || stride == 1; };
@@ -202,13 +204,15 @@ Status PlanRopeCuda(const RopeCall& call, const CudaDevice& device, RopeCudaOpti
       return s.batch == cache.batch && s.token == cache.token && s.head == cache.head;
     };
     const int64_t head = p.k_heads == 1 ? 1 : cache.head;  // one head has no stride
-    if ((!v.store_v || same(p.v_cache)) && fits(head) && fits(cache.token) && cache.batch >= 0 && cache.batch <= INT32_MAX) {
+    if ((!v.store_v || same(p.v_cache)) && fits(head) && fits(cache.token) && cache.batch >= 0 &&
+        cache.batch <= INT32_MAX) {
       key.cache_head = static_cast<int32_t>(head);
       key.cache_token = static_cast<int32_t>(cache.token);
       key.cache_page = key.page_shift == kFlatPages ? 0 : cache.batch;
     }
   }
-  if (v.table_dtype != kRopeNoDtype && p.cos_pair == 1 && p.sin_pair == 1 && p.cos_row == p.sin_row && fits(p.cos_row)) {
+  if (v.table_dtype != kRopeNoDtype && p.cos_pair == 1 && p.sin_pair == 1 && p.cos_row == p.sin_row &&
+      fits(p.cos_row)) {
     key.table_row = static_cast<int32_t>(p.cos_row);
   }
 
@@ -278,7 +282,8 @@ std::string RopeCudaSource(const RopeCudaKey& key) {
       {"Packed", key.packed},
   };
   std::string text = "#include \"ops/rope/rope.cuh\"\nstruct K {\n";
-  for (const auto& [name, value] : constants) Append(&text, Text("  static constexpr int k", name, " = ", value, ";\n"));
+  for (const auto& [name, value] : constants)
+    Append(&text, Text("  static constexpr int k", name, " = ", value, ";\n"));
   Append(&text, Text("  static constexpr unsigned kEpsBits = ", std::bit_cast<uint32_t>(key.eps), "u;\n"));
   return text + "};\nextern \"C\" __global__ void __launch_bounds__(K::kThreads" +
          (key.min_blocks ? Text(", ", key.min_blocks) : Text()) +
@@ -299,13 +304,13 @@ std::string RopeCudaName(const RopeCudaKey& key) {
   if (v.positions_dtype) Append(&name, Text(" positions:", kDtypes[v.positions_dtype]));
   if (v.offsets_dtype) Append(&name, Text(" offsets:", kDtypes[v.offsets_dtype]));
   if (v.cache_dtype) {
-    Append(&name, Text(" store", v.store_k ? "_k" : "", v.store_v ? "_v" : "", ":", kDtypes[v.cache_dtype], " slots:",
-                       kDtypes[v.slots_dtype], v.store_v ? Text(" v", key.v_dim) : ""));
+    Append(&name, Text(" store", v.store_k ? "_k" : "", v.store_v ? "_v" : "", ":", kDtypes[v.cache_dtype],
+                       " slots:", kDtypes[v.slots_dtype], v.store_v ? Text(" v", key.v_dim) : ""));
   }
   if (v.out_of_place) name += " out";
   return Text(name, " d", key.head_dim, " r", key.rotary_dim, key.rotary_offset ? Text("@", key.rotary_offset) : "",
-              key.q_heads ? Text(" h", key.q_heads, "/", key.k_heads) : Text(), key.few_tokens ? " few" : " many", " v", key.vector, " l", key.lanes, " x", key.in_flight, " t",
-              key.threads, key.dependent_launch ? " pdl" : "");
+              key.q_heads ? Text(" h", key.q_heads, "/", key.k_heads) : Text(), key.few_tokens ? " few" : " many", " v",
+              key.vector, " l", key.lanes, " x", key.in_flight, " t", key.threads, key.dependent_launch ? " pdl" : "");
 }
 
 }  // namespace ropewalk

@@ -21,32 +21,32 @@ inline constexpr uint16_t kFlatPages = 64;
 
 // Everything a kernel is specialised for. Plain bytes without padding, so that it can be hashed and compared as such.
 // Heads and strides are part of it where a model fixes them, that is where the heads of a token lie side by side: a
-// kernel then reads little but its pointers, which at few tokens is a third of its time (docs/cuda.md). Otherwise they are
-// 0 here and come with the params, so that a stride that changes with the sequence compiles nothing.
+// kernel then reads little but its pointers, which at few tokens is a third of its time (docs/cuda.md). Otherwise they
+// are 0 here and come with the params, so that a stride that changes with the sequence compiles nothing.
 struct RopeCudaKey {
-  RopeVariant variant;         // 16 bytes
+  RopeVariant variant;  // 16 bytes
   uint16_t head_dim = 0, rotary_dim = 0, rotary_offset = 0, v_dim = 0;
-  uint16_t threads = 0;        // of a block
+  uint16_t threads = 0;               // of a block
   uint16_t q_heads = 0, k_heads = 0;  // q_heads 0: with the params
-  uint16_t page_shift = 0;     // of the caches: 1 + log2(page_size), kFlatPages for one page, 0: any page size
+  uint16_t page_shift = 0;            // of the caches: 1 + log2(page_size), kFlatPages for one page, 0: any page size
   int32_t q_token = 0, k_token = 0;   // strides in elements; 0: all strides of q, k and the outputs with the params
   int32_t v_token = 0;                // the same for v, whose heads are then dense
   int32_t table_row = 0;              // of cos and of sin; 0: their strides with the params
   int32_t cache_token = 0, cache_head = 0;  // of both caches; a head of 0: with the params
   int64_t cache_page = 0;
-  uint8_t vector = 0;          // elements of one access: 1, 2, 4 or 8
-  uint8_t lanes = 0;           // threads of one head, up to 32
-  uint8_t in_flight = 0;       // heads a group loads before it uses the first
-  uint8_t few_tokens = 0;      // layout: 0 a block for each token, 1 heads of a token spread over blocks
+  uint8_t vector = 0;            // elements of one access: 1, 2, 4 or 8
+  uint8_t lanes = 0;             // threads of one head, up to 32
+  uint8_t in_flight = 0;         // heads a group loads before it uses the first
+  uint8_t few_tokens = 0;        // layout: 0 a block for each token, 1 heads of a token spread over blocks
   uint8_t dependent_launch = 0;  // programmatic dependent launch
-  uint8_t table_vector = 0;    // elements of one access to the table
-  uint8_t batched = 0;         // more than one batch entry
-  uint8_t unit_scaling = 0;    // attention_scaling is 1
-  float eps = 0.0f;            // 0 without a norm
-  uint8_t dense_indices = 0;   // positions, offsets and slots have no gaps between tokens
-  uint8_t flat = 0;            // many tokens: a warp's heads are fetched and written side by side, 16 bytes a lane
-  uint8_t packed = 0;          // k lies behind q in the same row
-  uint8_t min_blocks = 0;      // of a multiprocessor, for which registers are limited; 0: the compiler's choice
+  uint8_t table_vector = 0;      // elements of one access to the table
+  uint8_t batched = 0;           // more than one batch entry
+  uint8_t unit_scaling = 0;      // attention_scaling is 1
+  float eps = 0.0f;              // 0 without a norm
+  uint8_t dense_indices = 0;     // positions, offsets and slots have no gaps between tokens
+  uint8_t flat = 0;              // many tokens: a warp's heads are fetched and written side by side, 16 bytes a lane
+  uint8_t packed = 0;            // k lies behind q in the same row
+  uint8_t min_blocks = 0;        // of a multiprocessor, for which registers are limited; 0: the compiler's choice
 
   bool operator==(const RopeCudaKey&) const = default;
 };
@@ -61,7 +61,7 @@ struct RopeCudaPlan {
 enum class RopeCudaLayout : uint8_t { kAny, kFew, kMany };
 
 struct RopeCudaOptions {
-  bool dependent_launch = false;                // programmatic dependent launch, where the device has it
+  bool dependent_launch = false;                 // programmatic dependent launch, where the device has it
   RopeCudaLayout layout = RopeCudaLayout::kAny;  // else as force_backend says
 };
 

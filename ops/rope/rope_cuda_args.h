@@ -6,33 +6,33 @@
 #include "ops/rope/rope_fault.h"
 #include "ops/rope/rope_params.h"
 
-// In the order of use: a line of the constant cache holds eight, and each one touched is a miss of its own in a kernel of
-// a microsecond. Rope needs the first line, a store the second, a table the third.
+// In the order of use: a line of the constant cache holds eight, and each one touched is a miss of its own in a kernel
+// of a microsecond. Rope needs the first line, a store the second, a table the third.
 typedef struct {
   void* q;
   void* k;
   const void* positions;
-  const rw_u64* turns;      // of the frequencies, on the device
+  const rw_u64* turns;  // of the frequencies, on the device
   const void* q_weight;
   const void* k_weight;
 
   const void* slots;
-  rw_i64 slot_count;        // of the caches
+  rw_i64 slot_count;  // of the caches
   void* k_cache;
   const void* v;
   void* v_cache;
   const float* k_scale;
   const float* v_scale;
-  float k_scale_value;      // used where the pointer is null
+  float k_scale_value;  // used where the pointer is null
   float v_scale_value;
 
   const void* cos;
   const void* sin;
-  rw_i64 rows;              // of the table
+  rw_i64 rows;  // of the table
   void* q_out;
   void* k_out;
   const void* offsets;
-  const int* axes;          // of the caller or of the frequencies, on the device
+  const int* axes;  // of the caller or of the frequencies, on the device
   rope_fault* fault;
   rope_params params;
 } rope_cuda_args;

@@ -7,12 +7,12 @@
 
 // On the device; `key` is all ones while there is none.
 typedef struct {
-  rw_u64 key;       // row (of batch x tokens), times 4, plus the kind (kRopeFault..)
-  rw_i64 value;     // the position, slot or axis
-  rw_i64 limit;     // rows of the table, slots of the cache, axes
-  rw_i64 tokens;    // of a batch entry, to tell the row's batch and token
+  rw_u64 key;     // row (of batch x tokens), times 4, plus the kind (kRopeFault..)
+  rw_i64 value;   // the position, slot or axis
+  rw_i64 limit;   // rows of the table, slots of the cache, axes
+  rw_i64 tokens;  // of a batch entry, to tell the row's batch and token
   rw_u32 lock;
-  rw_u32 axis;      // of a position; the pair of an axis
+  rw_u32 axis;  // of a position; the pair of an axis
 } rope_fault;
 
 #endif  // ROPEWALK_OPS_ROPE_ROPE_FAULT_H_

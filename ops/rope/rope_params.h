@@ -1,5 +1,5 @@
-// What every rope kernel receives beside its tensors: one plain struct, the same bytes on every compiler. Strides are in
-// elements of the tensor's own dtype; a stride of a dimension that the tensor lacks, or of size 1, is 0.
+// What every rope kernel receives beside its tensors: one plain struct, the same bytes on every compiler. Strides are
+// in elements of the tensor's own dtype; a stride of a dimension that the tensor lacks, or of size 1, is 0.
 // SPDX-License-Identifier: Apache-2.0
 #ifndef ROPEWALK_OPS_ROPE_ROPE_PARAMS_H_
 #define ROPEWALK_OPS_ROPE_ROPE_PARAMS_H_
@@ -39,14 +39,14 @@ typedef struct {
   rw_i64 slots_batch, slots_token;
   rw_i64 cos_batch, cos_row, cos_pair;
   rw_i64 sin_batch, sin_row, sin_pair;
-  rw_i32 q_heads, k_heads;             // k_heads 0: no k
+  rw_i32 q_heads, k_heads;  // k_heads 0: no k
   rw_i32 head_dim, v_dim;
   rw_i32 rotary_dim, rotary_offset;
-  rw_i32 axes;                         // rows of positions; 1 without a map
-  rw_i32 k_scale_head, v_scale_head;   // strides of the scales
-  float k_scale, v_scale;              // used where the scale's tensor is null
+  rw_i32 axes;                        // rows of positions; 1 without a map
+  rw_i32 k_scale_head, v_scale_head;  // strides of the scales
+  float k_scale, v_scale;             // used where the scale's tensor is null
   float eps;
-  float attention_scaling;             // multiplies cos and sin computed from turns
+  float attention_scaling;  // multiplies cos and sin computed from turns
   rw_i32 reserved;
 } rope_params;
 

@@ -23,16 +23,11 @@ struct Format {
 
 Format FormatOf(uint32_t dtype) {
   switch (dtype) {
-    case kF32:
-      return {24, -126, std::numeric_limits<float>::max(), false};
-    case kF16:
-      return {11, -14, 65504.0, false};
-    case kBF16:
-      return {8, -126, 0x1.FEp127, false};
-    case kE4M3:
-      return {4, -6, 448.0, true};
-    default:
-      return {3, -14, 57344.0, true};  // e5m2
+    case kF32: return {24, -126, std::numeric_limits<float>::max(), false};
+    case kF16: return {11, -14, 65504.0, false};
+    case kBF16: return {8, -126, 0x1.FEp127, false};
+    case kE4M3: return {4, -6, 448.0, true};
+    default: return {3, -14, 57344.0, true};  // e5m2
   }
 }
 
@@ -431,28 +426,20 @@ class Reference {
 
 const char* OutputName(const ropewalk_rope_args& args, RopeOutput output) {
   switch (output) {
-    case RopeOutput::kQ:
-      return args.q_out ? "q_out" : "q";
-    case RopeOutput::kK:
-      return args.k_out ? "k_out" : "k";
-    case RopeOutput::kKCache:
-      return "k_cache";
-    case RopeOutput::kVCache:
-      return "v_cache";
+    case RopeOutput::kQ: return args.q_out ? "q_out" : "q";
+    case RopeOutput::kK: return args.k_out ? "k_out" : "k";
+    case RopeOutput::kKCache: return "k_cache";
+    case RopeOutput::kVCache: return "v_cache";
   }
   return "";
 }
 
 DLTensor* OutputTensor(const ropewalk_rope_args& args, RopeOutput output) {
   switch (output) {
-    case RopeOutput::kQ:
-      return args.q_out ? args.q_out : args.q;
-    case RopeOutput::kK:
-      return args.k_out ? args.k_out : args.k;
-    case RopeOutput::kKCache:
-      return args.k_cache;
-    case RopeOutput::kVCache:
-      return args.v_cache;
+    case RopeOutput::kQ: return args.q_out ? args.q_out : args.q;
+    case RopeOutput::kK: return args.k_out ? args.k_out : args.k;
+    case RopeOutput::kKCache: return args.k_cache;
+    case RopeOutput::kVCache: return args.v_cache;
   }
   return nullptr;
 }

@@ -12,13 +12,10 @@ namespace {
 
 int Bytes(uint8_t dtype) {
   switch (dtype) {
-    case kRopeF32:
-      return 4;
+    case kRopeF32: return 4;
     case kRopeE4M3:
-    case kRopeE5M2:
-      return 1;
-    default:
-      return 2;
+    case kRopeE5M2: return 1;
+    default: return 2;
   }
 }
 

@@ -16,10 +16,10 @@ enum {
   kRopeSpecTableDtype = 4,   // kRopeNoDtype: angles from turns
   kRopeSpecTableVector = 5,  // 1: several elements of the table at a time
   kRopeSpecAxes = 6,
-  kRopeSpecCacheDtype = 7,   // kRopeNoDtype: no store
+  kRopeSpecCacheDtype = 7,  // kRopeNoDtype: no store
   kRopeSpecOutOfPlace = 8,
-  kRopeSpecUnits = 9,        // units that a lane keeps in registers, 1, 2 or 4; 0: it takes any number, one at a time
-  kRopeSpecLanes = 10,       // work-items of a head if that is 4, 8 or 16 and each has all its units; 0: any, by the shape
+  kRopeSpecUnits = 9,   // units that a lane keeps in registers, 1, 2 or 4; 0: it takes any number, one at a time
+  kRopeSpecLanes = 10,  // work-items of a head if that is 4, 8 or 16 and each has all its units; 0: any, by the shape
   kRopeSpecCount = 11
 };
 // A constant of this value: the choice is in rope_spirv_shape. Not for units and lanes.
@@ -27,19 +27,19 @@ enum { kRopeSpecArgument = 255 };
 
 // The same values for every work-item that the kernel would else have to compute from the params.
 typedef struct {
-  rw_u64 page_multiplier;   // page of a slot: the upper half of 2 slot x page_multiplier, shifted by page_shift
+  rw_u64 page_multiplier;  // page of a slot: the upper half of 2 slot x page_multiplier, shifted by page_shift
   rw_i32 page_shift;
-  rw_i32 lanes;             // work-items of a head
-  rw_i32 lane_multiplier;   // 2^16 / lanes, rounded up
-  rw_i32 heads_at_once;     // of a sub-group: 16 / lanes
-  rw_i32 units;             // of a head: pairs of vectors that are rotated
-  rw_i32 rest, before;      // vectors outside the rotated part that matter, and how many of them lie before it
+  rw_i32 lanes;            // work-items of a head
+  rw_i32 lane_multiplier;  // 2^16 / lanes, rounded up
+  rw_i32 heads_at_once;    // of a sub-group: 16 / lanes
+  rw_i32 units;            // of a head: pairs of vectors that are rotated
+  rw_i32 rest, before;     // vectors outside the rotated part that matter, and how many of them lie before it
   rw_i32 head_vectors, v_vectors;
-  rw_i32 heads, all_heads;  // of q and k; with those of v
+  rw_i32 heads, all_heads;                             // of q and k; with those of v
   rw_i32 positions_dtype, offsets_dtype, slots_dtype;  // kRopeNoDtype: none
-  rw_i32 check_axes;        // they are the caller's
+  rw_i32 check_axes;                                   // they are the caller's
   rw_i32 store_k, store_v, zero_centered;
-  rw_u32 sine_flip;         // the sign bit if inverse
+  rw_u32 sine_flip;  // the sign bit if inverse
   float inverse_head_dim;
   rw_i32 choices[kRopeSpecCount];  // the values of the constants that are kRopeSpecArgument
 } rope_spirv_shape;

@@ -38,7 +38,8 @@ int main(void) {
                   .shape = positions_shape};
 
   ropewalk_frequencies* frequencies = NULL;
-  int failed = check(ropewalk_frequencies_create(10000.0, kHeadDim, NULL, 0, &frequencies) == ROPEWALK_OK, "frequencies");
+  int failed =
+      check(ropewalk_frequencies_create(10000.0, kHeadDim, NULL, 0, &frequencies) == ROPEWALK_OK, "frequencies");
 
   ropewalk_rope_args args = ROPEWALK_ROPE_ARGS_INIT;
   args.q = &q;
