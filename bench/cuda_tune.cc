@@ -2,6 +2,8 @@
 // constants in ops/rope/rope_cuda.cc were found. Needs the toolkit and a GPU:
 //   g++ -std=c++20 -O2 -I. -Iinclude -I$CUDA/include bench/cuda_tune.cc ops/rope/rope_cuda.cc -L$CUDA/lib64 -lnvrtc
 //   -lcuda
+//   ./a.out few|many|sizes [NAME.. [MODE]]   NAME: a shape of few, a head size of sizes, several together; MODE: rope,
+//   norm, kv
 // SPDX-License-Identifier: Apache-2.0
 #include <cuda.h>
 #include <nvrtc.h>
@@ -281,7 +283,7 @@ int main(int argc, char** argv) {
     const int row = (s.q_heads + 2 * s.k_heads) * s.head_dim;  // packed
     const size_t bytes = static_cast<size_t>(row) * 2 * static_cast<size_t>(s.tokens);
     const bool cold = s.tokens >= 1024;
-    const int buffers = static_cast<int>(std::clamp<size_t>(cold ? 800000000 / bytes : 64, 4, 512));
+    const int buffers = static_cast<int>(std::clamp<size_t>((cold ? 800000000 : 16000000) / bytes, 4, cold ? 512 : 64));
     const int count = is_few && !cold ? 512 : std::max(buffers, 64);
     if (bytes * static_cast<size_t>(buffers) > pool) std::exit(2);
     const auto at = [&](int b) { return base + bytes * static_cast<size_t>(b); };
@@ -388,6 +390,7 @@ int main(int argc, char** argv) {
     for (const Mode& mode : modes) {
       if (mode.cache && (!with_kv || best_kv[0] == 1e9)) continue;
       if (s.head_dim != 128 && mode.pairing) continue;
+      if (argc > 3 && !std::strstr(mode.name, argv[3])) continue;
       for (int pdl = 0; pdl <= (is_few ? 1 : 0); ++pdl) {
         struct Candidate {
           RopeCudaKey key;
@@ -460,9 +463,9 @@ int main(int argc, char** argv) {
           const int vector = s.head_dim % 16 ? 4 : 8, units = s.head_dim / vector / 2;
           for (int lanes : {units, (units + 1) / 2}) {
             if (lanes > 32 || (lanes != units && units <= 8)) continue;
-            for (int threads : {64, 96, 128, 160, 192, 224, 256, 320, 448}) {
+            for (int threads : {32, 64, 96, 128, 160, 192, 224, 256, 320, 448}) {
               for (int in_flight : {1, 2, 3, 5}) {
-                if (s.head_dim != 128 && in_flight > 2) continue;
+                if (s.head_dim != 128 && in_flight > (threads <= 64 ? 3 : 2)) continue;
                 const int groups = threads / 32 * (32 / lanes);
                 if ((in_flight - 1) * groups >= s.q_heads + s.k_heads || in_flight * threads * 32 > 48 * 1024) continue;
                 for (int flat : {0, 1}) {
@@ -542,7 +545,9 @@ int main(int argc, char** argv) {
     }
   };
   if (what == "all" || what == "few") {
-    for (const TuneShape& s : few) run(s, true);
+    for (const TuneShape& s : few) {
+      if (argc < 3 || std::strstr(argv[2], s.name)) run(s, true);
+    }
   }
   // "sizes": the heads that are not of 128 alone.
   if (what == "all" || what == "many" || what == "sizes") {

@@ -72,6 +72,8 @@ __device__ __forceinline__ int RestBegin(int i) {
 // What a token needs beside its heads.
 struct Token {
   rw_i64 batch, token;
+  char* q;           // where its heads begin, and head 0 of q if k's heads were the next ones; where strides are constants
+  char* k;
   rw_i64 slot;       // < 0: not stored
   bool left_out;     // padding with a position outside the table
   bool poisoned;
@@ -87,10 +89,8 @@ __device__ __forceinline__ int KHeads(const rope_params& p) {
   return K::kQHeads ? K::kKHeads : p.k_heads;
 }
 template <class K>
-__device__ __forceinline__ rw_i64 Offset(const rope_strides& s, int token_stride, rw_i64 batch, rw_i64 token, int head) {
-  rw_i64 at = K::kBatched ? batch * s.batch : 0;
-  if constexpr (K::kQHeads != 0) return at + token * token_stride + head * K::kHeadDim;
-  return at + token * s.token + head * s.head;
+__device__ __forceinline__ rw_i64 Offset(const rope_strides& s, rw_i64 batch, rw_i64 token, int head) {
+  return (K::kBatched ? batch * s.batch : 0) + token * s.token + head * s.head;
 }
 template <class K>
 __device__ __forceinline__ void SplitRow(const rope_params& p, rw_i64 row, rw_i64& batch, rw_i64& token) {
@@ -418,18 +418,23 @@ __device__ __forceinline__ HeadPlace PlaceOf(const rope_cuda_args& a, const Toke
   const bool of_q = h < QHeads<K>(p);
   const int of_k = h - QHeads<K>(p);
   HeadPlace place;
-  const auto lies = [&](void* in, void* out, const rope_strides& s, const rope_strides& s_out, int token_stride, int head) {
-    const rw_i64 offset = Offset<K>(s, token_stride, t.batch, t.token, head) * kBytes<K::kDtype>;
-    place.in = static_cast<const char*>(in) + offset;
-    place.out = static_cast<char*>(in) + offset;
-    if constexpr (K::kOutOfPlace) {
-      place.out = static_cast<char*>(out) + Offset<K>(s_out, token_stride, t.batch, t.token, head) * kBytes<K::kDtype>;
-    }
-  };
-  if (K::kPacked || of_q) {
-    lies(a.q, a.q_out, p.q, p.q_out, K::kQToken, h);
+  if constexpr (K::kQHeads != 0) {
+    // One multiply-add from the token's begin.
+    place.out = (K::kPacked || of_q ? t.q : t.k) + static_cast<rw_i64>(h) * (K::kHeadDim * kBytes<K::kDtype>);
+    place.in = place.out;
   } else {
-    lies(a.k, a.k_out, p.k, p.k_out, K::kKToken, of_k);
+    const auto lies = [&](void* in, void* out, const rope_strides& s, const rope_strides& s_out, int head) {
+      place.out = static_cast<char*>(in) + Offset<K>(s, t.batch, t.token, head) * kBytes<K::kDtype>;
+      place.in = place.out;
+      if constexpr (K::kOutOfPlace) {
+        place.out = static_cast<char*>(out) + Offset<K>(s_out, t.batch, t.token, head) * kBytes<K::kDtype>;
+      }
+    };
+    if (of_q) {
+      lies(a.q, a.q_out, p.q, p.q_out, h);
+    } else {
+      lies(a.k, a.k_out, p.k, p.k_out, of_k);
+    }
   }
   place.weight = of_q ? a.q_weight : a.k_weight;
   place.cache = nullptr;
@@ -519,9 +524,11 @@ __device__ __forceinline__ void RopeBody(const rope_cuda_args& a) {
                     K::kHeadDim % K::kVector == 0, "vectors must not straddle parts of a head");
 
   const rope_params& p = a.params;
-  const int lane = threadIdx.x % 32 % K::kLanes, group_in_warp = threadIdx.x % 32 / K::kLanes;
+  const int lane = threadIdx.x % 32 % K::kLanes;
   const int warp_group = threadIdx.x / 32 * S::kGroupsPerWarp;  // the warp's first group
-  const bool idle = S::kGroupsPerWarp * K::kLanes != 32 && group_in_warp >= S::kGroupsPerWarp;
+  // Idle threads look on at the last group's work.
+  const bool idle = S::kGroupsPerWarp * K::kLanes != 32 && threadIdx.x % 32 >= S::kGroupsPerWarp * K::kLanes;
+  const int group_in_warp = idle ? S::kGroupsPerWarp - 1 : threadIdx.x % 32 / K::kLanes;
   const rw_i64 row = blockIdx.x;
   const bool has_k = K::kQHeads ? K::kKToken != 0 : a.k != nullptr;
   const int heads = QHeads<K>(p) + (has_k ? KHeads<K>(p) : 0);
@@ -545,8 +552,16 @@ __device__ __forceinline__ void RopeBody(const rope_cuda_args& a) {
   if constexpr (K::kDependentLaunch) asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 
-  Token t = {0, row, -1, false, false};
+  Token t = {0, row, nullptr, nullptr, -1, false, false};
   SplitRow<K>(p, row, t.batch, t.token);
+  if constexpr (K::kQHeads != 0) {
+    const auto begin = [&](void* data, const rope_strides& s, int token_stride, int head) {
+      const rw_i64 at = (K::kBatched ? t.batch * s.batch : 0) + t.token * token_stride;
+      return static_cast<char*>(data) + (at - head * K::kHeadDim) * kSize;
+    };
+    t.q = begin(a.q, p.q, K::kQToken, 0);
+    if constexpr (!K::kPacked && K::kKToken != 0) t.k = begin(a.k, p.k, K::kKToken, K::kQHeads);
+  }
   // What others wait for comes first: the position for the angles, the slot for the place in the cache.
   const rw_i64 slot = SlotOf<K>(a, K::kFewTokens ? second_line : a.slots, t.batch, t.token);
   const rw_i64 position = K::kAxes ? 0 : PositionOf<K>(a, t.batch, t.token, 0);
@@ -565,11 +580,15 @@ __device__ __forceinline__ void RopeBody(const rope_cuda_args& a) {
   const auto flat = [&](int stage) {
     return reinterpret_cast<char*>(staged) + stage * S::kStageBytes + warp_group * S::kSpanBytes;
   };
+  // Whether a copy of the warp's heads from `warp_h` on is of none below `limit`.
+  const auto beyond = [&](int limit, int warp_h, int copy, int of) {
+    return S::kLinear ? copy >= (limit - warp_h) * S::kCopies : of >= limit;
+  };
   const auto flat_head = [&](int stage) { return flat(stage) + group_in_warp * S::kSpanBytes - S::kSpanBegin * kSize; };
   const auto fetch = [&](int warp_h, int h, int stage) {
     if constexpr (S::kFlat) {
       EachCopy<K>(warp_h, [&](int copy, int of, int byte) {
-        if (of >= (S::kVRides ? all_heads : heads)) return;
+        if (beyond(S::kVRides ? all_heads : heads, warp_h, copy, of)) return;
         const char* at = S::kVRides && of >= heads ? PlaceOfV<K>(a, t, of - heads).in + byte
                          : S::kLinear             ? PlaceOf<K>(a, t, warp_h).in + copy * 16
                                                   : PlaceOf<K>(a, t, of).in + byte;
@@ -672,17 +691,16 @@ __device__ __forceinline__ void RopeBody(const rope_cuda_args& a) {
         const auto at = [&](int element) {
           return *reinterpret_cast<const Words<S::kVectorBytes>*>(flat_head(stage) + element * kSize);
         };
-        if (h < heads) {
+        // Whether there is a head or not: a condition would cost more than the loads.
 #pragma unroll
-          for (int i = 0; i < S::kUnitsPerLane; ++i) {
-            if (!has_unit(i)) continue;
-            x[i] = at(UnitBegin<K>(unit_of(i)));
-            y[i] = at(UnitBegin<K>(unit_of(i)) + kUnitDistance<K>);
-          }
+        for (int i = 0; i < S::kUnitsPerLane; ++i) {
+          if (!has_unit(i)) continue;
+          x[i] = at(UnitBegin<K>(unit_of(i)));
+          y[i] = at(UnitBegin<K>(unit_of(i)) + kUnitDistance<K>);
+        }
 #pragma unroll
-          for (int i = 0; i < S::kRestPerLane; ++i) {
-            if (has_rest(i)) rest[i] = at(RestBegin<K>(unit_of(i)));
-          }
+        for (int i = 0; i < S::kRestPerLane; ++i) {
+          if (has_rest(i)) rest[i] = at(RestBegin<K>(unit_of(i)));
         }
       } else {
 #pragma unroll
@@ -698,24 +716,25 @@ __device__ __forceinline__ void RopeBody(const rope_cuda_args& a) {
     if constexpr (S::kFlat) head.out = flat_head(stage);
     float rstd = 0.0f;
     if constexpr (K::kNorm) {
-      if (!K::kFewTokens && h < heads) fetch_weights(head.weight);
-      const auto square = [&](const Words<S::kVectorBytes>& words) {
+      if (!K::kFewTokens) fetch_weights(head.weight);
+      float other = 0.0f;  // two sums, neither waits for the other
+      const auto square = [&](const Words<S::kVectorBytes>& words, float& sum) {
         float v[K::kVector];
         Unpack<K::kDtype, K::kVector>(words, v);
 #pragma unroll
-        for (int j = 0; j < K::kVector; ++j) rstd = fmaf(v[j], v[j], rstd);
+        for (int j = 0; j < K::kVector; ++j) sum = fmaf(v[j], v[j], sum);
       };
 #pragma unroll
       for (int i = 0; i < S::kUnitsPerLane; ++i) {
         if (!has_unit(i)) continue;
-        square(x[i]);
-        square(y[i]);
+        square(x[i], rstd);
+        square(y[i], other);
       }
 #pragma unroll
       for (int i = 0; i < S::kRestPerLane; ++i) {
-        if (has_rest(i)) square(rest[i]);
+        if (has_rest(i)) square(rest[i], rstd);
       }
-      rstd = SumOfGroup<K::kLanes>(rstd, lane);
+      rstd = SumOfGroup<K::kLanes>(rstd + other, lane);
       const float mean = rstd * (1.0f / K::kHeadDim) + __uint_as_float(K::kEpsBits);
       rstd = K::kDtype == kRopeF32 || S::kReference ? __frcp_rn(__fsqrt_rn(mean)) : rsqrtf(mean);
     }
@@ -773,7 +792,7 @@ __device__ __forceinline__ void RopeBody(const rope_cuda_args& a) {
         constexpr int kBegin = K::kRotaryOffset * kSize, kEnd = kBegin + K::kRotaryDim * kSize;
         const bool changed = K::kNorm || K::kOutOfPlace || (byte + 16 > kBegin && byte < kEnd);
         const Words<16> words = reinterpret_cast<const Aligned<16>*>(flat(stage))[copy].words;
-        if (of < heads) {
+        if (!beyond(heads, warp_h, copy, of)) {
           const HeadPlace place = PlaceOf<K>(a, t, of);
           if (changed) Store(S::kLinear ? PlaceOf<K>(a, t, warp_h).out + copy * 16 : place.out + byte, words);
           if constexpr (K::kStoreK && K::kCacheDtype == K::kDtype) {

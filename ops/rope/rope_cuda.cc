@@ -63,8 +63,9 @@ void PlanMany(const RopeVariant& v, int64_t rows, int64_t heads, int64_t all_hea
   } else if (store) {
     warps = v.cache_dtype == v.dtype ? 6 : 3;
   } else if (v.norm) {
-    warps = key->flat ? 2 : warps_for(2, std::max<int64_t>(2, whole ? 24 / per_warp : 10));
-    in_flight = table && regular && key->lanes >= 8 ? 1 : 2;
+    const bool wide = whole && !regular && per_warp <= 2;  // heads of 144 to 240
+    warps = key->flat || wide ? 2 : warps_for(2, std::max<int64_t>(2, whole ? 24 / per_warp : 10));
+    in_flight = wide ? 3 : table && regular && key->lanes >= 8 ? 1 : 2;
   } else if (regular && key->lanes == 8) {
     warps = std::clamp<int64_t>(heads / 6, 2, 10);  // one turn and a half
     in_flight = 1;
@@ -132,7 +133,7 @@ Status PlanRopeCuda(const RopeCall& call, const CudaDevice& device, RopeCudaOpti
   // Few tokens: narrow accesses and so many threads, every load issued at once. Many tokens: wide accesses, several
   // heads of a group on their way through shared memory.
   const int64_t bytes_moved = rows * heads * p.head_dim * bytes;
-  const int64_t few_bytes = int64_t{device.sm_count} * (v.cache_dtype == kRopeNoDtype ? 24 : 8) * 1024;
+  const int64_t few_bytes = int64_t{device.sm_count} * 24 * 1024;
   const bool few =
       options.layout == RopeCudaLayout::kAny ? bytes_moved <= few_bytes : options.layout == RopeCudaLayout::kFew;
   const bool tiny = bytes_moved <= int64_t{device.sm_count} * 1536;
