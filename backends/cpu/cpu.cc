@@ -170,7 +170,7 @@ Status Explain(const RopeCall& call, Explanation* explanation) {
   explanation->emplace_back("kernel", Text("cpu:", target->name, " ", KernelName(KernelIndex(v))));
   explanation->emplace_back("target", target->name);
   explanation->emplace_back("source", "built in");
-  explanation->emplace_back("angles", v.table_dtype == kRopeNoDtype ? "frequencies" : "table");
+  explanation->emplace_back("angles", NeedsFrequencies(call) ? "frequencies" : "table");
   explanation->emplace_back("rounding to bfloat16", v.dtype != kRopeBF16 ? "none" : native ? "AVX512_BF16" : "integer");
   explanation->emplace_back("threads", caller_splitter.load() ? "the caller's parallel_for"
                                        : ThreadPoolSize() > 1 ? Text("pool of ", ThreadPoolSize())

@@ -62,8 +62,6 @@ Status Plan(const CudaDriver& driver, const RopeCall& call, RopeCudaPlan* plan) 
                       plan);
 }
 
-bool NeedsFrequencies(const RopeCall& call) { return call.variant.table_dtype == kRopeNoDtype; }
-
 // What a launch needs and prepare() makes.
 struct Ready {
   const CudaKernel* kernel = nullptr;
@@ -208,7 +206,7 @@ Status Launch(const RopeCall& call) {
   args.turns = reinterpret_cast<const rw_u64*>(ready.frequencies);
   args.axes = t.axes;
   if (!t.axes && call.variant.axes) {
-    args.axes = reinterpret_cast<const int*>(ready.frequencies + call.frequencies->turns.size() * sizeof(uint64_t));
+    args.axes = reinterpret_cast<const int*>(ready.frequencies + AxesOffset(*call.frequencies));
   }
   args.q_weight = t.q_weight;
   args.k_weight = t.k_weight;

@@ -198,7 +198,7 @@ void FillRopeSpirvArgs(const RopeCall& call, const RopeSpirvPlan& plan, const vo
   constexpr size_t kAxes = offsetof(RopeTensors, axes) / sizeof(void*);
   std::memcpy(args->pointers.data(), &call.tensors, sizeof(RopeTensors));
   if (!call.tensors.axes && call.variant.axes) {
-    args->pointers[kAxes] = static_cast<const char*>(frequencies) + call.frequencies->turns.size() * sizeof(uint64_t);
+    args->pointers[kAxes] = static_cast<const char*>(frequencies) + AxesOffset(*call.frequencies);
   }
   args->pointers[kRopeSpirvTurns] = frequencies;
   args->pointers[kRopeSpirvFault] = fault;
