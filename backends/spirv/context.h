@@ -47,8 +47,10 @@ class SpirvContext {
   };
   // Lock-free, without allocation; false if something is still to be made.
   bool Find(const RopeCall& call, const RopeSpirvKey& key, Ready* ready);
-  // Makes what is missing; may allocate, build and wait. Copies stay as long as the context.
-  Status Make(const RopeCall& call, const RopeSpirvKey& key, Ready* ready);
+  // Makes what is missing; may then allocate, build and wait. Copies stay as long as the context.
+  Status FindOrMake(const RopeCall& call, const RopeSpirvKey& key, Ready* ready) {
+    return Find(call, key, ready) ? Status() : Make(call, key, ready);
+  }
   SpirvKernel* FindKernel(const RopeSpirvKey& key) const { return kernels_.Find(key); }
 
   // Waits for the device where the backend can; "" or the first fault since the last call.
@@ -66,6 +68,7 @@ class SpirvContext {
   virtual Status Wait() = 0;  // for what was launched
 
  private:
+  Status Make(const RopeCall& call, const RopeSpirvKey& key, Ready* ready);
   Status ResetFaults();
 
   mutable std::mutex mutex_;
