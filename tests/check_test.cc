@@ -110,11 +110,7 @@ TEST(Check, UnspoiledCallsAreServed) {
     const auto call = EveryArgument(angles);
     const Status status = call->Run();
     EXPECT_TRUE(status.ok()) << status.text();
-    std::string message;
-    double worst;
-    int64_t elements;
-    ASSERT_TRUE(call->Verify(&message, &worst, &elements).ok());
-    EXPECT_EQ(message, "");
+    EXPECT_EQ(MessageOf(*call), "");
   }
 }
 

@@ -23,6 +23,7 @@
 #include "conformance/runner.h"
 #include "core/text.h"
 #include "ops/rope/rope_spirv.h"
+#include "tests/make_call.h"
 
 namespace ropewalk {
 namespace {
@@ -162,22 +163,6 @@ TEST(OpenClConformance, TensorsOfACallersContext) {
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Threads, prepare(), faults
-
-std::string MessageOf(const CaseCall& call) {
-  std::string message;
-  double worst;
-  int64_t elements;
-  const Status status = call.Verify(&message, &worst, &elements);
-  return status.ok() ? message : status.text();
-}
-
-std::unique_ptr<CaseCall> MakeCall(RopeCase c, DeviceMemory& memory) {
-  c.name = CaseName(c);
-  std::unique_ptr<CaseCall> call;
-  const Status status = CaseCall::Make(c, memory, &call);
-  EXPECT_TRUE(status.ok()) << status.text();
-  return call;
-}
 
 TEST(OpenClHost, ManyThreadsShareOneKernel) {
   InFreshProcess({}, [] {

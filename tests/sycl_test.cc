@@ -9,7 +9,6 @@
 #include <cstring>
 #include <filesystem>
 #include <functional>
-#include <memory>
 #include <nlohmann/json.hpp>
 #include <string>
 #include <thread>
@@ -20,6 +19,7 @@
 #include "core/op.h"
 #include "core/text.h"
 #include "ops/rope/rope_cases.h"
+#include "tests/make_call.h"
 #include "tests/sycl_memory.h"
 
 namespace ropewalk {
@@ -141,8 +141,7 @@ TEST_F(Sycl, KeepsTheOrderOfAQueueWithoutOrder) {
   RopeCase c = Small();
   c.tokens = 64;
   for (int round = 0; round < 20; ++round) {
-    std::unique_ptr<CaseCall> call;
-    ASSERT_TRUE(CaseCall::Make(c, memory, &call).ok());
+    const auto call = MakeCall(c, memory);
     ropewalk_rope_args args = call->args();
     const size_t bytes = static_cast<size_t>(c.tokens * c.q_heads * c.head_dim * 2);
     void* q = static_cast<char*>(args.q->data) + args.q->byte_offset;
@@ -163,8 +162,7 @@ TEST_F(Sycl, FaultsAreTold) {
     if (candidate.bad == Bad::kPosition && candidate.batch == 0) c = candidate;
   }
   ASSERT_EQ(c.bad, Bad::kPosition);
-  std::unique_ptr<CaseCall> call;
-  ASSERT_TRUE(CaseCall::Make(c, Memory(), &call).ok());
+  const auto call = MakeCall(c, Memory());
   ASSERT_EQ(ropewalk_check_faults(), ROPEWALK_OK) << LastError();
   ASSERT_EQ(ropewalk_rope(&call->args(), nullptr), ROPEWALK_OK) << LastError();
   EXPECT_EQ(ropewalk_check_faults(), ROPEWALK_FAULT);  // waits for the queue
@@ -177,17 +175,12 @@ TEST_F(Sycl, ThreadsWithQueuesOfTheirOwn) {
   for (int i = 0; i < 4; ++i) {
     threads.emplace_back([] {
       SyclTestMemory memory;
-      std::unique_ptr<CaseCall> call;
-      ASSERT_TRUE(CaseCall::Make(Small(), memory, &call).ok());
+      const auto call = MakeCall(Small(), memory);
       for (int j = 0; j < 20; ++j) {
-        std::string message;
-        double worst = 0;
-        int64_t elements = 0;
         ASSERT_TRUE(call->Reset().ok());
         const Status status = call->Run();
         ASSERT_TRUE(status.ok()) << status.text();
-        ASSERT_TRUE(call->Verify(&message, &worst, &elements).ok());
-        ASSERT_EQ(message, "");
+        ASSERT_EQ(MessageOf(*call), "");
       }
     });
   }
@@ -195,8 +188,7 @@ TEST_F(Sycl, ThreadsWithQueuesOfTheirOwn) {
 }
 
 TEST_F(Sycl, ExplainNamesTheQueue) {
-  std::unique_ptr<CaseCall> call;
-  ASSERT_TRUE(CaseCall::Make(Small(), Memory(), &call).ok());
+  const auto call = MakeCall(Small(), Memory());
   const char* text = ropewalk_explain(&call->args());
   ASSERT_NE(text, nullptr) << LastError();
   const nlohmann::json explanation = nlohmann::json::parse(text);
@@ -209,8 +201,7 @@ TEST_F(Sycl, ExplainNamesTheQueue) {
 // Refusals; the process lives on
 
 TEST_F(Sycl, RefusesMemoryOfTheHost) {
-  std::unique_ptr<CaseCall> call;
-  ASSERT_TRUE(CaseCall::Make(Small(), Memory(), &call).ok());
+  const auto call = MakeCall(Small(), Memory());
   std::vector<uint16_t> host(static_cast<size_t>(5 * 2 * 128 + 64));
   DLTensor k = *call->args().k;
   k.data = reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(host.data()) + 63) / 64 * 64);
@@ -224,8 +215,7 @@ TEST_F(Sycl, RefusesMemoryOfTheHost) {
 }
 
 TEST_F(Sycl, RefusesAStreamBesideTheQueue) {
-  std::unique_ptr<CaseCall> call;
-  ASSERT_TRUE(CaseCall::Make(Small(), Memory(), &call).ok());
+  const auto call = MakeCall(Small(), Memory());
   int stream = 0;
   EXPECT_EQ(ropewalk_rope(&call->args(), &stream), ROPEWALK_INVALID_ARGUMENT);
   EXPECT_EQ(LastError(), "rope: sycl_queue and stream are both given: the work goes to one of them");

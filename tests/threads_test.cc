@@ -48,14 +48,6 @@ RopeCase Splittable(int32_t pairing = ROPEWALK_NEOX) {
           .slots = Slots::kSkips};
 }
 
-std::string MessageOf(const CaseCall& call) {
-  std::string message;
-  double worst;
-  int64_t elements;
-  const Status status = call.Verify(&message, &worst, &elements);
-  return status.ok() ? message : status.text();
-}
-
 std::vector<char> BytesOf(const DLTensor& tensor) {  // contiguous, of two bytes
   size_t count = 2;
   for (int i = 0; i < tensor.ndim; ++i) count *= static_cast<size_t>(tensor.shape[i]);
