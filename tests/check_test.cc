@@ -1,5 +1,6 @@
 // Breaks each rule of the description and of lower() once: the call must be refused, the message must name the
-// argument, the value and what would be accepted, and no byte may be written. SPDX-License-Identifier: Apache-2.0
+// argument, the value and what would be accepted, and no byte may be written.
+// SPDX-License-Identifier: Apache-2.0
 #include <gtest/gtest.h>
 
 #include <algorithm>

@@ -1,5 +1,6 @@
 // Calls from many threads, the caller's parallel_for, the pool, and fork(): results are those of one thread, to the
-// bit. SPDX-License-Identifier: Apache-2.0
+// bit.
+// SPDX-License-Identifier: Apache-2.0
 #include <gtest/gtest.h>
 #include <signal.h>
 #include <sys/wait.h>
