@@ -6,7 +6,6 @@
 #include <dlfcn.h>
 #include <gtest/gtest.h>
 #include <stdlib.h>
-#include <sys/wait.h>
 #include <unistd.h>
 
 #include <atomic>
@@ -23,6 +22,7 @@
 #include "conformance/runner.h"
 #include "core/text.h"
 #include "ops/rope/rope_spirv.h"
+#include "tests/fresh_process.h"
 #include "tests/make_call.h"
 
 namespace ropewalk {
@@ -31,9 +31,6 @@ namespace {
 // ---------------------------------------------------------------------------------------------------------------------
 // The loader is opened once in a process, so each scenario has its own
 
-using Environment = std::vector<std::pair<const char*, std::string>>;
-constexpr int kSkipped = 77;
-
 // Intel's run-time for CPUs, wherever the loader looks else: Debian's loader and Intel's own have each their variable.
 void UseIntelRuntime() {
   if (std::getenv("OCL_ICD_VENDORS") || access(ROPEWALK_INTEL_OPENCL, R_OK) != 0) return;
@@ -41,26 +38,14 @@ void UseIntelRuntime() {
   setenv("OCL_ICD_FILENAMES", ROPEWALK_INTEL_OPENCL, 1);
 }
 
-// What the body says with SKIP() is told by the process's code.
 void InFreshProcess(const Environment& changes, const std::function<void()>& body) {
-  const pid_t child = fork();
-  ASSERT_GE(child, 0);
-  if (child == 0) {
-    for (const char* name : {"ROPEWALK_LIBOPENCL", "ROPEWALK_OPENCL_DEVICE", "ROPEWALK_OPENCL_OPTIONS",
-                             "ROPEWALK_OPENCL_SOURCE", "ROPEWALK_OPENCL_GENERAL", "FAKE_CL"}) {
-      unsetenv(name);
-    }
+  InChild([&] {
     UseIntelRuntime();
-    for (const auto& [name, value] : changes) setenv(name, value.c_str(), 1);
+    ChangeEnvironment({"ROPEWALK_LIBOPENCL", "ROPEWALK_OPENCL_DEVICE", "ROPEWALK_OPENCL_OPTIONS",
+                       "ROPEWALK_OPENCL_SOURCE", "ROPEWALK_OPENCL_GENERAL", "FAKE_CL"},
+                      changes);
     body();
-    fflush(stdout);
-    _exit(testing::Test::HasFailure() ? 1 : testing::Test::IsSkipped() ? kSkipped : 0);
-  }
-  int status = -1;
-  ASSERT_EQ(waitpid(child, &status, 0), child);
-  EXPECT_FALSE(WIFSIGNALED(status)) << "the process ended with signal " << WTERMSIG(status);
-  if (WIFEXITED(status) && WEXITSTATUS(status) == kSkipped) GTEST_SKIP() << "no OpenCL device";
-  EXPECT_EQ(status, 0) << "see above";
+  });
 }
 
 // False, and the test is skipped, where there is no device.

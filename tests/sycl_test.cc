@@ -3,8 +3,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <gtest/gtest.h>
 #include <stdlib.h>
-#include <sys/wait.h>
-#include <unistd.h>
 
 #include <cstring>
 #include <filesystem>
@@ -19,6 +17,7 @@
 #include "core/op.h"
 #include "core/text.h"
 #include "ops/rope/rope_cases.h"
+#include "tests/fresh_process.h"
 #include "tests/make_call.h"
 #include "tests/sycl_memory.h"
 
@@ -32,20 +31,6 @@ std::string LastError() { return ropewalk_last_error(); }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Without SYCL: first, as a process that has opened it cannot fork
-
-// In a process of its own, where no libsycl is loaded.
-void InFreshProcess(const std::function<void()>& body) {
-  const pid_t child = fork();
-  ASSERT_GE(child, 0);
-  if (child == 0) {
-    body();
-    fflush(stdout);
-    _exit(::testing::Test::HasFailure() ? 1 : 0);
-  }
-  int status = -1;
-  ASSERT_EQ(waitpid(child, &status, 0), child);
-  EXPECT_EQ(status, 0) << "see above";
-}
 
 // The queue is not looked at before a shim is found, so that any address will do.
 struct Unserved {
@@ -63,7 +48,7 @@ struct Unserved {
 };
 
 TEST(SyclAbsent, RefusesWithoutALibsycl) {
-  InFreshProcess([] {
+  InChild([] {
     unsetenv("ROPEWALK_LIBSYCL_SHIM");
     Unserved call;
     EXPECT_EQ(ropewalk_rope(&call.args, nullptr), ROPEWALK_UNAVAILABLE);
@@ -72,7 +57,7 @@ TEST(SyclAbsent, RefusesWithoutALibsycl) {
 }
 
 TEST(SyclAbsent, RefusesAForeignShim) {
-  InFreshProcess([] {
+  InChild([] {
     setenv("ROPEWALK_LIBSYCL_SHIM", "/nowhere/libropewalk_sycl9.so", 1);
     Unserved call;
     EXPECT_EQ(ropewalk_rope(&call.args, nullptr), ROPEWALK_UNAVAILABLE);
