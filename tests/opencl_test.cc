@@ -22,6 +22,7 @@
 #include "conformance/runner.h"
 #include "core/text.h"
 #include "ops/rope/rope_spirv.h"
+#include "tests/expect_passed.h"
 #include "tests/fresh_process.h"
 #include "tests/make_call.h"
 
@@ -72,14 +73,7 @@ void Report(int64_t cases, const char* what) {
 
 void ExpectAllPass(const std::vector<RopeCase>& cases, DeviceMemory& memory, const char* what) {
   const RunSummary summary = RunCases(cases, memory, {.backend = "opencl"});
-  EXPECT_TRUE(summary.ok()) << summary.error << summary.failed << " of " << summary.run << " cases failed";
-  EXPECT_EQ(summary.run, static_cast<int64_t>(cases.size()));
-  int shown = 0;
-  for (const CaseResult& failure : summary.failures) {
-    if (++shown > 20) break;
-    ADD_FAILURE() << failure.name << "\n  " << failure.message << "\n  alone: " << failure.rerun;
-  }
-  EXPECT_LE(summary.worst, 1.0) << summary.worst_case;
+  ExpectPassed(summary, cases.size());
   for (const auto& [kernel, count] : summary.kernels) EXPECT_TRUE(kernel.starts_with("opencl ")) << kernel;
   if (summary.failed == 0) Report(summary.run, what);
 }
