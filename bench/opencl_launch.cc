@@ -1,34 +1,16 @@
 // What a call on an OpenCL queue costs on the host, beside the run-time's own launch of the same kernel with the same
 // arguments, set before: one token, nanoseconds of a call, the wait left out; the median of many batches.
 // SPDX-License-Identifier: Apache-2.0
-#include <algorithm>
-#include <chrono>
 #include <cstdio>
 #include <memory>
-#include <vector>
 
 #include "backends/opencl/build.h"
 #include "backends/opencl/context.h"
+#include "bench/launch_cost.h"
 #include "conformance/case_call.h"
 
 namespace ropewalk {
 namespace {
-
-// Nanoseconds of a call in batches of 40, so that the queue never fills.
-template <class Launch>
-double Median(const Launch& launch) {
-  constexpr int kBatches = 400, kCalls = 40;
-  std::vector<double> times;
-  for (int i = 0; i < kBatches; ++i) {
-    const auto begin = std::chrono::steady_clock::now();
-    for (int j = 0; j < kCalls; ++j) launch();
-    const std::chrono::duration<double, std::nano> took = std::chrono::steady_clock::now() - begin;
-    times.push_back(took.count() / kCalls);
-    if (!OpenClMemory().Synchronize().ok()) return -1;
-  }
-  std::ranges::nth_element(times, times.begin() + kBatches / 2);
-  return times[kBatches / 2];
-}
 
 Status Measure() {
   const OpenClLibrary& library = GetOpenCl();
@@ -64,15 +46,13 @@ Status Measure() {
   const size_t global[3] = {size_t{plan.groups[0]} * plan.local, plan.groups[1], plan.groups[2]};
   const size_t local[3] = {plan.local, 1, 1};
 
-  double own = 1e18, ours = 1e18;
-  for (int round = 0; round < 5; ++round) {  // the best of alternating rounds: the machine has other work
-    own = std::min(
-        own, Median([&] { library.EnqueueNdRange(queue, kernel, 3, nullptr, global, local, 0, nullptr, nullptr); }));
-    ours = std::min(ours, Median([&] { (void)ropewalk_rope(&call->args(), queue); }));
-  }
+  const bench::LaunchCost cost = bench::MeasureLaunch(
+      [&] { library.EnqueueNdRange(queue, kernel, 3, nullptr, global, local, 0, nullptr, nullptr); },
+      [&] { (void)ropewalk_rope(&call->args(), queue); }, [&] { return memory.Synchronize(); });
   std::printf("%s: %.0f ns a call, %.0f ns of it the run-time's own launch: %.0f ns ours (%s, built in %.0f ms)\n",
-              context->device_name.c_str(), ours, own, ours - own, ready.kernel->name.c_str(), milliseconds);
-  return ours - own <= 2000 ? Status() : Status::Internal("more than 2,000 ns ours");
+              context->device_name.c_str(), cost.ours, cost.own, cost.ours - cost.own, ready.kernel->name.c_str(),
+              milliseconds);
+  return cost.held() ? Status() : Status::Internal("more than 2,000 ns ours");
 }
 
 }  // namespace

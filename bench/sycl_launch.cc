@@ -1,35 +1,17 @@
 // What a call on a SYCL queue costs on the host, beside the run-time's own launch of the same kernel with the same
 // arguments: Intel's CPU device, one token, nanoseconds of a call, the wait left out; the median of many batches.
 // SPDX-License-Identifier: Apache-2.0
-#include <algorithm>
-#include <chrono>
 #include <cstdio>
 #include <memory>
-#include <vector>
 
 #include "backends/sycl/shim.h"
 #include "backends/sycl/sycl.h"
+#include "bench/launch_cost.h"
 #include "conformance/case_call.h"
 #include "tests/sycl_memory.h"
 
 namespace ropewalk {
 namespace {
-
-// Nanoseconds of a call in batches of 40, so that the queue never fills.
-template <class Launch>
-double Median(SyclTestMemory& memory, const Launch& launch) {
-  constexpr int kBatches = 400, kCalls = 40;
-  std::vector<double> times;
-  for (int i = 0; i < kBatches; ++i) {
-    const auto begin = std::chrono::steady_clock::now();
-    for (int j = 0; j < kCalls; ++j) launch();
-    const std::chrono::duration<double, std::nano> took = std::chrono::steady_clock::now() - begin;
-    times.push_back(took.count() / kCalls);
-    if (!memory.Synchronize().ok()) return -1;
-  }
-  std::ranges::nth_element(times, times.begin() + kBatches / 2);
-  return times[kBatches / 2];
-}
 
 int Main() {
   if (!Device()) return std::fprintf(stderr, "error: %s\n", missing.c_str()), 2;
@@ -68,17 +50,14 @@ int Main() {
   SyclArgument arguments[kRopeSpirvArguments];
   for (size_t i = 0; i < args.pointers.size(); ++i) arguments[i] = {&args.pointers[i], sizeof(void*), 1};
   arguments[kRopeSpirvPointers] = {&args.params, sizeof(args.params), 0};
-  double own = 1e18, ours = 1e18;
-  for (int round = 0; round < 5; ++round) {  // the best of alternating rounds: the machine has other work
-    own = std::min(own, Median(memory, [&] {
-                     shim->launch(entry, ready.kernel->function, arguments, kRopeSpirvArguments, plan.groups,
-                                  plan.local, error);
-                   }));
-    ours = std::min(ours, Median(memory, [&] { (void)ropewalk_rope(&call->args(), nullptr); }));
-  }
+  const bench::LaunchCost cost = bench::MeasureLaunch(
+      [&] {
+        shim->launch(entry, ready.kernel->function, arguments, kRopeSpirvArguments, plan.groups, plan.local, error);
+      },
+      [&] { (void)ropewalk_rope(&call->args(), nullptr); }, [&] { return memory.Synchronize(); });
   std::printf("%s: %.0f ns a call, %.0f ns of it SYCL's own launch: %.0f ns ours (%s)\n", context->device_name.c_str(),
-              ours, own, ours - own, kernel->name.c_str());
-  return ours - own <= 2000 ? 0 : 1;
+              cost.ours, cost.own, cost.ours - cost.own, kernel->name.c_str());
+  return cost.held() ? 0 : 1;
 }
 
 }  // namespace

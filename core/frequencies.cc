@@ -346,6 +346,12 @@ Status FrequenciesFromConfig(std::string_view json, std::string_view name, std::
   });
 }
 
+std::string DeviceCopyOf(const ropewalk_frequencies& frequencies) {
+  std::string bytes(reinterpret_cast<const char*>(frequencies.turns.data()), AxesOffset(frequencies));
+  return bytes.append(reinterpret_cast<const char*>(frequencies.axes.data()),
+                      frequencies.axes.size() * sizeof(int32_t));
+}
+
 Status FillTable(const ropewalk_frequencies& frequencies, DLTensor* cos, DLTensor* sin) {
   return WithoutThrowing([&]() -> Status {
     const int64_t pairs = frequencies.rotary_dim / 2;

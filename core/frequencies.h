@@ -6,6 +6,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <string>
 #include <string_view>
 #include <vector>
 
@@ -32,6 +33,11 @@ Status FrequenciesFromArray(const double* inv_freq, int64_t count, double attent
                             ropewalk_frequencies** out);
 Status FrequenciesFromConfig(std::string_view json, std::string_view name, std::string_view layer_type,
                              int64_t sequence_length, ropewalk_frequencies** out);
+// What a device's copy holds: the turns, then the axes, which begin after AxesOffset bytes.
+inline size_t AxesOffset(const ropewalk_frequencies& frequencies) {
+  return frequencies.turns.size() * sizeof(uint64_t);
+}
+std::string DeviceCopyOf(const ropewalk_frequencies& frequencies);
 // Hugging Face's table: cos and sin [rows, rotary_dim/2] on the host, float32, float16 or bfloat16, any strides.
 Status FillTable(const ropewalk_frequencies& frequencies, DLTensor* cos, DLTensor* sin);
 

@@ -1,6 +1,6 @@
 // Reads the fields of one JSON object by name, for configurations: every wrong value becomes one sentence that names
-// the field and the file, and what was never asked for is refused. Nothing here throws. SPDX-License-Identifier:
-// Apache-2.0
+// the field and the file, and what was never asked for is refused. Nothing here throws.
+// SPDX-License-Identifier: Apache-2.0
 #pragma once
 
 #include <cstdint>

@@ -1,6 +1,6 @@
 // What a model's code fixes and its config.json does not say: the pairing, the norm, defaults of absent fields. Read
-// from the modeling and configuration files of transformers 5.23 and diffusers 0.42. SPDX-License-Identifier:
-// Apache-2.0
+// from the modeling and configuration files of transformers 5.23 and diffusers 0.42.
+// SPDX-License-Identifier: Apache-2.0
 #pragma once
 
 #include <array>

@@ -1,5 +1,6 @@
 // Reads scaling rules and config.json into a RopeRule: one place for every spelling, old and new, and for everything
-// that can be wrong with them. SPDX-License-Identifier: Apache-2.0
+// that can be wrong with them.
+// SPDX-License-Identifier: Apache-2.0
 #include "core/rope_config.h"
 
 #include <algorithm>

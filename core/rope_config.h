@@ -1,5 +1,6 @@
 // What a scaling text or a model's config.json says about rotary embedding, checked and in one spelling: the maths is
-// in frequencies.cc. The field names are those of Hugging Face. SPDX-License-Identifier: Apache-2.0
+// in frequencies.cc. The field names are those of Hugging Face.
+// SPDX-License-Identifier: Apache-2.0
 #pragma once
 
 #include <cstdint>

@@ -4,19 +4,15 @@
 // shapes.
 // SPDX-License-Identifier: Apache-2.0
 #include <algorithm>
-#include <atomic>
 #include <cstdio>
 #include <fstream>
-#include <iterator>
 #include <string>
-#include <thread>
 #include <vector>
 
 #include "backends/cuda/bundle.h"
 #include "backends/cuda/nvrtc.h"
-#include "core/model_config.h"
 #include "core/text.h"
-#include "ops/rope/rope_cases.h"
+#include "scripts/report.h"
 #include "tests/cuda_variants.h"
 
 namespace ropewalk {
@@ -28,28 +24,16 @@ struct Row {
   std::string error;
 };
 
-struct Options {
-  bool all = false;
-  std::vector<std::string> archs;
-  std::string csv;
-  std::vector<std::string> models;
-};
-
 std::vector<Row> CompileAll(const Nvrtc& nvrtc, const std::vector<CudaVariant>& variants, const std::string& arch) {
   std::vector<Row> rows(variants.size());
-  std::atomic<size_t> next{0};
-  const auto work = [&] {
-    for (size_t i = next++; i < rows.size(); i = next++) {
+  OnAllThreads(rows.size(), [&](const auto& next) {
+    for (size_t i = next(); i < rows.size(); i = next()) {
       Compilation compilation;
       const Status status = CompileCuda(nvrtc, RopeCudaSource(variants[i].key), arch, /*verbose=*/true, &compilation);
       rows[i] = {ReadPtxas(compilation.log), compilation.cubin.size(), status.text()};
       if (i % 50 == 0) std::fprintf(stderr, "\r%s: %zu of %zu ", arch.c_str(), i, rows.size());
     }
-  };
-  std::vector<std::thread> threads;
-  for (unsigned i = 1; i < std::max(1u, std::thread::hardware_concurrency()); ++i) threads.emplace_back(work);
-  work();
-  for (std::thread& thread : threads) thread.join();
+  });
   std::fprintf(stderr, "\r");
   return rows;
 }
@@ -91,7 +75,7 @@ int Report(const std::string& arch, const std::vector<CudaVariant>& variants, co
   return bad;
 }
 
-int Main(const Options& options) {
+int Main(const ReportOptions& options) {
   const Nvrtc* nvrtc = nullptr;
   const auto fail = [](const Status& status) {
     std::fprintf(stderr, "error: %s\n", status.text().c_str());
@@ -99,18 +83,12 @@ int Main(const Options& options) {
   };
   if (const Status status = OpenNvrtc(&nvrtc); !status.ok()) return fail(status);
   std::vector<RopeCase> cases = RopeCases();
-  for (const std::string& path : options.models) {
-    std::ifstream file(path);
-    const std::string json(std::istreambuf_iterator<char>(file), {});
-    ModelConfig model;
-    if (const Status status = ReadModelConfig(json, path, &model); !status.ok()) return fail(status);
-    for (RopeCase& c : CasesOfModel(model, json, 16, kBF16)) cases.push_back(std::move(c));
-  }
+  if (const Status status = AddModelCases(options.models, &cases); !status.ok()) return fail(status);
   std::ofstream csv(options.csv.empty() ? "/dev/null" : options.csv);
   csv << "arch,kernel,registers,spilled_bytes,stack_bytes,shared_bytes,cubin_bytes\n";
   std::printf("%s\n", NvrtcText(*nvrtc).c_str());
   int bad = 0;
-  for (const std::string& arch : options.archs.empty() ? BundleArchs() : options.archs) {
+  for (const std::string& arch : options.targets.empty() ? BundleArchs() : options.targets) {
     std::vector<CudaDevice> devices;
     if (const Status status = BundleDevices(arch, &devices); !status.ok()) return fail(status);
     std::vector<CudaVariant> variants;
@@ -131,26 +109,7 @@ int Main(const Options& options) {
 }  // namespace ropewalk
 
 int main(int count, char** arguments) {
-  ropewalk::Options options;
-  for (int i = 1; i < count; ++i) {
-    const std::string argument = arguments[i];
-    if (argument == "--all") {
-      options.all = true;
-    } else if (argument == "--csv" && i + 1 < count) {
-      options.csv = arguments[++i];
-    } else if (argument == "--arch" && i + 1 < count) {
-      const std::string list = arguments[++i];
-      for (size_t at = 0; at < list.size();) {
-        const size_t end = std::min(list.find(',', at), list.size());
-        options.archs.push_back(list.substr(at, end - at));
-        at = end + 1;
-      }
-    } else if (argument.starts_with("-")) {
-      std::fprintf(stderr, "usage: cuda_report [--all] [--arch sm_90a,sm_100a] [--csv FILE] [MODEL.json ..]\n");
-      return 2;
-    } else {
-      options.models.push_back(argument);
-    }
-  }
-  return ropewalk::Main(options);
+  ropewalk::ReportOptions options;
+  const char* usage = "cuda_report [--all] [--arch sm_90a,sm_100a] [--csv FILE] [MODEL.json ..]";
+  return ropewalk::ParseOptions(count, arguments, "--arch", usage, &options) ? ropewalk::Main(options) : 2;
 }

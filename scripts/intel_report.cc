@@ -9,7 +9,6 @@
 #include <sys/wait.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cstdio>
 #include <cstring>
 #include <filesystem>
@@ -20,12 +19,10 @@
 #include <sstream>
 #include <string>
 #include <string_view>
-#include <thread>
 #include <vector>
 
-#include "core/model_config.h"
 #include "core/text.h"
-#include "ops/rope/rope_cases.h"
+#include "scripts/report.h"
 #include "tests/spirv_variants.h"
 
 namespace ropewalk {
@@ -47,13 +44,6 @@ struct Row {
   int simd = 0, registers = 0, spilled_bytes = 0, instructions = 0, atomics = 0;
   Widths loads, stores;
   std::string error;
-};
-
-struct Options {
-  bool all = false;
-  std::vector<std::string> devices;
-  std::string csv;
-  std::vector<std::string> models;
 };
 
 std::string ReadAll(const fs::path& path) {
@@ -162,20 +152,15 @@ Row Compile(const SpirvVariant& variant, const Target& target, const fs::path& d
 
 std::vector<Row> CompileAll(const std::vector<SpirvVariant>& variants, const Target& target) {
   std::vector<Row> rows(variants.size());
-  std::atomic<size_t> next{0};
-  const auto work = [&] {
+  OnAllThreads(rows.size(), [&](const auto& next) {
     std::string name = (fs::temp_directory_path() / "ropewalk-intel-XXXXXX").string();
     if (!mkdtemp(name.data())) return;
-    for (size_t i = next++; i < rows.size(); i = next++) {
+    for (size_t i = next(); i < rows.size(); i = next()) {
       rows[i] = Compile(variants[i], target, name);
       if (i % 20 == 0) std::fprintf(stderr, "\r%s: %zu of %zu ", target.name, i, rows.size());
     }
     fs::remove_all(name);
-  };
-  std::vector<std::thread> threads;
-  for (unsigned i = 1; i < std::max(1u, std::thread::hardware_concurrency()); ++i) threads.emplace_back(work);
-  work();
-  for (std::thread& thread : threads) thread.join();
+  });
   std::fprintf(stderr, "\r");
   return rows;
 }
@@ -222,7 +207,7 @@ int Report(const Target& target, const std::vector<SpirvVariant>& variants, cons
   return bad;
 }
 
-int Main(const Options& options) {
+int Main(const ReportOptions& options) {
   const auto fail = [](const std::string& text) {
     std::fprintf(stderr, "error: %s\n", text.c_str());
     return 2;
@@ -235,19 +220,14 @@ int Main(const Options& options) {
     }
   }
   std::vector<RopeCase> cases;
-  for (const std::string& path : options.models) {
-    const std::string json = ReadAll(path);
-    ModelConfig model;
-    if (const Status status = ReadModelConfig(json, path, &model); !status.ok()) return fail(status.text());
-    for (RopeCase& c : CasesOfModel(model, json, 16, kBF16)) cases.push_back(std::move(c));
-  }
+  if (const Status status = AddModelCases(options.models, &cases); !status.ok()) return fail(status.text());
   const std::vector<RopeCase> all = RopeCases();
   cases.insert(cases.end(), all.begin(), all.end());
   std::ofstream csv(options.csv.empty() ? "/dev/null" : options.csv);
   csv << "device,kernel,case,simd,registers,spilled_bytes,instructions,loads,stores,atomics\n";
   int bad = 0;
   for (const Target& target : kTargets) {
-    if (!options.devices.empty() && std::ranges::find(options.devices, target.name) == options.devices.end()) continue;
+    if (!options.targets.empty() && std::ranges::find(options.targets, target.name) == options.targets.end()) continue;
     const SpirvDevice device = {.threads = 512, .max_local = 1024, .register_bytes = target.register_bytes};
     std::vector<SpirvVariant> variants;
     if (const Status status = SpirvVariantsOf(cases, device, &variants); !status.ok()) return fail(status.text());
@@ -272,22 +252,7 @@ int Main(const Options& options) {
 
 int main(int count, char** arguments) {
   std::setvbuf(stdout, nullptr, _IOLBF, 0);  // lines as they come, into a file as well
-  ropewalk::Options options;
-  for (int i = 1; i < count; ++i) {
-    const std::string argument = arguments[i];
-    if (argument == "--all") {
-      options.all = true;
-    } else if (argument == "--csv" && i + 1 < count) {
-      options.csv = arguments[++i];
-    } else if (argument == "--device" && i + 1 < count) {
-      std::istringstream list(arguments[++i]);
-      for (std::string name; std::getline(list, name, ',');) options.devices.push_back(name);
-    } else if (argument.starts_with("-")) {
-      std::fprintf(stderr, "usage: intel_report [--all] [--device pvc,dg2] [--csv FILE] [MODEL.json ..]\n");
-      return 2;
-    } else {
-      options.models.push_back(argument);
-    }
-  }
-  return ropewalk::Main(options);
+  ropewalk::ReportOptions options;
+  const char* usage = "intel_report [--all] [--device pvc,dg2] [--csv FILE] [MODEL.json ..]";
+  return ropewalk::ParseOptions(count, arguments, "--device", usage, &options) ? ropewalk::Main(options) : 2;
 }

@@ -1,5 +1,6 @@
 // Breaks each rule of the description and of lower() once: the call must be refused, the message must name the
-// argument, the value and what would be accepted, and no byte may be written. SPDX-License-Identifier: Apache-2.0
+// argument, the value and what would be accepted, and no byte may be written.
+// SPDX-License-Identifier: Apache-2.0
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -110,11 +111,7 @@ TEST(Check, UnspoiledCallsAreServed) {
     const auto call = EveryArgument(angles);
     const Status status = call->Run();
     EXPECT_TRUE(status.ok()) << status.text();
-    std::string message;
-    double worst;
-    int64_t elements;
-    ASSERT_TRUE(call->Verify(&message, &worst, &elements).ok());
-    EXPECT_EQ(message, "");
+    EXPECT_EQ(MessageOf(*call), "");
   }
 }
 

@@ -19,6 +19,7 @@
 
 #include "conformance/case_call.h"
 #include "ops/rope/rope_reference.h"
+#include "tests/expect_passed.h"
 
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
 #define ROPEWALK_SLOW 1
@@ -56,13 +57,7 @@ std::string TestName(const testing::TestParamInfo<std::string>& test) {
 
 void ExpectAllPass(std::span<const RopeCase> cases, const std::string& backend) {
   const RunSummary summary = RunCases(cases, HostMemory(), {.backend = backend});
-  EXPECT_TRUE(summary.ok()) << summary.error << summary.failed << " of " << summary.run << " cases failed";
-  int shown = 0;
-  for (const CaseResult& failure : summary.failures) {
-    if (++shown > 20) break;
-    ADD_FAILURE() << failure.name << "\n  " << failure.message << "\n  alone: " << failure.rerun;
-  }
-  EXPECT_LE(summary.worst, 1.0) << summary.worst_case;
+  ExpectPassed(summary, cases.size());
   for (const auto& [kernel, count] : summary.kernels) {
     if (backend.find(':') == std::string::npos) continue;
     EXPECT_NE(kernel.find(backend + " "), std::string::npos) << kernel << " served, but " << backend << " is forced";

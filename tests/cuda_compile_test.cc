@@ -11,7 +11,6 @@
 #include <fstream>
 #include <mutex>
 #include <string>
-#include <thread>
 #include <vector>
 
 #include "backends/cuda/bundle.h"
@@ -61,11 +60,11 @@ TEST_P(CudaCompile, Nvrtc) {
 
   const std::vector<CudaVariant> variants = VariantsFor(GetParam());
   ASSERT_FALSE(variants.empty());
-  std::atomic<size_t> next{0}, compiled{0};
+  std::atomic<size_t> compiled{0};
   std::mutex mutex;
   std::vector<std::string> failures;
-  const auto work = [&] {
-    for (size_t i = next++; i < variants.size(); i = next++) {
+  OnAllThreads(variants.size(), [&](const auto& next) {
+    for (size_t i = next(); i < variants.size(); i = next()) {
       RopeCudaKey key = variants[i].key;
       if (devices.front().major < 9) key.dependent_launch = 0;  // as the plan would
       Compilation compilation;
@@ -79,11 +78,7 @@ TEST_P(CudaCompile, Nvrtc) {
       const std::lock_guard lock(mutex);
       if (!why.empty()) failures.push_back(Text(RopeCudaName(key), " (case ", variants[i].of, "): ", why));
     }
-  };
-  std::vector<std::thread> threads;
-  for (unsigned i = 1; i < std::max(1u, std::thread::hardware_concurrency()); ++i) threads.emplace_back(work);
-  work();
-  for (std::thread& thread : threads) thread.join();
+  });
   EXPECT_EQ(compiled, variants.size());
   for (size_t i = 0; i < std::min<size_t>(failures.size(), 5); ++i) ADD_FAILURE() << failures[i];
 }

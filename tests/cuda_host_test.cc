@@ -23,6 +23,7 @@
 #include "core/text.h"
 #include "ops/rope/rope_cuda.h"
 #include "tests/fake_libcuda.h"
+#include "tests/fresh_process.h"
 
 namespace ropewalk {
 namespace {
@@ -40,31 +41,19 @@ std::string Directory() {
   return directory;
 }
 
-using Environment = std::vector<std::pair<const char*, std::string>>;
-
 // The fake libraries and a cache of this test's own; `changes` are made on top of that.
 void InFreshProcess(const Environment& changes, const std::function<void()>& body) {
-  const pid_t child = fork();
-  ASSERT_GE(child, 0);
-  if (child == 0) {
-    for (const char* name :
-         {"ROPEWALK_PDL", "ROPEWALK_BUNDLE", "ROPEWALK_CUDA_LINEINFO", "CUDA_HOME", "CUDA_PATH", "FAKE_CUDA_DEVICES",
-          "FAKE_CUDA_VERSION", "FAKE_NVRTC_VERSION", "FAKE_NVRTC_FAIL", "FAKE_NVRTC_DELAY_MS"}) {
-      unsetenv(name);
-    }
-    setenv("ROPEWALK_LIBCUDA", ROPEWALK_FAKE_LIBCUDA, 1);
-    setenv("ROPEWALK_LIBNVRTC", ROPEWALK_FAKE_NVRTC, 1);
-    setenv("ROPEWALK_CACHE_DIR", (Directory() + "/cache").c_str(), 1);
-    setenv("FAKE_NVRTC_LOG", (Directory() + "/compilations").c_str(), 1);
-    for (const auto& [name, value] : changes) setenv(name, value.c_str(), 1);
+  InChild([&] {
+    ChangeEnvironment(
+        {"ROPEWALK_PDL", "ROPEWALK_BUNDLE", "ROPEWALK_CUDA_LINEINFO", "CUDA_HOME", "CUDA_PATH", "FAKE_CUDA_DEVICES",
+         "FAKE_CUDA_VERSION", "FAKE_NVRTC_VERSION", "FAKE_NVRTC_FAIL", "FAKE_NVRTC_DELAY_MS"},
+        {{"ROPEWALK_LIBCUDA", ROPEWALK_FAKE_LIBCUDA},
+         {"ROPEWALK_LIBNVRTC", ROPEWALK_FAKE_NVRTC},
+         {"ROPEWALK_CACHE_DIR", Directory() + "/cache"},
+         {"FAKE_NVRTC_LOG", Directory() + "/compilations"}});
+    ChangeEnvironment({}, changes);
     body();
-    fflush(stdout);
-    _exit(::testing::Test::HasFailure() ? 1 : 0);
-  }
-  int status = -1;
-  ASSERT_EQ(waitpid(child, &status, 0), child);
-  EXPECT_FALSE(WIFSIGNALED(status)) << "the process ended with signal " << WTERMSIG(status);
-  EXPECT_EQ(status, 0) << "see above";
+  });
 }
 
 // Compilations of all processes since the test began.
@@ -86,12 +75,8 @@ class CudaHost : public ::testing::Test {
 };
 
 FakeCuda& Fake() {
-  static FakeCuda* const fake = [] {
-    void* library = dlopen(ROPEWALK_FAKE_LIBCUDA, RTLD_NOW);
-    auto* function = reinterpret_cast<FakeCudaFunction*>(library ? dlsym(library, "fake_cuda") : nullptr);
-    return function();
-  }();
-  return *fake;
+  static FakeCuda& fake = FakeOf<FakeCuda>(ROPEWALK_FAKE_LIBCUDA, "fake_cuda");
+  return fake;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

@@ -5,68 +5,49 @@
 
 #include <cstdlib>
 #include <cstring>
-#include <memory>
-#include <set>
 #include <string>
 #include <string_view>
-#include <tuple>
 #include <unordered_set>
 #include <vector>
 
-#include "conformance/case_call.h"
 #include "ops/rope/rope_cuda.h"
+#include "tests/variants.h"
 
 namespace ropewalk {
 
-struct CudaVariant {
-  std::string of;  // a case that needs it
-  RopeCudaKey key;
-};
+using CudaVariant = Variant<RopeCudaKey>;
 
 // Those of the cases as they are, with one token and with many, and in both layouts, on a device of this architecture.
 // The variants of one source text are one variant.
 inline Status CudaVariantsOf(const std::vector<RopeCase>& cases, const CudaDevice& device,
                              std::vector<CudaVariant>* out) {
   std::unordered_set<std::string> known;
-  for (const RopeCase& c : cases) {
-    std::unique_ptr<CaseCall> call;
-    ROPEWALK_TRY(CaseCall::Make(c, HostMemory(), &call));
-    RopeCall lowered;
-    if (!LowerRope(call->args(), nullptr, &lowered).ok()) continue;  // a case that is to be refused
-    const int64_t tokens = lowered.params.tokens;
+  return ForEachCall(cases, [&](const RopeCase& c, RopeCall* call) -> Status {
+    const int64_t tokens = call->params.tokens;
     constexpr auto kAny = RopeCudaLayout::kAny;
     const std::pair<int64_t, RopeCudaLayout> sizes[] = {
         {tokens, kAny}, {1, kAny}, {16384, kAny}, {tokens, RopeCudaLayout::kFew}, {tokens, RopeCudaLayout::kMany}};
     for (const auto& [count, layout] : sizes) {
-      lowered.params.tokens = tokens == 0 ? 0 : count;
+      call->params.tokens = tokens == 0 ? 0 : count;
       RopeCudaPlan plan;
-      ROPEWALK_TRY(PlanRopeCuda(lowered, device, {.dependent_launch = true, .layout = layout}, &plan));
+      ROPEWALK_TRY(PlanRopeCuda(*call, device, {.dependent_launch = true, .layout = layout}, &plan));
       if (plan.grid_x && known.insert(RopeCudaSource(plan.key)).second) out->push_back({c.name, plan.key});
     }
-  }
-  return {};
+    return {};
+  });
 }
 
-// As few as hold every pair of choices that meet in some variant, found one by one: sizes count by what the code does
-// with them, not by their values.
+// As few as hold every pair of choices: sizes count by what the code does with them, not by their values.
 inline std::vector<CudaVariant> CoveringVariants(const std::vector<CudaVariant>& all) {
-  std::set<std::tuple<size_t, int, size_t, int>> met;
-  std::vector<CudaVariant> chosen;
-  for (const CudaVariant& variant : all) {
-    const RopeCudaKey& key = variant.key;
+  return Covering(all, [](const RopeCudaKey& key) {
     uint8_t bytes[sizeof(RopeVariant)];
     std::memcpy(bytes, &key.variant, sizeof(bytes));
     std::vector<int> choices(bytes, bytes + sizeof(bytes));
     choices.insert(choices.end(),
                    {key.vector, (key.lanes & (key.lanes - 1)) == 0, key.in_flight, key.few_tokens, key.table_vector,
-                    key.rotary_dim<key.head_dim, key.rotary_offset> 0, key.head_dim % 16 == 0});
-    bool is_new = false;
-    for (size_t i = 0; i < choices.size(); ++i) {
-      for (size_t j = 0; j < i; ++j) is_new |= met.emplace(i, choices[i], j, choices[j]).second;
-    }
-    if (is_new) chosen.push_back(variant);
-  }
-  return chosen;
+                    key.rotary_dim != key.head_dim, key.rotary_offset != 0, key.head_dim % 16 == 0});
+    return choices;
+  });
 }
 
 struct PtxasText {

@@ -49,4 +49,3 @@ struct FakeCuda {
 };
 
 extern "C" FakeCuda* fake_cuda();
-using FakeCudaFunction = FakeCuda*();

@@ -32,6 +32,4 @@ struct FakeZe {
   virtual void* own_context() = 0;  // the last that was made through zeContextCreate
 };
 
-using FakeZeFunction = FakeZe*();
-
 }  // namespace ropewalk

@@ -1,10 +1,8 @@
 // The Level Zero backend: on the driver's own simulated GPUs (pvc and dg2: everything but the execution of kernels),
 // and against a library that stands in for the loader, which shows what was launched and refuses what it is told to.
 // SPDX-License-Identifier: Apache-2.0
-#include <dlfcn.h>
 #include <gtest/gtest.h>
 #include <stdlib.h>
-#include <sys/wait.h>
 #include <unistd.h>
 
 #include <cstring>
@@ -23,6 +21,7 @@
 #include "ops/rope/rope_cases.h"
 #include "ops/rope/rope_spirv.h"
 #include "tests/fake_libze.h"
+#include "tests/fresh_process.h"
 #include "tests/spirv_variants.h"
 #if __has_include(<level_zero/ze_api.h>)
 #include <level_zero/ze_api.h>
@@ -36,8 +35,6 @@ namespace fs = std::filesystem;
 // ---------------------------------------------------------------------------------------------------------------------
 // Processes: a driver reads its settings when it is opened, and the simulated one writes files where it stands
 
-using Environment = std::vector<std::pair<const char*, std::string>>;
-
 Environment With(Environment environment, const Environment& more) {
   environment.insert(environment.end(), more.begin(), more.end());
   return environment;
@@ -46,24 +43,14 @@ Environment With(Environment environment, const Environment& more) {
 void InFreshProcess(const Environment& changes, const std::function<void()>& body) {
   std::string directory = (fs::temp_directory_path() / "ropewalk-ze-XXXXXX").string();
   ASSERT_NE(mkdtemp(directory.data()), nullptr);
-  const pid_t child = fork();
-  ASSERT_GE(child, 0);
-  if (child == 0) {
-    for (const char* name : {"ROPEWALK_LIBZE_LOADER", "FAKE_ZE_DEVICES", "FAKE_ZE_SUB_GROUPS", "FAKE_ZE_REFUSE",
-                             "FAKE_ZE_OLD", "ZE_AFFINITY_MASK"}) {
-      unsetenv(name);
-    }
-    for (const auto& [name, value] : changes) setenv(name, value.c_str(), 1);
-    if (chdir(directory.c_str()) != 0) _exit(2);
+  InChild([&] {
+    ChangeEnvironment({"ROPEWALK_LIBZE_LOADER", "FAKE_ZE_DEVICES", "FAKE_ZE_SUB_GROUPS", "FAKE_ZE_REFUSE",
+                       "FAKE_ZE_OLD", "ZE_AFFINITY_MASK"},
+                      changes);
+    ASSERT_EQ(chdir(directory.c_str()), 0);
     body();
-    fflush(stdout);
-    _exit(::testing::Test::HasFailure() ? 1 : 0);  // without the driver's own end, which waits for a GPU
-  }
-  int status = -1;
-  ASSERT_EQ(waitpid(child, &status, 0), child);
+  });
   fs::remove_all(directory);
-  EXPECT_FALSE(WIFSIGNALED(status)) << "the process ended with signal " << WTERMSIG(status);
-  EXPECT_EQ(status, 0) << "see above";
 }
 
 nlohmann::json IntelBackend() {
@@ -201,12 +188,8 @@ INSTANTIATE_TEST_SUITE_P(All, LevelZeroSimulated,
 // What is launched, on the stand-in
 
 FakeZe& Fake() {
-  static FakeZe* const fake = [] {
-    void* library = dlopen(ROPEWALK_FAKE_LIBZE, RTLD_NOW);
-    auto* function = reinterpret_cast<FakeZeFunction*>(library ? dlsym(library, "fake_ze") : nullptr);
-    return function();
-  }();
-  return *fake;
+  static FakeZe& fake = FakeOf<FakeZe>(ROPEWALK_FAKE_LIBZE, "fake_ze");
+  return fake;
 }
 
 const Environment kFake = {{"ROPEWALK_LIBZE_LOADER", ROPEWALK_FAKE_LIBZE}};

@@ -6,7 +6,6 @@
 #include <dlfcn.h>
 #include <gtest/gtest.h>
 #include <stdlib.h>
-#include <sys/wait.h>
 #include <unistd.h>
 
 #include <atomic>
@@ -23,15 +22,15 @@
 #include "conformance/runner.h"
 #include "core/text.h"
 #include "ops/rope/rope_spirv.h"
+#include "tests/expect_passed.h"
+#include "tests/fresh_process.h"
+#include "tests/make_call.h"
 
 namespace ropewalk {
 namespace {
 
 // ---------------------------------------------------------------------------------------------------------------------
 // The loader is opened once in a process, so each scenario has its own
-
-using Environment = std::vector<std::pair<const char*, std::string>>;
-constexpr int kSkipped = 77;
 
 // Intel's run-time for CPUs, wherever the loader looks else: Debian's loader and Intel's own have each their variable.
 void UseIntelRuntime() {
@@ -40,26 +39,14 @@ void UseIntelRuntime() {
   setenv("OCL_ICD_FILENAMES", ROPEWALK_INTEL_OPENCL, 1);
 }
 
-// What the body says with SKIP() is told by the process's code.
 void InFreshProcess(const Environment& changes, const std::function<void()>& body) {
-  const pid_t child = fork();
-  ASSERT_GE(child, 0);
-  if (child == 0) {
-    for (const char* name : {"ROPEWALK_LIBOPENCL", "ROPEWALK_OPENCL_DEVICE", "ROPEWALK_OPENCL_OPTIONS",
-                             "ROPEWALK_OPENCL_SOURCE", "ROPEWALK_OPENCL_GENERAL", "FAKE_CL"}) {
-      unsetenv(name);
-    }
+  InChild([&] {
     UseIntelRuntime();
-    for (const auto& [name, value] : changes) setenv(name, value.c_str(), 1);
+    ChangeEnvironment({"ROPEWALK_LIBOPENCL", "ROPEWALK_OPENCL_DEVICE", "ROPEWALK_OPENCL_OPTIONS",
+                       "ROPEWALK_OPENCL_SOURCE", "ROPEWALK_OPENCL_GENERAL", "FAKE_CL"},
+                      changes);
     body();
-    fflush(stdout);
-    _exit(testing::Test::HasFailure() ? 1 : testing::Test::IsSkipped() ? kSkipped : 0);
-  }
-  int status = -1;
-  ASSERT_EQ(waitpid(child, &status, 0), child);
-  EXPECT_FALSE(WIFSIGNALED(status)) << "the process ended with signal " << WTERMSIG(status);
-  if (WIFEXITED(status) && WEXITSTATUS(status) == kSkipped) GTEST_SKIP() << "no OpenCL device";
-  EXPECT_EQ(status, 0) << "see above";
+  });
 }
 
 // False, and the test is skipped, where there is no device.
@@ -86,14 +73,7 @@ void Report(int64_t cases, const char* what) {
 
 void ExpectAllPass(const std::vector<RopeCase>& cases, DeviceMemory& memory, const char* what) {
   const RunSummary summary = RunCases(cases, memory, {.backend = "opencl"});
-  EXPECT_TRUE(summary.ok()) << summary.error << summary.failed << " of " << summary.run << " cases failed";
-  EXPECT_EQ(summary.run, static_cast<int64_t>(cases.size()));
-  int shown = 0;
-  for (const CaseResult& failure : summary.failures) {
-    if (++shown > 20) break;
-    ADD_FAILURE() << failure.name << "\n  " << failure.message << "\n  alone: " << failure.rerun;
-  }
-  EXPECT_LE(summary.worst, 1.0) << summary.worst_case;
+  ExpectPassed(summary, cases.size());
   for (const auto& [kernel, count] : summary.kernels) EXPECT_TRUE(kernel.starts_with("opencl ")) << kernel;
   if (summary.failed == 0) Report(summary.run, what);
 }
@@ -162,22 +142,6 @@ TEST(OpenClConformance, TensorsOfACallersContext) {
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Threads, prepare(), faults
-
-std::string MessageOf(const CaseCall& call) {
-  std::string message;
-  double worst;
-  int64_t elements;
-  const Status status = call.Verify(&message, &worst, &elements);
-  return status.ok() ? message : status.text();
-}
-
-std::unique_ptr<CaseCall> MakeCall(RopeCase c, DeviceMemory& memory) {
-  c.name = CaseName(c);
-  std::unique_ptr<CaseCall> call;
-  const Status status = CaseCall::Make(c, memory, &call);
-  EXPECT_TRUE(status.ok()) << status.text();
-  return call;
-}
 
 TEST(OpenClHost, ManyThreadsShareOneKernel) {
   InFreshProcess({}, [] {

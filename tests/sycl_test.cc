@@ -3,13 +3,10 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <gtest/gtest.h>
 #include <stdlib.h>
-#include <sys/wait.h>
-#include <unistd.h>
 
 #include <cstring>
 #include <filesystem>
 #include <functional>
-#include <memory>
 #include <nlohmann/json.hpp>
 #include <string>
 #include <thread>
@@ -20,6 +17,9 @@
 #include "core/op.h"
 #include "core/text.h"
 #include "ops/rope/rope_cases.h"
+#include "tests/expect_passed.h"
+#include "tests/fresh_process.h"
+#include "tests/make_call.h"
 #include "tests/sycl_memory.h"
 
 namespace ropewalk {
@@ -32,20 +32,6 @@ std::string LastError() { return ropewalk_last_error(); }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Without SYCL: first, as a process that has opened it cannot fork
-
-// In a process of its own, where no libsycl is loaded.
-void InFreshProcess(const std::function<void()>& body) {
-  const pid_t child = fork();
-  ASSERT_GE(child, 0);
-  if (child == 0) {
-    body();
-    fflush(stdout);
-    _exit(::testing::Test::HasFailure() ? 1 : 0);
-  }
-  int status = -1;
-  ASSERT_EQ(waitpid(child, &status, 0), child);
-  EXPECT_EQ(status, 0) << "see above";
-}
 
 // The queue is not looked at before a shim is found, so that any address will do.
 struct Unserved {
@@ -63,7 +49,7 @@ struct Unserved {
 };
 
 TEST(SyclAbsent, RefusesWithoutALibsycl) {
-  InFreshProcess([] {
+  InChild([] {
     unsetenv("ROPEWALK_LIBSYCL_SHIM");
     Unserved call;
     EXPECT_EQ(ropewalk_rope(&call.args, nullptr), ROPEWALK_UNAVAILABLE);
@@ -72,7 +58,7 @@ TEST(SyclAbsent, RefusesWithoutALibsycl) {
 }
 
 TEST(SyclAbsent, RefusesAForeignShim) {
-  InFreshProcess([] {
+  InChild([] {
     setenv("ROPEWALK_LIBSYCL_SHIM", "/nowhere/libropewalk_sycl9.so", 1);
     Unserved call;
     EXPECT_EQ(ropewalk_rope(&call.args, nullptr), ROPEWALK_UNAVAILABLE);
@@ -119,15 +105,8 @@ TEST_F(Sycl, Conformance) {
     for (size_t i = 0; i < cases.size(); i += 101) sample.push_back(cases[i]);
     cases = std::move(sample);
   }
-  RunOptions options;
-  options.backend = "intel";
-  const RunSummary sum = RunCases(cases, Memory(), options);
-  EXPECT_EQ(sum.error, "");
-  EXPECT_EQ(sum.run, static_cast<int64_t>(cases.size()));
-  EXPECT_EQ(sum.failed, 0);
-  for (size_t i = 0; i < std::min<size_t>(sum.failures.size(), 5); ++i) {
-    ADD_FAILURE() << sum.failures[i].name << ": " << sum.failures[i].message;
-  }
+  const RunSummary sum = RunCases(cases, Memory(), {.backend = "intel"});
+  ExpectPassed(sum, cases.size());
   for (const auto& [kernel, count] : sum.kernels)
     EXPECT_TRUE(kernel.starts_with("intel ") || kernel == "none") << kernel;
   std::printf("%lld cases ran on a SYCL queue of %s, %lld elements compared, the worst error %.2f of its tolerance\n",
@@ -141,8 +120,7 @@ TEST_F(Sycl, KeepsTheOrderOfAQueueWithoutOrder) {
   RopeCase c = Small();
   c.tokens = 64;
   for (int round = 0; round < 20; ++round) {
-    std::unique_ptr<CaseCall> call;
-    ASSERT_TRUE(CaseCall::Make(c, memory, &call).ok());
+    const auto call = MakeCall(c, memory);
     ropewalk_rope_args args = call->args();
     const size_t bytes = static_cast<size_t>(c.tokens * c.q_heads * c.head_dim * 2);
     void* q = static_cast<char*>(args.q->data) + args.q->byte_offset;
@@ -163,8 +141,7 @@ TEST_F(Sycl, FaultsAreTold) {
     if (candidate.bad == Bad::kPosition && candidate.batch == 0) c = candidate;
   }
   ASSERT_EQ(c.bad, Bad::kPosition);
-  std::unique_ptr<CaseCall> call;
-  ASSERT_TRUE(CaseCall::Make(c, Memory(), &call).ok());
+  const auto call = MakeCall(c, Memory());
   ASSERT_EQ(ropewalk_check_faults(), ROPEWALK_OK) << LastError();
   ASSERT_EQ(ropewalk_rope(&call->args(), nullptr), ROPEWALK_OK) << LastError();
   EXPECT_EQ(ropewalk_check_faults(), ROPEWALK_FAULT);  // waits for the queue
@@ -177,17 +154,12 @@ TEST_F(Sycl, ThreadsWithQueuesOfTheirOwn) {
   for (int i = 0; i < 4; ++i) {
     threads.emplace_back([] {
       SyclTestMemory memory;
-      std::unique_ptr<CaseCall> call;
-      ASSERT_TRUE(CaseCall::Make(Small(), memory, &call).ok());
+      const auto call = MakeCall(Small(), memory);
       for (int j = 0; j < 20; ++j) {
-        std::string message;
-        double worst = 0;
-        int64_t elements = 0;
         ASSERT_TRUE(call->Reset().ok());
         const Status status = call->Run();
         ASSERT_TRUE(status.ok()) << status.text();
-        ASSERT_TRUE(call->Verify(&message, &worst, &elements).ok());
-        ASSERT_EQ(message, "");
+        ASSERT_EQ(MessageOf(*call), "");
       }
     });
   }
@@ -195,8 +167,7 @@ TEST_F(Sycl, ThreadsWithQueuesOfTheirOwn) {
 }
 
 TEST_F(Sycl, ExplainNamesTheQueue) {
-  std::unique_ptr<CaseCall> call;
-  ASSERT_TRUE(CaseCall::Make(Small(), Memory(), &call).ok());
+  const auto call = MakeCall(Small(), Memory());
   const char* text = ropewalk_explain(&call->args());
   ASSERT_NE(text, nullptr) << LastError();
   const nlohmann::json explanation = nlohmann::json::parse(text);
@@ -209,8 +180,7 @@ TEST_F(Sycl, ExplainNamesTheQueue) {
 // Refusals; the process lives on
 
 TEST_F(Sycl, RefusesMemoryOfTheHost) {
-  std::unique_ptr<CaseCall> call;
-  ASSERT_TRUE(CaseCall::Make(Small(), Memory(), &call).ok());
+  const auto call = MakeCall(Small(), Memory());
   std::vector<uint16_t> host(static_cast<size_t>(5 * 2 * 128 + 64));
   DLTensor k = *call->args().k;
   k.data = reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(host.data()) + 63) / 64 * 64);
@@ -224,8 +194,7 @@ TEST_F(Sycl, RefusesMemoryOfTheHost) {
 }
 
 TEST_F(Sycl, RefusesAStreamBesideTheQueue) {
-  std::unique_ptr<CaseCall> call;
-  ASSERT_TRUE(CaseCall::Make(Small(), Memory(), &call).ok());
+  const auto call = MakeCall(Small(), Memory());
   int stream = 0;
   EXPECT_EQ(ropewalk_rope(&call->args(), &stream), ROPEWALK_INVALID_ARGUMENT);
   EXPECT_EQ(LastError(), "rope: sycl_queue and stream are both given: the work goes to one of them");

@@ -1,5 +1,6 @@
 // Calls from many threads, the caller's parallel_for, the pool, and fork(): results are those of one thread, to the
-// bit. SPDX-License-Identifier: Apache-2.0
+// bit.
+// SPDX-License-Identifier: Apache-2.0
 #include <gtest/gtest.h>
 #include <signal.h>
 #include <sys/wait.h>
@@ -46,14 +47,6 @@ RopeCase Splittable(int32_t pairing = ROPEWALK_NEOX) {
           .cache_dtype = kBF16,
           .v_dim = 80,
           .slots = Slots::kSkips};
-}
-
-std::string MessageOf(const CaseCall& call) {
-  std::string message;
-  double worst;
-  int64_t elements;
-  const Status status = call.Verify(&message, &worst, &elements);
-  return status.ok() ? message : status.text();
 }
 
 std::vector<char> BytesOf(const DLTensor& tensor) {  // contiguous, of two bytes

@@ -11,6 +11,7 @@
 #include "backends/cpu/row_plan.h"
 #include "backends/cpu/thread_pool.h"
 #include "core/text.h"
+#include "ops/rope/rope_fault_text.h"
 
 namespace ropewalk {
 namespace {
@@ -62,26 +63,17 @@ std::string fault_text;
 
 void RecordFault(const RopeCall& call, int64_t row) {
   const RowPlan plan = PlanRow(call, row);
-  std::string where = Text("[", plan.token, "]");
-  if (call.params.batch > 1) where = Text("[", plan.batch, ", ", plan.token, "]");
-  std::string text;
-  switch (plan.fault) {
-    case kRopeFaultPosition:
-      text = Text("rope: positions", where, " is ", plan.fault_value,
-                  plan.fault_axis ? Text(" on axis ", plan.fault_axis) : "",
-                  call.tensors.offsets ? " with its offset" : "", ", but the table has ", call.params.rows,
-                  " rows; the token was filled with NaN");
-      break;
-    case kRopeFaultSlot:
-      text = Text("rope: slots", where, " is ", plan.fault_value, ", but the cache has ", call.params.slots,
-                  " slots; the token was not stored");
-      break;
-    case kRopeFaultAxis:
-      text = Text("rope: axes[", plan.fault_axis, "] is ", plan.fault_value, ", but positions have ", call.params.axes,
-                  " rows; all tokens were filled with NaN");
-      break;
-    default: return;
-  }
+  if (plan.fault == kRopeFaultNone) return;
+  const rope_params& p = call.params;
+  const rope_fault fault = {.key = static_cast<rw_u64>(row) << 2 | static_cast<rw_u64>(plan.fault),
+                            .value = plan.fault_value,
+                            .limit = plan.fault == kRopeFaultPosition ? p.rows
+                                     : plan.fault == kRopeFaultSlot   ? p.slots
+                                                                      : p.axes,
+                            .tokens = p.tokens,
+                            .lock = 0,
+                            .axis = static_cast<rw_u32>(plan.fault_axis)};
+  std::string text = RopeFaultText(fault, p.batch > 1, call.tensors.offsets != nullptr);
   const std::lock_guard lock(fault_mutex);
   if (fault_text.empty()) fault_text = std::move(text);
 }
@@ -170,7 +162,7 @@ Status Explain(const RopeCall& call, Explanation* explanation) {
   explanation->emplace_back("kernel", Text("cpu:", target->name, " ", KernelName(KernelIndex(v))));
   explanation->emplace_back("target", target->name);
   explanation->emplace_back("source", "built in");
-  explanation->emplace_back("angles", v.table_dtype == kRopeNoDtype ? "frequencies" : "table");
+  explanation->emplace_back("angles", NeedsFrequencies(call) ? "frequencies" : "table");
   explanation->emplace_back("rounding to bfloat16", v.dtype != kRopeBF16 ? "none" : native ? "AVX512_BF16" : "integer");
   explanation->emplace_back("threads", caller_splitter.load() ? "the caller's parallel_for"
                                        : ThreadPoolSize() > 1 ? Text("pool of ", ThreadPoolSize())

@@ -2,7 +2,6 @@
 #include "backends/cuda/context.h"
 
 #include <algorithm>
-#include <cstring>
 
 #include "core/text.h"
 #include "ops/rope/rope_fault_text.h"
@@ -12,18 +11,6 @@ namespace {
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Helpers
-
-size_t HashOf(const RopeCudaKey& key) {
-  static_assert(sizeof(key) % sizeof(uint64_t) == 0);
-  uint64_t words[sizeof(key) / sizeof(uint64_t)];
-  std::memcpy(words, &key, sizeof(words));
-  uint64_t hash = 0;
-  for (const uint64_t word : words) {
-    hash = (hash ^ word) * 0x9e3779b97f4a7c15u;
-    hash ^= hash >> 32;
-  }
-  return static_cast<size_t>(hash);
-}
 
 // Lets this thread allocate and load while streams are being captured: what it does is no part of any capture.
 class RelaxedCapture {
@@ -106,32 +93,6 @@ bool CudaContext::Alive() const {
 // ---------------------------------------------------------------------------------------------------------------------
 // Kernels
 
-const CudaKernel* CudaKernelTable::Find(const RopeCudaKey& key) const {
-  const Slots* slots = current_.load(std::memory_order_acquire);
-  if (!slots) return nullptr;
-  for (size_t i = HashOf(key) & slots->mask;; i = (i + 1) & slots->mask) {
-    const CudaKernel* kernel = slots->kernels[i].load(std::memory_order_acquire);
-    if (!kernel || kernel->key == key) return kernel;
-  }
-}
-
-void CudaKernelTable::Put(Slots* slots, const CudaKernel* kernel) {
-  size_t i = HashOf(kernel->key) & slots->mask;
-  while (slots->kernels[i].load(std::memory_order_relaxed)) i = (i + 1) & slots->mask;
-  slots->kernels[i].store(kernel, std::memory_order_release);
-}
-
-void CudaKernelTable::Insert(std::unique_ptr<const CudaKernel> kernel) {
-  kernels_.push_back(std::move(kernel));
-  if (slots_.empty() || kernels_.size() * 2 > slots_.back()->kernels.size()) {
-    slots_.push_back(std::make_unique<Slots>(slots_.empty() ? 64 : slots_.back()->kernels.size() * 4));
-    for (const auto& known : kernels_) Put(slots_.back().get(), known.get());
-    current_.store(slots_.back().get(), std::memory_order_release);
-  } else {
-    Put(slots_.back().get(), kernels_.back().get());
-  }
-}
-
 Status CudaContext::LoadKernel(const RopeCudaKey& key) {
   for (bool no_disk = false;; no_disk = true) {
     // Not under the lock: other variants may compile meanwhile.
@@ -181,37 +142,21 @@ void CudaContext::ForEachKernel(const std::function<void(const CudaKernel&)>& vi
 // Frequencies
 
 cu::DevicePtr CudaContext::FindFrequencies(const ropewalk_frequencies& frequencies) {
-  // A writer clears the id before it changes the address: the address read between two equal ids is theirs.
-  FrequenciesSlot& slot = frequencies_slots_[frequencies.id % frequencies_slots_.size()];
-  if (slot.id.load(std::memory_order_acquire) == frequencies.id) {
-    const cu::DevicePtr address = slot.address.load(std::memory_order_acquire);
-    if (slot.id.load(std::memory_order_relaxed) == frequencies.id) return address;
-  }
-  std::string content(reinterpret_cast<const char*>(frequencies.turns.data()),
-                      frequencies.turns.size() * sizeof(uint64_t));
-  content.append(reinterpret_cast<const char*>(frequencies.axes.data()), frequencies.axes.size() * sizeof(int32_t));
+  if (const cu::DevicePtr address = frequencies_.Find(frequencies)) return address;
   const std::lock_guard lock(mutex_);
-  const auto it = frequencies_.find(DigestOf(content));
-  if (it == frequencies_.end()) return 0;
-  slot.id.store(0, std::memory_order_release);
-  slot.address.store(it->second, std::memory_order_release);
-  slot.id.store(frequencies.id, std::memory_order_release);
-  return it->second;
+  return frequencies_.FindEqual(frequencies);
 }
 
 Status CudaContext::UploadFrequencies(const ropewalk_frequencies& frequencies) {
-  std::string content(reinterpret_cast<const char*>(frequencies.turns.data()),
-                      frequencies.turns.size() * sizeof(uint64_t));
-  content.append(reinterpret_cast<const char*>(frequencies.axes.data()), frequencies.axes.size() * sizeof(int32_t));
   const std::lock_guard lock(mutex_);
-  const Digest digest = DigestOf(content);
-  if (frequencies_.contains(digest)) return {};
+  if (frequencies_.FindEqual(frequencies)) return {};
   const RelaxedCapture relaxed(driver);
   ROPEWALK_TRY(Prepare());
+  const std::string bytes = DeviceCopyOf(frequencies);
   cu::DevicePtr address = 0;
-  ROPEWALK_TRY(Allocate(content.size(), &address));
-  ROPEWALK_TRY(CopyIn(address, content.data(), content.size()));
-  frequencies_[digest] = address;
+  ROPEWALK_TRY(Allocate(bytes.size(), &address));
+  ROPEWALK_TRY(CopyIn(address, bytes.data(), bytes.size()));
+  frequencies_.Keep(frequencies, address);
   return {};
 }
 

@@ -3,18 +3,16 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include <array>
 #include <atomic>
 #include <cstdint>
 #include <functional>
-#include <map>
 #include <memory>
 #include <mutex>
 #include <string>
-#include <vector>
 
 #include "backends/cuda/cache.h"
 #include "backends/cuda/driver.h"
+#include "backends/kernel_table.h"
 #include "core/status.h"
 #include "ops/rope/rope_cuda.h"
 
@@ -27,26 +25,6 @@ struct CudaKernel {
   std::string source;  // where its cubin came from
   int registers = 0, local_bytes = 0, shared_bytes = 0;
   mutable std::atomic<int64_t> launches{0};
-};
-
-// From a key to its kernel; found without a lock, never removed.
-class CudaKernelTable {
- public:
-  const CudaKernel* Find(const RopeCudaKey& key) const;
-  void Insert(std::unique_ptr<const CudaKernel> kernel);                                  // under the owner's lock
-  const std::vector<std::unique_ptr<const CudaKernel>>& all() const { return kernels_; }  // under the owner's lock
-
- private:
-  struct Slots {
-    explicit Slots(size_t count) : mask(count - 1), kernels(count) {}
-    size_t mask;
-    std::vector<std::atomic<const CudaKernel*>> kernels;
-  };
-  static void Put(Slots* slots, const CudaKernel* kernel);
-
-  std::vector<std::unique_ptr<const CudaKernel>> kernels_;
-  std::vector<std::unique_ptr<Slots>> slots_;  // the last is in use; a reader may still hold one before it
-  std::atomic<const Slots*> current_{nullptr};
 };
 
 class CudaContext {
@@ -86,20 +64,14 @@ class CudaContext {
   void ForEachKernel(const std::function<void(const CudaKernel&)>& visit) const;
 
  private:
-  struct FrequenciesSlot {
-    std::atomic<uint64_t> id{0};
-    std::atomic<cu::DevicePtr> address{0};
-  };
-
   Status Prepare();  // the stream and the faults
   Status Allocate(size_t bytes, cu::DevicePtr* out);
   Status CopyIn(cu::DevicePtr to, const void* from, size_t bytes);
   Status ResetFaults();
 
   mutable std::mutex mutex_;
-  CudaKernelTable kernels_;
-  std::map<Digest, cu::DevicePtr> frequencies_;               // by content
-  std::array<FrequenciesSlot, 1024> frequencies_slots_ = {};  // by id
+  KernelTable<const CudaKernel> kernels_;
+  FrequencyCopies<cu::DevicePtr> frequencies_;
   cu::Stream stream_ = nullptr;  // for our copies; takes no part in the legacy stream's order
   cu::DevicePtr slab_ = 0;       // what is left of the last allocation
   size_t slab_bytes_ = 0;

@@ -6,6 +6,7 @@
 #include <cstdlib>
 #include <string_view>
 
+#include "backends/contexts.h"
 #include "backends/cuda/bundle.h"
 #include "backends/cuda/cache.h"
 #include "backends/cuda/context.h"
@@ -38,10 +39,7 @@ std::string DeviceText(const CudaDriver& driver, int ordinal) {
 
 // The device of the call, if it can serve.
 Status Usable(const CudaDriver& driver, const RopeCall& call) {
-  if (!driver.status.ok()) {
-    return Status(driver.status.code(), Text("rope: q is on ", DeviceName(call.device), ", but CUDA is not available: ",
-                                             driver.status.text(), driver.remedy.empty() ? "" : "; ", driver.remedy));
-  }
+  ROPEWALK_TRY(Opened(driver, "CUDA", call));
   const int ordinal = call.device.device_id;
   const auto count = static_cast<int>(driver.devices.size());
   if (ordinal < 0 || ordinal >= count) {
@@ -56,13 +54,12 @@ Status Usable(const CudaDriver& driver, const RopeCall& call) {
 }
 
 Status Plan(const CudaDriver& driver, const RopeCall& call, RopeCudaPlan* plan) {
+  ROPEWALK_TRY(Usable(driver, call));
   const CudaDeviceInfo& info = driver.devices[static_cast<size_t>(call.device.device_id)];
   return PlanRopeCuda(call, info.properties,
                       {DependentLaunchAllowed() && !call.disable_pdl, forced_layout.load(std::memory_order_relaxed)},
                       plan);
 }
-
-bool NeedsFrequencies(const RopeCall& call) { return call.variant.table_dtype == kRopeNoDtype; }
 
 // What a launch needs and prepare() makes.
 struct Ready {
@@ -182,7 +179,6 @@ Availability Available() {
 
 Status Launch(const RopeCall& call) {
   const CudaDriver& driver = GetCudaDriver();
-  ROPEWALK_TRY(Usable(driver, call));
   RopeCudaPlan plan;
   ROPEWALK_TRY(Plan(driver, call, &plan));
   if (plan.grid_x == 0) return {};
@@ -208,7 +204,7 @@ Status Launch(const RopeCall& call) {
   args.turns = reinterpret_cast<const rw_u64*>(ready.frequencies);
   args.axes = t.axes;
   if (!t.axes && call.variant.axes) {
-    args.axes = reinterpret_cast<const int*>(ready.frequencies + call.frequencies->turns.size() * sizeof(uint64_t));
+    args.axes = reinterpret_cast<const int*>(ready.frequencies + AxesOffset(*call.frequencies));
   }
   args.q_weight = t.q_weight;
   args.k_weight = t.k_weight;
@@ -238,14 +234,12 @@ Status Launch(const RopeCall& call) {
   void* parameters[] = {&args};
   const cu::Result result = driver.LaunchKernelEx(&config, ready.kernel->function, parameters, nullptr);
   if (result != cu::kSuccess) return LaunchFailed(context, call, result);
-  ready.kernel->launches.fetch_add(1, std::memory_order_relaxed);
-  if (!context->launched.load(std::memory_order_relaxed)) context->launched.store(true, std::memory_order_relaxed);
+  CountLaunch(context, ready.kernel);
   return {};
 }
 
 Status Prepare(const RopeCall& call) {
   const CudaDriver& driver = GetCudaDriver();
-  ROPEWALK_TRY(Usable(driver, call));
   RopeCudaPlan plan;
   ROPEWALK_TRY(Plan(driver, call, &plan));
   if (plan.grid_x == 0) return {};
@@ -258,7 +252,6 @@ Status Prepare(const RopeCall& call) {
 
 Status Explain(const RopeCall& call, Explanation* explanation) {
   const CudaDriver& driver = GetCudaDriver();
-  ROPEWALK_TRY(Usable(driver, call));
   RopeCudaPlan plan;
   ROPEWALK_TRY(Plan(driver, call, &plan));
   const auto add = [&](const char* key, std::string value) { explanation->emplace_back(key, std::move(value)); };
@@ -296,19 +289,12 @@ Status Explain(const RopeCall& call, Explanation* explanation) {
 }
 
 Status CheckFaults() {
-  std::string fault;
-  Status error;
-  // A device that is lost must not hide another's fault.
-  ForEachCudaContext([&](CudaContext* context) {
-    if (!context->launched.load(std::memory_order_relaxed) || !context->Alive()) return;
+  return FirstFault(ForEachCudaContext, [](CudaContext* context, std::string* text) -> Status {
+    if (!context->Alive()) return {};
     CudaContextScope scope;
-    std::string text;
-    Status status = scope.Enter(context);
-    if (status.ok()) status = context->TakeFaults(&text);
-    if (fault.empty()) fault = std::move(text);
-    if (error.ok()) error = std::move(status);
+    ROPEWALK_TRY(scope.Enter(context));
+    return context->TakeFaults(text);
   });
-  return fault.empty() ? error : Status::Fault(std::move(fault));
 }
 
 Status Force(const std::string& part) {
@@ -322,13 +308,7 @@ Status Force(const std::string& part) {
 }
 
 void Counters(std::vector<std::pair<std::string, int64_t>>* counters) {
-  std::map<std::string, int64_t> counts;
-  ForEachCudaContext([&](CudaContext* context) {
-    context->ForEachKernel([&](const CudaKernel& kernel) {
-      if (const int64_t count = kernel.launches.load(std::memory_order_relaxed)) counts[kernel.name] += count;
-    });
-  });
-  for (const auto& [name, count] : counts) counters->emplace_back(Text("cuda ", name), count);
+  AddCounters("cuda", ForEachCudaContext, counters);
 }
 
 }  // namespace

@@ -3,40 +3,18 @@
 
 #include <dlfcn.h>
 
-#include <atomic>
-#include <cstdlib>
-
+#include "backends/driver_library.h"
 #include "core/text.h"
 
 namespace ropewalk {
 namespace {
 
-std::atomic<bool> was_loaded{false};
-
 constexpr const char* kInstallDriver = "install the NVIDIA driver";
-
-// The library's handle; null with the reason in `why`.
-void* Open(std::string* path, std::string* why) {
-  if (const char* named = std::getenv("ROPEWALK_LIBCUDA"); named && *named) {
-    *path = named;
-    void* library = dlopen(named, RTLD_NOW | RTLD_LOCAL);
-    if (!library) *why = Text("ROPEWALK_LIBCUDA names ", named, ", which cannot be opened: ", dlerror());
-    return library;
-  }
-  constexpr const char* kName = "libcuda.so.1";
-  constexpr const char* kWsl = "/usr/lib/wsl/lib/libcuda.so.1";
-  for (const auto& [name, flags] : {std::pair{kName, RTLD_NOLOAD}, {kName, 0}, {kWsl, 0}}) {
-    *path = name;
-    if (void* library = dlopen(name, RTLD_NOW | RTLD_LOCAL | flags)) return library;
-  }
-  *why = Text(kName, " was not found: looked for it as the system's loader does, and for ", kWsl);
-  return nullptr;
-}
 
 Status Load(CudaDriver* driver) {
   std::string why;
   driver->remedy = kInstallDriver;
-  void* library = Open(&driver->path, &why);
+  void* library = OpenLibrary("ROPEWALK_LIBCUDA", "libcuda.so.1", "/usr/lib/wsl/lib/libcuda.so.1", &driver->path, &why);
   if (!library) return Status::Unavailable(why);
 #define ROPEWALK_FIND(name, symbol, ...)                                           \
   driver->name = reinterpret_cast<decltype(driver->name)>(dlsym(library, symbol)); \
@@ -86,18 +64,8 @@ Status CudaDriver::Check(cu::Result result, const char* call, const std::string&
                              error_text ? Text(" (", error_text, ")") : "", context));
 }
 
-const CudaDriver& GetCudaDriver() {
-  // Never destroyed: the driver may be gone before our destructors run.
-  static const CudaDriver* const driver = [] {
-    auto* loaded = new CudaDriver;
-    loaded->status = Load(loaded);
-    was_loaded.store(true, std::memory_order_release);
-    return loaded;
-  }();
-  return *driver;
-}
-
-bool CudaDriverWasLoaded() { return was_loaded.load(std::memory_order_acquire); }
+const CudaDriver& GetCudaDriver() { return Once<CudaDriver, Load>::Get(); }
+bool CudaDriverWasLoaded() { return Once<CudaDriver, Load>::WasLoaded(); }
 
 std::string CudaVersionText(int version) { return Text(version / 1000, ".", version % 1000 / 10); }
 

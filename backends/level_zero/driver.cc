@@ -4,15 +4,12 @@
 #include <dlfcn.h>
 
 #include <algorithm>
-#include <atomic>
-#include <cstdlib>
 
+#include "backends/driver_library.h"
 #include "core/text.h"
 
 namespace ropewalk {
 namespace {
-
-std::atomic<bool> was_loaded{false};
 
 const char* ResultName(ze::Result result) {
   switch (result) {
@@ -41,20 +38,6 @@ const char* ResultName(ze::Result result) {
     case 0x78000019: return "ZE_RESULT_ERROR_INVALID_COMMAND_LIST_TYPE";
     default: return nullptr;
   }
-}
-
-// The library's handle; null with the reason in `why`.
-void* Open(std::string* path, std::string* why) {
-  if (const char* named = std::getenv("ROPEWALK_LIBZE_LOADER"); named && *named) {
-    *path = named;
-    void* library = dlopen(named, RTLD_NOW | RTLD_LOCAL);
-    if (!library) *why = Text("ROPEWALK_LIBZE_LOADER names ", named, ", which cannot be opened: ", dlerror());
-    return library;
-  }
-  *path = "libze_loader.so.1";
-  void* library = dlopen(path->c_str(), RTLD_NOW | RTLD_LOCAL);
-  if (!library) *why = Text(*path, " was not found: looked for it as the system's loader does");
-  return library;
 }
 
 }  // namespace
@@ -103,7 +86,7 @@ namespace {
 Status Load(LevelZeroDriver* driver) {
   std::string why;
   driver->remedy = "install Intel's GPU driver and the Level Zero loader (apt-get install libze1 intel-opencl-icd)";
-  void* library = Open(&driver->path, &why);
+  void* library = OpenLibrary("ROPEWALK_LIBZE_LOADER", "libze_loader.so.1", nullptr, &driver->path, &why);
   if (!library) return Status::Unavailable(why);
 #define ROPEWALK_FIND(name, symbol, ...) \
   driver->name = reinterpret_cast<decltype(driver->name)>(dlsym(library, symbol));
@@ -158,17 +141,7 @@ Status LevelZeroDriver::Check(ze::Result result, const char* call, const std::st
   return Status::Driver(Text("rope: ", call, " failed: ", name ? Text(name, " (", number, ")") : number, context));
 }
 
-const LevelZeroDriver& GetLevelZeroDriver() {
-  // Never destroyed: the driver may be gone before our destructors run.
-  static const LevelZeroDriver* const driver = [] {
-    auto* loaded = new LevelZeroDriver;
-    loaded->status = Load(loaded);
-    was_loaded.store(true, std::memory_order_release);
-    return loaded;
-  }();
-  return *driver;
-}
-
-bool LevelZeroDriverWasLoaded() { return was_loaded.load(std::memory_order_acquire); }
+const LevelZeroDriver& GetLevelZeroDriver() { return Once<LevelZeroDriver, Load>::Get(); }
+bool LevelZeroDriverWasLoaded() { return Once<LevelZeroDriver, Load>::WasLoaded(); }
 
 }  // namespace ropewalk

@@ -1,8 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "backends/level_zero/level_zero.h"
 
-#include <map>
-
+#include "backends/contexts.h"
 #include "backends/level_zero/context.h"
 #include "backends/sycl/sycl.h"
 #include "core/text.h"
@@ -12,11 +11,7 @@ namespace {
 
 // The device of the call, if it can serve.
 Status Usable(const LevelZeroDriver& driver, const RopeCall& call) {
-  if (!driver.status.ok()) {
-    return Status(driver.status.code(), Text("rope: q is on ", DeviceName(call.device),
-                                             ", but Level Zero is not available: ", driver.status.text(),
-                                             driver.remedy.empty() ? "" : "; ", driver.remedy));
-  }
+  ROPEWALK_TRY(Opened(driver, "Level Zero", call));
   const int ordinal = call.device.device_id;
   const auto count = static_cast<int>(driver.devices.size());
   if (ordinal < 0 || ordinal >= count) {
@@ -32,6 +27,7 @@ Status Usable(const LevelZeroDriver& driver, const RopeCall& call) {
 }
 
 Status Plan(const LevelZeroDriver& driver, const RopeCall& call, RopeSpirvPlan* plan) {
+  ROPEWALK_TRY(Usable(driver, call));
   return PlanRopeSpirv(call, driver.devices[static_cast<size_t>(call.device.device_id)].properties, plan);
 }
 
@@ -83,7 +79,6 @@ Availability Available() {
 Status Launch(const RopeCall& call) {
   if (call.sycl_queue) return SyclLaunch(call);
   const LevelZeroDriver& driver = GetLevelZeroDriver();
-  ROPEWALK_TRY(Usable(driver, call));
   RopeSpirvPlan plan;
   ROPEWALK_TRY(Plan(driver, call, &plan));
   if (plan.empty()) return {};
@@ -92,12 +87,11 @@ Status Launch(const RopeCall& call) {
   ROPEWALK_TRY(EnterLevelZero(driver, call.device.device_id, list, &context));
   ROPEWALK_TRY(CheckPointers(*context, call));
   SpirvContext::Ready ready;
-  if (!context->Find(call, plan.key, &ready)) ROPEWALK_TRY(context->Make(call, plan.key, &ready));
+  ROPEWALK_TRY(context->FindOrMake(call, plan.key, &ready));
   RopeSpirvArgs args;
   FillRopeSpirvArgs(call, plan, ready.frequencies, ready.fault, &args);
   ROPEWALK_TRY(context->Launch(ready.kernel, plan, args, list));
-  ready.kernel->launches.fetch_add(1, std::memory_order_relaxed);
-  if (!context->launched.load(std::memory_order_relaxed)) context->launched.store(true, std::memory_order_relaxed);
+  CountLaunch(context, ready.kernel);
   return {};
 }
 
@@ -105,7 +99,6 @@ Status Launch(const RopeCall& call) {
 Status Prepare(const RopeCall& call) {
   if (call.sycl_queue) return SyclPrepare(call);
   const LevelZeroDriver& driver = GetLevelZeroDriver();
-  ROPEWALK_TRY(Usable(driver, call));
   RopeSpirvPlan plan;
   ROPEWALK_TRY(Plan(driver, call, &plan));
   if (plan.empty()) return {};
@@ -114,8 +107,7 @@ Status Prepare(const RopeCall& call) {
   Status status;
   ForEachLevelZeroContext([&](LevelZeroContext* context) {
     SpirvContext::Ready ready;
-    if (context->ordinal != call.device.device_id || !status.ok()) return;
-    if (!context->Find(call, plan.key, &ready)) status = context->Make(call, plan.key, &ready);
+    if (context->ordinal == call.device.device_id && status.ok()) status = context->FindOrMake(call, plan.key, &ready);
   });
   return status;
 }
@@ -123,7 +115,6 @@ Status Prepare(const RopeCall& call) {
 Status Explain(const RopeCall& call, Explanation* explanation) {
   if (call.sycl_queue) return SyclExplain(call, explanation);
   const LevelZeroDriver& driver = GetLevelZeroDriver();
-  ROPEWALK_TRY(Usable(driver, call));
   RopeSpirvPlan plan;
   ROPEWALK_TRY(Plan(driver, call, &plan));
   const SpirvKernel* kernel = nullptr;
@@ -142,17 +133,7 @@ void ForEachContext(const std::function<void(SpirvContext*)>& visit) {
 }
 
 Status CheckFaults() {
-  std::string fault;
-  Status error;
-  // A device that is lost must not hide another's fault.
-  ForEachContext([&](SpirvContext* context) {
-    if (!context->launched.load(std::memory_order_relaxed)) return;
-    std::string text;
-    Status status = context->TakeFaults(&text);
-    if (fault.empty()) fault = std::move(text);
-    if (error.ok()) error = std::move(status);
-  });
-  return fault.empty() ? error : Status::Fault(std::move(fault));
+  return FirstFault(ForEachContext, [](SpirvContext* context, std::string* text) { return context->TakeFaults(text); });
 }
 
 Status Force(const std::string& part) {
@@ -161,13 +142,7 @@ Status Force(const std::string& part) {
 }
 
 void Counters(std::vector<std::pair<std::string, int64_t>>* counters) {
-  std::map<std::string, int64_t> counts;
-  ForEachContext([&](SpirvContext* context) {
-    context->ForEachKernel([&](const SpirvKernel& kernel) {
-      if (const int64_t count = kernel.launches.load(std::memory_order_relaxed)) counts[kernel.name] += count;
-    });
-  });
-  for (const auto& [name, count] : counts) counters->emplace_back(Text("intel ", name), count);
+  AddCounters("intel", ForEachContext, counters);
 }
 
 }  // namespace

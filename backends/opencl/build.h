@@ -1,5 +1,6 @@
 // Builds the kernel for an OpenCL device. Depends on nothing that Ropewalk keeps, so that it serves a SYCL queue too
-// whose device is one of OpenCL's. SPDX-License-Identifier: Apache-2.0
+// whose device is one of OpenCL's.
+// SPDX-License-Identifier: Apache-2.0
 #pragma once
 
 #include "backends/opencl/library.h"

@@ -6,6 +6,7 @@
 #include <cstring>
 #include <memory>
 
+#include "backends/contexts.h"
 #include "backends/known_pages.h"
 #include "core/text.h"
 
@@ -73,9 +74,8 @@ Status OpenClContext::Launch(SpirvKernel* kernel, const RopeSpirvPlan& plan, con
   const size_t local[3] = {plan.local, 1, 1};
   ROPEWALK_TRY(library.Check(library.EnqueueNdRange(queue, held.kernel, 3, nullptr, global, local, 0, nullptr, nullptr),
                              "clEnqueueNDRangeKernel", Text(" on ", device_name)));
-  kernel->launches.fetch_add(1, std::memory_order_relaxed);
   if (last_queue_.load(std::memory_order_relaxed) != queue) ROPEWALK_TRY(Remember(queue));
-  if (!launched.load(std::memory_order_relaxed)) launched.store(true, std::memory_order_relaxed);
+  CountLaunch(this, kernel);
   return {};
 }
 

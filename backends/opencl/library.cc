@@ -4,17 +4,15 @@
 #include <dlfcn.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cstdlib>
 #include <cstring>
 #include <string_view>
 
+#include "backends/driver_library.h"
 #include "core/text.h"
 
 namespace ropewalk {
 namespace {
-
-std::atomic<bool> was_loaded{false};
 
 constexpr const char* kInstallLoader =
     "install an OpenCL loader and a driver (Debian, Ubuntu: apt-get install ocl-icd-libopencl1)";
@@ -50,20 +48,6 @@ const char* ErrorName(cl::Int code) {
   }
 }
 
-// The library's handle; null with the reason in `why`.
-void* Open(std::string* path, std::string* why) {
-  if (const char* named = std::getenv("ROPEWALK_LIBOPENCL"); named && *named) {
-    *path = named;
-    void* library = dlopen(named, RTLD_NOW | RTLD_LOCAL);
-    if (!library) *why = Text("ROPEWALK_LIBOPENCL names ", named, ", which cannot be opened: ", dlerror());
-    return library;
-  }
-  *path = "libOpenCL.so.1";
-  void* library = dlopen(path->c_str(), RTLD_NOW | RTLD_LOCAL);
-  if (!library) *why = Text(*path, " was not found: looked for it as the system's loader does");
-  return library;
-}
-
 template <class Value>
 Value Info(const OpenClLibrary& library, cl::Device device, cl::Uint what) {
   Value value{};
@@ -94,7 +78,7 @@ bool SubGroupsOf16(const OpenClLibrary& library, cl::Device device) {
 Status Load(OpenClLibrary* library) {
   std::string why;
   library->remedy = kInstallLoader;
-  void* handle = Open(&library->path, &why);
+  void* handle = OpenLibrary("ROPEWALK_LIBOPENCL", "libOpenCL.so.1", nullptr, &library->path, &why);
   if (!handle) return Status::Unavailable(why);
   const auto find = [&](auto* function, const char* symbol, bool needed) {
     *function = reinterpret_cast<std::remove_pointer_t<decltype(function)>>(dlsym(handle, symbol));
@@ -219,17 +203,7 @@ Status OpenClLibrary::Check(cl::Int result, const char* call, const std::string&
   return Status::Driver(Text("rope: ", call, " failed: ", name ? Text(name) : Text("OpenCL error ", result), context));
 }
 
-const OpenClLibrary& GetOpenCl() {
-  // Never destroyed: the drivers may be gone before our destructors run.
-  static const OpenClLibrary* const library = [] {
-    auto* loaded = new OpenClLibrary;
-    loaded->status = Load(loaded);
-    was_loaded.store(true, std::memory_order_release);
-    return loaded;
-  }();
-  return *library;
-}
-
-bool OpenClWasLoaded() { return was_loaded.load(std::memory_order_acquire); }
+const OpenClLibrary& GetOpenCl() { return Once<OpenClLibrary, Load>::Get(); }
+bool OpenClWasLoaded() { return Once<OpenClLibrary, Load>::WasLoaded(); }
 
 }  // namespace ropewalk

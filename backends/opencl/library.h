@@ -1,5 +1,6 @@
 // libOpenCL, opened when first needed, with our own declarations of what we call, and the devices that can serve:
-// building needs no headers, and the library loads where there is no OpenCL. SPDX-License-Identifier: Apache-2.0
+// building needs no headers, and the library loads where there is no OpenCL.
+// SPDX-License-Identifier: Apache-2.0
 #pragma once
 
 #include <cstddef>

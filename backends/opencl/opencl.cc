@@ -1,8 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "backends/opencl/opencl.h"
 
-#include <map>
-
+#include "backends/contexts.h"
 #include "backends/opencl/context.h"
 #include "backends/opencl/library.h"
 #include "core/text.h"
@@ -14,11 +13,7 @@ bool OnHost(const RopeCall& call) { return call.device.device_type == kDLCPU; }
 
 // The device's place among library.devices, if it can serve the call.
 Status Usable(const OpenClLibrary& library, const RopeCall& call, size_t* place) {
-  if (!library.status.ok()) {
-    return Status(library.status.code(), Text("rope: q is on ", DeviceName(call.device),
-                                              ", but OpenCL is not available: ", library.status.text(),
-                                              library.remedy.empty() ? "" : "; ", library.remedy));
-  }
+  ROPEWALK_TRY(Opened(library, "OpenCL", call));
   *place = OnHost(call) ? 0 : static_cast<size_t>(call.device.device_id);
   if (call.device.device_id < 0 || *place >= library.devices.size()) {
     return Status::Invalid(Text("rope: q is on opencl:", call.device.device_id, ", but there are ",
@@ -34,6 +29,11 @@ Status Usable(const OpenClLibrary& library, const RopeCall& call, size_t* place)
                                     "kDLOpenCL, or choose another device (ROPEWALK_OPENCL_DEVICE)"));
   }
   return {};
+}
+
+Status Plan(const OpenClLibrary& library, const RopeCall& call, size_t* place, RopeSpirvPlan* plan) {
+  ROPEWALK_TRY(Usable(library, call, place));
+  return PlanRopeSpirv(call, library.devices[*place].properties, plan);
 }
 
 bool Serves(DLDevice device) { return device.device_type == kDLOpenCL || device.device_type == kDLCPU; }
@@ -53,16 +53,15 @@ Availability Available() {
 Status Launch(const RopeCall& call) {
   const OpenClLibrary& library = GetOpenCl();
   size_t place = 0;
-  ROPEWALK_TRY(Usable(library, call, &place));
   RopeSpirvPlan plan;
-  ROPEWALK_TRY(PlanRopeSpirv(call, library.devices[place].properties, &plan));
+  ROPEWALK_TRY(Plan(library, call, &place, &plan));
   if (plan.empty()) return {};
   auto queue = OnHost(call) ? nullptr : static_cast<cl::Queue>(call.stream);
   const bool wait = !queue;
   OpenClContext* context = nullptr;
   ROPEWALK_TRY(FindOpenClContext(library, place, queue, &context));
   SpirvContext::Ready ready;
-  if (!context->Find(call, plan.key, &ready)) ROPEWALK_TRY(context->Make(call, plan.key, &ready));
+  ROPEWALK_TRY(context->FindOrMake(call, plan.key, &ready));
   if (!queue) ROPEWALK_TRY(context->OwnQueue(&queue));
   RopeSpirvArgs args;
   FillRopeSpirvArgs(call, plan, ready.frequencies, ready.fault, &args);
@@ -74,16 +73,15 @@ Status Launch(const RopeCall& call) {
 Status Prepare(const RopeCall& call) {
   const OpenClLibrary& library = GetOpenCl();
   size_t place = 0;
-  ROPEWALK_TRY(Usable(library, call, &place));
   RopeSpirvPlan plan;
-  ROPEWALK_TRY(PlanRopeSpirv(call, library.devices[place].properties, &plan));
+  ROPEWALK_TRY(Plan(library, call, &place, &plan));
   if (plan.empty()) return {};
   // In the contexts that queues have brought; in ours if there are none, or if that is where the call will run.
   Status status;
   bool prepared = false;
   const auto make = [&](OpenClContext* context) {
     SpirvContext::Ready ready;
-    if (status.ok() && !context->Find(call, plan.key, &ready)) status = context->Make(call, plan.key, &ready);
+    if (status.ok()) status = context->FindOrMake(call, plan.key, &ready);
     prepared = true;
   };
   ForEachOpenClContext([&](OpenClContext* context) {
@@ -100,9 +98,8 @@ Status Prepare(const RopeCall& call) {
 Status Explain(const RopeCall& call, Explanation* explanation) {
   const OpenClLibrary& library = GetOpenCl();
   size_t place = 0;
-  ROPEWALK_TRY(Usable(library, call, &place));
   RopeSpirvPlan plan;
-  ROPEWALK_TRY(PlanRopeSpirv(call, library.devices[place].properties, &plan));
+  ROPEWALK_TRY(Plan(library, call, &place, &plan));
   explanation->emplace_back("device", Text("opencl:", place, " ", library.devices[place].text));
   const SpirvKernel* kernel = nullptr;
   ForEachOpenClContext([&](OpenClContext* context) {
@@ -113,17 +110,9 @@ Status Explain(const RopeCall& call, Explanation* explanation) {
 }
 
 Status CheckFaults() {
-  std::string fault;
-  Status error;
   if (!OpenClWasLoaded()) return {};
-  ForEachOpenClContext([&](OpenClContext* context) {
-    if (!context->launched.load(std::memory_order_relaxed)) return;
-    std::string text;
-    Status status = context->TakeFaults(&text);
-    if (fault.empty()) fault = std::move(text);
-    if (error.ok()) error = std::move(status);
-  });
-  return fault.empty() ? error : Status::Fault(std::move(fault));
+  return FirstFault(ForEachOpenClContext,
+                    [](SpirvContext* context, std::string* text) { return context->TakeFaults(text); });
 }
 
 Status Force(const std::string& part) {
@@ -133,13 +122,7 @@ Status Force(const std::string& part) {
 }
 
 void Counters(std::vector<std::pair<std::string, int64_t>>* counters) {
-  std::map<std::string, int64_t> counts;
-  ForEachOpenClContext([&](OpenClContext* context) {
-    context->ForEachKernel([&](const SpirvKernel& kernel) {
-      if (const int64_t count = kernel.launches.load(std::memory_order_relaxed)) counts[kernel.name] += count;
-    });
-  });
-  for (const auto& [name, count] : counts) counters->emplace_back(Text("opencl ", name), count);
+  AddCounters("opencl", ForEachOpenClContext, counters);
 }
 
 }  // namespace

@@ -3,17 +3,15 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include <array>
 #include <atomic>
 #include <cstdint>
 #include <functional>
-#include <map>
-#include <memory>
 #include <mutex>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include "backends/kernel_table.h"
 #include "core/status.h"
 #include "ops/rope/rope_spirv.h"
 
@@ -49,9 +47,11 @@ class SpirvContext {
   };
   // Lock-free, without allocation; false if something is still to be made.
   bool Find(const RopeCall& call, const RopeSpirvKey& key, Ready* ready);
-  // Makes what is missing; may allocate, build and wait. Copies stay as long as the context.
-  Status Make(const RopeCall& call, const RopeSpirvKey& key, Ready* ready);
-  SpirvKernel* FindKernel(const RopeSpirvKey& key) const;
+  // Makes what is missing; may then allocate, build and wait. Copies stay as long as the context.
+  Status FindOrMake(const RopeCall& call, const RopeSpirvKey& key, Ready* ready) {
+    return Find(call, key, ready) ? Status() : Make(call, key, ready);
+  }
+  SpirvKernel* FindKernel(const RopeSpirvKey& key) const { return kernels_.Find(key); }
 
   // Waits for the device where the backend can; "" or the first fault since the last call.
   Status TakeFaults(std::string* text);
@@ -68,26 +68,12 @@ class SpirvContext {
   virtual Status Wait() = 0;  // for what was launched
 
  private:
-  struct Slots {
-    explicit Slots(size_t count) : mask(count - 1), kernels(count) {}
-    size_t mask;
-    std::vector<std::atomic<SpirvKernel*>> kernels;
-  };
-  struct FrequenciesSlot {
-    std::atomic<uint64_t> id{0};
-    std::atomic<const void*> address{nullptr};
-  };
-
-  const void* FindFrequencies(const ropewalk_frequencies& frequencies);
-  void Insert(std::unique_ptr<SpirvKernel> kernel);
+  Status Make(const RopeCall& call, const RopeSpirvKey& key, Ready* ready);
   Status ResetFaults();
 
   mutable std::mutex mutex_;
-  std::vector<std::unique_ptr<SpirvKernel>> kernels_;
-  std::vector<std::unique_ptr<Slots>> slots_;  // the last is in use; a reader may still hold one before it
-  std::atomic<const Slots*> current_{nullptr};
-  std::map<std::string, void*> frequencies_;                  // by content: equal frequencies share a copy
-  std::array<FrequenciesSlot, 1024> frequencies_slots_ = {};  // by id
+  KernelTable<SpirvKernel> kernels_;
+  FrequencyCopies<void*> frequencies_;
   std::atomic<rope_fault*> faults_{nullptr};
 };
 

@@ -7,6 +7,7 @@
 #include <cstdlib>
 #include <filesystem>
 
+#include "backends/contexts.h"
 #include "backends/known_pages.h"
 #include "backends/level_zero/context.h"
 #include "backends/opencl/build.h"
@@ -234,7 +235,7 @@ Status SyclLaunch(const RopeCall& call) {
   if (plan.empty()) return {};
   ROPEWALK_TRY(CheckPointers(queue, call));
   SpirvContext::Ready ready;
-  if (!queue.context->Find(call, plan.key, &ready)) ROPEWALK_TRY(queue.context->Make(call, plan.key, &ready));
+  ROPEWALK_TRY(queue.context->FindOrMake(call, plan.key, &ready));
   RopeSpirvArgs args;
   FillRopeSpirvArgs(call, plan, ready.frequencies, ready.fault, &args);
   SyclArgument arguments[kRopeSpirvArguments];
@@ -245,10 +246,7 @@ Status SyclLaunch(const RopeCall& call) {
                          error)) {
     return Failed("the launch", error, queue.context->device_name);
   }
-  ready.kernel->launches.fetch_add(1, std::memory_order_relaxed);
-  if (!queue.context->launched.load(std::memory_order_relaxed)) {
-    queue.context->launched.store(true, std::memory_order_relaxed);
-  }
+  CountLaunch(queue.context, ready.kernel);
   return {};
 }
 
@@ -258,8 +256,7 @@ Status SyclPrepare(const RopeCall& call) {
   RopeSpirvPlan plan;
   ROPEWALK_TRY(PlanRopeSpirv(call, queue.context->properties, &plan));
   SpirvContext::Ready ready;
-  if (plan.empty() || queue.context->Find(call, plan.key, &ready)) return {};
-  return queue.context->Make(call, plan.key, &ready);
+  return plan.empty() ? Status() : queue.context->FindOrMake(call, plan.key, &ready);
 }
 
 Status SyclExplain(const RopeCall& call, Explanation* explanation) {

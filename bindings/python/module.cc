@@ -1,6 +1,7 @@
 // The Python module over tvm-ffi: one function for each of the C API. The operation's arguments are filled by a loop
 // over its description, so that a new argument needs nothing here. Errors become ValueError (the caller's) or
-// RuntimeError. SPDX-License-Identifier: Apache-2.0
+// RuntimeError.
+// SPDX-License-Identifier: Apache-2.0
 #include <dlfcn.h>
 #include <pthread.h>
 #include <ropewalk/ropewalk.h>

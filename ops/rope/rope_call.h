@@ -65,6 +65,9 @@ struct RopeCall {
   bool disable_pdl = false;    // programmatic dependent launch
 };
 
+// Else the angles come from a table.
+inline bool NeedsFrequencies(const RopeCall& call) { return call.variant.table_dtype == kRopeNoDtype; }
+
 std::span<const Arg> RopeDescription();
 
 // Checks the arguments and fills the call. Nothing is read from tensors' data but scales on the host.

@@ -3,38 +3,13 @@
 
 #include <algorithm>
 #include <bit>
-#include <cmath>
 #include <cstdint>
 
 #include "core/text.h"
+#include "ops/rope/rope_access.h"
 
 namespace ropewalk {
 namespace {
-
-int Bytes(uint8_t dtype) {
-  switch (dtype) {
-    case kRopeF32:
-    case kRopeI32: return 4;
-    case kRopeI64: return 8;
-    case kRopeE4M3:
-    case kRopeE5M2: return 1;
-    default: return 2;
-  }
-}
-
-// The largest power of two up to `limit` that divides the address, in elements of `bytes`, and every stride.
-int Alignment(int limit, const void* data, int bytes, std::initializer_list<int64_t> strides) {
-  const auto elements = static_cast<int64_t>(reinterpret_cast<uintptr_t>(data) / static_cast<uintptr_t>(bytes));
-  const auto divides = [&](int vector) {
-    return elements % vector == 0 && std::ranges::all_of(strides, [&](int64_t stride) { return stride % vector == 0; });
-  };
-  while (limit > 1 && !divides(limit)) limit /= 2;
-  return limit;
-}
-
-int Alignment(int limit, const void* data, int bytes, const rope_strides& s) {
-  return data ? Alignment(limit, data, bytes, {s.batch, s.token, s.head}) : limit;
-}
 
 int64_t Ceil(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -47,9 +22,8 @@ void PlanMany(const RopeVariant& v, int64_t rows, int64_t heads, int64_t all_hea
   const bool whole = v.dtype != kRopeF32 && key->vector == 8;  // accesses of 16 bytes
   const bool regular = whole && std::has_single_bit(key->lanes);
   // So many warps that their groups take the heads in so many turns.
-  const auto warps_for = [&](double turns, int64_t most) {
-    return std::clamp<int64_t>(Ceil(static_cast<int64_t>(std::ceil(static_cast<double>(heads) / turns)), per_warp), 2,
-                               most);
+  const auto warps_for = [&](int64_t turns, int64_t most) {
+    return std::clamp<int64_t>(Ceil(Ceil(heads, turns), per_warp), 2, most);
   };
   int64_t warps = 0, in_flight = 2, resident = 0;
   if (rows < 768) {
@@ -112,23 +86,8 @@ Status PlanRopeCuda(const RopeCall& call, const CudaDevice& device, RopeCudaOpti
   key.v_dim = static_cast<uint16_t>(v.store_v ? p.v_dim : 0);
   key.dependent_launch = options.dependent_launch && device.major >= 9;
 
-  // The widest access that every address allows, and of those what the parts of a head can be cut into.
-  const int bytes = Bytes(v.dtype), cache_bytes = Bytes(v.cache_dtype);
-  int aligned = 16 / bytes;
-  while (p.head_dim % aligned || (v.store_v && p.v_dim % aligned)) aligned /= 2;
-  aligned = Alignment(aligned, t.q, bytes, p.q);
-  aligned = Alignment(aligned, t.q_out, bytes, p.q_out);
-  aligned = Alignment(aligned, t.k, bytes, p.k);
-  aligned = Alignment(aligned, t.k_out, bytes, p.k_out);
-  aligned = Alignment(aligned, t.v, bytes, p.v);
-  aligned = Alignment(aligned, t.k_cache, cache_bytes, p.k_cache);
-  aligned = Alignment(aligned, t.v_cache, cache_bytes, p.v_cache);
-  int vector = aligned;
-  while (p.rotary_offset % vector || (p.rotary_dim / 2) % vector) vector /= 2;
-  if (v.weight_dtype != kRopeNoDtype) {
-    vector = Alignment(vector, t.q_weight, Bytes(v.weight_dtype), {});
-    if (t.k_weight) vector = Alignment(vector, t.k_weight, Bytes(v.weight_dtype), {});
-  }
+  const int bytes = RopeDtypeBytes(v.dtype);
+  int vector = ChooseVector(call, 16);
 
   // Few tokens: narrow accesses and so many threads, every load issued at once. Many tokens: wide accesses, several
   // heads of a group on their way through shared memory.
@@ -154,8 +113,7 @@ Status PlanRopeCuda(const RopeCall& call, const CudaDevice& device, RopeCudaOpti
     const bool rest_matters = v.norm || v.out_of_place || v.store_k;
     const int span = rest_matters ? p.head_dim : p.rotary_dim;
     // Halves that do not fill sectors of 32 bytes are fetched side by side.
-    key.flat = vector * bytes == 16 && span % aligned == 0 && (rest_matters || p.rotary_offset % aligned == 0) &&
-               (p.rotary_dim / 2 * bytes % 32 != 0 || p.rotary_offset * bytes % 32 != 0);
+    key.flat = vector * bytes == 16 && (p.rotary_dim / 2 * bytes % 32 != 0 || p.rotary_offset * bytes % 32 != 0);
     const int64_t rest = rest_matters ? (p.head_dim - p.rotary_dim) / vector : 0;
     const int64_t slots = 2 * Ceil(units, lanes) + Ceil(rest, lanes);
     PlanMany(v, rows, heads, all_heads, per_warp, key.flat ? per_warp * span * bytes : slots * 32 * vector * bytes,
@@ -219,7 +177,7 @@ Status PlanRopeCuda(const RopeCall& call, const CudaDevice& device, RopeCudaOpti
 
   key.table_vector = 1;
   if (v.table_dtype != kRopeNoDtype && p.cos_pair == 1 && p.sin_pair == 1) {
-    const int table_bytes = Bytes(v.table_dtype);
+    const int table_bytes = RopeDtypeBytes(v.table_dtype);
     int table_vector = 16 / table_bytes;
     // A run of pairs begins at a multiple of the vector, or of half of it where neighbours share one; and an axis may
     // end anywhere.

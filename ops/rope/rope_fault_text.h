@@ -1,4 +1,4 @@
-// The records of faults that a device keeps, and their message.
+// The records of faults that a device keeps, and the message of a fault.
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
@@ -23,13 +23,7 @@ inline std::array<rope_fault, kRopeFaultRecords> NoRopeFaults() {
   return none;
 }
 
-// Of the first bad token; "" if there is none.
-inline std::string RopeFaultText(std::span<const rope_fault, kRopeFaultRecords> faults) {
-  const auto first = std::ranges::min_element(faults, {}, &rope_fault::key);
-  const rope_fault& fault = *first;
-  if (fault.key == ~rw_u64{0}) return "";
-  const auto record = static_cast<unsigned>(first - faults.begin());
-  const bool batched = record & 1u, offsets = record & 2u;
+inline std::string RopeFaultText(const rope_fault& fault, bool batched, bool offsets) {
   const auto row = static_cast<int64_t>(fault.key >> 2);
   const int64_t tokens = std::max<int64_t>(fault.tokens, 1);
   const std::string where = batched ? Text("[", row / tokens, ", ", row % tokens, "]") : Text("[", row, "]");
@@ -45,6 +39,13 @@ inline std::string RopeFaultText(std::span<const rope_fault, kRopeFaultRecords> 
       return Text("rope: axes[", fault.axis, "] is ", fault.value, ", but positions have ", fault.limit,
                   " rows; all tokens were filled with NaN");
   }
+}
+
+// Of the first bad token; "" if there is none.
+inline std::string RopeFaultText(std::span<const rope_fault, kRopeFaultRecords> faults) {
+  const auto first = std::ranges::min_element(faults, {}, &rope_fault::key);
+  const auto record = static_cast<unsigned>(first - faults.begin());
+  return first->key == ~rw_u64{0} ? "" : RopeFaultText(*first, record & 1u, record & 2u);
 }
 
 }  // namespace ropewalk

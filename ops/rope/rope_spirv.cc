@@ -6,65 +6,17 @@
 #include <cstring>
 
 #include "core/text.h"
+#include "ops/rope/rope_access.h"
 
 namespace ropewalk {
 namespace {
-
-int Bytes(uint8_t dtype) {
-  switch (dtype) {
-    case kRopeF32: return 4;
-    case kRopeE4M3:
-    case kRopeE5M2: return 1;
-    default: return 2;
-  }
-}
-
-// The largest power of two up to `limit` that divides the address, in elements of `bytes`, and every stride.
-int Alignment(int limit, const void* data, int bytes, std::initializer_list<int64_t> strides) {
-  const auto address = reinterpret_cast<uintptr_t>(data);
-  const auto divides = [&](int vector) {
-    return address % static_cast<uintptr_t>(vector * bytes) == 0 &&
-           std::ranges::all_of(strides, [&](int64_t stride) { return stride % vector == 0; });
-  };
-  while (limit > 1 && !divides(limit)) limit /= 2;
-  return limit;
-}
-
-int Alignment(int limit, const void* data, int bytes, const rope_strides& s) {
-  return data ? Alignment(limit, data, bytes, {s.batch, s.token, s.head}) : limit;
-}
-
-// The widest access, up to `limit` bytes, that every address and every part of a head allows.
-int ChooseVector(const RopeCall& call, int limit) {
-  const RopeVariant& v = call.variant;
-  const rope_params& p = call.params;
-  const RopeTensors& t = call.tensors;
-  const int bytes = Bytes(v.dtype), cache_bytes = Bytes(v.cache_dtype);
-  int vector = limit / bytes;
-  while (p.head_dim % vector || p.rotary_offset % vector || (p.rotary_dim / 2) % vector ||
-         (v.store_v && p.v_dim % vector)) {
-    vector /= 2;
-  }
-  vector = Alignment(vector, t.q, bytes, p.q);
-  vector = Alignment(vector, t.q_out, bytes, p.q_out);
-  vector = Alignment(vector, t.k, bytes, p.k);
-  vector = Alignment(vector, t.k_out, bytes, p.k_out);
-  vector = Alignment(vector, t.v, bytes, p.v);
-  vector = Alignment(vector, t.k_cache, cache_bytes, p.k_cache);
-  vector = Alignment(vector, t.v_cache, cache_bytes, p.v_cache);
-  if (v.weight_dtype != kRopeNoDtype) {
-    vector = Alignment(vector, t.q_weight, Bytes(v.weight_dtype), {});
-    vector = Alignment(vector, t.k_weight, Bytes(v.weight_dtype), {});
-  }
-  return vector;
-}
 
 // Whether a run of pairs that a vector takes lies in the table side by side, aligned for one access.
 bool TableVector(const RopeCall& call, int vector) {
   const RopeVariant& v = call.variant;
   const rope_params& p = call.params;
   if (v.table_dtype == kRopeNoDtype || v.axes || p.cos_pair != 1 || p.sin_pair != 1) return false;
-  const int bytes = Bytes(v.table_dtype);
+  const int bytes = RopeDtypeBytes(v.table_dtype);
   const int run = std::min(v.pairing == ROPEWALK_INTERLEAVED && vector > 1 ? vector / 2 : vector, 16 / bytes);
   return run > 1 && Alignment(run, call.tensors.cos, bytes, {p.cos_batch, p.cos_row}) == run &&
          Alignment(run, call.tensors.sin, bytes, {p.sin_batch, p.sin_row}) == run;
@@ -132,7 +84,7 @@ Status PlanRopeSpirv(const RopeCall& call, const SpirvDevice& device, RopeSpirvP
     return Status::Invalid(Text("rope: q must have fewer than 2^31 tokens on a GPU, but has ", rows));
   }
 
-  const int bytes = Bytes(v.dtype);
+  const int bytes = RopeDtypeBytes(v.dtype);
   const int vector = ChooseVector(call, AccessBytes(v, device.register_bytes));
   const int units = p.rotary_dim / (2 * vector);
   int lanes = 0, each = 0;
@@ -246,7 +198,7 @@ void FillRopeSpirvArgs(const RopeCall& call, const RopeSpirvPlan& plan, const vo
   constexpr size_t kAxes = offsetof(RopeTensors, axes) / sizeof(void*);
   std::memcpy(args->pointers.data(), &call.tensors, sizeof(RopeTensors));
   if (!call.tensors.axes && call.variant.axes) {
-    args->pointers[kAxes] = static_cast<const char*>(frequencies) + call.frequencies->turns.size() * sizeof(uint64_t);
+    args->pointers[kAxes] = static_cast<const char*>(frequencies) + AxesOffset(*call.frequencies);
   }
   args->pointers[kRopeSpirvTurns] = frequencies;
   args->pointers[kRopeSpirvFault] = fault;

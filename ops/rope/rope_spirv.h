@@ -1,6 +1,7 @@
 // From a call to the exact SPIR-V kernel: which module, which specialisation constants, which grid, which arguments.
 // Pure functions of the call and the device's properties; backends/opencl, backends/level_zero and backends/sycl build,
-// keep and launch. SPDX-License-Identifier: Apache-2.0
+// keep and launch.
+// SPDX-License-Identifier: Apache-2.0
 #pragma once
 
 #include <array>

@@ -196,8 +196,7 @@ def rope_(
                          k_out, v, k_cache, v_cache, slots, k_scale, v_scale, sycl_queue, disable_pdl)  # fmt: skip
             return q if q_out is None else q_out, k if k_out is None else k_out
         else:
-            # What requires grad, is lazily negated or is not torch's is looked at in detail below. Written out, as
-            # this is much of what a call costs.
+            # What requires grad, is lazily negated or is not torch's is looked at in detail below.
             tensors = [t for t in (q, k, cos, sin, cos_sin, q_weight, k_weight, q_out, k_out, v, k_cache, v_cache)
                        if t is not None]  # fmt: skip
             for tensor in tensors:

@@ -1,0 +1,56 @@
+// A driver's library: opened when it is first wanted, once in a process, and kept to its end.
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <dlfcn.h>
+
+#include <atomic>
+#include <cstdlib>
+#include <string>
+
+#include "core/status.h"
+#include "core/text.h"
+
+namespace ropewalk {
+
+// The handle of the library that `variable` of the environment names, or else of `name`, one that is loaded already
+// before the system's, or of `other` (a path, or null); null with the reason in `why`.
+inline void* OpenLibrary(const char* variable, const char* name, const char* other, std::string* path,
+                         std::string* why) {
+  if (const char* named = std::getenv(variable); named && *named) {
+    *path = named;
+    void* library = dlopen(named, RTLD_NOW | RTLD_LOCAL);
+    if (!library) *why = Text(variable, " names ", named, ", which cannot be opened: ", dlerror());
+    return library;
+  }
+  for (const char* candidate : {name, other}) {
+    if (!candidate) continue;
+    *path = candidate;
+    if (void* library = dlopen(candidate, RTLD_NOW | RTLD_LOCAL)) return library;
+  }
+  *why =
+      Text(name, " was not found: looked for it as the system's loader does", other ? Text(", and for ", other) : "");
+  return nullptr;
+}
+
+// The one `Library` of the process. `kLoad` opens it and says whether it can be used.
+template <class Library, Status (*kLoad)(Library*)>
+class Once {
+ public:
+  static const Library& Get() {
+    // Never destroyed: the driver may be gone before our destructors run.
+    static const Library* const library = [] {
+      auto* loaded = new Library;
+      loaded->status = kLoad(loaded);
+      was_loaded_.store(true, std::memory_order_release);
+      return loaded;
+    }();
+    return *library;
+  }
+  static bool WasLoaded() { return was_loaded_.load(std::memory_order_acquire); }
+
+ private:
+  static inline std::atomic<bool> was_loaded_{false};
+};
+
+}  // namespace ropewalk

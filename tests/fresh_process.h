@@ -1,0 +1,54 @@
+// A process for a scenario: a driver is opened once in a process and reads its settings then. And the stand-ins for
+// drivers.
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <dlfcn.h>
+#include <gtest/gtest.h>
+#include <stdlib.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <cstdio>
+#include <functional>
+#include <initializer_list>
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace ropewalk {
+
+using Environment = std::vector<std::pair<const char*, std::string>>;
+
+inline void ChangeEnvironment(std::initializer_list<const char*> unset, const Environment& changes) {
+  for (const char* name : unset) unsetenv(name);
+  for (const auto& [name, value] : changes) setenv(name, value.c_str(), 1);
+}
+
+// What the body fails in or skips in its child, the test does. The child ends without the drivers' own ends, which may
+// wait for a GPU.
+inline void InChild(const std::function<void()>& body) {
+  constexpr int kSkipped = 77;
+  const pid_t child = fork();
+  ASSERT_GE(child, 0);
+  if (child == 0) {
+    body();
+    fflush(stdout);
+    _exit(testing::Test::HasFailure() ? 1 : testing::Test::IsSkipped() ? kSkipped : 0);
+  }
+  int status = -1;
+  ASSERT_EQ(waitpid(child, &status, 0), child);
+  EXPECT_FALSE(WIFSIGNALED(status)) << "the process ended with signal " << WTERMSIG(status);
+  if (WIFEXITED(status) && WEXITSTATUS(status) == kSkipped) GTEST_SKIP() << "see above";
+  EXPECT_EQ(status, 0) << "see above";
+}
+
+// What a stand-in lets a test see: by its function `symbol`, in the process where it stands for the driver.
+template <class Fake>
+Fake& FakeOf(const char* library, const char* symbol) {
+  void* handle = dlopen(library, RTLD_NOW);
+  auto* function = reinterpret_cast<Fake* (*)()>(handle ? dlsym(handle, symbol) : nullptr);
+  return *function();
+}
+
+}  // namespace ropewalk

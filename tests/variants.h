@@ -1,0 +1,69 @@
+// Variants of kernels that the conformance cases need, whatever the backend: for tests/cuda_variants.h and
+// tests/spirv_variants.h, and work on many of them at once.
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <memory>
+#include <set>
+#include <string>
+#include <thread>
+#include <tuple>
+#include <vector>
+
+#include "conformance/case_call.h"
+#include "ops/rope/rope_call.h"
+
+namespace ropewalk {
+
+template <class Key>
+struct Variant {
+  std::string of;  // a case that needs it
+  Key key;
+};
+
+// `visit(case, &call)` for each case that is not to be refused; its call may be changed.
+template <class Visit>
+Status ForEachCall(const std::vector<RopeCase>& cases, const Visit& visit) {
+  for (const RopeCase& c : cases) {
+    std::unique_ptr<CaseCall> made;
+    ROPEWALK_TRY(CaseCall::Make(c, HostMemory(), &made));
+    RopeCall call;
+    if (LowerRope(made->args(), nullptr, &call).ok()) ROPEWALK_TRY(visit(c, &call));
+  }
+  return {};
+}
+
+// As few as hold every pair of choices that meet in some variant, found one by one. `choices_of(key)`: integers, as
+// many for each key.
+template <class Key, class ChoicesOf>
+std::vector<Variant<Key>> Covering(const std::vector<Variant<Key>>& all, const ChoicesOf& choices_of) {
+  std::set<std::tuple<size_t, int, size_t, int>> met;
+  std::vector<Variant<Key>> chosen;
+  for (const Variant<Key>& variant : all) {
+    const std::vector<int> choices = choices_of(variant.key);
+    bool is_new = false;
+    for (size_t i = 0; i < choices.size(); ++i) {
+      for (size_t j = 0; j < i; ++j) is_new |= met.emplace(i, choices[i], j, choices[j]).second;
+    }
+    if (is_new) chosen.push_back(variant);
+  }
+  return chosen;
+}
+
+// `work(next)` on as many threads as there are processors; next() gives each number below `count` to one of them, and
+// then `count` for ever.
+template <class Work>
+void OnAllThreads(size_t count, const Work& work) {
+  std::atomic<size_t> taken{0};
+  const auto next = [&] { return std::min(taken++, count); };
+  std::vector<std::thread> threads;
+  for (unsigned i = 1; i < std::max(1u, std::thread::hardware_concurrency()); ++i) {
+    threads.emplace_back([&] { work(next); });
+  }
+  work(next);
+  for (std::thread& thread : threads) thread.join();
+}
+
+}  // namespace ropewalk
