@@ -505,7 +505,7 @@ int main(int argc, char** argv) {
               a.v = reinterpret_cast<void*>(at(b) + static_cast<size_t>((s.q_heads + s.k_heads) * s.head_dim) * 2);
               a.k_cache = reinterpret_cast<void*>(cache_at(b, 0));
               a.v_cache = reinterpret_cast<void*>(cache_at(b, 1));
-              a.k_scale_value = a.v_scale_value = 1.0f;
+              a.k_inverse_scale = a.v_inverse_scale = 1.0f;
             }
             rope_params& p = a.params;
             p.batch = 1;

@@ -216,8 +216,8 @@ Status Launch(const RopeCall& call) {
   args.slots = t.slots;
   args.k_scale = t.k_scale;
   args.v_scale = t.v_scale;
-  args.k_scale_value = call.params.k_scale;
-  args.v_scale_value = call.params.v_scale;
+  args.k_inverse_scale = 1.0f / call.params.k_scale;
+  args.v_inverse_scale = 1.0f / call.params.v_scale;
   args.rows = call.params.rows;
   args.slot_count = call.params.slots;
   args.fault = context->Fault(call.params.batch > 1, t.offsets != nullptr);

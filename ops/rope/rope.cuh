@@ -391,9 +391,9 @@ __device__ __forceinline__ void Write(const HeadPlace& head, int begin, const fl
 }
 
 template <class K>
-__device__ __forceinline__ float InverseScale(const float* scale, float value, int head, int stride) {
+__device__ __forceinline__ float InverseScale(const float* scale, float inverse, int head, int stride) {
   if constexpr (K::kCacheDtype != kRopeE4M3 && K::kCacheDtype != kRopeE5M2) return 1.0f;
-  return 1.0f / (scale ? __ldg(scale + static_cast<rw_i64>(head) * stride) : value);
+  return scale ? 1.0f / __ldg(scale + static_cast<rw_i64>(head) * stride) : inverse;
 }
 
 // Where a head of a slot begins in a cache.
@@ -443,7 +443,7 @@ __device__ __forceinline__ HeadPlace PlaceOf(const rope_cuda_args& a, const Toke
     if (!of_q && t.slot >= 0) {
       place.cache =
           static_cast<char*>(a.k_cache) + CacheOffset<K>(p, p.k_cache, t.slot, of_k) * kBytes<K::kCacheDtype>;
-      place.inverse_scale = InverseScale<K>(a.k_scale, a.k_scale_value, of_k, p.k_scale_head);
+      place.inverse_scale = InverseScale<K>(a.k_scale, a.k_inverse_scale, of_k, p.k_scale_head);
     }
   }
   return place;
@@ -463,7 +463,7 @@ __device__ __forceinline__ HeadPlace PlaceOfV(const rope_cuda_args& a, const Tok
   if (t.slot >= 0) {
     place.cache = static_cast<char*>(a.v_cache) +
                   CacheOffset<K>(p, p.v_cache, t.slot, h) * kBytes<K::kCacheDtype>;
-    place.inverse_scale = InverseScale<K>(a.v_scale, a.v_scale_value, h, p.v_scale_head);
+    place.inverse_scale = InverseScale<K>(a.v_scale, a.v_inverse_scale, h, p.v_scale_head);
   }
   return place;
 }

@@ -97,7 +97,9 @@ Status PlanRopeCuda(const RopeCall& call, const CudaDevice& device, RopeCudaOpti
       options.layout == RopeCudaLayout::kAny ? bytes_moved <= few_bytes : options.layout == RopeCudaLayout::kFew;
   const bool tiny = bytes_moved <= int64_t{device.sm_count} * 1536;
   key.few_tokens = few;
-  if (few) vector = std::min(vector, std::max(1, (tiny ? 4 : 8) / bytes));
+  // A store at 256 tokens keeps accesses of 16 bytes: with more threads, not all of them fit on the device at once.
+  const bool wide = v.cache_dtype != kRopeNoDtype && bytes_moved > int64_t{device.sm_count} * 8 * 1024;
+  if (few) vector = std::min(vector, std::max(1, (tiny ? 4 : wide ? 16 : 8) / bytes));
   const int units = p.rotary_dim / (2 * vector);
   const auto lanes = static_cast<int>(Ceil(units, Ceil(units, 32)));
   const int per_warp = 32 / lanes;
@@ -105,7 +107,7 @@ Status PlanRopeCuda(const RopeCall& call, const CudaDevice& device, RopeCudaOpti
   key.lanes = static_cast<uint8_t>(lanes);
   if (few) {
     key.in_flight = 1;
-    key.threads = tiny ? 128 : 256;
+    key.threads = tiny || wide ? 128 : 256;
     key.min_blocks = 1;
     plan->grid_y = static_cast<uint32_t>(Ceil(all_heads, key.threads / 32 * per_warp));
     plan->why = "few tokens: the heads of a token are spread over blocks";
@@ -190,12 +192,6 @@ Status PlanRopeCuda(const RopeCall& call, const CudaDevice& device, RopeCudaOpti
     table_vector = Alignment(table_vector, t.sin, table_bytes, {p.sin_batch, p.sin_row});
     key.table_vector = static_cast<uint8_t>(v.axes ? 1 : table_vector);
   }
-
-  // A store at 256 tokens wants every head on the device at once, 6 blocks of a multiprocessor: 2.6 us, not 3.8.
-  // Variants that would spill are left alone.
-  const bool plain = bytes == 2 && v.rounding == kRopeRoundFused && v.axes == 0 && v.table_dtype == kRopeNoDtype &&
-                     units == lanes && p.rotary_dim == p.head_dim && key.q_heads && key.cache_head && !key.batched;
-  if (key.few_tokens && key.threads == 256 && plain) key.min_blocks = 6;
   return {};
 }
 

@@ -23,8 +23,8 @@ typedef struct {
   void* v_cache;
   const float* k_scale;
   const float* v_scale;
-  float k_scale_value;  // used where the pointer is null
-  float v_scale_value;
+  float k_inverse_scale;  // of the value, used where the pointer is null
+  float v_inverse_scale;
 
   const void* cos;
   const void* sin;
