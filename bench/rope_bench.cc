@@ -34,8 +34,8 @@ Prepared Prepare(const RopeCase& c, int threads) {
     out.error = timed.message;
   } else if (const Status made = CaseCall::Make(c, HostMemory(), &out.call); !made.ok()) {
     out.error = made.text();
-  } else {
-    SteadyWeights(*out.call);
+  } else if (const Status steady = SteadyWeights(*out.call); !steady.ok()) {
+    out.error = steady.text();
   }
   return out;
 }

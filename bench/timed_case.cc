@@ -4,14 +4,15 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
+#include <cstring>
 #include <fstream>
 #include <initializer_list>
+#include <map>
 #include <memory>
 #include <nlohmann/json.hpp>
 #include <string>
 
 #include "bench/team.h"
-#include "conformance/memory.h"
 #include "core/op.h"
 #include "core/text.h"
 #include "ops/rope/rope_reference.h"
@@ -34,12 +35,34 @@ uint32_t BitsAt(const void* at, int64_t bytes) {
   return bits;
 }
 
+// What a tensor on a device holds now, on the host.
+struct Fetched {
+  DLTensor tensor;
+  std::vector<char> bytes;
+};
+
+Status Fetch(DeviceMemory& memory, const DLTensor& tensor, Fetched* out) {
+  out->tensor = tensor;
+  if (memory.device().device_type == kDLCPU) return {};
+  const Span span = SpanOf(tensor);
+  out->bytes.resize(span.bytes);
+  ROPEWALK_TRY(memory.CopyOut(out->bytes.data(), span.begin, span.bytes));
+  out->tensor.data = out->bytes.data() + (static_cast<const char*>(DataOf(tensor)) - span.begin);
+  out->tensor.byte_offset = 0;
+  return {};
+}
+
 // Compares some tokens, the first and the last among them, with the reference.
-void CheckTokens(CaseCall& call, int64_t samples, TimedCase* out) {
+Status CheckTokens(CaseCall& call, DeviceMemory& memory, int64_t samples, TimedCase* out) {
   const ropewalk_rope_args& args = call.args();
   const ropewalk_rope_args& before = call.host_args();
   const int64_t batch = args.q->ndim == 4 ? args.q->shape[0] : 1;
   const int64_t tokens = args.q->shape[args.q->ndim - 3];
+  std::map<RopeOutput, Fetched> outputs;
+  for (const RopeOutput output : {RopeOutput::kQ, RopeOutput::kK, RopeOutput::kKCache, RopeOutput::kVCache}) {
+    const DLTensor* tensor = OutputTensor(args, output);
+    if (tensor) ROPEWALK_TRY(Fetch(memory, *tensor, &outputs[output]));
+  }
   samples = std::min(samples, tokens);
   out->held = true;
   out->checked_tokens = 0;
@@ -48,7 +71,7 @@ void CheckTokens(CaseCall& call, int64_t samples, TimedCase* out) {
       const int64_t token = samples > 1 ? i * (tokens - 1) / (samples - 1) : 0;
       ++out->checked_tokens;
       RopeReferenceToken(before, b, token, [&](const ExpectedRow& row) {
-        const DLTensor& tensor = *OutputTensor(args, row.output);
+        const DLTensor& tensor = outputs.at(row.output).tensor;
         const DLTensor& original = *OutputTensor(before, row.output);
         const uint32_t dtype = DtypeOf(tensor.dtype);
         const int64_t bytes = DtypeBytes(dtype);
@@ -78,6 +101,7 @@ void CheckTokens(CaseCall& call, int64_t samples, TimedCase* out) {
       });
     }
   }
+  return {};
 }
 
 void Flatten(const DLTensor* tensor, int64_t first, int64_t count, std::vector<FloorRegion>* out) {
@@ -122,23 +146,39 @@ std::vector<FloorRegion> RegionsOf(const ropewalk_rope_args& args, int64_t rotar
   return regions;
 }
 
-void SteadyWeights(CaseCall& call) {
-  const bool zero_centered = call.args().zero_centered_weight != 0;
-  MoveTowardsOne(call.args().q_weight, zero_centered);
-  MoveTowardsOne(call.args().k_weight, zero_centered);
-  // The reference reads its own copy.
-  MoveTowardsOne(call.host_args().q_weight, zero_centered);
-  MoveTowardsOne(call.host_args().k_weight, zero_centered);
+int64_t RotaryDim(CaseCall& call) {
+  const ropewalk_rope_args& args = call.args();
+  return args.rotary_dim    ? args.rotary_dim
+         : args.frequencies ? ropewalk_frequencies_rotary_dim(args.frequencies)
+                            : call.test_case().rotary_dim;
+}
+
+Status SteadyWeights(CaseCall& call) {
+  // The reference's own copy, which is also what the call's data is put back from.
+  const ropewalk_rope_args& args = call.host_args();
+  MoveTowardsOne(args.q_weight, args.zero_centered_weight != 0);
+  MoveTowardsOne(args.k_weight, args.zero_centered_weight != 0);
+  return args.q_weight ? call.Reset() : Status();
 }
 
 int64_t CallsBeforeReset(const RopeCase& c) { return c.weight == Weight::kNone ? 100000 : 64; }
 
-Status TimeCase(const RopeCase& c, const TimingOptions& options, TimedCase* out) {
+Span SpanOf(const DLTensor& tensor) {
+  int64_t first = 0, last = 0;
+  for (int i = 0; i < tensor.ndim; ++i) {
+    const int64_t reach = (tensor.shape[i] - 1) * StrideOf(tensor, i);
+    if (tensor.shape[i] == 0) return {static_cast<const char*>(DataOf(tensor)), 0};
+    (reach < 0 ? first : last) += reach;
+  }
+  const int64_t item = tensor.dtype.bits / 8;
+  return {static_cast<const char*>(DataOf(tensor)) + first * item, static_cast<size_t>((last - first + 1) * item)};
+}
+
+Status TimeCase(const RopeCase& c, const TimingOptions& options, TimedCase* out, Place& place) {
   *out = {};
-  const Team team(options.threads);
   std::unique_ptr<CaseCall> call;
-  ROPEWALK_TRY(CaseCall::Make(c, HostMemory(), &call));
-  SteadyWeights(*call);
+  ROPEWALK_TRY(CaseCall::Make(c, place.memory(), &call));
+  ROPEWALK_TRY(SteadyWeights(*call));
   const ropewalk_rope_args& args = call->args();
 
   const char* explanation = ropewalk_explain(&args);
@@ -147,7 +187,10 @@ Status TimeCase(const RopeCase& c, const TimingOptions& options, TimedCase* out)
   out->backend = explained.value("backend", "");
   out->kernel = explained.value("kernel", "");
 
-  ROPEWALK_TRY(call->Run());
+  {
+    const Team team(options.threads);
+    ROPEWALK_TRY(call->Run());
+  }
   const int64_t batch = std::max<int64_t>(c.batch, 1);
   out->tokens = batch * c.tokens;
   if (out->tokens * (c.q_heads + c.k_heads) * c.head_dim <= options.full_check) {
@@ -156,23 +199,9 @@ Status TimeCase(const RopeCase& c, const TimingOptions& options, TimedCase* out)
     out->held = out->message.empty();
     out->checked_tokens = out->tokens;
   } else {
-    CheckTokens(*call, options.sampled_tokens, out);
+    ROPEWALK_TRY(CheckTokens(*call, place.memory(), options.sampled_tokens, out));
   }
-  if (!out->held || options.seconds <= 0) return {};
-
-  const int64_t rotary_dim = args.rotary_dim    ? args.rotary_dim
-                             : args.frequencies ? ropewalk_frequencies_rotary_dim(args.frequencies)
-                                                : c.rotary_dim;
-  Floor floor(RegionsOf(args, rotary_dim), team.parallel_for());
-  ROPEWALK_TRY(call->Reset());
-  floor.Tune();
-  out->floor_shape = FloorShapeName(floor.shape());
-  out->bytes = 2 * floor.bytes();
-  int failed = 0;
-  out->time = MeasurePaired([&] { failed |= ropewalk_rope(&args, nullptr); }, [&] { floor.Run(); },
-                            [&] { failed |= call->Reset().code(); }, options.seconds, CallsBeforeReset(c));
-  if (failed) return Status::Internal(Text("case ", c.name, " fails when repeated: ", ropewalk_last_error()));
-  return {};
+  return out->held && options.seconds > 0 ? place.Time(options, *call, out) : Status();
 }
 
 void Complete(RopeCase* c) {

@@ -1,4 +1,5 @@
-// A case of the one list, checked against the reference and then timed against the floor of the same bytes.
+// A case of the one list, checked against the reference and then timed against the floor of the same bytes, on the host
+// or on a device.
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
@@ -8,6 +9,7 @@
 
 #include "bench/floor.h"
 #include "bench/measure.h"
+#include "bench/place.h"
 #include "conformance/case_call.h"
 #include "core/status.h"
 #include "ops/rope/rope_cases.h"
@@ -15,10 +17,11 @@
 namespace ropewalk::bench {
 
 struct TimingOptions {
-  int threads = 1;
+  int threads = 1;                        // on the host
   double seconds = 0.2;                   // of timing; 0: only check
   int64_t full_check = int64_t{4} << 20;  // elements up to which every byte is compared; above, some tokens are
   int64_t sampled_tokens = 128;
+  int64_t cold_bytes = 800'000'000;  // of the buffers that calls go round where caches shall be cold, on a GPU
 };
 
 struct TimedCase {
@@ -35,14 +38,23 @@ struct TimedCase {
 };
 
 // An error says that the case could not be run at all; a wrong result is in `out`.
-Status TimeCase(const RopeCase& c, const TimingOptions& options, TimedCase* out);
+Status TimeCase(const RopeCase& c, const TimingOptions& options, TimedCase* out, Place& place = HostPlace());
 
 // The bytes of q and k that a call in place must read and write: whole heads with the norm, else their rotated part.
 std::vector<FloorRegion> RegionsOf(const ropewalk_rope_args& args, int64_t rotary_dim);
+int64_t RotaryDim(CaseCall& call);  // as the library understands the arguments
 // A norm applied again and again in place would drive values into denormals; with weights near 1 it takes far longer.
-void SteadyWeights(CaseCall& call);
+Status SteadyWeights(CaseCall& call);
 // How many calls in place may follow each other before the data must be put back.
 int64_t CallsBeforeReset(const RopeCase& c);
+
+// The memory from a tensor's first byte to its last.
+struct Span {
+  const char* begin = nullptr;
+  size_t bytes = 0;
+  const char* end() const { return begin + bytes; }
+};
+Span SpanOf(const DLTensor& tensor);
 
 // Fills in what a case's fields leave to others (the dtype of weights, cache and table, v_dim), and its name.
 void Complete(RopeCase* c);

@@ -1,4 +1,4 @@
-// ropewalk bench: the operation against the floor of the same bytes, in L2, L3 and DRAM; medians, GB/s, ratio.
+// ropewalk bench: the operation against the floor of the same bytes, from the caches to DRAM; medians, GB/s, ratio.
 // SPDX-License-Identifier: Apache-2.0
 #include <fmt/chrono.h>
 #include <fmt/format.h>
@@ -28,9 +28,9 @@ struct Options {
 
 struct Item {
   std::string label;   // of the model, or of the shape
-  std::string memory;  // where the data lies: "L2", "L3", "DRAM", "-"
+  std::string memory;  // where the data lies: "L2", "L3", "DRAM"
   RopeCase test_case;
-  int32_t threads;
+  int32_t threads;  // 0: not a question here
 };
 
 RopeCase ParseShape(const std::string& text, uint32_t dtype) {
@@ -52,20 +52,24 @@ RopeCase ParseShape(const std::string& text, uint32_t dtype) {
 }
 
 // A shape with every op and pairing asked for.
-void AddVariants(const Options& options, RopeCase c, std::vector<Item>* items, int32_t threads) {
+void AddVariants(const Options& options, const bench::Place& place, RopeCase c, std::vector<Item>* items,
+                 int32_t threads) {
   for (const std::string& op : options.ops) {
     for (const std::string& pairing : options.pairings) {
       bench::SetVariant(op == "norm+rope", pairing == "neox" ? ROPEWALK_NEOX : ROPEWALK_INTERLEAVED, &c);
       const std::string label = fmt::format("{}/{}x{}", c.q_heads, c.k_heads, c.head_dim);
-      items->push_back({label, bench::MemoryOf(bench::BytesOf(c)), c, threads});
+      items->push_back({label, place.MemoryOf(c), c, threads});
     }
   }
 }
 
-std::vector<Item> Items(const Options& options) {
+std::vector<Item> Items(const Options& options, const bench::Place& place) {
   std::vector<Item> items;
   std::vector<int32_t> threads = options.threads;
-  if (threads.empty()) {
+  if (!place.threaded()) {
+    RequireNoThreads(!threads.empty(), options.backend);
+    threads = {0};
+  } else if (threads.empty()) {
     threads = {1};
     cpu_set_t set;
     if (sched_getaffinity(0, sizeof(set), &set) == 0 && CPU_COUNT(&set) > 1) threads.push_back(2);
@@ -79,14 +83,16 @@ std::vector<Item> Items(const Options& options) {
         for (const int64_t number : tokens) {
           // Its own pairing and norm.
           for (const RopeCase& c : ModelCases(model, number, dtype)) {
-            items.push_back({ModelLabel(model, c), bench::MemoryOf(bench::BytesOf(c)), c, count});
+            items.push_back({ModelLabel(model, c), place.MemoryOf(c), c, count});
           }
         }
       }
-      for (const std::string& shape : options.shapes) AddVariants(options, ParseShape(shape, dtype), &items, count);
+      for (const std::string& shape : options.shapes) {
+        AddVariants(options, place, ParseShape(shape, dtype), &items, count);
+      }
       if (models.empty() && options.shapes.empty()) {
-        for (const int64_t number : options.tokens.empty() ? bench::TokensByCache(dtype) : options.tokens) {
-          AddVariants(options, bench::ShapeCase(number, 32, 8, 128, dtype), &items, count);
+        for (const int64_t number : options.tokens.empty() ? place.Tokens(dtype) : options.tokens) {
+          AddVariants(options, place, bench::ShapeCase(number, 32, 8, 128, dtype), &items, count);
         }
       }
     }
@@ -94,14 +100,15 @@ std::vector<Item> Items(const Options& options) {
   return items;
 }
 
-Json ToJson(const Item& item, const bench::TimedCase& timed) {
+Json ToJson(const Item& item, const bench::Place& place, const bench::TimedCase& timed) {
   const RopeCase& c = item.test_case;
   return {{"label", item.label},
+          {"device", place.device()},
           {"memory", item.memory},
           {"op", c.norm ? "norm+rope" : "rope"},
           {"pairing", c.pairing == ROPEWALK_NEOX ? "neox" : "interleaved"},
           {"dtype", ShortDtype(c.dtype)},
-          {"threads", item.threads},
+          {"threads", item.threads ? Json(item.threads) : Json()},
           {"tokens", c.tokens},
           {"q_heads", c.q_heads},
           {"k_heads", c.k_heads},
@@ -137,12 +144,14 @@ std::string Csv(const Json& results) {
   return out;
 }
 
-Json Machine() {
+Json Machine(const bench::Place& place) {
   const bench::Caches caches = bench::CacheSizes();
   double load[3] = {0, 0, 0};
   if (getloadavg(load, 3) < 1) load[0] = -1;
   const std::time_t now = std::time(nullptr);
-  return {{"cpu", bench::CpuName()},
+  return {{"device", place.device()},
+          {"driver", place.driver()},
+          {"cpu", bench::CpuName()},
           {"cores", sysconf(_SC_NPROCESSORS_ONLN)},
           {"l1_bytes", caches.l1},
           {"l2_bytes", caches.l2},
@@ -152,10 +161,10 @@ Json Machine() {
 }
 
 int Bench(const Options& options) {
-  if (!options.backend.empty()) Require(ropewalk_force_backend(options.backend.c_str()));
-  const std::vector<Item> items = Items(options);
+  bench::Place& place = PlaceOf(options.backend);
+  const std::vector<Item> items = Items(options, place);
   if (items.empty()) throw Failure("nothing to time", kNotHeld);
-  const Json machine = Machine();
+  const Json machine = Machine(place);
   Table table(
       {"shape", "data in", "dtype", ">threads", ">tokens", "op", ">floor us", ">us", ">GB/s", ">of floor", "kernel"});
   Json results = Json::array();
@@ -164,21 +173,22 @@ int Bench(const Options& options) {
     Progress progress("bench", static_cast<int64_t>(items.size()));
     for (const Item& item : items) {
       const RopeCase& c = item.test_case;
-      const std::string what = fmt::format("{}, {} {}, {} tokens, {} thread{}", item.label, bench::OpName(c),
-                                           ShortDtype(c.dtype), c.tokens, item.threads, item.threads == 1 ? "" : "s");
+      const std::string threads = item.threads ? std::to_string(item.threads) : "-";
+      const std::string what = fmt::format("{}, {} {}, {} tokens{}", item.label, bench::OpName(c), ShortDtype(c.dtype),
+                                           c.tokens, ThreadsText(item.threads));
       progress.Step(what);
       bench::TimingOptions timing;
-      timing.threads = item.threads;
+      timing.threads = std::max(item.threads, 1);
       timing.seconds = options.seconds;
       timing.full_check = int64_t{1} << 20;
       bench::TimedCase timed;
-      const Status status = bench::TimeCase(c, timing, &timed);
+      const Status status = bench::TimeCase(c, timing, &timed, place);
       if (!status.ok()) timed.message = status.text();
       timed.held = timed.held && status.ok();
       if (!timed.held) failures.push_back(what + ": " + timed.message);
-      results.push_back(ToJson(item, timed));
-      table.Add({item.label, item.memory, ShortDtype(c.dtype), std::to_string(item.threads), std::to_string(c.tokens),
-                 bench::OpName(c), timed.held ? fmt::format("{:.2f}", timed.time.floor * 1e6) : "-",
+      results.push_back(ToJson(item, place, timed));
+      table.Add({item.label, item.memory, ShortDtype(c.dtype), threads, std::to_string(c.tokens), bench::OpName(c),
+                 timed.held ? fmt::format("{:.2f}", timed.time.floor * 1e6) : "-",
                  timed.held ? fmt::format("{:.2f}", timed.time.ours * 1e6) : Verdict(false),
                  timed.held ? fmt::format("{:.1f}", timed.gigabytes_per_second()) : "-",
                  timed.held ? fmt::format("{:.3f}", timed.time.ratio) : "-", timed.kernel});
@@ -191,11 +201,12 @@ int Bench(const Options& options) {
   if (options.json != "-" && options.csv != "-") {
     table.Print();
     fmt::print(
-        "\n{}; load {:.1f}. Each result was checked before it was timed. of floor: the floor's time (an in-place "
-        "read-modify-write\nof the same bytes, best of {} kernels, same threads) over ours, median of pairs taken in "
-        "turns. "
-        "GB/s: bytes read and\nwritten over our median.\n",
-        machine["cpu"].get<std::string>(), machine["load_before"].get<double>(), bench::FloorShapes());
+        "\n{}; load {:.1f}. Each result was checked before it was timed.\n"
+        "of floor: the time of an in-place read-modify-write of the same bytes over ours, median of pairs taken in "
+        "turns;\n"
+        "          {}.\n"
+        "GB/s:     bytes read and written over our median.\n",
+        DeviceText(place), machine["load_before"].get<double>(), place.FloorText());
   }
   for (const std::string& failure : failures) fmt::print(stderr, "{}  {}\n", Verdict(false), failure);
   return held ? kHeld : kNotHeld;
@@ -210,7 +221,9 @@ void AddBench(CLI::App* app, int* exit_code) {
   command->add_option("--shape", options->shapes, "a shape of your own; may be repeated")
       ->type_name("tokens,q_heads,k_heads,head_dim[,rotary_dim]")
       ->delimiter(';');
-  command->add_option("--tokens", options->tokens, "tokens in a call (default: to fill L2, L3 and DRAM)")
+  command
+      ->add_option("--tokens", options->tokens,
+                   "tokens in a call (default: to fill L2, L3 and DRAM; on CUDA 1 to 4096)")
       ->delimiter(',')
       ->check(Above0());
   command->add_option("--dtype", options->dtypes, "bf16, f16, f32 (default: all three)")
@@ -225,11 +238,11 @@ void AddBench(CLI::App* app, int* exit_code) {
       ->delimiter(',')
       ->check(CLI::IsMember({"rope", "norm+rope"}))
       ->type_name("OP");
-  command->add_option("--threads", options->threads, "threads (default: 1, and 2 where there are two cores)")
+  command->add_option("--threads", options->threads, "threads of the CPU (default: 1, and 2 where there are two cores)")
       ->delimiter(',')
       ->check(Above0());
   command->add_option("--seconds", options->seconds, "of timing for each line")->check(Above0())->capture_default_str();
-  command->add_option("--backend", options->backend, "force a backend, or one CPU target as in cpu:avx2");
+  AddPlaceOption(command, &options->backend);
   command->add_option("--json", options->json, "write JSON to this file; -: to stdout")->type_name("FILE");
   command->add_option("--csv", options->csv, "write CSV to this file; -: to stdout")->type_name("FILE");
   command->footer(
@@ -237,6 +250,7 @@ void AddBench(CLI::App* app, int* exit_code) {
       "  ropewalk bench                                          32/8 heads of 128, in L2, L3 and DRAM\n"
       "  ropewalk bench --shape 4096,24,24,128 --dtype bf16      one shape\n"
       "  ropewalk bench --model qwen3-8b --threads 1,2,4         a model's own pairing and norm\n"
+      "  ropewalk bench --backend cuda --dtype bf16              on the first NVIDIA GPU\n"
       "  ropewalk bench --json out.json --csv out.csv            for machines\n\n"
       "Exit code 0 only if every result was right; speed never fails.");
   command->callback([options, exit_code] { *exit_code = Bench(*options); });

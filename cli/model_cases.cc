@@ -32,6 +32,32 @@ void AddDtypeOption(CLI::App* command, std::string* dtype) {
       ->capture_default_str();
 }
 
+void AddPlaceOption(CLI::App* command, std::string* backend) {
+  command->add_option("--backend", *backend,
+                      "force a backend, or one CPU target as in cpu:avx2; cuda: tensors on the first NVIDIA GPU "
+                      "(default: tensors on the CPU, also where there is a GPU)");
+}
+
+bench::Place& PlaceOf(const std::string& backend) {
+  if (!backend.empty()) Require(ropewalk_force_backend(backend.c_str()));
+  bench::Place* place = nullptr;
+  if (const Status status = bench::PlaceOf(backend, &place); !status.ok()) throw Failure(status.text());
+  return *place;
+}
+
+void RequireNoThreads(bool given, const std::string& backend) {
+  if (given) throw Failure(fmt::format("--threads is for the CPU: leave it out with --backend {}", backend));
+}
+
+std::string DeviceText(const bench::Place& place) {
+  const std::string driver = place.driver();
+  return driver.empty() ? place.device() : fmt::format("{}, driver {}", place.device(), driver);
+}
+
+std::string ThreadsText(int32_t threads) {
+  return threads ? fmt::format(", {} thread{}", threads, threads == 1 ? "" : "s") : "";
+}
+
 uint32_t ParseDtype(const std::string& name) {
   for (const DtypeName& entry : kDtypeNames) {
     if (name == entry.name) return entry.dtype;

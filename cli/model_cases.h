@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "bench/place.h"
 #include "cli/common.h"
 #include "core/op.h"
 #include "ops/rope/rope_cases.h"
@@ -13,6 +14,13 @@ namespace ropewalk::cli {
 
 void AddModelOption(CLI::App* command, std::vector<std::string>* models);
 void AddDtypeOption(CLI::App* command, std::string* dtype);
+
+// For what is timed: a backend, forced; its place is a GPU's for CUDA, else the host.
+void AddPlaceOption(CLI::App* command, std::string* backend);
+bench::Place& PlaceOf(const std::string& backend);              // throws Failure
+void RequireNoThreads(bool given, const std::string& backend);  // throws Failure
+std::string DeviceText(const bench::Place& place);              // "NVIDIA H200, driver 580.95.05 for CUDA 13.0"
+std::string ThreadsText(int32_t threads);                       // ", 2 threads", "" for 0
 
 uint32_t ParseDtype(const std::string& name);  // "bf16", "bfloat16", ..
 const char* ShortDtype(uint32_t dtype);        // "bf16"

@@ -13,7 +13,7 @@ struct Options {
   std::vector<std::string> models;
   std::string dtype = "bf16", backend;
   std::vector<int64_t> tokens;
-  int32_t threads = 1;
+  int32_t threads = 0;  // 0: not given
   double seconds = 0;
   bool json = false;
 };
@@ -68,7 +68,9 @@ Json ToJson(const Item& item, const bench::TimedCase& timed) {
 }
 
 int Run(const Options& options) {
-  if (!options.backend.empty()) Require(ropewalk_force_backend(options.backend.c_str()));
+  bench::Place& place = PlaceOf(options.backend);
+  if (!place.threaded()) RequireNoThreads(options.threads != 0, options.backend);
+  const int32_t threads = place.threaded() ? std::max(options.threads, 1) : 0;
   const std::vector<Model> models = LoadModels(options.models);
   std::vector<Item> items;
   for (const Model& model : models) {
@@ -79,7 +81,7 @@ int Run(const Options& options) {
   if (items.empty()) throw Failure("nothing ran: no model to run", kNotHeld);
 
   bench::TimingOptions timing;
-  timing.threads = options.threads;
+  timing.threads = std::max(threads, 1);
   // About half a minute over all that is timed, and never too short to be steady.
   timing.seconds =
       options.seconds > 0 ? options.seconds : std::clamp(20.0 / static_cast<double>(items.size()), 0.05, 0.5);
@@ -95,7 +97,7 @@ int Run(const Options& options) {
       const std::string label = ModelLabel(*item.model, c);
       progress.Step(fmt::format("{}, {} tokens", label, c.tokens));
       bench::TimedCase timed;
-      const Status status = bench::TimeCase(c, timing, &timed);
+      const Status status = bench::TimeCase(c, timing, &timed, place);
       if (!status.ok()) {
         timed.held = false;
         timed.message = status.text();
@@ -113,8 +115,10 @@ int Run(const Options& options) {
   const bool held = failures.empty();
   if (options.json) {
     const Json out = {{"version", ropewalk_version()},
+                      {"device", place.device()},
+                      {"driver", place.driver()},
                       {"cpu", bench::CpuName()},
-                      {"threads", options.threads},
+                      {"threads", threads ? Json(threads) : Json()},
                       {"held", held},
                       {"results", results}};
     fmt::print("{}\n", out.dump(2));
@@ -122,14 +126,14 @@ int Run(const Options& options) {
   }
   table.Print();
   fmt::print(
-      "\n{}, {} thread{}, {}.\n"
+      "\n{}{}, {}.\n"
       "checked:  largest error, in units of the tolerance, against the double-precision reference; the rounding to the "
       "dtype\n"
       "          is within it, so that 16-bit dtypes come near 1.\n"
-      "of floor: time of an in-place read-modify-write of the same bytes, on the same threads in the same run, over "
-      "ours; at\n"
-      "          few tokens, which lie in the caches, the arithmetic and the call itself show.\n\n",
-      bench::CpuName(), options.threads, options.threads == 1 ? "" : "s", options.dtype);
+      "of floor: time of an in-place read-modify-write of the same bytes in the same run over ours; at few tokens, "
+      "which\n"
+      "          lie in the caches, the arithmetic and the call itself show. The floor is {}.\n\n",
+      DeviceText(place), ThreadsText(threads), options.dtype, place.FloorText());
   for (const std::string& failure : failures) fmt::print("{}  {}\n", Verdict(false), failure);
   fmt::print("{}: {} shapes of {} model{}\n", Verdict(held), items.size(), models.size(),
              models.size() == 1 ? "" : "s");
@@ -147,18 +151,17 @@ void AddRun(CLI::App* app, int* exit_code) {
   command->add_option("--tokens", options->tokens, "tokens in a call (default: 1, 64 and up to 2048)")
       ->delimiter(',')
       ->check(Above0());
-  command->add_option("--threads", options->threads, "threads of the CPU backend")
-      ->check(Above0())
-      ->capture_default_str();
+  command->add_option("--threads", options->threads, "threads of the CPU (default: 1)")->check(Above0());
   command->add_option("--seconds", options->seconds, "of timing for each line (default: about 20 in all)")
       ->check(Above0());
-  command->add_option("--backend", options->backend, "force a backend, or one CPU target as in cpu:avx2");
+  AddPlaceOption(command, &options->backend);
   command->add_flag("--json", options->json, "print JSON");
   command->footer(
       "Examples:\n"
       "  ropewalk run                                   every model that comes with Ropewalk\n"
       "  ropewalk run --model qwen3-8b --tokens 1,4096  one of them, at your sizes\n"
-      "  ropewalk run --model path/to/config.json       yours\n\n"
+      "  ropewalk run --model path/to/config.json       yours\n"
+      "  ropewalk run --backend cuda                    on the first NVIDIA GPU\n\n"
       "Exit code 0 only if every result is within the tolerance of the reference.");
   command->callback([options, exit_code] { *exit_code = Run(*options); });
 }

@@ -1,5 +1,6 @@
 // A library that stands in for libcuda: records launches, keeps device memory on the host, fails on demand. It refuses
-// what the real one refuses: a function or a stream of another context than the current one.
+// what the real one refuses: a function or a stream of another context than the current one. Graphs hold launches, and
+// events read a clock that launches move.
 // SPDX-License-Identifier: Apache-2.0
 #include "tests/fake_libcuda.h"
 
@@ -23,19 +24,28 @@ struct FakeContext {
   unsigned long long id;
   bool alive = true;
 };
+struct FakeGraph {
+  std::vector<FakeLaunch> launches;
+};
 struct FakeStream {
   FakeContext* context;
   bool capturing = false;
+  FakeGraph* graph = nullptr;  // where launches go instead
 };
-struct FakeModule {
+struct FakeModule {  // and a function of it
   FakeContext* context;
   std::string image;
+  std::string function = "rope_kernel";
+};
+struct FakeEvent {
+  double microseconds = 0;
 };
 struct Range {
   uintptr_t begin, end;
   int device;
 };
 
+constexpr int kL2CacheBytes = 38;  // an attribute of a device
 constexpr size_t kArenaBytes = size_t{1} << 30, kPage = size_t{2} << 20;
 
 struct State {
@@ -48,8 +58,11 @@ struct State {
   std::vector<int> retained;
   std::vector<Range> arenas;
   std::vector<uintptr_t> used;
+  std::map<cu::DevicePtr, size_t> sizes;  // of what was allocated
+  double microseconds = 0;                // the clock
   unsigned long long next_id = 1;
   bool initialised = false;
+  bool legacy_stream = false;
 };
 
 State& state() {
@@ -151,6 +164,8 @@ FAKE_API int cuInit(unsigned) {
     s.primaries.push_back(nullptr);
     s.retained.push_back(0);
   }
+  const char* legacy_stream = std::getenv("FAKE_CUDA_LEGACY_STREAM");
+  s.legacy_stream = legacy_stream && std::strcmp(legacy_stream, "1") == 0;
   s.initialised = true;
   return 0;
 }
@@ -193,7 +208,9 @@ FAKE_API int cuDeviceGetAttribute(int* value, int attribute, int device) {
   const int capability = state().capabilities[static_cast<size_t>(device)];
   *value = attribute == cu::kMultiprocessorCount      ? 132
            : attribute == cu::kComputeCapabilityMajor ? capability / 10
-                                                      : capability % 10;
+           : attribute == cu::kComputeCapabilityMinor ? capability % 10
+           : attribute == kL2CacheBytes               ? 50 << 20
+                                                      : 0;
   return 0;
 }
 
@@ -287,8 +304,10 @@ FAKE_API int cuModuleUnload(FakeModule*) {
 }
 FAKE_API int cuModuleGetFunction(FakeModule** function, FakeModule* module, const char* name) {
   ENTER();
-  if (std::strcmp(name, "rope_kernel") != 0) return 500;
-  return *function = module, 0;
+  if (std::strcmp(name, "rope_kernel") == 0) return *function = module, 0;
+  if (module->image.find(std::string(" ") + name + "(") == std::string::npos) return 500;
+  state().modules.push_back({module->context, module->image, name});
+  return *function = &state().modules.back(), 0;
 }
 FAKE_API int cuFuncGetAttribute(int* value, int attribute, FakeModule*) {
   ENTER();
@@ -302,20 +321,43 @@ FAKE_API int cuMemAlloc_v2(cu::DevicePtr* pointer, size_t bytes) {
   if (Forbidden()) return cu::kStreamCaptureUnsupported;
   if (state().face.alloc_result) return state().face.alloc_result;
   *pointer = reinterpret_cast<uintptr_t>(AllocateLocked(Current()->device, bytes));
-  return *pointer ? 0 : cu::kOutOfMemory;
+  if (!*pointer) return cu::kOutOfMemory;
+  state().sizes[*pointer] = bytes;
+  state().face.allocated += static_cast<int64_t>(bytes);
+  return 0;
 }
+FAKE_API int cuMemFree_v2(cu::DevicePtr pointer) {
+  ENTER();
+  const auto size = state().sizes.find(pointer);
+  if (!Current() || size == state().sizes.end()) return cu::kInvalidValue;
+  state().face.allocated -= static_cast<int64_t>(size->second);
+  state().sizes.erase(size);
+  return 0;
+}
+namespace {
+bool CopiesOn(const FakeStream* stream) {
+  return stream ? stream->context == Current() : Current() && state().legacy_stream;
+}
+}  // namespace
 FAKE_API int cuMemcpyHtoDAsync_v2(cu::DevicePtr to, const void* from, size_t bytes, FakeStream* stream) {
   ENTER();
-  if (!stream || stream->context != Current()) return cu::kInvalidHandle;
+  if (!CopiesOn(stream)) return cu::kInvalidHandle;
   if (Lost()) return Lost();
   std::memcpy(reinterpret_cast<void*>(to), from, bytes);
   return 0;
 }
 FAKE_API int cuMemcpyDtoHAsync_v2(void* to, cu::DevicePtr from, size_t bytes, FakeStream* stream) {
   ENTER();
-  if (!stream || stream->context != Current()) return cu::kInvalidHandle;
+  if (!CopiesOn(stream)) return cu::kInvalidHandle;
   if (Lost()) return Lost();
   std::memcpy(to, reinterpret_cast<const void*>(from), bytes);
+  return 0;
+}
+FAKE_API int cuMemcpyDtoDAsync_v2(cu::DevicePtr to, cu::DevicePtr from, size_t bytes, FakeStream* stream) {
+  ENTER();
+  if (!CopiesOn(stream)) return cu::kInvalidHandle;
+  if (Lost()) return Lost();
+  std::memcpy(reinterpret_cast<void*>(to), reinterpret_cast<const void*>(from), bytes);
   return 0;
 }
 FAKE_API int cuStreamCreate(FakeStream** stream, unsigned flags) {
@@ -357,6 +399,12 @@ FAKE_API int cuPointerGetAttributes(unsigned count, int* attributes, void** valu
   return 0;
 }
 
+namespace {
+void Execute(const FakeLaunch& launch) {
+  if (state().face.execute) state().microseconds += state().face.execute(launch);
+}
+}  // namespace
+
 FAKE_API int cuLaunchKernelEx(const cu::LaunchConfig* config, FakeModule* function, void** parameters, void** extra) {
   ENTER();
   State& s = state();
@@ -377,16 +425,98 @@ FAKE_API int cuLaunchKernelEx(const cu::LaunchConfig* config, FakeModule* functi
                        config->block_z,
                        config->shared_bytes,
                        false,
-                       function->image,
-                       *static_cast<const rope_cuda_args*>(parameters[0])};
+                       stream && stream->graph ? "" : function->image,
+                       {},
+                       function->function};
+  if (function->function == "rope_kernel") {
+    launch.args = *static_cast<const rope_cuda_args*>(parameters[0]);
+  } else {
+    std::memcpy(launch.pointers, parameters[0], sizeof(launch.pointers));
+  }
   for (unsigned i = 0; i < config->attribute_count; ++i) {
     const cu::LaunchAttribute& attribute = config->attributes[i];
     if (attribute.id == cu::kProgrammaticStreamSerialization) launch.dependent = attribute.value.number != 0;
   }
+  if (stream && stream->graph) {
+    stream->graph->launches.push_back(std::move(launch));
+    return 0;
+  }
+  Execute(launch);
   if (s.face.next_fault.key) {
     *launch.args.fault = s.face.next_fault;
     s.face.next_fault.key = 0;
   }
   s.face.launches.push_back(std::move(launch));
+  return 0;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Graphs and events
+
+FAKE_API int cuStreamBeginCapture_v2(FakeStream* stream, int) {
+  ENTER();
+  if (!stream || stream->capturing) return cu::kInvalidValue;
+  stream->capturing = true;
+  stream->graph = new FakeGraph;
+  ++state().face.graphs;
+  return 0;
+}
+FAKE_API int cuStreamEndCapture(FakeStream* stream, FakeGraph** graph) {
+  ENTER();
+  if (!stream || !stream->graph) return cu::kInvalidValue;
+  stream->capturing = false;
+  *graph = stream->graph;
+  stream->graph = nullptr;
+  return 0;
+}
+FAKE_API int cuStreamDestroy_v2(FakeStream*) {
+  ENTER();
+  return 0;
+}
+FAKE_API int cuGraphInstantiateWithFlags(FakeGraph** exec, FakeGraph* graph, unsigned long long) {
+  ENTER();
+  *exec = new FakeGraph(*graph);
+  ++state().face.graphs;
+  return 0;
+}
+FAKE_API int cuGraphLaunch(FakeGraph* exec, FakeStream* stream) {
+  ENTER();
+  if (!stream || stream->capturing || stream->context != Current()) return cu::kInvalidHandle;
+  if (Lost()) return Lost();
+  for (const FakeLaunch& launch : exec->launches) Execute(launch);
+  return 0;
+}
+FAKE_API int cuGraphDestroy(FakeGraph* graph) {
+  ENTER();
+  --state().face.graphs;
+  delete graph;
+  return 0;
+}
+FAKE_API int cuGraphExecDestroy(FakeGraph* exec) {
+  ENTER();
+  --state().face.graphs;
+  delete exec;
+  return 0;
+}
+FAKE_API int cuEventCreate(FakeEvent** event, unsigned) {
+  ENTER();
+  return *event = new FakeEvent, 0;
+}
+FAKE_API int cuEventDestroy_v2(FakeEvent* event) {
+  ENTER();
+  delete event;
+  return 0;
+}
+FAKE_API int cuEventRecord(FakeEvent* event, FakeStream*) {
+  ENTER();
+  return event->microseconds = state().microseconds, 0;
+}
+FAKE_API int cuEventSynchronize(FakeEvent*) {
+  ENTER();
+  return Lost();
+}
+FAKE_API int cuEventElapsedTime(float* milliseconds, const FakeEvent* begin, const FakeEvent* end) {
+  ENTER();
+  *milliseconds = static_cast<float>((end->microseconds - begin->microseconds) * 1e-3);
   return 0;
 }

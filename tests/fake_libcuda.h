@@ -5,6 +5,8 @@
 
 #include <atomic>
 #include <cstddef>
+#include <cstdint>
+#include <functional>
 #include <map>
 #include <mutex>
 #include <string>
@@ -13,7 +15,8 @@
 #include "ops/rope/rope_cuda_args.h"
 
 // Environment: FAKE_CUDA_DEVICES, compute capabilities such as "90,90" (default "90"; "none": no device),
-// FAKE_CUDA_VERSION (default 13000).
+// FAKE_CUDA_VERSION (default 13000), FAKE_CUDA_LEGACY_STREAM (1: copies on the null stream are no error; the library
+// makes none).
 
 struct FakeLaunch {
   int device;
@@ -21,8 +24,10 @@ struct FakeLaunch {
   void* context;
   unsigned grid_x, grid_y, grid_z, block_x, block_y, block_z, shared_bytes;
   bool dependent;     // programmatic stream serialization
-  std::string image;  // of the function's module
+  std::string image;  // of the function's module; "" in a graph
   rope_cuda_args args;
+  std::string function = {};  // its name
+  void* pointers[4] = {};     // what the argument of another function than rope_kernel begins with
 };
 
 struct FakeCuda {
@@ -32,8 +37,13 @@ struct FakeCuda {
   std::atomic<int> refused_images{0};  // so many module loads fail with CUDA_ERROR_INVALID_IMAGE
   rope_fault next_fault = {};          // the next launch leaves it, if key is not 0
 
+  // What a launch does, and how many microseconds it takes by the fake's clock; null: nothing, none.
+  std::function<double(const FakeLaunch&)> execute;
+
   std::mutex mutex;
-  std::vector<FakeLaunch> launches;
+  std::vector<FakeLaunch> launches;  // not those in graphs
+  int64_t allocated = 0;             // bytes that were not freed
+  int graphs = 0;                    // that were not destroyed
   std::map<std::string, int> calls;  // by the driver's name of the function
 
   // Memory of a device, aligned to 256 bytes; contexts and streams.

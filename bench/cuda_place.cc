@@ -1,0 +1,382 @@
+// Cases timed on a CUDA device, by graphs of many calls that are replayed. From 1,024 tokens on the calls go round so
+// many buffers that nothing is left in the L2 cache; below, everything stays there. The floor is searched on the very
+// buffers, and the best of it takes turns with ours.
+// SPDX-License-Identifier: Apache-2.0
+#include <algorithm>
+#include <cmath>
+#include <fstream>
+#include <functional>
+#include <map>
+#include <utility>
+
+#include "backends/cuda/context.h"
+#include "bench/cuda_floor.h"
+#include "bench/cuda_graphs.h"
+#include "bench/place.h"
+#include "bench/timed_case.h"
+#include "core/text.h"
+
+namespace ropewalk::bench {
+namespace {
+
+constexpr int64_t kColdTokens = 1024;
+constexpr int64_t kWarmCopies = 8;
+constexpr double kGraphSeconds = 2e-3;  // a graph shall take about so long
+constexpr int64_t kMaxGraphCalls = 1600;
+constexpr size_t kFinalists = 3;    // floors that are timed beside ours
+constexpr size_t kAlignment = 256;  // of device memory
+
+// Memory of the device that frees itself.
+class Block {
+ public:
+  explicit Block(DeviceMemory& memory) : memory_(&memory) {}
+  Block(Block&& other) noexcept : memory_(other.memory_), data_(std::exchange(other.data_, nullptr)) {}
+  Block& operator=(Block&&) = delete;
+  ~Block() {
+    if (data_) memory_->Free(data_);
+  }
+  Status Allocate(size_t bytes) { return memory_->Allocate(bytes, &data_); }
+  char* data() const { return static_cast<char*>(data_); }
+
+ private:
+  DeviceMemory* memory_;
+  void* data_ = nullptr;
+};
+
+// So many copies of what a call works on in place, each as the first call finds it, and its arguments.
+class Copies {
+ public:
+  Copies(DeviceMemory& memory, CudaGraphs& graphs) : memory_(memory), graphs_(graphs) {}
+
+  Status Make(CaseCall& call, int64_t rotary_dim, int64_t count) {
+    const ropewalk_rope_args& args = call.args();
+    const ropewalk_rope_args& host = call.host_args();
+    for (const auto& [device_tensor, host_tensor] : {std::pair{args.q, host.q}, {args.k, host.k}}) {
+      if (device_tensor) Add(SpanOf(*device_tensor), SpanOf(*host_tensor));
+    }
+    for (Part& part : parts_) {
+      const size_t lead = reinterpret_cast<uintptr_t>(part.device.begin) % kAlignment + kAlignment;
+      part.first = lead;
+      part.stride = (lead + part.device.bytes + kAlignment - 1) / kAlignment * kAlignment;
+      const size_t bytes = part.stride * static_cast<size_t>(count);
+      ROPEWALK_TRY(part.block.Allocate(bytes));
+      ROPEWALK_TRY(part.untouched.Allocate(bytes));
+      ROPEWALK_TRY(memory_.CopyIn(part.untouched.data() + lead, part.host.begin, part.host.bytes));
+      for (int64_t i = 1; i < count; ++i) {
+        ROPEWALK_TRY(graphs_.Copy(part.untouched.data() + static_cast<size_t>(i) * part.stride + lead,
+                                  part.untouched.data() + lead, part.host.bytes));
+      }
+      part.bytes = bytes;
+    }
+    ROPEWALK_TRY(Restore());
+    ROPEWALK_TRY(graphs_.Wait());
+    calls_.resize(static_cast<size_t>(count));
+    for (size_t i = 0; i < calls_.size(); ++i) {
+      Call& copy = calls_[i];
+      copy.args = args;
+      for (const auto& [tensor, field] : {std::pair{&copy.q, &copy.args.q}, {&copy.k, &copy.args.k}}) {
+        if (!*field) continue;
+        *tensor = **field;
+        tensor->data = At(i, DataOf(*tensor));
+        tensor->byte_offset = 0;
+        *field = tensor;
+      }
+      copy.regions = RegionsOf(copy.args, rotary_dim);
+      copy.floor = FloorDataOf(copy.regions);
+    }
+    return {};
+  }
+
+  // Puts the first data back, in the stream's order.
+  Status Restore() {
+    for (const Part& part : parts_) ROPEWALK_TRY(graphs_.Copy(part.block.data(), part.untouched.data(), part.bytes));
+    return {};
+  }
+
+  struct Call {
+    DLTensor q = {}, k = {};
+    ropewalk_rope_args args;
+    std::vector<FloorRegion> regions;
+    CudaFloorData floor;
+  };
+  const std::vector<Call>& calls() const { return calls_; }
+
+  // Whether the first copy is what the floor makes of the first data.
+  Status CheckFloor(bool* right) {
+    *right = true;
+    std::vector<std::vector<unsigned char>> now, expected;
+    for (const Part& part : parts_) {
+      now.emplace_back(part.host.bytes);
+      ROPEWALK_TRY(memory_.CopyOut(now.back().data(), part.block.data() + part.first, part.host.bytes));
+      expected.emplace_back(part.host.begin, part.host.begin + part.host.bytes);
+    }
+    for (FloorRegion region : calls_[0].regions) {
+      for (size_t i = 0; i < parts_.size(); ++i) {
+        const ptrdiff_t at = reinterpret_cast<char*>(region.data) - (parts_[i].block.data() + parts_[i].first);
+        if (at < 0 || at >= static_cast<ptrdiff_t>(parts_[i].host.bytes)) continue;
+        region.data = expected[i].data() + at;
+        FloorRows(0, {&region, 1}, 0, region.rows);
+        break;
+      }
+    }
+    *right = now == expected;
+    return {};
+  }
+
+ private:
+  // What several tensors lie in, as in packed rows, is copied as one.
+  struct Part {
+    Part(Span on_device, Span on_host, DeviceMemory& memory)
+        : device(on_device), host(on_host), block(memory), untouched(memory) {}
+    Span device, host;
+    Block block, untouched;
+    size_t first = 0, stride = 0, bytes = 0;
+  };
+
+  void Add(Span device, Span host) {
+    for (Part& part : parts_) {
+      if (device.begin >= part.device.end() || part.device.begin >= device.end()) continue;
+      const char* begin = std::min(part.device.begin, device.begin);
+      const size_t before = static_cast<size_t>(part.device.begin - begin);
+      const size_t bytes = static_cast<size_t>(std::max(part.device.end(), device.end()) - begin);
+      part.device = {begin, bytes};
+      part.host = {part.host.begin - before, bytes};
+      return;
+    }
+    parts_.emplace_back(device, host, memory_);
+  }
+
+  // The place in copy `i` of an address in the call's own data.
+  void* At(size_t i, const void* address) const {
+    for (const Part& part : parts_) {
+      const char* at = static_cast<const char*>(address);
+      if (at < part.device.begin || at >= part.device.end()) continue;
+      return part.block.data() + i * part.stride + part.first + (at - part.device.begin);
+    }
+    return nullptr;
+  }
+
+  DeviceMemory& memory_;
+  CudaGraphs& graphs_;
+  std::vector<Part> parts_;
+  std::vector<Call> calls_;
+};
+
+// Ours or a floor, in a graph.
+struct Contender {
+  std::function<Status(size_t copy)> call;
+  CudaGraph graph = nullptr;
+  int64_t calls = 0;  // in the graph
+  std::vector<double> seconds = {};
+};
+
+class Cuda final : public Place {
+ public:
+  explicit Cuda(const CudaDriver& driver) : driver_(driver) {
+    int bytes = 0;
+    if (driver_.DeviceGetAttribute(&bytes, cu::kL2CacheBytes, info().handle) == cu::kSuccess) l2_bytes_ = bytes;
+  }
+
+  DeviceMemory& memory() const override { return CudaMemory(); }
+  std::string device() const override { return info().name; }
+  std::string driver() const override {
+    std::string version;  // of the kernel module, where the system tells
+    std::ifstream("/sys/module/nvidia/version") >> version;
+    return Text(version, version.empty() ? "" : " ", "for CUDA ", CudaVersionText(driver_.version));
+  }
+  bool threaded() const override { return false; }
+  std::string FloorText() const override {
+    return Text("the best of a search over kernels; CUDA graphs, a cold L2 (", l2_bytes_ >> 20, " MB) from ",
+                kColdTokens, " tokens on");
+  }
+  std::vector<int64_t> Tokens(uint32_t) const override { return {1, 64, 256, 1024, 4096}; }
+  std::string MemoryOf(const RopeCase& c) const override { return Cold(c) ? "DRAM" : "L2"; }
+
+  Status Time(const TimingOptions& options, CaseCall& call, TimedCase* out) override {
+    CudaContextScope scope;
+    ROPEWALK_TRY(scope.Enter(driver_, 0));
+    std::unique_ptr<CudaGraphs> graphs;
+    ROPEWALK_TRY(CudaGraphs::Open(driver_, &graphs));
+    Copies copies(memory(), *graphs);
+    ROPEWALK_TRY(copies.Make(call, RotaryDim(call), CopyCount(call.test_case(), options.cold_bytes)));
+    Race race{*graphs, copies, Cold(call.test_case())};
+
+    Search* search = nullptr;
+    ROPEWALK_TRY(FindFloors(race, &search));
+    out->bytes = 2 * search->rows.bytes();
+    std::vector<Contender> contenders;
+    contenders.push_back({[&](size_t i) -> Status {
+      if (ropewalk_rope(&copies.calls()[i].args, graphs->stream()) == ROPEWALK_OK) return {};
+      return Status::Internal(Text("case ", call.test_case().name, " fails when repeated: ", ropewalk_last_error()));
+    }});
+    for (const CudaFloorShape& shape : search->finalists) contenders.push_back(FloorOf(race, *search, shape));
+    for (Contender& contender : contenders) ROPEWALK_TRY(race.Load(&contender));
+    ROPEWALK_TRY(race.Run(&contenders, options.seconds));
+
+    size_t best = 1;
+    for (size_t i = 2; i < contenders.size(); ++i) {
+      if (Median(contenders[i].seconds) < Median(contenders[best].seconds)) best = i;
+    }
+    const std::vector<double>&ours = contenders[0].seconds, &floor = contenders[best].seconds;
+    std::vector<double> ratios;
+    for (size_t i = 0; i < ours.size(); ++i) ratios.push_back(floor[i] / ours[i]);
+    out->floor_shape = ShapeName(search->finalists[best - 1]);
+    out->time = {Median(ours), Median(floor), Median(ratios), static_cast<int>(ours.size()), contenders[0].calls};
+    return {};
+  }
+
+ private:
+  // The copies of one case and those who work on them in turns.
+  struct Race {
+    CudaGraphs& graphs;
+    Copies& copies;
+    bool cold;
+
+    // A replay on the first data, seconds of one call.
+    Status Sample(Contender* contender) {
+      double seconds = 0;
+      ROPEWALK_TRY(copies.Restore());
+      ROPEWALK_TRY(graphs.Replay(contender->graph, &seconds));
+      contender->seconds.push_back(seconds / static_cast<double>(contender->calls));
+      return {};
+    }
+
+    // A graph of about kGraphSeconds.
+    Status Load(Contender* contender) {
+      const size_t count = copies.calls().size();
+      // Once on each copy before: what a first call asks the driver for is no part of a graph.
+      for (size_t i = 0; i < count; ++i) ROPEWALK_TRY(contender->call(i));
+      ROPEWALK_TRY(graphs.Wait());
+      const auto capture = [&](int64_t calls) {
+        contender->calls = calls;
+        return graphs.Capture(
+            [&]() -> Status {
+              for (int64_t i = 0; i < calls; ++i) ROPEWALK_TRY(contender->call(static_cast<size_t>(i) % count));
+              return {};
+            },
+            &contender->graph);
+      };
+      const auto round = static_cast<int64_t>(cold ? count : 5 * count);
+      ROPEWALK_TRY(capture(round));
+      ROPEWALK_TRY(Sample(contender));
+      const double seconds = contender->seconds.back() * static_cast<double>(round);
+      contender->seconds.clear();
+      const auto rounds =
+          std::min(static_cast<int64_t>(std::ceil(kGraphSeconds / std::max(seconds, 1e-9))), kMaxGraphCalls / round);
+      return seconds < kGraphSeconds / 2 && rounds > 1 ? capture(round * rounds) : Status();
+    }
+
+    Status Run(std::vector<Contender>* contenders, double seconds) {
+      constexpr int kMinRounds = 9, kMaxRounds = 400;
+      const size_t count = contenders->size();
+      double spent = 0;
+      for (int number = 0; number < kMinRounds || (number < kMaxRounds && spent < seconds); ++number) {
+        Status status;
+        spent += SecondsOf([&] {
+          for (size_t i = 0; i < count && status.ok(); ++i) {
+            status = Sample(&(*contenders)[number % 2 ? i : count - 1 - i]);
+          }
+        });
+        ROPEWALK_TRY(std::move(status));
+      }
+      return {};
+    }
+  };
+
+  // The floors of rows that are laid out alike.
+  struct Search {
+    CudaFloorRows rows;
+    std::unique_ptr<CudaFloor> floor;
+    Block positions, weight;
+    std::vector<CudaFloorShape> finalists;
+  };
+
+  const CudaDeviceInfo& info() const { return driver_.devices.front(); }
+  int64_t Warm() const { return l2_bytes_ * 7 / 10; }  // bytes that stay in the L2
+  bool Cold(const RopeCase& c) const {
+    return std::max<int64_t>(c.batch, 1) * c.tokens >= kColdTokens || BytesOf(c) > Warm();
+  }
+  int64_t CopyCount(const RopeCase& c, int64_t cold_bytes) const {
+    const int64_t bytes = std::max<int64_t>(BytesOf(c), 1);
+    if (Cold(c)) return std::max<int64_t>(2, (cold_bytes + bytes - 1) / bytes);
+    return std::clamp<int64_t>(Warm() / bytes, 1, kWarmCopies);
+  }
+
+  static Contender FloorOf(Race& race, const Search& search, const CudaFloorShape& shape) {
+    return {[&race, &search, shape](size_t i) {
+      return search.floor->Launch(shape, race.copies.calls()[i].floor, search.positions.data(), search.weight.data(),
+                                  race.graphs.stream());
+    }};
+  }
+
+  // The best few shapes for such rows, searched at the first time.
+  Status FindFloors(Race& race, Search** out) {
+    CudaFloorRows rows;
+    ROPEWALK_TRY(RowsOf(race.copies.calls()[0].regions, !race.cold, &rows));
+    const auto [entry, fresh] = searches_.try_emplace(CudaFloorSource(rows), nullptr);
+    *out = entry->second.get();
+    if (!fresh) return {};
+    std::unique_ptr<Search> search(new Search{rows, nullptr, Block(memory()), Block(memory()), {}});
+    if (const Status status = SearchFloors(race, search.get()); !status.ok()) {
+      searches_.erase(entry);
+      return status;
+    }
+    *out = search.get();
+    entry->second = std::move(search);
+    return {};
+  }
+
+  Status SearchFloors(Race& race, Search* search) const {
+    constexpr int kSamples = 3;
+    const CudaFloorRows& rows = search->rows;
+    ROPEWALK_TRY(CudaFloor::Make(driver_, info().properties, rows, &search->floor));
+    const std::vector<uint32_t> positions(static_cast<size_t>(rows.rows), kFloorFlip);
+    const std::vector<char> weight(static_cast<size_t>(rows.run_bytes));
+    ROPEWALK_TRY(search->positions.Allocate(positions.size() * sizeof(uint32_t)));
+    ROPEWALK_TRY(search->weight.Allocate(weight.size()));
+    ROPEWALK_TRY(memory().CopyIn(search->positions.data(), positions.data(), positions.size() * sizeof(uint32_t)));
+    ROPEWALK_TRY(memory().CopyIn(search->weight.data(), weight.data(), weight.size()));
+
+    std::vector<std::pair<double, size_t>> best;
+    const std::vector<CudaFloorShape>& shapes = search->floor->shapes();
+    for (size_t i = 0; i < shapes.size(); ++i) {
+      Contender contender = FloorOf(race, *search, shapes[i]);
+      ROPEWALK_TRY(race.Load(&contender));
+      for (int sample = 0; sample < kSamples; ++sample) ROPEWALK_TRY(race.Sample(&contender));
+      best.emplace_back(*std::ranges::min_element(contender.seconds), i);
+    }
+    std::ranges::sort(best);
+    best.resize(std::min(best.size(), kFinalists));
+    for (const auto& [seconds, i] : best) {
+      bool right = false;
+      ROPEWALK_TRY(race.copies.Restore());
+      ROPEWALK_TRY(FloorOf(race, *search, shapes[i]).call(0));
+      ROPEWALK_TRY(race.graphs.Wait());
+      ROPEWALK_TRY(race.copies.CheckFloor(&right));
+      if (!right) {
+        return Status::Internal(Text("the floor (", ShapeName(shapes[i]), ") does not flip the bytes of q and k"));
+      }
+      search->finalists.push_back(shapes[i]);
+    }
+    return {};
+  }
+
+  const CudaDriver& driver_;
+  int64_t l2_bytes_ = 0;
+  std::map<std::string, std::unique_ptr<Search>> searches_;  // by the floor's source
+};
+
+}  // namespace
+
+Status CudaPlace(Place** out) {
+  const CudaDriver& driver = GetCudaDriver();
+  if (!driver.status.ok()) {
+    return Status::Unavailable(Text("bench: CUDA is not available: ", driver.status.text(), "; ", driver.remedy));
+  }
+  // Never destroyed: the driver may be gone before our destructors run.
+  static Cuda* const cuda = new Cuda(driver);
+  *out = cuda;
+  return {};
+}
+
+}  // namespace ropewalk::bench
