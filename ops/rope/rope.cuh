@@ -702,6 +702,7 @@ __device__ __forceinline__ void RopeBody(const rope_cuda_args& a) {
         for (int i = 0; i < S::kRestPerLane; ++i) {
           if (has_rest(i)) rest[i] = at(RestBegin<K>(unit_of(i)));
         }
+        if constexpr (S::kGroupsPerWarp * K::kLanes != 32) __syncwarp();  // idle threads read what others will write
       } else {
 #pragma unroll
         for (int i = 0; i < S::kUnitsPerLane; ++i) {
