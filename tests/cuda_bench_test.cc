@@ -1,13 +1,9 @@
 // Timing on CUDA without a GPU: what is captured, replayed, put back and told, against a driver that stands in for
 // libcuda, whose kernels are done on the host and whose clock each launch moves. The floor's kernels compile for real.
 // SPDX-License-Identifier: Apache-2.0
-#include <dlfcn.h>
 #include <gtest/gtest.h>
 #include <stdlib.h>
-#include <sys/wait.h>
-#include <unistd.h>
 
-#include <cstdio>
 #include <filesystem>
 #include <fstream>
 #include <functional>
@@ -24,6 +20,7 @@
 #include "core/text.h"
 #include "tests/cuda_variants.h"
 #include "tests/fake_libcuda.h"
+#include "tests/fresh_process.h"
 
 namespace ropewalk::bench {
 namespace {
@@ -41,38 +38,23 @@ std::string Directory() {
   return directory;
 }
 
-void UseFakes() {
-  for (const char* name : {"ROPEWALK_PDL", "ROPEWALK_BUNDLE", "FAKE_CUDA_DEVICES", "FAKE_NVRTC_FAIL"}) unsetenv(name);
-  setenv("ROPEWALK_LIBCUDA", ROPEWALK_FAKE_LIBCUDA, 1);
-  setenv("ROPEWALK_LIBNVRTC", ROPEWALK_FAKE_NVRTC, 1);
-  setenv("ROPEWALK_CACHE_DIR", (Directory() + "/cache").c_str(), 1);
-  setenv("FAKE_CUDA_LEGACY_STREAM", "1", 1);
-}
-
 FakeCuda& Fake() {
-  static FakeCuda* const fake = [] {
-    void* library = dlopen(ROPEWALK_FAKE_LIBCUDA, RTLD_NOW);
-    return reinterpret_cast<FakeCudaFunction*>(dlsym(library, "fake_cuda"))();
-  }();
-  return *fake;
+  static FakeCuda& fake = FakeOf<FakeCuda>(ROPEWALK_FAKE_LIBCUDA, "fake_cuda");
+  return fake;
 }
 
-// In a child, since the driver is opened once in a process.
 void WithFakes(const std::function<void(Place& place)>& body) {
-  const pid_t child = fork();
-  ASSERT_GE(child, 0);
-  if (child == 0) {
-    UseFakes();
+  InChild([&] {
+    ChangeEnvironment({"ROPEWALK_PDL", "ROPEWALK_BUNDLE", "FAKE_CUDA_DEVICES", "FAKE_NVRTC_FAIL"},
+                      {{"ROPEWALK_LIBCUDA", ROPEWALK_FAKE_LIBCUDA},
+                       {"ROPEWALK_LIBNVRTC", ROPEWALK_FAKE_NVRTC},
+                       {"ROPEWALK_CACHE_DIR", Directory() + "/cache"},
+                       {"FAKE_CUDA_LEGACY_STREAM", "1"}});
     Place* place = nullptr;
     const Status status = PlaceOf("cuda", &place);
-    EXPECT_TRUE(status.ok()) << status.text();
-    if (status.ok()) body(*place);
-    fflush(stdout);
-    _exit(::testing::Test::HasFailure() ? 1 : 0);
-  }
-  int status = -1;
-  ASSERT_EQ(waitpid(child, &status, 0), child);
-  EXPECT_EQ(status, 0) << "see above";
+    ASSERT_TRUE(status.ok()) << status.text();
+    body(*place);
+  });
 }
 
 class CudaBench : public ::testing::Test {
