@@ -2,6 +2,7 @@
 #include "bench/cuda_floor.h"
 
 #include <algorithm>
+#include <cstdlib>
 
 #include "backends/cuda/nvrtc.h"
 #include "core/text.h"
@@ -9,7 +10,8 @@
 namespace ropewalk::bench {
 namespace {
 
-// After constants of the rows. Accesses are volatile, so that all loads of a thread are issued before its first store.
+// After constants of the rows. Accesses are volatile, so that all loads of a thread are issued before its first store,
+// and predicated, so that no branch stands between them.
 constexpr const char* kSource = R"(
 struct Args { char* parts[2]; const unsigned* positions; const char* weight; };
 
@@ -19,49 +21,50 @@ template <int P> __device__ unsigned long long CachePolicy() {
   return policy;
 }
 
-template <int B, int P> __device__ void Load(const char* at, unsigned long long policy, unsigned (&x)[4]) {
-  if constexpr (B == 16 && P == 0)
-    asm volatile("ld.global.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "l"(at));
-  if constexpr (B == 16 && P == 1)
-    asm volatile("ld.global.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "l"(at));
-  if constexpr (B == 16 && P == 2)
-    asm volatile("ld.global.L1::evict_first.L2::cache_hint.v4.u32 {%0,%1,%2,%3}, [%4], %5;"
-                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "l"(at), "l"(policy));
-  if constexpr (B == 8) asm volatile("ld.global.v2.u32 {%0,%1}, [%2];" : "=r"(x[0]), "=r"(x[1]) : "l"(at));
-  if constexpr (B == 4) asm volatile("ld.global.u32 %0, [%1];" : "=r"(x[0]) : "l"(at));
+#define IF(INSIDE, ACCESS) "{ .reg .pred p; setp.ne.u32 p, " INSIDE ", 0; @p " ACCESS "; }"
+#define LOAD16(MODIFIERS, HINT)                                                                  \
+  asm volatile(IF("%5", "ld.global" MODIFIERS ".v4.u32 {%0,%1,%2,%3}, [%4]" HINT)                \
+               : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "l"(at), "r"(inside), "l"(policy))
+#define STORE16(MODIFIERS, HINT)                                                                 \
+  asm volatile(IF("%5", "st.global" MODIFIERS ".v4.u32 [%4], {%0,%1,%2,%3}" HINT)                \
+               :: "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3]), "l"(at), "r"(inside), "l"(policy) : "memory")
+
+template <int B, int P>
+__device__ void Load(unsigned inside, const char* at, unsigned long long policy, unsigned (&x)[4]) {
+  if constexpr (B == 16 && P == 0) LOAD16("", "");
+  if constexpr (B == 16 && P == 1) LOAD16(".L1::no_allocate", "");
+  if constexpr (B == 16 && P == 2) LOAD16(".L1::evict_first.L2::cache_hint", ", %6");
+  if constexpr (B == 8)
+    asm volatile(IF("%3", "ld.global.v2.u32 {%0,%1}, [%2]") : "=r"(x[0]), "=r"(x[1]) : "l"(at), "r"(inside));
+  if constexpr (B == 4) asm volatile(IF("%2", "ld.global.u32 %0, [%1]") : "=r"(x[0]) : "l"(at), "r"(inside));
   if constexpr (B == 2) {
     unsigned short half;
-    asm volatile("ld.global.u16 %0, [%1];" : "=h"(half) : "l"(at));
+    asm volatile(IF("%2", "ld.global.u16 %0, [%1]") : "=h"(half) : "l"(at), "r"(inside));
     x[0] = half;
   }
 }
 
-template <int B, int P> __device__ void Store(char* at, unsigned long long policy, const unsigned (&x)[4]) {
-  if constexpr (B == 16 && P == 0)
-    asm volatile("st.global.v4.u32 [%0], {%1,%2,%3,%4};"
-                 :: "l"(at), "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3]) : "memory");
-  if constexpr (B == 16 && P == 1)
-    asm volatile("st.global.L1::no_allocate.v4.u32 [%0], {%1,%2,%3,%4};"
-                 :: "l"(at), "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3]) : "memory");
-  if constexpr (B == 16 && P == 2)
-    asm volatile("st.global.L1::evict_first.L2::cache_hint.v4.u32 [%0], {%1,%2,%3,%4}, %5;"
-                 :: "l"(at), "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3]), "l"(policy) : "memory");
-  if constexpr (B == 8) asm volatile("st.global.v2.u32 [%0], {%1,%2};" :: "l"(at), "r"(x[0]), "r"(x[1]) : "memory");
-  if constexpr (B == 4) asm volatile("st.global.u32 [%0], %1;" :: "l"(at), "r"(x[0]) : "memory");
+template <int B, int P>
+__device__ void Store(unsigned inside, char* at, unsigned long long policy, const unsigned (&x)[4]) {
+  if constexpr (B == 16 && P == 0) STORE16("", "");
+  if constexpr (B == 16 && P == 1) STORE16(".L1::no_allocate", "");
+  if constexpr (B == 16 && P == 2) STORE16(".L1::evict_first.L2::cache_hint", ", %6");
+  if constexpr (B == 8)
+    asm volatile(IF("%3", "st.global.v2.u32 [%2], {%0,%1}") :: "r"(x[0]), "r"(x[1]), "l"(at), "r"(inside) : "memory");
+  if constexpr (B == 4) asm volatile(IF("%2", "st.global.u32 [%1], %0") :: "r"(x[0]), "l"(at), "r"(inside) : "memory");
   if constexpr (B == 2)
-    asm volatile("st.global.u16 [%0], %1;" :: "l"(at), "h"((unsigned short)x[0]) : "memory");
+    asm volatile(IF("%2", "st.global.u16 [%1], %0") :: "h"((unsigned short)x[0]), "l"(at), "r"(inside) : "memory");
 }
 
-template <int B> __device__ char* Place(const Args& args, Index row, int column) {
+template <int B> __device__ char* At(const Args& args, Index row, int column) {
   constexpr int kRun = kRunBytes / B;
-  int run = column / kRun;
-  if (kRuns1 == 0 || run < kRuns0)
-    return args.parts[0] + row * kRowStride0 + (kRunStride0 == kRunBytes ? column * (long long)B
-                                                                         : run * kRunStride0 + column % kRun * B);
-  run -= kRuns0;
-  return args.parts[1] + row * kRowStride1 +
-         (kRunStride1 == kRunBytes ? (column - kRuns0 * kRun) * (long long)B : run * kRunStride1 + column % kRun * B);
+  constexpr bool kDense = kRunStride0 == kRunBytes && (kRuns1 == 0 || kRunStride1 == kRunBytes);
+  const bool second = kRuns1 && column >= kRuns0 * kRun;
+  char* const part = second ? args.parts[1] : args.parts[0];
+  const Index row_stride = second ? kRowStride1 : kRowStride0, run_stride = second ? kRunStride1 : kRunStride0;
+  if (second) column -= kRuns0 * kRun;
+  const Index place = kDense ? (Index)column * B : column / kRun * run_stride + column % kRun * B;
+  return part + (row * row_stride + place);
 }
 
 // Flips bits of all runs: U accesses of B bytes in flight.
@@ -72,27 +75,26 @@ template <bool ByRow, int B, int U, int P> __device__ void Flip(const Args& args
   Index first = ByRow ? (Index)threadIdx.x : (Index)blockIdx.x * (Index)(blockDim.x * U) + (Index)threadIdx.x;
   do {
     char* at[U];
-    unsigned x[U][4], weight[U][4], position[U];
+    unsigned inside[U], x[U][4], weight[U][4], position[U];
 #pragma unroll
     for (int u = 0; u < U; ++u) {
       const Index i = first + u * (Index)blockDim.x;
-      if (i >= end) continue;
+      inside[u] = i < end;
       const Index row = ByRow ? (Index)blockIdx.x : i / kRow;
       const int column = (int)(ByRow ? i : i % kRow);
-      at[u] = Place<B>(args, row, column);
-      Load<B, P>(at[u], policy, x[u]);
+      at[u] = At<B>(args, row, column);
+      Load<B, P>(inside[u], at[u], policy, x[u]);
       if constexpr (kFew) {
-        asm volatile("ld.global.u32 %0, [%1];" : "=r"(position[u]) : "l"(args.positions + row));
-        Load<B, 0>(args.weight + column % (kRunBytes / B) * B, 0, weight[u]);
+        asm volatile(IF("%2", "ld.global.u32 %0, [%1]") : "=r"(position[u]) : "l"(args.positions + row), "r"(inside[u]));
+        Load<B, 0>(inside[u], args.weight + column % (kRunBytes / B) * B, 0, weight[u]);
       }
     }
 #pragma unroll
     for (int u = 0; u < U; ++u) {
-      if (first + u * (Index)blockDim.x >= end) continue;
 #pragma unroll
       for (int word = 0; word < (B < 4 ? 1 : B / 4); ++word)
         x[u][word] ^= kFew ? position[u] ^ weight[u][word] : 0x80008000u;
-      Store<B, P>(at[u], policy, x[u]);
+      Store<B, P>(inside[u], at[u], policy, x[u]);
     }
     first += U * (Index)blockDim.x;
   } while (ByRow && first < end);
@@ -190,8 +192,9 @@ std::vector<CudaFloorShape> CudaFloorShapes(const CudaFloorRows& rows) {
 
 std::string CudaFloorSource(const CudaFloorRows& rows) {
   const auto& [q, k] = rows.parts;
-  // Numbers of accesses, of 2 bytes at least; 32 bits where they suffice, with room for the last block.
-  const bool narrow = rows.bytes() < int64_t{1} << 31;
+  // Numbers of accesses and distances in bytes: 32 bits where they suffice, with room for the last block.
+  const int64_t reach = rows.rows * std::max(std::abs(q.row_stride), std::abs(k.row_stride));
+  const bool narrow = std::max(rows.bytes(), reach) < int64_t{1} << 30;
   std::string source = Text("using Index = ", narrow ? "int" : "long long", ";\n");
   const auto constant = [&](const char* type, const char* name, int64_t value) {
     Append(&source, Text("constexpr ", type, " ", name, " = ", value, ";\n"));
@@ -200,16 +203,16 @@ std::string CudaFloorSource(const CudaFloorRows& rows) {
   constant("Index", "kRows", rows.rows);
   constant("int", "kRunBytes", rows.run_bytes);
   constant("int", "kRuns0", q.runs);
-  constant("long long", "kRowStride0", q.row_stride);
-  constant("long long", "kRunStride0", q.run_stride);
+  constant("Index", "kRowStride0", q.row_stride);
+  constant("Index", "kRunStride0", q.run_stride);
   constant("int", "kRuns1", k.runs);
-  constant("long long", "kRowStride1", k.row_stride);
-  constant("long long", "kRunStride1", k.run_stride);
+  constant("Index", "kRowStride1", k.row_stride);
+  constant("Index", "kRunStride1", k.run_stride);
   Append(&source, kSource);
   int next = 0;
   for (const CudaFloorShape& shape : CudaFloorShapes(rows)) {
     if (shape.kernel != next) continue;
-    Append(&source, Text("extern \"C\" __global__ __launch_bounds__(1024) void f", next++, "(const Args args) { Flip<",
+    Append(&source, Text("extern \"C\" __global__ __launch_bounds__(768) void f", next++, "(const Args args) { Flip<",
                          shape.by_row ? "true, " : "false, ", shape.bytes, ", ", shape.in_flight, ", ", shape.policy,
                          ">(args); }\n"));
   }

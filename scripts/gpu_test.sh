@@ -1,11 +1,18 @@
 #!/usr/bin/env bash
 # The tests that need an NVIDIA GPU, and a report of them: conformance on the device in both layouts, the Python tests on CUDA
 # tensors, compute-sanitizer. For a machine with a driver and NVRTC and without a network:
-#   scripts/gpu_test.sh REPORT.md      ROPEWALK: the command (build/dev/bin/ropewalk); PYTHONPATH: where the package is
+#   scripts/gpu_test.sh REPORT.md [conformance] [sanitizer] [python]     the parts named, else all
+# ROPEWALK: the command (build/dev/bin/ropewalk); PYTHONPATH: where the package is.
 # SPDX-License-Identifier: Apache-2.0
 set -uo pipefail
-cd "$(dirname "$0")/.."
-report=${1:?usage: scripts/gpu_test.sh REPORT.md}
+cd "$(dirname "$0")/.." || exit
+[[ ! -x .venv/bin/python3 ]] || PATH=$PWD/.venv/bin:$PATH
+report=${1:?usage: scripts/gpu_test.sh REPORT.md [conformance] [sanitizer] [python]}
+shift
+parts=" ${*:-conformance sanitizer python} "
+for part in $parts; do
+  [[ $part =~ ^(conformance|sanitizer|python)$ ]] || { echo "gpu_test: no part $part" >&2; exit 2; }
+done
 ropewalk=${ROPEWALK:-build/dev/bin/ropewalk}
 jobs=$(nproc)
 work=$(mktemp -d)
@@ -28,32 +35,62 @@ check() {
   grep -h -A3 '^FAILED  ' "$work"/check.* | head -40
 }
 
+# python_tests FILE..: shared among half as many processes as there are cores, likewise. One that took no test, or ended
+# without its count, is a failure.
+python_tests() {
+  local processes=$(((jobs + 1) / 2)) i
+  for ((i = 0; i < processes; i++)); do
+    OMP_NUM_THREADS=2 python3 -m pytest -q -p no:cacheprovider --shard "$i/$processes" "$@" >"$work/pytest.$i" 2>&1 ||
+      touch "$work/failed" "$work/pytest-failed.$i" &
+  done
+  wait
+  awk '/^[0-9]+ (passed|failed|skipped|deselected|errors?|xfailed|xpassed|warnings?),? .*in [0-9.]+s/ {
+         for (i = 1; i < NF; i++) { if ($(i + 1) ~ /^passed/) passed += $i; if ($(i + 1) ~ /^failed/) failed += $i
+                                    if ($(i + 1) ~ /^error/) errors += $i; if ($(i + 1) ~ /^skipped/) skipped += $i } told++ }
+       END { printf "%d passed, %d failed, %d errors, %d skipped; %d of '"$processes"' processes told\n", passed, failed, errors,
+                    skipped, told
+             exit !(passed > 0 && failed == 0 && errors == 0 && told == '"$processes"') }' "$work"/pytest.[0-9]* || touch "$work/failed"
+  if grep -q 'finds no CUDA device' "$work"/pytest.[0-9]*; then
+    echo "FAILED: torch finds no CUDA device, so that the tests of CUDA did not run"; touch "$work/failed"
+  fi
+  # Why tests were skipped, each reason once; which failed, and the end of what such a process said.
+  sed -n 's/^SKIPPED \[[0-9]*\] /skipped: /p' "$work"/pytest.[0-9]* | sed 's/:[0-9]*: /: /' | sort -u | head -20
+  sed -n 's/^\(FAILED\|ERROR\) /&/p' "$work"/pytest.[0-9]* | sort -u | head -40
+  for ((i = 0; i < processes; i++)); do
+    if [[ -e $work/pytest-failed.$i ]]; then echo "---- process $i of $processes ended with:"; tail -25 "$work/pytest.$i"; fi
+  done | head -200
+}
+
 {
   echo "# Tests on a GPU"
   echo
   echo "$(date -u +%F), $(nvidia-smi --query-gpu=name,driver_version --format=csv,noheader | head -1), Ropewalk $("$ropewalk" --version | awk '{print $NF}')"
   echo
-  echo '## Conformance: every case against the double-precision reference'
-  echo '```'
-  for backend in cuda cuda:few cuda:many; do
-    printf '%-9s ' "$backend"
-    check "$backend" 1 "$ropewalk"
-  done
-  echo '```'
-  echo '## compute-sanitizer: memcheck over every second case, the others over every eighth'
-  echo '```'
-  for run in memcheck:2:cuda memcheck:2:cuda:many racecheck:8:cuda:many initcheck:8:cuda; do
-    IFS=: read -r tool every backend <<<"$run"
-    printf '%-9s %-9s ' "$tool" "$backend"
-    check "$backend" "$every" compute-sanitizer --tool "$tool" --error-exitcode 9 "$ropewalk"
-  done
-  echo '```'
-  echo '## Python tests on CUDA tensors'
-  echo '```'
-  python3 -m pytest -q -p no:cacheprovider tests/python/test_cuda.py tests/python/test_compat.py \
-    tests/python/test_compat_tables.py 2>&1 | tail -25
-  [[ ${PIPESTATUS[0]} == 0 ]] || touch "$work/failed"
-  echo '```'
+  if [[ $parts == *" conformance "* ]]; then
+    echo '## Conformance: every case against the double-precision reference'
+    echo '```'
+    for backend in cuda cuda:few cuda:many; do
+      printf '%-9s ' "$backend"
+      check "$backend" 1 "$ropewalk"
+    done
+    echo '```'
+  fi
+  if [[ $parts == *" sanitizer "* ]]; then
+    echo '## compute-sanitizer: memcheck over every second case, the others over every eighth'
+    echo '```'
+    for run in memcheck:2:cuda memcheck:2:cuda:many racecheck:8:cuda:many initcheck:8:cuda; do
+      IFS=: read -r tool every backend <<<"$run"
+      printf '%-9s %-9s ' "$tool" "$backend"
+      check "$backend" "$every" compute-sanitizer --tool "$tool" --error-exitcode 9 "$ropewalk"
+    done
+    echo '```'
+  fi
+  if [[ $parts == *" python "* ]]; then
+    echo '## Python tests on CUDA tensors'
+    echo '```'
+    python_tests tests/python/test_cuda.py tests/python/test_compat.py tests/python/test_compat_tables.py
+    echo '```'
+  fi
   if [[ -e $work/failed ]]; then echo 'Result: FAILED'; else echo 'Result: held'; fi
 } >"$report"
 [[ ! -e $work/failed ]]

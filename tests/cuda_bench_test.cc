@@ -108,15 +108,23 @@ struct Kernels {
   bool rope_right = true, floor_right = true;
   ropewalk_frequencies* frequencies = nullptr;
   std::vector<const void*> replayed = {};  // q of ours in graphs, in turn
-  int launches = 0;
+  int copied_before = -1, samples = 0;     // each sample begins with data put back
+  unsigned char first_byte = 0;
 
   void Install() {
     ASSERT_EQ(ropewalk_frequencies_create(c.theta, c.rotary_dim, nullptr, 0, &frequencies), ROPEWALK_OK);
     Fake().execute = [this](const FakeLaunch& launch) {
-      ++launches;
-      // What graphs leave behind must not be what the next one begins with.
-      void* q = IsRope(launch) ? launch.args.q : launch.pointers[0];
-      if (InGraph(launch)) ++*static_cast<unsigned char*>(q);
+      auto* const q = static_cast<unsigned char*>(IsRope(launch) ? launch.args.q : launch.pointers[0]);
+      if (InGraph(launch)) {
+        // What graphs leave behind must not be what the next sample begins with.
+        const int copied = Fake().calls["cuMemcpyDtoDAsync_v2"];
+        if (copied != copied_before) {
+          if (samples++ == 0) first_byte = *q;
+          EXPECT_EQ(*q, first_byte);
+        }
+        copied_before = copied;
+        ++*q;
+      }
       if (IsRope(launch)) {
         if (InGraph(launch)) {
           replayed.push_back(q);
@@ -166,6 +174,8 @@ TEST_F(CudaBench, FewTokensStayInTheCache) {
       EXPECT_EQ(timed.time.calls, 680);  // 17 rounds of 5 x 8 calls: 2 ms of 3 us
       EXPECT_EQ(timed.bytes, 2 * 64 * 6 * 64 * 2);
       EXPECT_EQ(timed.floor_shape, "flat, 16 B x2, 128 threads");
+      EXPECT_GE(kernels.samples, timed.time.pairs * 4);  // ours and three floors
+      kernels.samples = 0;
       // Round eight copies, each far enough from the next one not to be taken for its k.
       const std::set<const void*> copies(kernels.replayed.begin(), kernels.replayed.end());
       EXPECT_EQ(copies.size(), 8u);
