@@ -51,8 +51,9 @@ def main() -> int:
             first, *others = child["ms"]
             results[name] = {"first_ms": first, "median_ms": statistics.median(others), "max_ms": max(others),
                              "variants": len(others), "sources": child["sources"]}  # fmt: skip
-            print(f"{name:9} median {statistics.median(others):6.2f} ms, largest {max(others):6.2f} ms of {len(others)} "
-                  f"variants; the first of the process {first:.1f} ms; {', '.join(child['sources'])}")  # fmt: skip
+            print(f"{name:9} median {statistics.median(others):6.2f} ms, largest {max(others):6.2f} ms of "
+                  f"{len(others)} variants; the first of the process {first:.1f} ms; "
+                  f"{', '.join(child['sources'])}")  # fmt: skip
     if options.json:
         options.json.write_text(json.dumps(results, indent=1) + "\n")
     return 0

@@ -1,6 +1,6 @@
 """Writes docs/results/cpu.md from the JSON files that bench/results.sh has left: every number comes from that run.
 
-    python bench/summary.py --stem docs/results/2026-01-31-some-cpu [--markdown docs/results/cpu.md]
+python bench/summary.py --stem docs/results/2026-01-31-some-cpu [--markdown docs/results/cpu.md]
 """
 
 # SPDX-License-Identifier: Apache-2.0

@@ -80,6 +80,7 @@ void Table::Print() const {
   };
   print(headings_);
   std::vector<std::string> rule;
+  rule.reserve(widths.size());
   for (const size_t width : widths) rule.emplace_back(width, '-');
   print(rule);
   for (const auto& row : rows_) print(row);
@@ -98,7 +99,7 @@ Progress::Progress(std::string label, int64_t total)
     : label_(std::move(label)), total_(total), shown_(isatty(STDERR_FILENO) != 0) {}
 
 Progress::~Progress() {
-  if (shown_) fmt::print(stderr, "\r\033[K");
+  if (shown_) std::fputs("\r\033[K", stderr);
 }
 
 void Progress::Step(std::string_view what) {

@@ -105,6 +105,7 @@ int Explain(const Options& options) {
   Table table(columns);
   for (const Json& result : results) {
     std::vector<std::string> cells;
+    cells.reserve(columns.size());
     for (const std::string& key : columns) cells.push_back(text_of(result, key));
     table.Add(cells);
   }

@@ -7,8 +7,10 @@
 
 #include "cli/common.h"
 
-int main(int argc, char** argv) {
-  using namespace ropewalk::cli;
+namespace ropewalk::cli {
+namespace {
+
+int Main(int argc, char** argv) {
   CLI::App app("Ropewalk: rotary position embedding on queries and keys, at the speed of memory.", "ropewalk");
   app.set_version_flag("--version", ropewalk_version());
   app.require_subcommand(0, 1);
@@ -42,9 +44,18 @@ int main(int argc, char** argv) {
   } catch (const Failure& failure) {
     fmt::print(stderr, "ropewalk: {}\n", failure.what());
     return failure.code();
-  } catch (const std::exception& error) {
-    fmt::print(stderr, "ropewalk: {}\n", error.what());
-    return kCannot;
   }
   return exit_code;
+}
+
+}  // namespace
+}  // namespace ropewalk::cli
+
+int main(int argc, char** argv) {
+  try {
+    return ropewalk::cli::Main(argc, argv);
+  } catch (const std::exception& error) {
+    std::fprintf(stderr, "ropewalk: %s\n", error.what());
+    return ropewalk::cli::kCannot;
+  }
 }

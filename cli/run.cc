@@ -35,7 +35,7 @@ std::vector<int64_t> TokensFor(const Options& options, const ModelConfig& config
 }
 
 std::string Checked(const bench::TimedCase& timed) {
-  const std::string verdict = fmt::format("{} {:.2f}", Verdict(timed.held), timed.worst);
+  std::string verdict = fmt::format("{} {:.2f}", Verdict(timed.held), timed.worst);
   if (timed.checked_tokens == timed.tokens) return verdict;
   return fmt::format("{} ({} tokens)", verdict, timed.checked_tokens);
 }

@@ -144,11 +144,11 @@ constexpr ModelTraits kTraits[] = {
 }  // namespace
 
 const ModelTraits& TraitsOf(std::string_view model_type) {
-  static constexpr ModelTraits plain{};
+  static constexpr ModelTraits kPlain{};
   for (const ModelTraits& traits : kTraits) {
     if (traits.model_type == model_type) return traits;
   }
-  return plain;
+  return kPlain;
 }
 
 Status ReadModelConfig(std::string_view json, std::string_view name, ModelConfig* out) {

@@ -10,6 +10,7 @@
 
 #include "core/json_fields.h"
 #include "core/model_traits.h"
+#include "core/text.h"
 
 namespace ropewalk {
 namespace {
@@ -558,7 +559,7 @@ Status ReadChoices(Fields* fields, const ModelTraits& traits, const Surroundings
   const bool nested = std::any_of(object->begin(), object->end(), [](const Json& value) { return value.is_object(); });
   if (nested) {
     for (const auto& [key, value] : object->items()) {
-      const std::string inner = where + "." + key;
+      const std::string inner = Text(where, ".", key);
       if (!value.is_object() && !value.is_null()) {
         return Status::Invalid(inner + " stands next to layer types and must be an object, but is " + Show(value));
       }

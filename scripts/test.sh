@@ -64,9 +64,9 @@ case $mode in
       cpp asan -DPython_EXECUTABLE="$venv/bin/python"
     # The sanitizer's library must come first in a Python that knows nothing of it; libstdc++ beside it, so that it can
     # wrap exceptions. Leaks are left out: Python keeps what it likes until the end. An allocation beyond all memory
-    # fails, as it does without the sanitizer: tests ask torch for one.
+    # fails, as it does without the sanitizer: tests ask torch for one. no_deepbind: see tests/no_deepbind.c.
     sanitized=(env PYTHONPATH="$root/build/asan/python" \
-      LD_PRELOAD="$("$CXX" -print-file-name=libasan.so) $("$CXX" -print-file-name=libstdc++.so)" \
+      LD_PRELOAD="$root/build/asan/tests/libno_deepbind.so $("$CXX" -print-file-name=libasan.so) $("$CXX" -print-file-name=libstdc++.so)" \
       ASAN_OPTIONS=detect_leaks=0:verify_asan_link_order=0:allocator_may_return_null=1 \
       UBSAN_OPTIONS=print_stacktrace=1 ROPEWALK_SANITIZED=1)
     part "the package tested is the one of build/asan" "${sanitized[@]}" python -c \

@@ -143,8 +143,10 @@ TEST_P(LevelZeroSimulated, BuildsAndLaunches) {
     const nlohmann::json backend = IntelBackend();
     if (!backend.at("available").get<bool>()) {
       const std::string detail = backend.at("detail");
+#if defined(__x86_64__)  // under qemu, the machine's driver is not this program's
       // Where the packages are installed, the driver must be there.
       EXPECT_FALSE(fs::exists("/usr/lib/x86_64-linux-gnu/libze_intel_gpu.so.1")) << detail;
+#endif
       std::printf("skipped: %s\n", detail.c_str());
       return;
     }

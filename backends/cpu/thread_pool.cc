@@ -99,7 +99,7 @@ void ForgetPool() {
   new (&making) std::mutex;
 }
 // From the start: another thread may be making the first pool, with the lock held, when this one forks.
-[[maybe_unused]] const int registered = pthread_atfork(nullptr, nullptr, ForgetPool);
+[[maybe_unused]] const int kRegistered = pthread_atfork(nullptr, nullptr, ForgetPool);
 
 ThreadPool* Pool() {
   if (ThreadPool* ready = pool.load(std::memory_order_acquire)) return ready;

@@ -7,6 +7,7 @@
 
 #include <atomic>
 #include <cerrno>
+#include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <filesystem>
@@ -122,8 +123,7 @@ Status MakeCubin(const RopeCudaKey& key, const CudaDevice& device, bool no_disk,
   Compilation compilation;
   ROPEWALK_TRY(CompileCuda(*request.nvrtc, RopeCudaSource(key), request.arch, /*verbose=*/false, &compilation));
   out->bytes = std::move(compilation.cubin);
-  out->source =
-      Text("compiled by ", NvrtcText(*request.nvrtc), " in ", static_cast<int>(compilation.milliseconds + 0.5), " ms");
+  out->source = Text("compiled by ", NvrtcText(*request.nvrtc), " in ", std::lround(compilation.milliseconds), " ms");
   WriteDisk(request.disk, out->bytes);
   return {};
 }

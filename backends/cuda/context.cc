@@ -193,7 +193,7 @@ Status CudaContext::Prepare() {
   if (!stream_) ROPEWALK_TRY(driver.Check(driver.StreamCreate(&stream_, cu::kStreamNonBlocking), "cuStreamCreate"));
   if (faults_) return {};
   ROPEWALK_TRY(Allocate(sizeof(rope_fault) * kRopeFaultRecords, &faults_));
-  const Status status = ResetFaults();
+  Status status = ResetFaults();
   if (!status.ok()) faults_ = 0;
   return status;
 }

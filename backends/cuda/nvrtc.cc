@@ -302,6 +302,7 @@ Status CompileCuda(const Nvrtc& base, const std::string& source, const std::stri
   options.push_back(Text("--gpu-architecture=", arch));
   if (verbose) options.push_back("--ptxas-options=-v");
   std::vector<const char*> option_texts;
+  option_texts.reserve(options.size());
   for (const std::string& option : options) option_texts.push_back(option.c_str());
 
   const auto check = [&](int result, const char* call) -> Status {

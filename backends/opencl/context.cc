@@ -2,6 +2,7 @@
 #include "backends/opencl/context.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
@@ -129,8 +130,7 @@ Status OpenClContext::Build(const RopeSpirvKey& key, SpirvKernel* kernel) {
     const cl::Uint yes = 1;  // pointers of any memory; a device that needs no telling may refuse the call
     (void)library.SetKernelExecInfo(held->kernel, cl::kFineGrainSystemAccess, sizeof(yes), &yes);
   }
-  kernel->source =
-      Text(device.spirv ? "from SPIR-V in " : "from source in ", static_cast<int64_t>(milliseconds + 0.5), " ms");
+  kernel->source = Text(device.spirv ? "from SPIR-V in " : "from source in ", std::lround(milliseconds), " ms");
   kernel->function = held.release();
   return {};
 }

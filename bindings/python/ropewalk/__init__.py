@@ -170,8 +170,8 @@ def rope_(
         k_scale, v_scale: a number, or [k_heads] float32: an fp8 cache holds k / k_scale.
         sycl_queue: for tensors in SYCL's unified shared memory (Intel GPUs): the queue to work on, a dpctl.SyclQueue, a
             torch.xpu.Stream or the address of a sycl::queue. None: torch's current one.
-        disable_pdl: on NVIDIA GPUs from sm_90 on, do not let the kernel begin before the one before it in the stream has
-            ended (programmatic dependent launch); it reads nothing before that in either case.
+        disable_pdl: on NVIDIA GPUs from sm_90 on, do not let the kernel begin before the one before it in the stream
+            has ended (programmatic dependent launch); it reads nothing before that in either case.
 
     Returns:
         q and k, or what was written instead of them.
@@ -207,7 +207,10 @@ def rope_(
                     if tensor.requires_grad:
                         raise TypeError
         handle = None if frequencies is None else frequencies._handle
-        if q_out is k_out is v is k_cache is v_cache is slots is k_scale is v_scale is sycl_queue is None and not disable_pdl:
+        if (
+            q_out is k_out is v is k_cache is v_cache is slots is k_scale is v_scale is sycl_queue is None
+            and not disable_pdl
+        ):
             # What is left out at the end need not be handed over.
             _rope(q, k, positions, offsets, handle, cos, sin, cos_sin, axes, _PAIRING[pairing], rotary_dim,
                   rotary_offset, inverse, _NORM[norm], q_weight, k_weight, zero_centered_weight, eps,
