@@ -52,9 +52,9 @@ cuda-report:  ## registers, spills, shared memory and size of the CUDA variants;
 	@$(setup) system base
 	@scripts/cuda_report.sh
 
-intel-report:  ## SIMD width, spills, loads and stores of the Intel GPU variants; fails on a spill
+intel-report:  ## SIMD width, spills, loads and stores of all Intel GPU variants; fails on a spill; report in docs/results/
 	@$(setup) system base
-	@scripts/intel_report.sh
+	@scripts/intel_report.sh --all
 
 bench:  ## the speed of every shape beside its floor and the peers installed; results in docs/results/
 	@$(setup) system base sycl wheel full

@@ -1,8 +1,25 @@
 # ropewalk_spirv(output): a C++ file with the SPIR-V modules of ops/rope/rope.cl, one for each dtype and width of an access,
-# and with the kernel's text (ops/rope/rope_spirv.h). clang makes LLVM's bitcode, llvm-spirv of the same version SPIR-V;
-# where they are missing, the file says so and the library is built without. Included, this file defines the function; run
-# as a script, it writes the output.
+# and with the kernel's text (ops/rope/rope_spirv_pack.h). clang makes LLVM's bitcode, llvm-spirv of the same version SPIR-V;
+# where they are missing, the file says so and the library is built without. Where zlib is, all is compressed. Included, this
+# file defines the function and ROPEWALK_WITH_ZLIB; run as a script, it writes the output.
 # SPDX-License-Identifier: Apache-2.0
+
+# Its static library: nothing more to load. A cross-build's own zlib is seldom there.
+if(NOT CMAKE_SCRIPT_MODE_FILE)
+  set(ROPEWALK_WITH_ZLIB FALSE)
+  if(NOT CMAKE_CROSSCOMPILING)
+    set(ZLIB_USE_STATIC_LIBS ON)
+    find_package(ZLIB QUIET)
+    if(NOT ZLIB_FOUND)
+      set(ZLIB_USE_STATIC_LIBS OFF)
+      find_package(ZLIB QUIET)
+    endif()
+    set(ROPEWALK_WITH_ZLIB ${ZLIB_FOUND})
+  endif()
+  if(NOT ROPEWALK_WITH_ZLIB)
+    message(STATUS "Without zlib (Debian, Ubuntu: apt-get install zlib1g-dev): the library will be 0.6 MB larger")
+  endif()
+endif()
 
 function(ropewalk_spirv output)
   # 16 and later write bitcode that their translators refuse (or have none on Debian); both must be of one version.
@@ -24,6 +41,10 @@ function(ropewalk_spirv output)
     ops/rope/rope_fault.h ops/rope/rope_spirv_args.h kernels/opencl/vector.clh kernels/opencl/angle.clh ops/rope/rope.cl)
   set(inputs ${sources})
   list(TRANSFORM inputs PREPEND ${PROJECT_SOURCE_DIR}/)
+  # LLVM's own passes stay off: they leave what the translator refuses.
+  set(clang_flags -c -x cl -cl-std=CL3.0 -target spir64-unknown-unknown -Xclang -no-opaque-pointers -Xclang
+    -finclude-default-header -O1 -Xclang -disable-llvm-passes -ffp-contract=off -emit-llvm)
+  set(translator_flags --spirv-max-version=1.2 --spirv-ext=+SPV_INTEL_subgroups --spirv-mem2reg)
   set(directory ${PROJECT_BINARY_DIR}/spirv)
   file(MAKE_DIRECTORY ${directory})
   set(names "")
@@ -43,14 +64,10 @@ function(ropewalk_spirv output)
     if(ROPEWALK_SPIRV_VAL)
       set(validate COMMAND ${ROPEWALK_SPIRV_VAL} --target-env opencl2.2 ${directory}/${name}.spv)
     endif()
-    # LLVM's own passes stay off: they leave what the translator refuses.
     add_custom_command(OUTPUT ${directory}/${name}.spv VERBATIM
-      COMMAND ${clang} -c -x cl -cl-std=CL3.0 -target spir64-unknown-unknown -Xclang -no-opaque-pointers
-              -Xclang -finclude-default-header -O1 -Xclang -disable-llvm-passes -ffp-contract=off -emit-llvm
-              -DROPE_DTYPE=${dtype} -DROPE_VECTOR=${vector} -I${PROJECT_SOURCE_DIR}
+      COMMAND ${clang} ${clang_flags} -DROPE_DTYPE=${dtype} -DROPE_VECTOR=${vector} -I${PROJECT_SOURCE_DIR}
               ${PROJECT_SOURCE_DIR}/ops/rope/rope.cl -o ${directory}/${name}.bc
-      COMMAND ${translator} --spirv-max-version=1.2 --spirv-ext=+SPV_INTEL_subgroups --spirv-mem2reg
-              ${directory}/${name}.bc -o ${directory}/${name}.spv
+      COMMAND ${translator} ${translator_flags} ${directory}/${name}.bc -o ${directory}/${name}.spv
       ${validate}
       DEPENDS ${inputs} COMMENT "SPIR-V ${name}")
     list(APPEND names ${name}:${dtype}:${vector})
@@ -59,47 +76,73 @@ function(ropewalk_spirv output)
   if(missing)
     message(STATUS "Without the kernels for Intel GPUs and OpenCL: ${missing}")
   endif()
+  list(JOIN clang_flags " " clang_text)
+  list(JOIN translator_flags " " translator_text)
   add_custom_command(OUTPUT ${output} VERBATIM
     COMMAND ${CMAKE_COMMAND} -DROOT=${PROJECT_SOURCE_DIR} -DDIRECTORY=${directory} -DOUTPUT=${output}
-            "-DMODULES=${names}" "-DSOURCES=${sources}" "-DMISSING=${missing}" -P ${PROJECT_SOURCE_DIR}/cmake/spirv.cmake
-    DEPENDS ${modules} ${inputs} ${PROJECT_SOURCE_DIR}/cmake/spirv.cmake COMMENT "Embedding the SPIR-V kernels")
+            "-DMODULES=${names}" "-DSOURCES=${sources}" "-DMISSING=${missing}" -DGZIP=${ROPEWALK_WITH_ZLIB}
+            "-DBUILT=clang ${clang_text}, llvm-spirv ${translator_text}" -P ${PROJECT_SOURCE_DIR}/cmake/spirv.cmake
+    DEPENDS ${modules} ${inputs} ${PROJECT_SOURCE_DIR}/cmake/spirv.cmake ${PROJECT_SOURCE_DIR}/cmake/interleave.sh
+    COMMENT "Embedding the SPIR-V kernels")
 endfunction()
 
 if(NOT CMAKE_SCRIPT_MODE_FILE)
   return()
 endif()
 
-set(text "// Written by cmake/spirv.cmake.\n#include \"ops/rope/rope_spirv.h\"\n\nnamespace ropewalk {\nnamespace {\n\n")
+# The kernel as one text without includes. Its first line says how the modules are made of it.
+set(kernel "// ${BUILT}\n")
+foreach(file IN LISTS SOURCES)
+  file(READ ${ROOT}/${file} content)
+  string(REGEX REPLACE "#include \"[^\n]*\n" "" content "${content}")
+  string(APPEND kernel "${content}")
+endforeach()
+file(WRITE ${DIRECTORY}/rope.cl "${kernel}")
+
+set(files "")
 set(table "")
 foreach(module IN LISTS MODULES)
   string(REPLACE ":" ";" parts ${module})
   list(GET parts 0 name)
   list(GET parts 1 dtype)
   list(GET parts 2 vector)
-  file(READ ${DIRECTORY}/${name}.spv bytes HEX)
-  # Words of the file's own order, so that the compiler has a quarter of the tokens to read; aligned as drivers want it.
-  string(REGEX REPLACE "(..)(..)(..)(..)" "0x\\4\\3\\2\\1," words "${bytes}")
-  string(REGEX REPLACE "(0x[^,]*,0x[^,]*,0x[^,]*,0x[^,]*,0x[^,]*,0x[^,]*,0x[^,]*,0x[^,]*,)" "\\1\n" words "${words}")
-  string(APPEND text "constexpr uint32_t k_${name}[] = {\n${words}};\n")
-  string(APPEND table "    {\"${name}\", reinterpret_cast<const uint8_t*>(k_${name}), sizeof(k_${name}), ${dtype}, ${vector}},\n")
+  file(SIZE ${DIRECTORY}/${name}.spv size)
+  list(APPEND files ${DIRECTORY}/${name}.spv)
+  string(APPEND table "    {\"${name}\", ${size}, ${dtype}, ${vector}},\n")
 endforeach()
-set(kernel "")
-foreach(file IN LISTS SOURCES)
-  file(READ ${ROOT}/${file} content)
-  string(FIND "${content}" ")ropewalk\"" clash)
-  if(NOT clash EQUAL -1)
-    message(FATAL_ERROR "${file} contains the text )ropewalk\", which ends an embedded file")
-  endif()
-  string(REGEX REPLACE "#include \"[^\n]*\n" "" content "${content}")
-  # One literal for each file: a compiler need not take more than 65,536 characters in one.
-  string(APPEND kernel "    R\"ropewalk(${content})ropewalk\"\n")
-endforeach()
-if(table)
-  string(APPEND text "\nconst SpirvModule kModules[] = {\n${table}};\n\n}  // namespace\n\n"
-    "std::span<const SpirvModule> RopeSpirvModules() { return kModules; }\n")
-else()
-  string(APPEND text "}  // namespace\n\nstd::span<const SpirvModule> RopeSpirvModules() { return {}; }\n")
+list(APPEND files ${DIRECTORY}/rope.cl)
+file(SIZE ${DIRECTORY}/rope.cl size)
+string(APPEND table "    {\"rope.cl\", ${size}, 0, 0},\n")
+
+# 12 to 64 chunks compress alike, fewer worse.
+set(chunks 16)
+set(pack ${DIRECTORY}/pack)
+execute_process(COMMAND sh ${ROOT}/cmake/interleave.sh ${pack} ${chunks} ${files} COMMAND_ERROR_IS_FATAL ANY)
+set(gzip false)
+if(GZIP)
+  set(gzip true)
+  execute_process(COMMAND gzip -9nc ${pack} OUTPUT_FILE ${pack}.gz COMMAND_ERROR_IS_FATAL ANY)
+  set(pack ${pack}.gz)
 endif()
-string(APPEND text "const char* RopeSpirvMissing() { return \"${MISSING}\"; }\n"
-  "const char* RopeOpenClSource() {\n  return\n${kernel};\n}\n\n}  // namespace ropewalk\n")
-file(WRITE ${OUTPUT} "${text}")
+file(READ ${pack} bytes HEX)
+string(REGEX REPLACE "(..)" "0x\\1," bytes "${bytes}")
+string(REGEX REPLACE "(0x..,0x..,0x..,0x..,0x..,0x..,0x..,0x..,0x..,0x..,0x..,0x..,)" "\\1\n" bytes "${bytes}")
+file(WRITE ${OUTPUT} "// Written by cmake/spirv.cmake.
+#include \"ops/rope/rope_spirv.h\"
+#include \"ops/rope/rope_spirv_pack.h\"
+
+namespace ropewalk {
+namespace {
+
+constexpr SpirvPackPart kParts[] = {
+${table}};
+constexpr uint8_t kBytes[] = {
+${bytes}};
+
+}  // namespace
+
+extern const SpirvPack kSpirvPack = {kBytes, ${gzip}, ${chunks}, kParts};
+const char* RopeSpirvMissing() { return \"${MISSING}\"; }
+
+}  // namespace ropewalk
+")

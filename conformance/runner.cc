@@ -128,7 +128,11 @@ RunSummary RunCases(std::span<const RopeCase> cases, DeviceMemory& memory, const
       entry.failed += !result.passed;
     };
     for (const std::string& tag : CaseTags(*c)) count(summary.tags[tag]);
-    if (!result.backend.empty()) count(summary.kernels[Text(result.backend, " ", result.kernel)]);
+    // A kernel's name begins with its backend; "none" does not.
+    const bool named = result.kernel.starts_with(result.backend);
+    if (!result.backend.empty()) {
+      count(summary.kernels[named ? result.kernel : Text(result.backend, " ", result.kernel)]);
+    }
     if (options.progress) options.progress(result, summary.run, static_cast<int64_t>(chosen.size()));
     if (!result.passed) summary.failures.push_back(std::move(result));
     if (options.max_failures > 0 && summary.failed >= options.max_failures) break;

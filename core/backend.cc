@@ -55,7 +55,10 @@ Status ForceBackend(const char* name) {
   }
   if (chosen) {
     const Availability availability = chosen->availability();
-    if (!availability.available) return Status::Unavailable(Text("force_backend: ", availability.detail));
+    if (!availability.available) {
+      return Status::Unavailable(
+          Text("force_backend: ", availability.detail, availability.remedy.empty() ? "" : "; ", availability.remedy));
+    }
     ROPEWALK_TRY(chosen->force(part));
   }
   for (const Backend* candidate : Backends()) {

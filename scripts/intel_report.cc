@@ -1,8 +1,12 @@
 // What Intel's compiler makes of the SPIR-V kernel: SIMD width, registers, spills, instructions, loads and stores by
 // the bytes of a lane, for each variant and device, without the device: spirv-opt sets the specialisation constants,
 // ocloc compiles, iga64 disassembles. Ends with 1 if a variant spills, is narrower than 16 lanes, wants more than 128
-// registers or does not compile. intel_report [--all] [--device pvc,dg2] [--csv FILE] [MODEL.json ..]: without --all,
-// as few variants as hold every pair of choices; models add their own shapes.
+// registers, does not move aligned rows as vectors or does not compile.
+//
+// intel_report [--all] [--device pvc,dg2] [--csv FILE] [--known FILE] [--every N] [MODEL.json ..]: without --all, as
+// few variants as hold every pair of choices; --every: each Nth of those; models add their own shapes. --known takes
+// what the table of an earlier run says of the same kernel. intel_report --verify FILE [MODEL.json ..] compiles
+// nothing: ends with 1 unless the table is of this very kernel and has a good row for every variant.
 // SPDX-License-Identifier: Apache-2.0
 #include <elf.h>
 #include <stdlib.h>
@@ -16,6 +20,7 @@
 #include <iterator>
 #include <map>
 #include <regex>
+#include <set>
 #include <sstream>
 #include <string>
 #include <string_view>
@@ -44,6 +49,11 @@ struct Row {
   int simd = 0, registers = 0, spilled_bytes = 0, instructions = 0, atomics = 0;
   Widths loads, stores;
   std::string error;
+};
+
+struct Options : ReportOptions {
+  size_t every = 1;
+  std::string known, verify;
 };
 
 std::string ReadAll(const fs::path& path) {
@@ -150,19 +160,30 @@ Row Compile(const SpirvVariant& variant, const Target& target, const fs::path& d
   return row;
 }
 
-std::vector<Row> CompileAll(const std::vector<SpirvVariant>& variants, const Target& target) {
-  std::vector<Row> rows(variants.size());
-  OnAllThreads(rows.size(), [&](const auto& next) {
+void CompileAll(const std::vector<SpirvVariant>& variants, const std::vector<size_t>& wanted, const Target& target,
+                std::vector<Row>* rows) {
+  OnAllThreads(wanted.size(), [&](const auto& next) {
     std::string name = (fs::temp_directory_path() / "ropewalk-intel-XXXXXX").string();
     if (!mkdtemp(name.data())) return;
-    for (size_t i = next(); i < rows.size(); i = next()) {
-      rows[i] = Compile(variants[i], target, name);
-      if (i % 20 == 0) std::fprintf(stderr, "\r%s: %zu of %zu ", target.name, i, rows.size());
+    for (size_t i = next(); i < wanted.size(); i = next()) {
+      (*rows)[wanted[i]] = Compile(variants[wanted[i]], target, name);
+      if (i % 20 == 0) std::fprintf(stderr, "\r%s: %zu of %zu ", target.name, i, wanted.size());
     }
     fs::remove_all(name);
   });
   std::fprintf(stderr, "\r");
-  return rows;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The table
+
+// Of the kernel's text, whose first line says how the modules are made of it.
+std::string KernelDigest() {
+  uint64_t hash = 0xcbf29ce484222325u;
+  for (const char* c = RopeOpenClSource(); *c; ++c) hash = (hash ^ static_cast<uint8_t>(*c)) * 0x100000001b3u;
+  char text[17];
+  std::snprintf(text, sizeof(text), "%016llx", static_cast<unsigned long long>(hash));
+  return text;
 }
 
 std::string WidthsText(const Widths& widths) {
@@ -173,8 +194,108 @@ std::string WidthsText(const Widths& widths) {
   return text.empty() ? "none" : text;
 }
 
-bool IsBad(const Row& row) {
-  return !row.error.empty() || row.spilled_bytes || row.simd < ROPE_SUB_GROUP || row.registers > 128;
+Widths ParseWidths(const std::string& text) {
+  Widths widths;
+  std::istringstream parts(text);
+  int count = 0;
+  char cross = 0;
+  for (std::string width; parts >> count >> cross >> width;) widths[width == "block" ? 0 : std::stoi(width)] = count;
+  return widths;
+}
+
+constexpr const char* kHead = "device,kernel,case,simd,registers,spilled_bytes,instructions,loads,stores,atomics";
+
+void WriteRow(const Target& target, const SpirvVariant& variant, const Row& row, std::ostream& csv) {
+  csv << target.name << ',' << RopeSpirvName(variant.key) << ',' << variant.of << ',' << row.simd << ','
+      << row.registers << ',' << row.spilled_bytes << ',' << row.instructions << ',' << WidthsText(row.loads) << ','
+      << WidthsText(row.stores) << ',' << row.atomics << '\n';
+}
+
+// The rows by device and kernel, "pvc,bfloat16 neox ..", of a table of this kernel.
+Status ReadTable(const std::string& path, std::map<std::string, Row>* rows) {
+  std::ifstream file(path);
+  std::string line;
+  if (!std::getline(file, line)) return Status::Invalid(Text(path, " cannot be read"));
+  const std::string mine = Text("# kernel ", KernelDigest());
+  if (line != mine)
+    return Status::Invalid(Text(path, " is of another kernel: it has \"", line, "\", not \"", mine, "\""));
+  if (!std::getline(file, line) || line != kHead) return Status::Invalid(Text(path, " has other columns"));
+  while (std::getline(file, line)) {
+    std::vector<std::string> cells;
+    std::istringstream parts(line);
+    for (std::string cell; std::getline(parts, cell, ',');) cells.push_back(cell);
+    if (cells.size() != 10) return Status::Invalid(Text(path, " has a broken line: ", line));
+    Row row;
+    const std::pair<int*, const std::string*> numbers[] = {{&row.simd, &cells[3]},
+                                                           {&row.registers, &cells[4]},
+                                                           {&row.spilled_bytes, &cells[5]},
+                                                           {&row.instructions, &cells[6]},
+                                                           {&row.atomics, &cells[9]}};
+    for (const auto& [number, cell] : numbers) *number = std::atoi(cell->c_str());
+    row.loads = ParseWidths(cells[7]);
+    row.stores = ParseWidths(cells[8]);
+    (*rows)[Text(cells[0], ",", cells[1])] = row;
+  }
+  return {};
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// What is asked of each
+
+int DtypeBytes(uint8_t dtype) { return dtype == kRopeF32 ? 4 : dtype == kRopeE4M3 || dtype == kRopeE5M2 ? 1 : 2; }
+
+// Whether the rows of an aligned variant are moved by whole vectors: there must be enough messages of that width, and
+// none that are narrower but those of other things. "" if so, else what is wrong.
+std::string RowsText(const RopeSpirvKey& key, const Target& target, const Row& row) {
+  if (key.vector == 1) return "";
+  const auto& c = key.constants;
+  const int vector = key.vector, width = vector * DtypeBytes(key.dtype);
+  // At least one pair of vectors for each unit; messages may be joined to wider ones.
+  const int least = 2 * std::max<int>(c[kRopeSpecUnits], 1);
+  const auto vectors = [&](const Widths& widths) {
+    int count = 0;
+    for (const auto& [bytes, messages] : widths) count += bytes / width * messages;
+    return count;
+  };
+  if (vectors(row.loads) < least) return Text("only ", vectors(row.loads), " loads of ", width, " bytes");
+  if (vectors(row.stores) < least) return Text("only ", vectors(row.stores), " stores of ", width, " bytes");
+
+  std::set<int> loads, stores = {4};  // the record of faults
+  const auto may = [&](std::set<int>* widths, int bytes) {
+    widths->insert(bytes);
+    if (target.register_bytes == 32 && bytes < 4) widths->insert(4);  // which has no narrower message
+  };
+  if (c[kRopeSpecTableDtype]) {
+    const int bytes = DtypeBytes(c[kRopeSpecTableDtype]);
+    const int run = std::min(c[kRopeSpecInterleaved] ? vector / 2 : vector, 16 / bytes);
+    may(&loads, c[kRopeSpecTableVector] ? run * bytes : bytes);
+    may(&loads, bytes);
+  }
+  if (c[kRopeSpecWeightDtype]) may(&loads, vector * DtypeBytes(c[kRopeSpecWeightDtype]));
+  if (c[kRopeSpecAxes]) loads.insert({4, 8});  // the axes and positions of each pair
+  if (c[kRopeSpecCacheDtype]) {
+    const int bytes = DtypeBytes(c[kRopeSpecCacheDtype]);
+    may(&stores, vector * bytes);
+    if (bytes == 1) loads.insert(4);  // the scale
+  }
+  const auto narrow = [&](const char* what, const Widths& widths, const std::set<int>& known) -> std::string {
+    for (const auto& [bytes, messages] : widths) {
+      if (bytes == 0 || bytes >= width || known.contains(bytes)) continue;
+      return Text(messages, " ", what, " of ", bytes, " bytes, though rows are moved by ", width);
+    }
+    return "";
+  };
+  const std::string text = narrow("loads", row.loads, loads);
+  return text.empty() ? narrow("stores", row.stores, stores) : text;
+}
+
+// "" if all is as it should be.
+std::string BadText(const SpirvVariant& variant, const Target& target, const Row& row) {
+  if (!row.error.empty()) return row.error;
+  if (row.spilled_bytes || row.simd < ROPE_SUB_GROUP || row.registers > 128) {
+    return Text("SIMD", row.simd, ", ", row.registers, " registers, ", row.spilled_bytes, " bytes spilled");
+  }
+  return RowsText(variant.key, target, row);
 }
 
 // Prints a line for the device, and one for each bad variant; returns how many are bad.
@@ -182,7 +303,7 @@ int Report(const Target& target, const std::vector<SpirvVariant>& variants, cons
   std::vector<int> instructions, simd, registers;
   int bad = 0, spills = 0;
   for (const Row& row : rows) {
-    bad += IsBad(row);
+    bad += !BadText(variants[static_cast<size_t>(&row - rows.data())], target, row).empty();
     if (!row.error.empty()) continue;
     instructions.push_back(row.instructions);
     simd.push_back(row.simd);
@@ -197,23 +318,26 @@ int Report(const Target& target, const std::vector<SpirvVariant>& variants, cons
         instructions.front(), instructions.back(), instructions[instructions.size() / 2], bad);
   }
   for (size_t i = 0; i < rows.size(); ++i) {
-    if (!IsBad(rows[i])) continue;
+    const std::string text = BadText(variants[i], target, rows[i]);
+    if (text.empty()) continue;
     std::printf("  BAD %s (case %s): %s\n", RopeSpirvName(variants[i].key).c_str(), variants[i].of.c_str(),
-                rows[i].error.empty() ? Text("SIMD", rows[i].simd, ", ", rows[i].registers, " registers, ",
-                                             rows[i].spilled_bytes, " bytes spilled")
-                                            .c_str()
-                                      : rows[i].error.c_str());
+                text.c_str());
   }
   return bad;
 }
 
-int Main(const ReportOptions& options) {
+int Main(const Options& options) {
   const auto fail = [](const std::string& text) {
     std::fprintf(stderr, "error: %s\n", text.c_str());
     return 2;
   };
+  if (*RopeSpirvMissing() && !options.verify.empty()) {
+    std::printf("nothing to compare %s with: %s\n", options.verify.c_str(), RopeSpirvMissing());
+    return 0;
+  }
   if (*RopeSpirvMissing()) return fail(RopeSpirvMissing());
   for (const char* tool : {"spirv-opt --version", "ocloc --help", "iga64 -h"}) {
+    if (!options.verify.empty()) break;
     const int code = std::system(Text(tool, " > /dev/null 2>&1").c_str());
     if (WIFEXITED(code) && WEXITSTATUS(code) == 127) {
       return fail(Text(tool, " cannot run; apt-get install spirv-tools intel-opencl-icd libigc-tools"));
@@ -223,26 +347,42 @@ int Main(const ReportOptions& options) {
   if (const Status status = AddModelCases(options.models, &cases); !status.ok()) return fail(status.text());
   const std::vector<RopeCase> all = RopeCases();
   cases.insert(cases.end(), all.begin(), all.end());
+  std::map<std::string, Row> known;
+  for (const std::string& path : {options.known, options.verify}) {
+    if (path.empty()) continue;
+    if (const Status status = ReadTable(path, &known); !status.ok()) return fail(status.text());
+  }
   std::ofstream csv(options.csv.empty() ? "/dev/null" : options.csv);
-  csv << "device,kernel,case,simd,registers,spilled_bytes,instructions,loads,stores,atomics\n";
+  csv << "# kernel " << KernelDigest() << '\n' << kHead << '\n';
   int bad = 0;
   for (const Target& target : kTargets) {
     if (!options.targets.empty() && std::ranges::find(options.targets, target.name) == options.targets.end()) continue;
     const SpirvDevice device = {.threads = 512, .max_local = 1024, .register_bytes = target.register_bytes};
     std::vector<SpirvVariant> variants;
     if (const Status status = SpirvVariantsOf(cases, device, &variants); !status.ok()) return fail(status.text());
-    const size_t known = variants.size();
-    if (!options.all) variants = CoveringSpirvVariants(variants);
-    std::printf("%s: %zu cases need %zu variants; %zu of them compiled\n", target.name, cases.size(), known,
-                variants.size());
-    const std::vector<Row> rows = CompileAll(variants, target);
-    bad += Report(target, variants, rows);
-    for (size_t i = 0; i < rows.size(); ++i) {
-      const Row& row = rows[i];
-      csv << target.name << ',' << RopeSpirvName(variants[i].key) << ',' << variants[i].of << ',' << row.simd << ','
-          << row.registers << ',' << row.spilled_bytes << ',' << row.instructions << ',' << WidthsText(row.loads) << ','
-          << WidthsText(row.stores) << ',' << row.atomics << '\n';
+    const size_t all_variants = variants.size();
+    if (!options.all && options.verify.empty()) variants = CoveringSpirvVariants(variants);
+    if (options.every > 1) {
+      for (size_t i = 0; i * options.every < variants.size(); ++i) variants[i] = variants[i * options.every];
+      variants.resize((variants.size() + options.every - 1) / options.every);
     }
+    const auto of_table = [&](const SpirvVariant& variant) {
+      const auto it = known.find(Text(target.name, ",", RopeSpirvName(variant.key)));
+      return it == known.end() ? nullptr : &it->second;
+    };
+    std::vector<Row> rows(variants.size());
+    std::vector<size_t> wanted;
+    for (size_t i = 0; i < variants.size(); ++i) {
+      const Row* row = of_table(variants[i]);
+      if (row) rows[i] = *row;
+      if (!row) wanted.push_back(i);
+      if (!row && !options.verify.empty()) rows[i].error = "is not in the table";
+    }
+    std::printf("%s: %zu cases need %zu variants; %zu of them %s\n", target.name, cases.size(), all_variants,
+                variants.size(), options.verify.empty() ? "compiled" : "looked for");
+    if (options.verify.empty()) CompileAll(variants, wanted, target, &rows);
+    bad += Report(target, variants, rows);
+    for (size_t i = 0; i < rows.size(); ++i) WriteRow(target, variants[i], rows[i], csv);
   }
   return bad ? 1 : 0;
 }
@@ -252,7 +392,24 @@ int Main(const ReportOptions& options) {
 
 int main(int count, char** arguments) {
   std::setvbuf(stdout, nullptr, _IOLBF, 0);  // lines as they come, into a file as well
-  ropewalk::ReportOptions options;
-  const char* usage = "intel_report [--all] [--device pvc,dg2] [--csv FILE] [MODEL.json ..]";
-  return ropewalk::ParseOptions(count, arguments, "--device", usage, &options) ? ropewalk::Main(options) : 2;
+  ropewalk::Options options;
+  std::vector<char*> shared = {arguments[0]};
+  for (int i = 1; i < count; ++i) {
+    const std::string argument = arguments[i];
+    if (argument == "--known" && i + 1 < count) {
+      options.known = arguments[++i];
+    } else if (argument == "--verify" && i + 1 < count) {
+      options.verify = arguments[++i];
+    } else if (argument == "--every" && i + 1 < count) {
+      options.every = static_cast<size_t>(std::max(1, std::atoi(arguments[++i])));
+    } else {
+      shared.push_back(arguments[i]);
+    }
+  }
+  const char* usage =
+      "intel_report [--all] [--every N] [--device pvc,dg2] [--csv FILE] [--known FILE] [MODEL.json ..]\n"
+      "       intel_report --verify FILE [MODEL.json ..]";
+  return ropewalk::ParseOptions(static_cast<int>(shared.size()), shared.data(), "--device", usage, &options)
+             ? ropewalk::Main(options)
+             : 2;
 }

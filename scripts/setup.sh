@@ -4,7 +4,8 @@
 #   base     .venv with what builds and installs Ropewalk (requirements/base.txt)
 #   sycl     .venv/sycl/9 and /8: the headers of SYCL that the wheel's shims are built with (requirements/sycl*.txt), 35 MB
 #   wheel    builds the wheel and installs it in .venv: .venv/bin/ropewalk
-#   full     torch, transformers, .. for the tests and examples on real models (requirements/full.txt), 5.5 GB
+#   full     torch, transformers, .. for the tests and examples on real models (requirements/full.txt), 5.5 GB; the
+#            run-time of the older SYCL for the test of its shim (requirements/sycl8-runtime.txt), 60 MB
 #   dev      formatters and checkers (requirements/dev.txt)
 # A stage whose inputs have not changed is skipped, so that a second run takes under a second.
 # SPDX-License-Identifier: Apache-2.0
@@ -63,12 +64,12 @@ stage_system() {
   [[ -r /etc/os-release ]] && id=$(. /etc/os-release && echo "$ID-${VERSION_ID:-}")
   [[ $id == ubuntu-22.04 ]] && compiler=(g++-12) python=(python3.11 python3.11-venv)
   install_system system "${compiler[@]}" "${python[@]}" make clang libhwy-dev libdlpack-dev nlohmann-json3-dev \
-    libcli11-dev libfmt-dev libgtest-dev libbenchmark-dev
+    libcli11-dev libfmt-dev libgtest-dev libbenchmark-dev zlib1g-dev
   # For Intel GPUs: what compiles the kernel, Intel's driver (simulated in the tests) and its offline compiler. Without
   # them, which not every release has, Ropewalk is built without those kernels, or their tests are skipped.
   command -v apt-get >/dev/null || return 0
   install_system system $(known_packages clang-15 llvm-spirv-15 spirv-tools ocl-icd-libopencl1 intel-opencl-icd \
-    libze1 libze-dev libigc-tools)
+    libze1 libze-dev libigc-tools pocl-opencl-icd)
 }
 stage_fuzz() { command -v apt-cache >/dev/null && install_system fuzz clang $(clang_packages); }
 stage_arm() { install_system arm g++-aarch64-linux-gnu qemu-user-static googletest; }
@@ -128,6 +129,26 @@ stage_sycl() {
 }
 stage_full() {
   pip_stage full "torch, transformers and real weights, about 6 GB, one to five minutes" requirements/base.txt requirements/full.txt
+  stage_sycl8_runtime
+}
+# Out of .venv's own lib too, as it would clash with the other libsycl's: no more than a queue on OpenCL loads.
+stage_sycl8_runtime() {
+  [[ $(uname -m) == x86_64 ]] || return 0
+  local key folder wheel name lib=$venv/sycl/8-runtime/lib
+  key=$(digest requirements/sycl8-runtime.txt)
+  fresh sycl8-runtime "$key" && return
+  say "full: the run-time of libsycl.so.8, 83 MB"
+  folder=$(mktemp -d)
+  python -m pip download --quiet --no-deps --dest "$folder" -r requirements/sycl8-runtime.txt
+  for wheel in "$folder"/*.whl; do python -m zipfile -e "$wheel" "$folder/whole"; done
+  rm -rf "$venv/sycl/8-runtime"
+  mkdir -p "$lib"
+  for name in libsycl.so.8 libur_loader.so.0 libur_adapter_opencl.so.0 libumf.so.0 libimf.so libintlc.so.5 libirng.so \
+    libsvml.so; do
+    mv "$folder"/whole/*.data/data/lib/"$name" "$lib/"
+  done
+  rm -rf "$folder"
+  mark sycl8-runtime "$key"
 }
 stage_dev() {
   install_system dev clang-tidy-14

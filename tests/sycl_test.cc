@@ -3,7 +3,9 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <gtest/gtest.h>
 #include <stdlib.h>
+#include <ropewalk/compat.hpp>
 
+#include <cmath>
 #include <cstring>
 #include <filesystem>
 #include <functional>
@@ -102,7 +104,7 @@ TEST_F(Sycl, Conformance) {
   std::vector<RopeCase> cases = RopeCases();
   if (const char* all = getenv("ROPEWALK_SYCL_ALL"); !all || *all != '1') {
     std::vector<RopeCase> sample;
-    for (size_t i = 0; i < cases.size(); i += 101) sample.push_back(cases[i]);
+    for (size_t i = 0; i < cases.size(); i += ROPEWALK_SYCL_STEP) sample.push_back(cases[i]);
     cases = std::move(sample);
   }
   const RunSummary sum = RunCases(cases, Memory(), {.backend = "intel"});
@@ -173,7 +175,48 @@ TEST_F(Sycl, ExplainNamesTheQueue) {
   const nlohmann::json explanation = nlohmann::json::parse(text);
   EXPECT_EQ(explanation.at("backend"), "intel");
   EXPECT_HAS(explanation.at("device").get<std::string>(), "OpenCL");
-  EXPECT_HAS(explanation.at("queue").get<std::string>(), "libsycl.so.");
+  EXPECT_EQ(explanation.at("queue").get<std::string>(), "SYCL (" ROPEWALK_LIBSYCL ")");
+}
+
+// The drop-in functions of compat.hpp do on the queue what they do on the host.
+TEST_F(Sycl, CompatFunctions) {
+  constexpr int64_t kTokens = 5, kHeads = 3, kDim = 64, kRows = 9;
+  std::vector<float> q(kTokens * kHeads * kDim), table(kRows * kDim);
+  std::vector<int64_t> positions = {8, 0, 3, 3, 1};
+  for (size_t i = 0; i < q.size(); ++i) q[i] = std::sin(static_cast<float>(i));
+  for (size_t i = 0; i < table.size(); ++i) table[i] = std::cos(0.37f * static_cast<float>(i));
+  int64_t q_shape[] = {kTokens, kHeads, kDim}, table_shape[] = {kRows, kDim}, positions_shape[] = {kTokens};
+  const auto on = [&](DLDevice device, void* q_data, void* table_data, void* positions_data, bool fused, bool queue) {
+    DLTensor dl_q = {q_data, device, 3, {kDLFloat, 32, 1}, q_shape, nullptr, 0};
+    DLTensor dl_table = {table_data, device, 2, {kDLFloat, 32, 1}, table_shape, nullptr, 0};
+    DLTensor dl_positions = {positions_data, device, 1, {kDLInt, 64, 1}, positions_shape, nullptr, 0};
+    void* sycl_queue = queue ? Memory().sycl_queue() : nullptr;
+    return fused ? compat::fused_qk_rope_with_cos_sin_cache_inplace(&dl_q, nullptr, &dl_table, &dl_positions, kDim,
+                                                                    true, nullptr, nullptr, sycl_queue)
+                 : compat::rotary_embedding(&dl_positions, &dl_q, nullptr, kDim, &dl_table, false, nullptr, nullptr,
+                                            nullptr, nullptr, sycl_queue);
+  };
+  void *device_q = nullptr, *device_table = nullptr, *device_positions = nullptr;
+  const size_t q_bytes = q.size() * 4, table_bytes = table.size() * 4, positions_bytes = positions.size() * 8;
+  ASSERT_TRUE(Memory().Allocate(q_bytes, &device_q).ok());
+  ASSERT_TRUE(Memory().Allocate(table_bytes, &device_table).ok());
+  ASSERT_TRUE(Memory().Allocate(positions_bytes, &device_positions).ok());
+  ASSERT_TRUE(Memory().CopyIn(device_table, table.data(), table_bytes).ok());
+  ASSERT_TRUE(Memory().CopyIn(device_positions, positions.data(), positions_bytes).ok());
+  const std::string refused = on(Memory().device(), device_q, device_table, device_positions, true, false).text;
+  EXPECT_HAS(refused, "fused_qk_rope_with_cos_sin_cache_inplace: q is on xpu:0, but");
+  for (const bool fused : {true, false}) {
+    std::vector<float> want = q, got(q.size());
+    ASSERT_TRUE(on({kDLCPU, 0}, want.data(), table.data(), positions.data(), fused, false));
+    ASSERT_TRUE(Memory().CopyIn(device_q, q.data(), q_bytes).ok());
+    const Result result = on(Memory().device(), device_q, device_table, device_positions, fused, true);
+    ASSERT_TRUE(result) << result.text;
+    ASSERT_TRUE(Memory().Synchronize().ok());
+    ASSERT_TRUE(Memory().CopyOut(got.data(), device_q, q_bytes).ok());
+    EXPECT_NE(want, q);
+    for (size_t i = 0; i < q.size(); ++i) ASSERT_NEAR(got[i], want[i], 4e-7f) << i << " fused " << fused;
+  }
+  for (void* memory : {device_q, device_table, device_positions}) Memory().Free(memory);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

@@ -6,12 +6,13 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <filesystem>
-#include <fstream>
 #include <memory>
 #include <mutex>
-#include <sstream>
+#include <string_view>
 
 #include "backends/cuda/driver.h"
 #include "backends/cuda/sources.h"
@@ -39,16 +40,20 @@ std::string RealPath(const fs::path& path) {
   return error ? "" : real.string();
 }
 
-// Files mapped into this process.
+// Files mapped into this process. Not by std::ifstream: streams bring all of libstdc++'s locales into a static library.
 std::vector<std::string> MappedFiles() {
   std::vector<std::string> files;
-  std::ifstream maps("/proc/self/maps");
-  for (std::string line; std::getline(maps, line);) {
+  const std::unique_ptr<FILE, int (*)(FILE*)> maps(std::fopen("/proc/self/maps", "re"), std::fclose);
+  char* text = nullptr;
+  size_t size = 0;
+  while (maps && getline(&text, &size, maps.get()) > 0) {
+    const std::string_view line(text, std::strcspn(text, "\n"));
     const size_t begin = line.find('/');
-    if (begin == std::string::npos || line.find(".so", begin) == std::string::npos) continue;
-    std::string file = line.substr(begin);
-    if (files.empty() || files.back() != file) files.push_back(std::move(file));
+    if (begin == std::string_view::npos || line.find(".so", begin) == std::string_view::npos) continue;
+    const std::string_view file = line.substr(begin);
+    if (files.empty() || files.back() != file) files.emplace_back(file);
   }
+  std::free(text);
   return files;
 }
 
@@ -108,9 +113,11 @@ Search FindNvrtc() {
       folders.push_back(packages / "nvidia" / Text("cu", major) / "lib");
     folders.push_back(packages / "nvidia/cuda_nvrtc/lib");
   }
-  std::istringstream library_path(Environment("LD_LIBRARY_PATH"));
-  for (std::string folder; std::getline(library_path, folder, ':');) {
-    if (!folder.empty()) folders.emplace_back(folder);
+  const std::string library_path = Environment("LD_LIBRARY_PATH");
+  for (size_t begin = 0; begin < library_path.size();) {
+    const size_t end = std::min(library_path.find(':', begin), library_path.size());
+    if (end > begin) folders.emplace_back(library_path.substr(begin, end - begin));
+    begin = end + 1;
   }
   for (const char* home : {"CUDA_HOME", "CUDA_PATH"}) {
     if (const std::string folder = Environment(home); !folder.empty()) folders.push_back(fs::path(folder) / "lib64");

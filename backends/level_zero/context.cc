@@ -69,13 +69,13 @@ Status BuildLevelZeroKernel(const LevelZeroDriver& driver, ze::Context context, 
   ze::BuildLog log = nullptr;
   const ze::Result result = driver.ModuleCreate(context, device, &module_desc, &built, &log);
   const std::string said = TakeLog(driver, log);
-  ROPEWALK_TRY(driver.Check(result, "zeModuleCreate", Text(" for ", kernel->name, said.empty() ? "" : ":\n", said)));
+  ROPEWALK_TRY(driver.Check(result, "zeModuleCreate", " for ", kernel->name, said.empty() ? "" : ":\n", said));
 
   ze::KernelDesc kernel_desc;
   kernel_desc.name = kRopeSpirvKernel;
   ze::Kernel function = nullptr;
   Status status =
-      driver.Check(driver.KernelCreate(built, &kernel_desc, &function), "zeKernelCreate", Text(" for ", kernel->name));
+      driver.Check(driver.KernelCreate(built, &kernel_desc, &function), "zeKernelCreate", " for ", kernel->name);
   ze::KernelProperties properties{};
   if (status.ok()) status = driver.Check(driver.KernelGetProperties(function, &properties), "zeKernelGetProperties");
   if (!status.ok()) {
@@ -105,7 +105,7 @@ Status LevelZeroContext::Build(const RopeSpirvKey& key, SpirvKernel* kernel) {
 Status LevelZeroContext::Allocate(size_t bytes, void** out) {
   const ze::DeviceMemoryDesc desc;
   return driver.Check(driver.MemAllocDevice(handle, &desc, bytes, 64, device().handle, out), "zeMemAllocDevice",
-                      Text(" for ", bytes, " bytes"));
+                      " for ", bytes, " bytes");
 }
 
 Status LevelZeroContext::OwnList(ze::CommandList* list) {
@@ -114,7 +114,7 @@ Status LevelZeroContext::OwnList(ze::CommandList* list) {
     desc.ordinal = device().compute_group;
     desc.mode = ze::kQueueSynchronous;
     ROPEWALK_TRY(driver.Check(driver.CommandListCreateImmediate(handle, device().handle, &desc, &list_),
-                              "zeCommandListCreateImmediate", Text(" on ", device_name)));
+                              "zeCommandListCreateImmediate", " on ", device_name));
   }
   *list = list_;
   return {};
@@ -125,7 +125,7 @@ Status LevelZeroContext::Copy(void* to, const void* from, size_t bytes) {
   ze::CommandList list = nullptr;
   ROPEWALK_TRY(OwnList(&list));
   return driver.Check(driver.AppendMemoryCopy(list, to, from, bytes, nullptr, 0, nullptr),
-                      "zeCommandListAppendMemoryCopy", Text(" on ", device_name));
+                      "zeCommandListAppendMemoryCopy", " on ", device_name);
 }
 
 Status LevelZeroContext::Launch(SpirvKernel* kernel, const RopeSpirvPlan& plan, const RopeSpirvArgs& args,
@@ -149,7 +149,7 @@ Status LevelZeroContext::Launch(SpirvKernel* kernel, const RopeSpirvPlan& plan, 
     result = driver.KernelSetArgumentValue(function, index, sizeof(args.params), &args.params);
   }
   if (result == ze::kSuccess) result = driver.AppendLaunchKernel(list, function, &groups, nullptr, 0, nullptr);
-  return driver.Check(result, "zeCommandListAppendLaunchKernel", Text(" on ", device_name));
+  return driver.Check(result, "zeCommandListAppendLaunchKernel", " on ", device_name);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

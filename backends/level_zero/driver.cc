@@ -132,8 +132,7 @@ Status Load(LevelZeroDriver* driver) {
 
 }  // namespace
 
-Status LevelZeroDriver::Check(ze::Result result, const char* call, const std::string& context) const {
-  if (result == ze::kSuccess) return {};
+Status LevelZeroDriver::Failure(ze::Result result, const char* call, const std::string& context) {
   const char* name = ResultName(result);
   constexpr char kHex[] = "0123456789abcdef";
   std::string number = "0x";

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "core/status.h"
+#include "core/text.h"
 #include "ops/rope/rope_spirv.h"
 
 namespace ropewalk {
@@ -189,8 +190,12 @@ struct LevelZeroDriver {
   uint32_t version = 0;                  // of the API, of the first driver: major << 16 | minor
   std::vector<LevelZeroDevice> devices;  // the GPUs of all drivers; DLPack's device_id is an index of it
 
-  // OK, or "rope: <call> failed: ZE_RESULT_ERROR_..<context>".
-  Status Check(ze::Result result, const char* call, const std::string& context = "") const;
+  // OK, or "rope: <call> failed: ZE_RESULT_ERROR_..<context>", put together only then: a launch allocates nothing.
+  template <class... Context>
+  Status Check(ze::Result result, const char* call, const Context&... context) const {
+    return result == ze::kSuccess ? Status() : Failure(result, call, Text(context...));
+  }
+  static Status Failure(ze::Result result, const char* call, const std::string& context);
 };
 
 // What a device is, a sub-device as well.

@@ -37,7 +37,7 @@ Status CheckPointers(LevelZeroContext& context, const RopeCall& call) {
     ze::AllocationProperties properties{};
     ze::Device owner = nullptr;
     ROPEWALK_TRY(driver.Check(driver.MemGetAllocProperties(context.handle, pointer, &properties, &owner),
-                              "zeMemGetAllocProperties", Text(" for ", name)));
+                              "zeMemGetAllocProperties", " for ", name));
     if (properties.type == ze::kMemoryUnknown) {
       return Status::Invalid(Text("rope: ", name, " is said to be on xpu:", context.ordinal,
                                   ", but its data is no memory of Level Zero's context; for memory of SYCL give "

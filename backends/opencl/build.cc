@@ -28,17 +28,17 @@ Status CreateProgram(const OpenClLibrary& library, cl::Context context, const Op
   if (!device.spirv) {
     const char* source = RopeOpenClSource();
     *program = library.CreateProgramWithSource(context, 1, &source, nullptr, &result);
-    return library.Check(result, "clCreateProgramWithSource", Text(" on ", device.text));
+    return library.Check(result, "clCreateProgramWithSource", " on ", device.text);
   }
   const SpirvModule* module = RopeSpirvModuleOf(key);
   if (!module) return Status::Internal(Text("rope: there is no SPIR-V for ", RopeSpirvName(key)));
   *program = library.CreateProgramWithIl(context, module->bytes, module->size, &result);
-  ROPEWALK_TRY(library.Check(result, "clCreateProgramWithIL", Text(" on ", device.text, " for ", module->name)));
+  ROPEWALK_TRY(library.Check(result, "clCreateProgramWithIL", " on ", device.text, " for ", module->name));
   for (const SpirvConstant& constant : RopeSpirvConstants(key)) {
     result = library.SetProgramSpecializationConstant(*program, constant.id, sizeof(constant.value), &constant.value);
     if (result == cl::kSuccess) continue;
     library.ReleaseProgram(*program);
-    return library.Check(result, "clSetProgramSpecializationConstant", Text(" on ", device.text));
+    return library.Check(result, "clSetProgramSpecializationConstant", " on ", device.text);
   }
   return {};
 }
@@ -78,7 +78,7 @@ Status BuildOpenClKernel(const OpenClLibrary& library, cl::Context context, cons
   } else {
     cl::Int created = cl::kSuccess;
     *kernel = library.CreateKernel(program, kRopeSpirvKernel, &created);
-    status = library.Check(created, "clCreateKernel", Text(" for ", RopeSpirvName(key), " on ", device.text));
+    status = library.Check(created, "clCreateKernel", " for ", RopeSpirvName(key), " on ", device.text);
   }
   if (keep && status.ok()) {
     *keep = program;

@@ -74,7 +74,7 @@ Status OpenClContext::Launch(SpirvKernel* kernel, const RopeSpirvPlan& plan, con
   const size_t global[3] = {size_t{plan.groups[0]} * plan.local, plan.groups[1], plan.groups[2]};
   const size_t local[3] = {plan.local, 1, 1};
   ROPEWALK_TRY(library.Check(library.EnqueueNdRange(queue, held.kernel, 3, nullptr, global, local, 0, nullptr, nullptr),
-                             "clEnqueueNDRangeKernel", Text(" on ", device_name)));
+                             "clEnqueueNDRangeKernel", " on ", device_name));
   if (last_queue_.load(std::memory_order_relaxed) != queue) ROPEWALK_TRY(Remember(queue));
   CountLaunch(this, kernel);
   return {};
@@ -98,7 +98,7 @@ Status OpenClContext::OwnQueue(cl::Queue* queue) {
   if (*queue) return {};
   cl::Int result = cl::kSuccess;
   *queue = library.CreateQueue(handle, device.handle, nullptr, &result);
-  ROPEWALK_TRY(library.Check(result, "clCreateCommandQueueWithProperties", Text(" on ", device_name)));
+  ROPEWALK_TRY(library.Check(result, "clCreateCommandQueueWithProperties", " on ", device_name));
   own_queue_.store(*queue, std::memory_order_release);
   return {};
 }
@@ -114,7 +114,7 @@ Status OpenClContext::Wait() {
   for (const cl::Queue queue : queues) {
     const cl::Int result = library.Finish(queue);
     library.ReleaseCommandQueue(queue);
-    if (status.ok()) status = library.Check(result, "clFinish", Text(" on ", device_name));
+    if (status.ok()) status = library.Check(result, "clFinish", " on ", device_name);
   }
   return status;
 }
@@ -204,7 +204,7 @@ Status FindOpenClContext(const OpenClLibrary& library, size_t place, cl::Queue q
   cl::Int result = cl::kSuccess;
   if (ours) {
     handle = library.CreateContext(nullptr, 1, &device.handle, nullptr, nullptr, &result);
-    ROPEWALK_TRY(library.Check(result, "clCreateContext", Text(" on ", device.text)));
+    ROPEWALK_TRY(library.Check(result, "clCreateContext", " on ", device.text));
   } else {
     ROPEWALK_TRY(library.Check(library.RetainContext(handle), "clRetainContext"));
   }

@@ -169,7 +169,7 @@ OpenClDevice DescribeOpenClDevice(const OpenClLibrary& library, cl::Platform pla
   // ROPEWALK_OPENCL_SOURCE=1 asks for the kernel's text where SPIR-V would serve too.
   const char* source = std::getenv("ROPEWALK_OPENCL_SOURCE");
   const bool takes_spirv = text(cl::kIlVersion).find("SPIR-V") != std::string::npos && library.CreateProgramWithIl &&
-                           library.SetProgramSpecializationConstant && !RopeSpirvModules().empty() &&
+                           library.SetProgramSpecializationConstant && !*RopeSpirvMissing() &&
                            !(source && std::string_view(source) == "1");
   const bool sub_groups = SubGroupsOf16(library, device);
   d.spirv = takes_spirv && sub_groups;
@@ -197,8 +197,7 @@ OpenClDevice DescribeOpenClDevice(const OpenClLibrary& library, cl::Platform pla
   return d;
 }
 
-Status OpenClLibrary::Check(cl::Int result, const char* call, const std::string& context) const {
-  if (result == cl::kSuccess) return {};
+Status OpenClLibrary::Failure(cl::Int result, const char* call, const std::string& context) {
   const char* name = ErrorName(result);
   return Status::Driver(Text("rope: ", call, " failed: ", name ? Text(name) : Text("OpenCL error ", result), context));
 }

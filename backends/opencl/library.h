@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "core/status.h"
+#include "core/text.h"
 #include "ops/rope/rope_spirv.h"
 
 namespace ropewalk {
@@ -111,8 +112,13 @@ struct OpenClLibrary {
   cl::Program (*CreateProgramWithIl)(cl::Context, const void*, size_t, cl::Int*) = nullptr;
   cl::Int (*SetProgramSpecializationConstant)(cl::Program, cl::Uint, size_t, const void*) = nullptr;
 
-  // OK, or a sentence on a call that failed: "rope: clFinish failed: CL_OUT_OF_RESOURCES".
-  Status Check(cl::Int result, const char* call, const std::string& context = {}) const;
+  // OK, or a sentence on a call that failed: "rope: clFinish failed: CL_OUT_OF_RESOURCES on ..". What follows is put
+  // together only then, so that a launch allocates nothing.
+  template <class... Context>
+  Status Check(cl::Int result, const char* call, const Context&... context) const {
+    return result == cl::kSuccess ? Status() : Failure(result, call, Text(context...));
+  }
+  static Status Failure(cl::Int result, const char* call, const std::string& context);
 };
 
 // Opened at the first call; never closed.

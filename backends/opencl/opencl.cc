@@ -46,7 +46,7 @@ Availability Available() {
     const OpenClDevice& device = library.devices[i];
     Append(&detail, Text("; opencl:", i, " ", device.text, device.refusal.empty() ? "" : " ", device.refusal));
   }
-  if (RopeSpirvModules().empty()) Append(&detail, Text("; without SPIR-V: ", RopeSpirvMissing()));
+  if (*RopeSpirvMissing()) Append(&detail, Text("; without SPIR-V: ", RopeSpirvMissing()));
   return {true, detail, ""};
 }
 
@@ -67,7 +67,7 @@ Status Launch(const RopeCall& call) {
   FillRopeSpirvArgs(call, plan, ready.frequencies, ready.fault, &args);
   ROPEWALK_TRY(context->Launch(ready.kernel, plan, args, queue));
   // Nobody else can wait for a queue of ours.
-  return wait ? library.Check(library.Finish(queue), "clFinish", Text(" on ", context->device_name)) : Status();
+  return wait ? library.Check(library.Finish(queue), "clFinish", " on ", context->device_name) : Status();
 }
 
 Status Prepare(const RopeCall& call) {

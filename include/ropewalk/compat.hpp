@@ -111,9 +111,11 @@ struct Heads {
 //   is_neox        pairs (i, i + rope_dim/2); else (2i, 2i + 1)
 //   stream         as in ropewalk_rope
 //   offsets        null, or [tokens] int32 or int64, added to positions
+//   sycl_queue     a sycl::queue* to work on instead of stream, for tensors in its unified shared memory (Intel GPUs)
 inline Result fused_qk_rope_with_cos_sin_cache_inplace(DLTensor* q, DLTensor* k, const DLTensor* cos_sin_cache,
                                                        const DLTensor* positions, int64_t rope_dim, bool is_neox,
-                                                       void* stream = nullptr, const DLTensor* offsets = nullptr) {
+                                                       void* stream = nullptr, const DLTensor* offsets = nullptr,
+                                                       void* sycl_queue = nullptr) {
   constexpr std::string_view kName = "fused_qk_rope_with_cos_sin_cache_inplace";
   if (q && q->ndim != 3) {
     return detail::Refuse(kName,
@@ -130,7 +132,8 @@ inline Result fused_qk_rope_with_cos_sin_cache_inplace(DLTensor* q, DLTensor* k,
                          .positions = positions,
                          .offsets = offsets,
                          .cos_sin = cos_sin_cache,
-                         .rotary_dim = static_cast<int32_t>(rope_dim)},
+                         .rotary_dim = static_cast<int32_t>(rope_dim),
+                         .sycl_queue = sycl_queue},
                         stream);
 }
 
@@ -142,10 +145,11 @@ inline Result fused_qk_rope_with_cos_sin_cache_inplace(DLTensor* q, DLTensor* k,
 //   is_neox        pairs (i, i + rotary_dim/2); else (2i, 2i + 1)
 //   stream         as in ropewalk_rope
 //   offsets        null, or like positions and added to them
+//   sycl_queue     as above
 inline Result rotary_embedding(const DLTensor* positions, DLTensor* query, DLTensor* key, int64_t head_size,
                                const DLTensor* cos_sin_cache, bool is_neox, void* stream = nullptr,
                                const DLTensor* offsets = nullptr, DLTensor* query_out = nullptr,
-                               DLTensor* key_out = nullptr) {
+                               DLTensor* key_out = nullptr, void* sycl_queue = nullptr) {
   constexpr std::string_view kName = "rotary_embedding";
   if (!positions) return detail::Refuse(kName, "positions is missing");
   if (head_size < 2) return detail::Refuse(kName, "head_size must be at least 2, but is " + std::to_string(head_size));
@@ -175,7 +179,8 @@ inline Result rotary_embedding(const DLTensor* positions, DLTensor* query, DLTen
                          .offsets = offsets,
                          .cos_sin = cos_sin_cache,
                          .q_out = view(2),
-                         .k_out = view(3)},
+                         .k_out = view(3),
+                         .sycl_queue = sycl_queue},
                         stream);
 }
 

@@ -194,6 +194,34 @@ def test_can_use(module):
         assert can_use(*wrong) is False
 
 
+@pytest.mark.parametrize(
+    ("cuda", "xpu", "asked"),
+    [(False, False, {"cpu"}), (True, False, {"cuda"}), (False, True, {"xpu"}), (True, True, {"cuda", "xpu"})],
+)
+def test_can_use_asks_every_kind_of_gpu_that_is_there(monkeypatch, cuda, xpu, asked):
+    devices, empty = set(), torch.empty
+
+    def stand_in(*shape, device, **options):
+        devices.add(device)
+        return empty(*shape, **options)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.xpu, "is_available", lambda: xpu)
+    monkeypatch.setattr(torch, "empty", stand_in)
+    assert sglang_jit.can_use_fused_qk_norm_rope(64, True, torch.float32) is True
+    assert devices == asked
+    devices.clear()
+    assert sglang_jit.can_use_fused_qk_norm_rope(64, True, torch.float32, device="cpu") is True
+    assert devices == {"cpu"}
+
+
+def test_can_use_is_false_where_one_of_them_is_not_served(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.xpu, "is_available", lambda: True)  # but it has no memory, as there is no such GPU
+    if not torch.xpu.device_count():
+        assert sglang_jit.can_use_fused_qk_norm_rope(64, True, torch.float32) is False
+
+
 def test_can_use_of_the_operation(device):
     q = draw(3, 2, 64, device=device)
     before = q.clone()

@@ -30,6 +30,13 @@ def test_version_agrees_with_the_header():
         pytest.skip("not installed as a wheel")
 
 
+def test_the_module_which_holds_the_whole_library_has_at_most_3_mb():
+    if os.environ.get("ROPEWALK_SANITIZED"):
+        pytest.skip("built with sanitizers")
+    size = (Path(ropewalk.__file__).parent / "_ropewalk.so").stat().st_size
+    assert size <= 3_000_000
+
+
 def test_without_torch():
     code = """
 import numpy as np, ropewalk

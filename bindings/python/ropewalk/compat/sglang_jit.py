@@ -103,30 +103,37 @@ def can_use_fused_qk_norm_rope(
     rotary_dim: int | None = None,
     num_tokens: int | Iterable[int] = 1,
     position_dtype: torch.dtype = torch.int32,
+    device: torch.device | str | None = None,
 ) -> bool:
     """Whether `fused_qk_norm_rope` serves such calls here. Never raises.
 
-    Where there is a CUDA device it compiles and loads the kernel on the current one, so that the first call need not.
-    The kernel is specialised for more than the first four arguments say: give the others as the calls will have them,
-    and the numbers of tokens of interest, to have that very one built.
+    On a GPU it compiles and loads the kernel, so that the first call need not. The kernel is specialised for more than
+    the first four arguments say: give the others as the calls will have them, and the numbers of tokens of interest, to
+    have that very one built.
 
     Args:
         yarn: whether attention_factor will be other than 1.
+        device: where the tensors will be. None: on the current device of every kind of GPU that torch finds here, CUDA's
+            and Intel's; where there is none, on the CPU. The backend is the one that serves such tensors: the forced
+            one, if `ropewalk.force_backend` has named one.
 
     Returns:
         True if the call would be served.
     """
     try:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         if not isinstance(dtype, torch.dtype):
             return False
-        weight = torch.empty(head_dim, dtype=dtype, device=device)
+        gpus = [kind for kind in ("cuda", "xpu") if getattr(torch, kind).is_available()]
         heads = (num_heads_q, num_heads_k, num_heads_v)
-        for tokens in [num_tokens] if isinstance(num_tokens, int) else num_tokens:
-            qkv = torch.empty((tokens, sum(heads) * head_dim), dtype=dtype, device=device)
-            position_ids = torch.empty(tokens, dtype=position_dtype, device=device)
-            _common.norm_rope("fused_qk_norm_rope", qkv, heads, head_dim, eps, (weight, weight), is_neox, position_ids,
-                              rotary_dim, (1e4, 1.0, 0.0, 1.0, 2.0 if yarn else 1.0), call=_common.check)  # fmt: skip
+        counts = [num_tokens] if isinstance(num_tokens, int) else list(num_tokens)
+        for on in (gpus or ["cpu"]) if device is None else [device]:
+            weight = torch.empty(head_dim, dtype=dtype, device=on)
+            for tokens in counts:
+                qkv = torch.empty((tokens, sum(heads) * head_dim), dtype=dtype, device=on)
+                position_ids = torch.empty(tokens, dtype=position_dtype, device=on)
+                _common.norm_rope("fused_qk_norm_rope", qkv, heads, head_dim, eps, (weight, weight), is_neox,
+                                  position_ids, rotary_dim, (1e4, 1.0, 0.0, 1.0, 2.0 if yarn else 1.0),
+                                  call=_common.check)  # fmt: skip
         return True
     except Exception:  # it promises an answer
         return False
