@@ -3,13 +3,13 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <gtest/gtest.h>
 #include <stdlib.h>
-#include <ropewalk/compat.hpp>
 
 #include <cmath>
 #include <cstring>
 #include <filesystem>
 #include <functional>
 #include <nlohmann/json.hpp>
+#include <ropewalk/compat.hpp>
 #include <string>
 #include <thread>
 #include <vector>
