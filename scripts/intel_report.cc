@@ -317,12 +317,14 @@ int Report(const Target& target, const std::vector<SpirvVariant>& variants, cons
         target.name, rows.size(), *std::ranges::min_element(simd), *std::ranges::max_element(registers), spills,
         instructions.front(), instructions.back(), instructions[instructions.size() / 2], bad);
   }
+  int shown = 0;
   for (size_t i = 0; i < rows.size(); ++i) {
     const std::string text = BadText(variants[i], target, rows[i]);
-    if (text.empty()) continue;
+    if (text.empty() || ++shown > 40) continue;
     std::printf("  BAD %s (case %s): %s\n", RopeSpirvName(variants[i].key).c_str(), variants[i].of.c_str(),
                 text.c_str());
   }
+  if (shown > 40) std::printf("  and %d more\n", shown - 40);
   return bad;
 }
 
