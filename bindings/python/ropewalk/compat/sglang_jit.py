@@ -114,8 +114,8 @@ def can_use_fused_qk_norm_rope(
     Args:
         yarn: whether attention_factor will be other than 1.
         device: where the tensors will be. None: on the current device of every kind of GPU that torch finds here,
-            CUDA's and Intel's; where there is none, on the CPU. The backend is the one that serves such tensors: the forced
-            one, if `ropewalk.force_backend` has named one.
+            CUDA's and Intel's; where there is none, on the CPU. The backend is the one that serves such tensors: the
+            forced one, if `ropewalk.force_backend` has named one.
 
     Returns:
         True if the call would be served.
