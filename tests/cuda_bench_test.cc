@@ -30,14 +30,6 @@ namespace fs = std::filesystem;
 // ---------------------------------------------------------------------------------------------------------------------
 // A process with the fake driver and compiler
 
-std::string Directory() {
-  static const std::string directory = [] {
-    std::string name = (fs::temp_directory_path() / "ropewalk-bench-XXXXXX").string();
-    return std::string(mkdtemp(name.data()) ? name : "");
-  }();
-  return directory;
-}
-
 FakeCuda& Fake() {
   static FakeCuda& fake = FakeOf<FakeCuda>(ROPEWALK_FAKE_LIBCUDA, "fake_cuda");
   return fake;

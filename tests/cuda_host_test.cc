@@ -33,14 +33,6 @@ namespace fs = std::filesystem;
 // ---------------------------------------------------------------------------------------------------------------------
 // Processes and environment: the driver is opened once in a process, so each scenario has its own.
 
-std::string Directory() {
-  static const std::string directory = [] {
-    std::string name = (fs::temp_directory_path() / "ropewalk-cuda-XXXXXX").string();
-    return std::string(mkdtemp(name.data()) ? name : "");
-  }();
-  return directory;
-}
-
 // The fake libraries and a cache of this test's own; `changes` are made on top of that.
 void InFreshProcess(const Environment& changes, const std::function<void()>& body) {
   InChild([&] {

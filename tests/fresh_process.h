@@ -1,5 +1,5 @@
 // A process for a scenario: a driver is opened once in a process and reads its settings then. And the stand-ins for
-// drivers.
+// drivers, and a directory for what they write.
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
@@ -10,6 +10,7 @@
 #include <unistd.h>
 
 #include <cstdio>
+#include <filesystem>
 #include <functional>
 #include <initializer_list>
 #include <string>
@@ -19,6 +20,15 @@
 namespace ropewalk {
 
 using Environment = std::vector<std::pair<const char*, std::string>>;
+
+// A directory of this program's own, made at the first call; "" if it cannot be.
+inline const std::string& Directory() {
+  static const std::string directory = [] {
+    std::string name = (std::filesystem::temp_directory_path() / "ropewalk-test-XXXXXX").string();
+    return std::string(mkdtemp(name.data()) ? name : "");
+  }();
+  return directory;
+}
 
 inline void ChangeEnvironment(std::initializer_list<const char*> unset, const Environment& changes) {
   for (const char* name : unset) unsetenv(name);
