@@ -9,6 +9,7 @@
 #include "backends/cpu/cpu.h"
 #include "core/backend.h"
 #include "core/text.h"
+#include "ops/rope/known_calls.h"
 #include "ops/rope/rope_call.h"
 
 namespace ropewalk {
@@ -16,6 +17,7 @@ namespace {
 
 thread_local std::string last_error;
 thread_local std::string returned_text;
+constinit thread_local KnownCalls known_calls;
 
 int Return(const Status& status) {
   if (status.ok()) return ROPEWALK_OK;
@@ -76,10 +78,19 @@ extern "C" {
 
 int ropewalk_rope(const ropewalk_rope_args* args, void* stream) {
   return Guard([&]() -> Status {
-    RopeCall call;
-    const Backend* backend;
-    ROPEWALK_TRY(Lowered(args, stream, &call, &backend));
-    return backend->launch(call);
+    return WithArgs(args, [&](const ropewalk_rope_args& full) -> Status {
+      RopeCall lowered;
+      KnownCalls::Known* known = known_calls.Find(full, stream);
+      if (!known) {
+        ROPEWALK_TRY(LowerRope(full, stream, &lowered));
+        known = known_calls.Remember(full, lowered);
+      }
+      const KnownCalls::Use use(known);
+      const RopeCall& call = known ? known->call : lowered;
+      const Backend* backend;
+      ROPEWALK_TRY(ChooseBackend(call.device, &backend));
+      return backend->launch(call);
+    });
   });
 }
 

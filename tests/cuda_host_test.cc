@@ -179,6 +179,47 @@ TEST_F(CudaHost, LaunchHasTheCallsArguments) {
   });
 }
 
+// What is kept of a call serves the next of its shape: with its own addresses and stream, in its own context and
+// layout.
+TEST_F(CudaHost, CallsOfOneShapeKeepTheirOwnAddresses) {
+  InFreshProcess({}, [] {
+    Call first, second;
+    void* streams[] = {nullptr, Fake().create_stream(Fake().primary(0))};
+    second.args.frequencies = first.frequencies;
+    for (int i = 0; i < 8; ++i) {
+      Call& call = i % 2 ? second : first;
+      void* const stream = streams[i / 2 % 2];
+      ExpectOk(call.Run(stream));
+      EXPECT_EQ(Last().stream, stream) << i;
+      EXPECT_EQ(Last().args.q, call.q.data) << i;
+      EXPECT_EQ(Last().args.q_out, call.q.data) << i;
+      EXPECT_EQ(Last().args.k, call.k.data) << i;
+      EXPECT_EQ(Last().args.positions, call.positions.data) << i;
+      EXPECT_EQ(Last().args.turns, Fake().launches.front().args.turns) << i;
+    }
+    const std::string few = Last().image;
+    ExpectOk(ropewalk_force_backend("cuda:many"));
+    ExpectOk(first.Run());
+    EXPECT_NE(Last().image, few) << "another layout was forced meanwhile";
+    ExpectOk(ropewalk_force_backend(nullptr));
+    ExpectOk(first.Run());
+    EXPECT_EQ(Last().image, few);
+
+    second.args.frequencies = second.frequencies;  // others, of the same content
+    second.args.eps = 1e-5;                        // matters not without a norm
+    ExpectOk(second.Run());
+    EXPECT_EQ(Last().args.turns, Fake().launches.front().args.turns);
+
+    // As if k lay in q: a call like those before, but for that.
+    second.k.data = second.q.data;
+    ExpectRefused(second.Run(), ROPEWALK_INVALID_ARGUMENT, {"k must not share memory with q"});
+    second.k.data = static_cast<char*>(Fake().allocate(0, 1 << 16)) + 2;  // and one whose accesses must be narrower
+    ExpectOk(second.Run());
+    EXPECT_NE(Last().image, few);
+    EXPECT_EQ(Last().args.k, second.k.data);
+  });
+}
+
 TEST_F(CudaHost, DependentLaunchOnlyWhereAllowed) {
   const auto plain = [] {
     Call call;

@@ -176,6 +176,34 @@ TEST_F(Threads, TheCallersParallelForDoesTheWork) {
   }
 }
 
+// A thread that waits in the caller's parallel_for may be given another call of the same shape to make meanwhile;
+// deeper than there are calls kept.
+TEST_F(Threads, CallsInsideACallAreTheirOwn) {
+  std::vector<std::unique_ptr<CaseCall>> calls;
+  for (int i = 0; i < 7; ++i) calls.push_back(MakeCall(Splittable()));
+  struct Nested {
+    std::vector<std::unique_ptr<CaseCall>>* calls;
+    size_t next = 1;
+  } nested{&calls};
+  const auto parallel_for = [](int64_t begin, int64_t end, int64_t, void (*body)(int64_t, int64_t, const void*),
+                               const void* body_context, void* context) {
+    auto* n = static_cast<Nested*>(context);
+    if (n->next < n->calls->size()) {
+      const Status status = (*n->calls)[n->next++]->Run();
+      EXPECT_TRUE(status.ok()) << status.text();
+    }
+    body(begin, end, body_context);
+  };
+  ASSERT_EQ(ropewalk_set_parallel_for(parallel_for, &nested), ROPEWALK_OK);
+  for (int round = 0; round < 2; ++round) {
+    nested.next = 1;
+    ASSERT_TRUE(calls[0]->Run().ok());
+    EXPECT_EQ(nested.next, calls.size());
+    for (size_t i = 0; i < calls.size(); ++i) EXPECT_EQ(MessageOf(*calls[i]), "") << "call " << i;
+    for (const auto& call : calls) ASSERT_TRUE(call->Reset().ok());
+  }
+}
+
 TEST_F(Threads, FaultsNameTheFirstTokenHoweverWorkIsSplit) {
   RopeCase c = {.tokens = 900, .q_heads = 8, .head_dim = 128, .angles = Angles::kPacked, .bad = Bad::kPosition};
   Splitter splitter;

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "backends/cuda/cuda.h"
 
+#include <array>
 #include <atomic>
 #include <cstddef>
 #include <cstdlib>
@@ -53,12 +54,10 @@ Status Usable(const CudaDriver& driver, const RopeCall& call) {
   return {};
 }
 
-Status Plan(const CudaDriver& driver, const RopeCall& call, RopeCudaPlan* plan) {
+Status Plan(const CudaDriver& driver, const RopeCall& call, RopeCudaLayout layout, RopeCudaPlan* plan) {
   ROPEWALK_TRY(Usable(driver, call));
   const CudaDeviceInfo& info = driver.devices[static_cast<size_t>(call.device.device_id)];
-  return PlanRopeCuda(call, info.properties,
-                      {DependentLaunchAllowed() && !call.disable_pdl, forced_layout.load(std::memory_order_relaxed)},
-                      plan);
+  return PlanRopeCuda(call, info.properties, {DependentLaunchAllowed() && !call.disable_pdl, layout}, plan);
 }
 
 // What a launch needs and prepare() makes.
@@ -177,51 +176,82 @@ Availability Available() {
   return {true, detail, "", {"few", "many"}};
 }
 
+// What a launch needs but the tensors' addresses and the stream: the same for all calls of one shape in one context.
+struct Prepared {
+  uint64_t shape = 0;  // RopeCall::shape; 0: none
+  RopeCudaLayout layout = RopeCudaLayout::kAny;
+  CudaContext* context = nullptr;
+  RopeCudaPlan plan;
+  Ready ready;
+  rope_cuda_args args;
+};
+
+// Of the thread's last shapes.
+constinit thread_local std::array<Prepared, 4> prepared_shapes = {};
+
+Status PrepareLaunch(const CudaDriver& driver, CudaContext* context, const RopeCall& call, Prepared* prepared) {
+  prepared->context = nullptr;
+  if (!FindReady(context, call, prepared->plan.key, &prepared->ready)) {
+    ROPEWALK_TRY(RefuseCapture(driver, call, prepared->plan.key, prepared->ready));
+    ROPEWALK_TRY(MakeReady(context, call, prepared->plan.key, &prepared->ready));
+  }
+  rope_cuda_args& args = prepared->args;
+  args.turns = reinterpret_cast<const rw_u64*>(prepared->ready.frequencies);
+  args.k_inverse_scale = 1.0f / call.params.k_scale;
+  args.v_inverse_scale = 1.0f / call.params.v_scale;
+  args.rows = call.params.rows;
+  args.slot_count = call.params.slots;
+  args.fault = context->Fault(call.params.batch > 1, call.tensors.offsets != nullptr);
+  args.params = call.params;
+  prepared->context = context;
+  return {};
+}
+
+void SetAddresses(const RopeCall& call, const Ready& ready, rope_cuda_args* args) {
+  const RopeTensors& t = call.tensors;
+  args->q = t.q;
+  args->k = t.k;
+  args->positions = t.positions;
+  args->offsets = t.offsets;
+  args->cos = t.cos;
+  args->sin = t.sin;
+  args->axes = t.axes;
+  if (!t.axes && call.variant.axes) {
+    args->axes = reinterpret_cast<const int*>(ready.frequencies + AxesOffset(*call.frequencies));
+  }
+  args->q_weight = t.q_weight;
+  args->k_weight = t.k_weight;
+  args->q_out = t.q_out;
+  args->k_out = t.k_out;
+  args->v = t.v;
+  args->k_cache = t.k_cache;
+  args->v_cache = t.v_cache;
+  args->slots = t.slots;
+  args->k_scale = t.k_scale;
+  args->v_scale = t.v_scale;
+}
+
 Status Launch(const RopeCall& call) {
   const CudaDriver& driver = GetCudaDriver();
-  RopeCudaPlan plan;
-  ROPEWALK_TRY(Plan(driver, call, &plan));
+  const RopeCudaLayout layout = forced_layout.load(std::memory_order_relaxed);
+  Prepared unknown;
+  Prepared& prepared = call.shape ? prepared_shapes[call.shape % prepared_shapes.size()] : unknown;
+  if (call.shape == 0 || prepared.shape != call.shape || prepared.layout != layout) {
+    prepared.shape = 0;
+    prepared.layout = layout;
+    prepared.context = nullptr;
+    ROPEWALK_TRY(Plan(driver, call, layout, &prepared.plan));
+  }
+  const RopeCudaPlan& plan = prepared.plan;
   if (plan.grid_x == 0) return {};
 
   CudaContextScope scope;
   ROPEWALK_TRY(scope.Enter(driver, call.device.device_id));
   CudaContext* const context = scope.context();
   ROPEWALK_TRY(CheckPointers(driver, call));
-  Ready ready;
-  if (!FindReady(context, call, plan.key, &ready)) {
-    ROPEWALK_TRY(RefuseCapture(driver, call, plan.key, ready));
-    ROPEWALK_TRY(MakeReady(context, call, plan.key, &ready));
-  }
-
-  const RopeTensors& t = call.tensors;
-  rope_cuda_args args;
-  args.q = t.q;
-  args.k = t.k;
-  args.positions = t.positions;
-  args.offsets = t.offsets;
-  args.cos = t.cos;
-  args.sin = t.sin;
-  args.turns = reinterpret_cast<const rw_u64*>(ready.frequencies);
-  args.axes = t.axes;
-  if (!t.axes && call.variant.axes) {
-    args.axes = reinterpret_cast<const int*>(ready.frequencies + AxesOffset(*call.frequencies));
-  }
-  args.q_weight = t.q_weight;
-  args.k_weight = t.k_weight;
-  args.q_out = t.q_out;
-  args.k_out = t.k_out;
-  args.v = t.v;
-  args.k_cache = t.k_cache;
-  args.v_cache = t.v_cache;
-  args.slots = t.slots;
-  args.k_scale = t.k_scale;
-  args.v_scale = t.v_scale;
-  args.k_inverse_scale = 1.0f / call.params.k_scale;
-  args.v_inverse_scale = 1.0f / call.params.v_scale;
-  args.rows = call.params.rows;
-  args.slot_count = call.params.slots;
-  args.fault = context->Fault(call.params.batch > 1, t.offsets != nullptr);
-  args.params = call.params;
+  if (prepared.context != context) ROPEWALK_TRY(PrepareLaunch(driver, context, call, &prepared));
+  prepared.shape = call.shape;
+  SetAddresses(call, prepared.ready, &prepared.args);
 
   cu::LaunchAttribute attribute;
   attribute.id = cu::kProgrammaticStreamSerialization;
@@ -231,17 +261,17 @@ Status Launch(const RopeCall& call) {
                                    1,           1,
                                    0,           static_cast<cu::Stream>(call.stream),
                                    &attribute,  plan.key.dependent_launch};
-  void* parameters[] = {&args};
-  const cu::Result result = driver.LaunchKernelEx(&config, ready.kernel->function, parameters, nullptr);
+  void* parameters[] = {&prepared.args};
+  const cu::Result result = driver.LaunchKernelEx(&config, prepared.ready.kernel->function, parameters, nullptr);
   if (result != cu::kSuccess) return LaunchFailed(context, call, result);
-  CountLaunch(context, ready.kernel);
+  CountLaunch(context, prepared.ready.kernel);
   return {};
 }
 
 Status Prepare(const RopeCall& call) {
   const CudaDriver& driver = GetCudaDriver();
   RopeCudaPlan plan;
-  ROPEWALK_TRY(Plan(driver, call, &plan));
+  ROPEWALK_TRY(Plan(driver, call, forced_layout.load(std::memory_order_relaxed), &plan));
   if (plan.grid_x == 0) return {};
   CudaContextScope scope;
   ROPEWALK_TRY(scope.Enter(driver, call.device.device_id));
@@ -253,7 +283,7 @@ Status Prepare(const RopeCall& call) {
 Status Explain(const RopeCall& call, Explanation* explanation) {
   const CudaDriver& driver = GetCudaDriver();
   RopeCudaPlan plan;
-  ROPEWALK_TRY(Plan(driver, call, &plan));
+  ROPEWALK_TRY(Plan(driver, call, forced_layout.load(std::memory_order_relaxed), &plan));
   const auto add = [&](const char* key, std::string value) { explanation->emplace_back(key, std::move(value)); };
   add("device", DeviceText(driver, call.device.device_id));
   if (plan.grid_x == 0) {

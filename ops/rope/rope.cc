@@ -221,6 +221,40 @@ rope_strides HeadStrides(const Strides& s, Dim heads) { return {s[Dim::kBatch], 
 
 std::span<const Arg> RopeDescription() { return kArgs; }
 
+bool IsHostValue(const Arg& arg, const DLTensor& tensor) {
+  return (arg.flags & kHostScalar) && tensor.device.device_type == kDLCPU && (tensor.ndim == 0 || tensor.shape[0] == 1);
+}
+
+void SetTensors(const ropewalk_rope_args& a, RopeCall* call) {
+  const RopeVariant& v = call->variant;
+  const rope_params& p = call->params;
+  RopeTensors& t = call->tensors;
+  const auto data = [](const DLTensor* tensor) { return tensor ? DataOf(*tensor) : nullptr; };
+  t.q = data(a.q);
+  t.k = data(a.k);
+  t.positions = data(a.positions);
+  t.offsets = data(a.offsets);
+  t.cos = data(a.cos_sin ? a.cos_sin : a.cos);
+  t.sin = data(a.sin);
+  if (a.cos_sin && t.cos) {
+    t.sin = static_cast<const char*>(t.cos) + p.cos_pair * (p.rotary_dim / 2) * (a.cos_sin->dtype.bits / 8);
+  }
+  t.axes = v.axes == 2 ? static_cast<const int32_t*>(data(a.axes)) : nullptr;
+  t.q_weight = data(a.q_weight);
+  t.k_weight = data(a.k_weight);
+  t.q_out = a.q_out ? data(a.q_out) : t.q;
+  t.k_out = a.k_out ? data(a.k_out) : t.k;
+  t.v = data(a.v);
+  t.k_cache = data(a.k_cache);
+  t.v_cache = data(a.v_cache);
+  t.slots = data(a.slots);
+  const auto scales = [&](const DLTensor* tensor, size_t i) {
+    return tensor && !IsHostValue(kArgs[i], *tensor) ? static_cast<const float*>(DataOf(*tensor)) : nullptr;
+  };
+  t.k_scale = scales(a.k_scale, Index("k_scale"));
+  t.v_scale = scales(a.v_scale, Index("v_scale"));
+}
+
 Status LowerRope(const ropewalk_rope_args& a, void* stream, RopeCall* call) {
   const bool mapped = a.axes || (a.frequencies && !a.frequencies->axes.empty());
   Sizes sizes;
@@ -250,14 +284,11 @@ Status LowerRope(const ropewalk_rope_args& a, void* stream, RopeCall* call) {
     }
     if (stream) return Invalid("sycl_queue and stream are both given: the work goes to one of them");
   }
-  RopeTensors& t = call->tensors;
   rope_params& p = call->params;
   RopeVariant& v = call->variant;
-  t = {};
   v = {};
   std::memset(&p, 0, sizeof(p));
 
-  const auto data = [](const DLTensor* tensor) { return tensor ? DataOf(*tensor) : nullptr; };
   p.batch = a.q->ndim == 4 ? sizes[Dim::kBatch] : 1;
   p.tokens = sizes[Dim::kTokens];
   p.q_heads = static_cast<rw_i32>(sizes[Dim::kQHeads]);
@@ -277,11 +308,6 @@ Status LowerRope(const ropewalk_rope_args& a, void* stream, RopeCall* call) {
   p.k = HeadStrides(strides_of(Index("k")), Dim::kKHeads);
   p.q_out = a.q_out ? HeadStrides(strides_of(Index("q_out")), Dim::kQHeads) : p.q;
   p.k_out = a.k_out ? HeadStrides(strides_of(Index("k_out")), Dim::kKHeads) : p.k;
-  t.q = data(a.q);
-  t.k = data(a.k);
-  t.q_out = a.q_out ? data(a.q_out) : t.q;
-  t.k_out = a.k_out ? data(a.k_out) : t.k;
-  v.out_of_place = t.q_out != t.q || t.k_out != t.k;
 
   // Positions: their rows are axes if pairs are mapped.
   const Strides& positions = strides_of(Index("positions"));
@@ -290,15 +316,12 @@ Status LowerRope(const ropewalk_rope_args& a, void* stream, RopeCall* call) {
   p.positions_token = positions[Dim::kTokens];
   p.offsets_batch = strides_of(Index("offsets"))[Dim::kBatch];
   p.offsets_token = strides_of(Index("offsets"))[Dim::kTokens];
-  t.positions = data(a.positions);
-  t.offsets = data(a.offsets);
   v.positions_dtype = Constant(a.positions);
   v.offsets_dtype = Constant(a.offsets);
   if (mapped && sizes[Dim::kAxes] >= 0) {
     if (sizes[Dim::kAxes] < 1) return Invalid("positions must have a row for each axis, but have none");
     if (sizes[Dim::kAxes] > 1 << 20) return Invalid("positions has ", sizes[Dim::kAxes], " axes, too many");
     p.axes = static_cast<rw_i32>(sizes[Dim::kAxes]);
-    t.axes = static_cast<const int32_t*>(data(a.axes));
     v.axes = a.axes ? 2 : 1;
     if (!a.axes) {
       const int32_t needed = 1 + *std::ranges::max_element(a.frequencies->axes);
@@ -322,10 +345,6 @@ Status LowerRope(const ropewalk_rope_args& a, void* stream, RopeCall* call) {
     p.sin_batch = ss[Dim::kBatch];
     p.sin_row = ss[Dim::kRows];
     p.sin_pair = ss[pair];
-    t.cos = data(cos);
-    t.sin = a.cos_sin && t.cos
-                ? static_cast<const char*>(t.cos) + p.cos_pair * (rotary_dim / 2) * DtypeBytes(DtypeOf(cos->dtype))
-                : data(a.sin);
     v.table_dtype = Constant(cos);
     p.attention_scaling = 1.0f;
     if (!a.positions && !a.offsets && p.batch > 0 && p.tokens > p.rows) {
@@ -338,15 +357,12 @@ Status LowerRope(const ropewalk_rope_args& a, void* stream, RopeCall* call) {
     v.norm = 1;
     if (a.q_weight) v.weight = a.zero_centered_weight ? kRopeZeroCenteredWeight : kRopeWeight;
     v.weight_dtype = Constant(a.q_weight);
-    t.q_weight = data(a.q_weight);
-    t.k_weight = data(a.k_weight);
   }
 
   if (a.slots) {
     const Strides& slots = strides_of(Index("slots"));
     p.slots_batch = slots[Dim::kBatch];
     p.slots_token = slots[Dim::kTokens];
-    t.slots = data(a.slots);
     v.slots_dtype = Constant(a.slots);
     const DLTensor* cache = a.k_cache ? a.k_cache : a.v_cache;
     v.cache_dtype = Constant(cache);
@@ -363,15 +379,12 @@ Status LowerRope(const ropewalk_rope_args& a, void* stream, RopeCall* call) {
     p.v = HeadStrides(strides_of(Index("v")), Dim::kKHeads);
     p.v_dim = a.v ? static_cast<rw_i32>(sizes[Dim::kVDim]) : 0;
     p.k_heads = static_cast<rw_i32>(sizes[Dim::kKHeads]);
-    t.k_cache = data(a.k_cache);
-    t.v_cache = data(a.v_cache);
-    t.v = data(a.v);
     v.store_k = a.k_cache != nullptr;
     v.store_v = a.v_cache != nullptr;
-    const auto scale = [&](const DLTensor* tensor, size_t i, const char* name, float* value, const float** pointer,
-                           rw_i32* stride) -> Status {
+    const auto scale = [&](const DLTensor* tensor, size_t i, float* value, rw_i32* stride) -> Status {
       if (!tensor) return {};
-      if (tensor->device.device_type == kDLCPU && (tensor->ndim == 0 || tensor->shape[0] == 1)) {
+      const char* name = kArgs[i].name;
+      if (IsHostValue(kArgs[i], *tensor)) {
         *value = *static_cast<const float*>(DataOf(*tensor));
         if (!(*value > 0.0f) || *value > 3.4e38f) return Invalid(name, " must be a finite number > 0, but is ", *value);
         return {};
@@ -379,13 +392,15 @@ Status LowerRope(const ropewalk_rope_args& a, void* stream, RopeCall* call) {
       const int64_t step = strides_of(i)[Dim::kKHeads];
       if (step > INT32_MAX || step < INT32_MIN)
         return Invalid(name, " must have a stride below 2^31, but its stride is ", step);
-      *pointer = static_cast<const float*>(DataOf(*tensor));
       *stride = static_cast<rw_i32>(step);
       return {};
     };
-    ROPEWALK_TRY(scale(a.k_scale, Index("k_scale"), "k_scale", &p.k_scale, &t.k_scale, &p.k_scale_head));
-    ROPEWALK_TRY(scale(a.v_scale, Index("v_scale"), "v_scale", &p.v_scale, &t.v_scale, &p.v_scale_head));
+    ROPEWALK_TRY(scale(a.k_scale, Index("k_scale"), &p.k_scale, &p.k_scale_head));
+    ROPEWALK_TRY(scale(a.v_scale, Index("v_scale"), &p.v_scale, &p.v_scale_head));
   }
+  SetTensors(a, call);
+  const RopeTensors& t = call->tensors;
+  v.out_of_place = t.q_out != t.q || t.k_out != t.k;
   return CheckOverlap(a);
 }
 

@@ -63,6 +63,9 @@ struct RopeCall {
   void* stream = nullptr;
   void* sycl_queue = nullptr;  // a sycl::queue*, instead of the stream
   bool disable_pdl = false;    // programmatic dependent launch
+  // Calls of one number differ in nothing that a plan depends on: only in addresses that agree modulo 32 bytes, in the
+  // stream, and not in how tensors lie towards those that they share spans with. 0: a number of its own.
+  uint64_t shape = 0;
 };
 
 // Else the angles come from a table.
@@ -70,6 +73,10 @@ inline bool NeedsFrequencies(const RopeCall& call) { return call.variant.table_d
 
 std::span<const Arg> RopeDescription();
 
+// Whether lowering reads the tensor: one scale on the host, instead of which the params carry its value.
+bool IsHostValue(const Arg& arg, const DLTensor& tensor);
+// Fills call->tensors from the arguments; the variant and the params are theirs already.
+void SetTensors(const ropewalk_rope_args& args, RopeCall* call);
 // Checks the arguments and fills the call. Nothing is read from tensors' data but scales on the host.
 Status LowerRope(const ropewalk_rope_args& args, void* stream, RopeCall* call);
 
