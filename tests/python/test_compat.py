@@ -447,6 +447,24 @@ def test_full_width_table_of_unequal_pairs(device, dtype, is_neox, round_norm, r
                                          is_neox=is_neox, cache_has_full_width=True)  # fmt: skip
 
 
+def test_weights_may_be_parameters(device):
+    """Of a model's norm, in grad mode; a q that requires grad is refused, as its gradient would be lost."""
+    cache, positions = table(8, 64, device), torch.arange(4, device=device)
+    weight = torch.nn.Parameter(1 + draw(64, device=device) / 4)
+
+    def run(w, qkv):
+        function = sglang_jit.fused_inplace_qknorm_rope
+        function(qkv[:, :2], qkv[:, 2:3], w, w, cache, positions, is_neox=True)
+        sglang_jit.fused_qk_norm_rope(qkv.view(4, -1), 2, 1, 1, 64, 1e-6, w, w, 1e4, True, positions, *YARN)
+        full = torch.cat([cache[:, :32]] * 2 + [cache[:, 32:]] * 2, -1)
+        function(qkv[:, :2], qkv[:, 2:3], w, w, full, positions, is_neox=True, cache_has_full_width=True)
+        return qkv
+
+    assert torch.equal(run(weight, draw(4, 4, 64, device=device)), run(weight.data, draw(4, 4, 64, device=device)))
+    with pytest.raises(ValueError, match="requires grad"):
+        run(weight, draw(4, 4, 64, device=device).requires_grad_().clone())
+
+
 def test_bad_input_of_two_passes_writes_nothing():
     q, k, weight, positions = torch.ones(3, 2, 64), torch.ones(3, 1, 64), torch.ones(64) * 2, torch.arange(3)
     function = sglang_jit.fused_inplace_qknorm_rope

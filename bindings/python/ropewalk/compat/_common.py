@@ -215,6 +215,13 @@ def flat_store(
 # With the norm, angles computed
 
 
+def unrecorded(*weights: Any) -> tuple[Any, ...]:
+    """Parameters are taken in grad mode too, as the originals take them; q and k that require grad are refused."""
+    if not torch.is_grad_enabled():
+        return weights
+    return tuple(w.detach() if isinstance(w, torch.Tensor) and w.requires_grad else w for w in weights)
+
+
 def norm_rope(
     function: str,
     qkv: Any,
@@ -235,6 +242,7 @@ def norm_rope(
     tensors(function, position_ids=position_ids)
     frequencies = frequencies_of(function, (head_dim if rotary_dim is None else rotary_dim, *numbers, intel))
     names = {"positions": "position_ids", "q": "qkv", "k": "qkv"}
+    weights = unrecorded(*weights)
     call(function, names, q, k, positions=position_ids, frequencies=frequencies, pairing=pairing(is_neox), norm="rms",
          q_weight=weights[0], k_weight=weights[1] if k is not None else None, eps=eps)  # fmt: skip
 
@@ -275,6 +283,7 @@ def inplace_norm_rope(
         firsts = slice(0, width // 2) if is_neox else slice(0, width, 2)
         seconds = slice(width // 2, width) if is_neox else slice(1, width, 2)
         tables = [{"cos": cos[:, part], "sin": sin[:, part]} for part in (firsts, seconds)]
+    q_weight, k_weight = unrecorded(q_weight, k_weight)
     norm = {"norm": "rms", "q_weight": q_weight, "k_weight": k_weight, "eps": eps}
     names = {**PARTIAL, "cos": "cos_sin_cache", "sin": "cos_sin_cache"}
     if round_norm_before_rope:
