@@ -297,7 +297,7 @@ def test_names_in_messages():
 @pytest.mark.parametrize("batched", [True, False])
 @pytest.mark.parametrize("is_neox", [True, False])
 def test_rotary_embedding(device, flat, batched, is_neox):
-    cache = table(16, 32, device, torch.bfloat16)
+    cache = table(16, 32, device)
     lead = (2, 3) if batched else (6,)
     positions = torch.tensor([5, 0, 15, 3, 3, 2], device=device).view(lead)
 
@@ -410,6 +410,59 @@ def test_fused_inplace_qknorm_rope(device, dtype, is_neox, batched, full_width):
         unit = oracle.UNITS[dtype][0]
         assert np.abs(oracle.float64(x.cpu()) - value).max() <= 8 * unit * max(length.max(), 1.0)
         close(x[..., 96:], (oracle.float64(x[..., 96:].cpu()), 0.0))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("is_neox", [True, False])
+@pytest.mark.parametrize("round_norm", [True, False])
+@pytest.mark.parametrize("rope_dim", [128, 96])
+def test_full_width_table_of_unequal_pairs(device, dtype, is_neox, round_norm, rope_dim):
+    """ERNIE-Image repeats each cosine for neighbours, but rotates halves: a pair's elements have different ones."""
+    half = table(16, rope_dim, device)
+    full = [t.repeat_interleave(2, -1) if is_neox else torch.cat([t, t], -1) for t in half.chunk(2, -1)]
+    positions = torch.tensor([5, 0, 15, 3, 3, 2], device=device)
+    weights = [1 + draw(128, dtype=dtype, device=device, seed=s) / 4 for s in (1, 2)]
+    row = draw(6, 7, 128, dtype=dtype, device=device)  # four heads of q, two of k, one of v
+    before, q, k = row.clone(), row[:, :4], row[:, 4:6]
+    want = []
+    for x, w in zip((q, k), weights, strict=True):
+        y = x.double()
+        y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + 1e-5) * w.double()
+        y = y.to(dtype).double() if round_norm else y
+        part, rest = y[..., :rope_dim], y[..., rope_dim:]
+        a, b = part.chunk(2, -1) if is_neox else (part[..., 0::2], part[..., 1::2])
+        turned = torch.cat([-b, a], -1) if is_neox else torch.stack([-b, a], -1).flatten(-2)
+        cos, sin = (t.double()[positions].unsqueeze(1) for t in full)
+        want.append(torch.cat([part * cos + turned * sin, rest], -1))
+    sglang_jit.fused_inplace_qknorm_rope(
+        q, k, *weights, torch.cat(full, -1), positions, is_neox=is_neox, eps=1e-5, rope_dim=rope_dim,
+        round_norm_before_rope=round_norm, cache_has_full_width=True,
+    )  # fmt: skip
+    unit = oracle.UNITS[dtype][0]
+    for x, value in zip((q, k), want, strict=True):
+        assert (x.double() - value).abs().max() <= 8 * unit * value.abs().max()
+    assert torch.equal(row[:, 6:], before[:, 6:])
+    empty = torch.empty(0, 4, 128, dtype=dtype, device=device)
+    sglang_jit.fused_inplace_qknorm_rope(empty, empty.clone(), *weights, torch.cat(full, -1), positions[:0],
+                                         is_neox=is_neox, cache_has_full_width=True)  # fmt: skip
+
+
+def test_weights_may_be_parameters(device):
+    """Of a model's norm, in grad mode; a q that requires grad is refused, as its gradient would be lost."""
+    cache, positions = table(8, 64, device), torch.arange(4, device=device)
+    weight = torch.nn.Parameter(1 + draw(64, device=device) / 4)
+
+    def run(w, qkv):
+        function = sglang_jit.fused_inplace_qknorm_rope
+        function(qkv[:, :2], qkv[:, 2:3], w, w, cache, positions, is_neox=True)
+        sglang_jit.fused_qk_norm_rope(qkv.view(4, -1), 2, 1, 1, 64, 1e-6, w, w, 1e4, True, positions, *YARN)
+        full = torch.cat([cache[:, :32]] * 2 + [cache[:, 32:]] * 2, -1)
+        function(qkv[:, :2], qkv[:, 2:3], w, w, full, positions, is_neox=True, cache_has_full_width=True)
+        return qkv
+
+    assert torch.equal(run(weight, draw(4, 4, 64, device=device)), run(weight.data, draw(4, 4, 64, device=device)))
+    with pytest.raises(ValueError, match="requires grad"):
+        run(weight, draw(4, 4, 64, device=device).requires_grad_().clone())
 
 
 def test_bad_input_of_two_passes_writes_nothing():

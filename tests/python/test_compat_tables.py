@@ -22,11 +22,13 @@ def device(request):
     return request.param
 
 
-def rotated(x, cache, positions, is_neox, rope_dim):
-    """x [tokens, heads, head_dim], rotated in float32 and rounded once."""
+def rotated(x, cache, positions, is_neox, rope_dim, products=False):
+    """x [tokens, heads, head_dim], rotated in float32 and rounded once; or, with products, in the dtype of x and cache,
+    so that torch rounds each product too."""
     x = x.cpu()
-    cos, sin = cache.cpu().float()[positions.cpu().long().flatten()].unsqueeze(1).chunk(2, -1)
-    part = x[..., :rope_dim].float()
+    calculated = x.dtype if products else torch.float32
+    cos, sin = cache.cpu().to(calculated)[positions.cpu().long().flatten()].unsqueeze(1).chunk(2, -1)
+    part = x[..., :rope_dim].to(calculated)
     a, b = part.chunk(2, -1) if is_neox else (part[..., 0::2], part[..., 1::2])
     pair = a * cos - b * sin, b * cos + a * sin
     part = torch.cat(pair, -1) if is_neox else torch.stack(pair, -1).flatten(-2)
@@ -176,10 +178,14 @@ def test_rotary_embedding(device, head_size, rotary_dim, heads, is_neox, dtype, 
 
         places = positions.to(position_dtype).view(layouts(tokens, 1, head_size)[layout][0])
         query, key = fresh()
-        want = [
-            rotated(x.view(tokens, n, head_size), cache, positions, is_neox, rotary_dim).view(x.shape)
-            for x, n in zip((query, key), heads, strict=True)
-        ]
+        products = cache_dtype == dtype != torch.float32
+        want, want_new = (
+            [
+                rotated(x.view(tokens, n, head_size), cache, positions, is_neox, rotary_dim, each).view(x.shape)
+                for x, n in zip((query, key), heads, strict=True)
+            ]
+            for each in (products, False)
+        )
         arguments = head_size, cache, is_neox
         new = sgl_kernel_xpu.rotary_embedding(places, query, key, *arguments)  # leaves its arguments alone
         assert all(torch.equal(x, y) for x, y in zip((query, key), fresh(), strict=True))
@@ -187,14 +193,15 @@ def test_rotary_embedding(device, head_size, rotary_dim, heads, is_neox, dtype, 
         given = fresh()
         back = sglang_jit.rotary_embedding(places, *given, *arguments)
         assert back[0] is given[0] and back[1] is given[1]
-        for got in ((query, key), back, new):
-            for x, value in zip(got, want, strict=True):
+        for got, values in (((query, key), want), (back, want), (new, want_new)):
+            for x, value in zip(got, values, strict=True):
                 assert x.shape == value.shape and x.dtype == dtype
                 same(x, value)
+                assert not (products and values is want) or torch.equal(x.cpu(), value)
         alone = fresh()[0]
-        new = sgl_kernel_xpu.rotary_embedding(places, alone, None, *arguments)
-        assert new[1] is None
-        assert torch.equal(alone, fresh()[0]) and torch.equal(new[0], query)
+        again = sgl_kernel_xpu.rotary_embedding(places, alone, None, *arguments)
+        assert again[1] is None
+        assert torch.equal(alone, fresh()[0]) and torch.equal(again[0], new[0])
         assert sgl_kernel.rotary_embedding(places, alone, None, *arguments) is None
         assert torch.equal(alone, query)
 
@@ -217,13 +224,17 @@ def test_rotated_part_of_latent_attention(device, is_neox):
     positions = torch.randint(0, 256, (37,), generator=torch.Generator().manual_seed(0)).to(device)
     q, k = (draw(37, n, d, dtype=torch.bfloat16, device=device, seed=d) for n, d in ((16, 192), (1, 576)))
     before = q.clone(), k.clone()
-    want = [rotated(x, cache, positions, is_neox, 64) for x in (q[..., 128:], k[..., 512:])]
+    want, products = (
+        [rotated(x, cache, positions, is_neox, 64, each) for x in (q[..., 128:], k[..., 512:])]
+        for each in (False, True)
+    )
     new = sgl_kernel_xpu.rotary_embedding(positions, q[..., 128:], k[..., 512:], 64, cache, is_neox)
     assert torch.equal(q, before[0]) and torch.equal(k, before[1])
     sgl_kernel.rotary_embedding(positions, q[..., 128:], k[..., 512:], 64, cache, is_neox)
-    for x, y, value in zip(new, (q[..., 128:], k[..., 512:]), want, strict=True):
+    for x, value in zip(new, want, strict=True):
         same(x, value)
-        same(y, value)
+    for x, value in zip((q[..., 128:], k[..., 512:]), products, strict=True):
+        assert torch.equal(x.cpu(), value)
     assert torch.equal(q[..., :128], before[0][..., :128]) and torch.equal(k[..., :512], before[1][..., :512])
 
 

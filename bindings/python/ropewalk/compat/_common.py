@@ -149,6 +149,13 @@ def rotate_flat(
            **options)  # fmt: skip
 
 
+def rounding_as(query: Any, cos_sin_cache: Any) -> str:
+    """The rounding of a kernel that calculates in the dtype of query and table: of each product, not of the sum alone.
+    float32 is what is calculated in anyway."""
+    both = isinstance(query, torch.Tensor) and isinstance(cos_sin_cache, torch.Tensor)
+    return "reference" if both and query.dtype == cos_sin_cache.dtype != torch.float32 else "fused"
+
+
 def heads(function: str, positions: Any, head_size: int, **tensors_by_name: Any) -> list[Any]:
     """Views [.., heads, head_size] of tensors that have the heads in a row or apart, behind positions' shape or the
     number of positions. None stays None."""
@@ -208,6 +215,13 @@ def flat_store(
 # With the norm, angles computed
 
 
+def unrecorded(*weights: Any) -> tuple[Any, ...]:
+    """Parameters are taken in grad mode too, as the originals take them; q and k that require grad are refused."""
+    if not torch.is_grad_enabled():
+        return weights
+    return tuple(w.detach() if isinstance(w, torch.Tensor) and w.requires_grad else w for w in weights)
+
+
 def norm_rope(
     function: str,
     qkv: Any,
@@ -228,6 +242,7 @@ def norm_rope(
     tensors(function, position_ids=position_ids)
     frequencies = frequencies_of(function, (head_dim if rotary_dim is None else rotary_dim, *numbers, intel))
     names = {"positions": "position_ids", "q": "qkv", "k": "qkv"}
+    weights = unrecorded(*weights)
     call(function, names, q, k, positions=position_ids, frequencies=frequencies, pairing=pairing(is_neox), norm="rms",
          q_weight=weights[0], k_weight=weights[1] if k is not None else None, eps=eps)  # fmt: skip
 
@@ -254,7 +269,9 @@ def inplace_norm_rope(
     if q.dim() == 4 and positions.dim() == 1:
         flat = positions.shape[0] == q.shape[0] * q.shape[1]
         positions = positions.unflatten(0, q.shape[:2]) if flat else positions[None]
-    table: dict[str, Any] = {"cos_sin": cos_sin_cache}
+    options: dict[str, Any] = {"positions": positions, "pairing": pairing(is_neox), "rotary_dim": rope_dim or None}
+    tables: list[dict[str, Any]] = [{"cos_sin": cos_sin_cache}]
+    seconds = slice(0)
     if cache_has_full_width:
         width = cos_sin_cache.shape[-1] // 2
         if cos_sin_cache.dim() != 2 or cos_sin_cache.shape[1] % 4:
@@ -262,17 +279,28 @@ def inplace_norm_rope(
                 f"{function}: cos_sin_cache must be [rows, 2 * rope_dim] with an even rope_dim, "
                 f"but is {list(cos_sin_cache.shape)}"
             )
-        taken = slice(0, width // 2) if is_neox else slice(0, width, 2)
-        table = {"cos": cos_sin_cache[:, :width][:, taken], "sin": cos_sin_cache[:, width:][:, taken]}
-    options = {"positions": positions, "pairing": pairing(is_neox), "rotary_dim": rope_dim or None, **table}
+        cos, sin = cos_sin_cache[:, :width], cos_sin_cache[:, width:]
+        firsts = slice(0, width // 2) if is_neox else slice(0, width, 2)
+        seconds = slice(width // 2, width) if is_neox else slice(1, width, 2)
+        tables = [{"cos": cos[:, part], "sin": sin[:, part]} for part in (firsts, seconds)]
+    q_weight, k_weight = unrecorded(q_weight, k_weight)
     norm = {"norm": "rms", "q_weight": q_weight, "k_weight": k_weight, "eps": eps}
     names = {**PARTIAL, "cos": "cos_sin_cache", "sin": "cos_sin_cache"}
-    if not round_norm_before_rope:
-        rope(function, names, q, k, **options, **norm)
+    if round_norm_before_rope:
+        options["rounding"] = "reference"
+        check(function, names, q, k, **options, **tables[0])
+        rope(function, names, q, k, frequencies=still(q.shape[-1]), **norm)
+    else:
+        options.update(norm)
+    if not cache_has_full_width:
+        rope(function, names, q, k, **options, **tables[0])
         return
-    check(function, names, q, k, rounding="reference", **options)
-    rope(function, names, q, k, frequencies=still(q.shape[-1]), **norm)
-    rope(function, names, q, k, rounding="reference", **options)
+    # The second elements of the pairs have cosines and sines of their own: they come from a rotation by those.
+    others = torch.empty_like(q), torch.empty_like(k)
+    rope(function, names, q, k, q_out=others[0], k_out=others[1], **options, **tables[1])
+    rope(function, names, q, k, **options, **tables[0])
+    for x, other in zip((q, k), others, strict=True):
+        x[..., seconds] = other[..., seconds]
 
 
 def packed(function: str, qkv: Any, q_heads: int, k_heads: int, v_heads: int, head_dim: int) -> tuple[Any, Any]:

@@ -47,7 +47,8 @@ def rotary_embedding(
     is_neox: bool = True,
 ) -> None:
     """`ropewalk.compat.sglang_jit.rotary_embedding`, but returns nothing."""
-    _common.rotate_flat("rotary_embedding", positions, query, key, head_size, cos_sin_cache, is_neox)
+    _common.rotate_flat("rotary_embedding", positions, query, key, head_size, cos_sin_cache, is_neox,
+                        rounding=_common.rounding_as(query, cos_sin_cache))  # fmt: skip
 
 
 def apply_rope_with_cos_sin_cache_inplace(

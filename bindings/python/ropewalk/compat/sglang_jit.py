@@ -240,8 +240,8 @@ def fused_inplace_qknorm_rope(
         head_dim, rope_dim: 0: what the tensors say.
         round_norm_before_rope: round to q's dtype after the norm too, and, with a table of that dtype, each product;
             costs a second pass.
-        cache_has_full_width: cos_sin_cache is [rows, 2 * rope_dim], each cosine and sine there for both elements of
-            its pair, as transformers (halves) and diffusers (neighbours) hold them.
+        cache_has_full_width: cos_sin_cache is [rows, 2 * rope_dim]: every element has a cosine and a sine of its own,
+            as transformers and diffusers hold them; costs another pass, and room for q and k.
 
     Raises:
         ValueError: an argument does not fit. Nothing was written.
@@ -263,11 +263,13 @@ def rotary_embedding(
     Args:
         positions: [tokens] or [batch, tokens] int32 or int64, rows of the table.
         query, key: [.., heads * head_size] or [.., heads, head_size] with positions' shape in front; key may be None.
-        cos_sin_cache: [rows, rotary_dim] float32, float16 or bfloat16: cosines, then sines.
+        cos_sin_cache: [rows, rotary_dim] float32, float16 or bfloat16: cosines, then sines. A 16-bit one of
+            query's dtype has each product rounded to it; with another the rotation is in float32 and rounds once.
         is_neox: True: pairs (i, i + rotary_dim/2); False: pairs (2i, 2i + 1).
 
     Raises:
         ValueError: an argument does not fit. Nothing was written.
     """
-    _common.rotate_flat("rotary_embedding", positions, query, key, head_size, cos_sin_cache, is_neox)
+    _common.rotate_flat("rotary_embedding", positions, query, key, head_size, cos_sin_cache, is_neox,
+                        rounding=_common.rounding_as(query, cos_sin_cache))  # fmt: skip
     return query, key
