@@ -114,7 +114,7 @@ TEST_F(Sycl, Conformance) {
     EXPECT_TRUE(kernel.starts_with("intel ") || kernel == "none") << kernel;
   if (sum.failed == 0) {
     Report(Text(sum.run, " cases on a SYCL queue (", ROPEWALK_LIBSYCL, ") of ", Device()->name(Memory().sycl_queue()),
-                ": every ", ROPEWALK_SYCL_STEP, "th"));
+                ": 1 in ", ROPEWALK_SYCL_STEP));
   }
 }
 
