@@ -47,6 +47,12 @@ Place& HostPlace() {
 
 Status PlaceOf(std::string_view backend, Place** out) {
   if (backend.substr(0, backend.find(':')) == "cuda") return CudaPlace(out);
+  // Tensors of the CPU are timed: a device with memory of its own would need a floor of its own.
+  if (backend == "intel" || (backend == "opencl" && !OpenClWorksOnHost())) {
+    return Status::Unavailable(Text("backend must be cpu, cuda, or opencl where the device works on the CPU's memory, ",
+                                    "to be timed, but is ", backend, "; ropewalk check --backend ", backend,
+                                    " holds its results to the reference"));
+  }
   *out = &HostPlace();
   return {};
 }

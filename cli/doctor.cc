@@ -65,6 +65,10 @@ Json Tools() {
                        "install the CUDA toolkit, or the NVRTC of its Python packages"));
   tools.push_back(Tool("Level Zero loader", "intel", FindLibrary({"libze_loader.so.1"}),
                        "apt-get install libze1 and Intel's GPU driver"));
+  tools.push_back(Tool("libsycl", "intel, on the caller's sycl::queue", FindLibrary({"libsycl.so.9", "libsycl.so.8"}),
+                       "comes with torch for XPU and with dpctl (pip install intel-sycl-rt)"));
+  tools.push_back(Tool("OpenCL loader", "opencl; intel, on SYCL queues of OpenCL", FindLibrary({"libOpenCL.so.1"}),
+                       "apt-get install ocl-icd-libopencl1"));
   tools.push_back(Tool("nvcc", "building kernels ahead of time", FindProgram("nvcc"), "install the CUDA toolkit"));
   tools.push_back(
       Tool("ocloc", "building Intel kernels ahead of time", FindProgram("ocloc"), "apt-get install intel-opencl-icd"));

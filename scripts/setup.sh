@@ -5,7 +5,7 @@
 #   sycl     .venv/sycl/9 and /8: the headers of SYCL that the wheel's shims are built with (requirements/sycl*.txt), 35 MB
 #   wheel    builds the wheel and installs it in .venv: .venv/bin/ropewalk
 #   full     torch, transformers, .. for the tests and examples on real models (requirements/full.txt), 5.5 GB; the
-#            run-time of the older SYCL for the test of its shim (requirements/sycl8-runtime.txt), 60 MB
+#            run-time of the older SYCL for the tests of its shim (requirements/sycl8-runtime.txt), 60 MB
 #   dev      formatters and checkers (requirements/dev.txt)
 # A stage whose inputs have not changed is skipped, so that a second run takes under a second.
 # SPDX-License-Identifier: Apache-2.0
@@ -131,13 +131,14 @@ stage_full() {
   pip_stage full "torch, transformers and real weights, about 6 GB, one to five minutes" requirements/base.txt requirements/full.txt
   stage_sycl8_runtime
 }
-# Out of .venv's own lib too, as it would clash with the other libsycl's: no more than a queue on OpenCL loads.
+# Out of .venv's own lib too, as it would clash with the other libsycl's: no more than a queue on OpenCL loads, and of
+# dpctl no more than queues and memory.
 stage_sycl8_runtime() {
   [[ $(uname -m) == x86_64 ]] || return 0
   local key folder wheel name lib=$venv/sycl/8-runtime/lib
   key=$(digest requirements/sycl8-runtime.txt)
   fresh sycl8-runtime "$key" && return
-  say "full: the run-time of libsycl.so.8, 83 MB"
+  say "full: the run-time of libsycl.so.8 and its dpctl, 116 MB"
   folder=$(mktemp -d)
   python -m pip download --quiet --no-deps --dest "$folder" -r requirements/sycl8-runtime.txt
   for wheel in "$folder"/*.whl; do python -m zipfile -e "$wheel" "$folder/whole"; done
@@ -147,6 +148,11 @@ stage_sycl8_runtime() {
     libsvml.so; do
     mv "$folder"/whole/*.data/data/lib/"$name" "$lib/"
   done
+  if [[ -d $folder/whole/dpctl ]]; then
+    mkdir "$venv/sycl/8-runtime/python"
+    rm -r "$folder/whole/dpctl/"{tensor,tests,include}
+    mv "$folder/whole/dpctl" "$venv/sycl/8-runtime/python/"
+  fi
   rm -rf "$folder"
   mark sycl8-runtime "$key"
 }

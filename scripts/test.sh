@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # All tests: C++ by ctest, Python by pytest against the installed wheel, conformance by the installed command. Every
 # part runs even if one before it failed; the exit code is 0 only if all held. scripts/test.sh [asan|tsan|arm] runs the
-# C++ tests built that way instead (asan: the Python tests too).
+# C++ tests built that way instead (asan: the Python tests too); intel: every case on Intel's CPU OpenCL device with the
+# exact kernel that a GPU would have, where `make test` runs them all with general kernels.
 # SPDX-License-Identifier: Apache-2.0
 source "$(dirname "$0")/common.sh"
 
@@ -16,7 +17,7 @@ part() {
 summary() {
   printf '\n'
   if [[ -s ${ROPEWALK_TEST_COUNTS:-} ]]; then
-    printf 'OpenCL:\n'
+    printf 'Without an Intel GPU:\n'
     sed 's/^/  /' "$ROPEWALK_TEST_COUNTS"
     printf '\n'
   fi
@@ -39,7 +40,7 @@ cpp() {
 # Which cases ran on which device is told at the end.
 use_opencl_runtime() {
   export OCL_ICD_VENDORS=$venv/lib/libintelocl.so OCL_ICD_FILENAMES=$venv/lib/libintelocl.so
-  export ROPEWALK_TEST_OPENCL=required ROPEWALK_TEST_COUNTS=$root/build/opencl-cases.txt
+  export ROPEWALK_TEST_OPENCL=required ROPEWALK_TEST_COUNTS=$root/build/intel-cases.txt
   mkdir -p "$root/build"
   : >"$ROPEWALK_TEST_COUNTS"
 }
@@ -78,6 +79,17 @@ case $mode in
     choose_compiler
     # But for cuda_compile_test: its threads only call NVIDIA's compiler, whose own locks ThreadSanitizer does not see.
     part "threaded C++ tests under ThreadSanitizer (build/tsan)" cpp tsan
+    ;;
+  intel)
+    use_opencl_runtime
+    export ROPEWALK_OPENCL_GENERAL=0
+    for dtype in bf16 f16 f32; do  # a process for each, as it keeps its kernels
+      for pairing in neox interleaved; do
+        part "exact kernels, $dtype $pairing (build/intel-$dtype-$pairing.txt)" bash -o pipefail -c \
+          "ropewalk check --backend opencl --case '*.$dtype.$pairing.*' >build/intel-$dtype-$pairing.txt"
+      done
+    done
+    tail -qn1 build/intel-{bf16,f16,f32}-{neox,interleaved}.txt
     ;;
   arm)
     # But for cuda_compile_test: the CUDA kernels are compiled for GPUs, by this machine's compiler, in build/dev.

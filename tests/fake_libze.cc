@@ -121,6 +121,12 @@ EXPORT zeDeviceGetComputeProperties(ze::Device, ze::ComputeProperties* out) {
   for (uint32_t size; text >> size;) out->sub_group_sizes[out->sub_group_sizes_count++] = size;
   return ze::kSuccess;
 }
+EXPORT zeDeviceGetModuleProperties(ze::Device, ze::ModuleProperties* out) {
+  const char* lacks = std::getenv("FAKE_ZE_LACKS");
+  out->flags = lacks && std::strstr(lacks, "float16") ? 0 : uint32_t{ze::kModuleFloat16};
+  out->spirv_version = lacks && std::strstr(lacks, "spirv") ? 1 << 16 | 1 : 1 << 16 | 2;
+  return ze::kSuccess;
+}
 EXPORT zeDeviceGetCommandQueueGroupProperties(ze::Device, uint32_t* count, ze::QueueGroupProperties* out) {
   if (out) out[0].flags = 2, out[1].flags = 3;  // copies alone; all
   *count = 2;

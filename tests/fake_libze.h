@@ -1,6 +1,6 @@
 // What tests/fake_libze.cc, a stand-in for libze_loader, has seen, and what a test may do to it. Devices and settings
-// by environment: FAKE_ZE_DEVICES (1), FAKE_ZE_SUB_GROUPS ("8 16 32"), FAKE_ZE_REFUSE (the name of a function that
-// fails).
+// by environment: FAKE_ZE_DEVICES (1), FAKE_ZE_SUB_GROUPS ("8 16 32"), FAKE_ZE_LACKS ("float16", "spirv"),
+// FAKE_ZE_REFUSE (the name of a function that fails).
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 

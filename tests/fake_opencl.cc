@@ -1,6 +1,6 @@
 // A libOpenCL that hides what the real one under it can do, or refuses: what is not defined here the loader finds in
-// the real library, which this one needs. FAKE_CL holds words: no_spirv, no_sub_groups, no_svm, no_system, no_compiler,
-// refuse_il, refuse_build, other_device.
+// the real library, which this one needs. FAKE_CL holds words: no_spirv, no_sub_groups, no_float16, no_svm, no_system,
+// no_compiler, refuse_il, refuse_build, other_device.
 // SPDX-License-Identifier: Apache-2.0
 #include <dlfcn.h>
 
@@ -48,6 +48,9 @@ __attribute__((visibility("default"))) cl::Int clGetDeviceInfo(cl::Device device
   if (what == cl::kSvmCapabilities && Told("no_system")) *static_cast<cl::Bits*>(value) &= cl::kCoarseGrainBuffer;
   if (what == cl::kDeviceExtensions && Told("no_svm")) {
     if (char* usm = std::strstr(static_cast<char*>(value), "cl_intel_unified_shared_memory")) *usm = '#';
+  }
+  if (what == cl::kDeviceExtensions && Told("no_float16")) {
+    if (char* float16 = std::strstr(static_cast<char*>(value), "cl_khr_fp16")) *float16 = '#';
   }
   if (what == cl::kCompilerAvailable && Told("no_compiler")) *static_cast<cl::Uint*>(value) = 0;
   return result;

@@ -21,13 +21,22 @@ namespace ropewalk {
 
 using Environment = std::vector<std::pair<const char*, std::string>>;
 
-// A directory of this program's own, made at the first call; "" if it cannot be.
+// A directory of this program's own, made at the first call and removed at the end of the process that made it; "" if
+// it cannot be made. A child that makes it ends without its ends, so that InChild makes it first.
 inline const std::string& Directory() {
-  static const std::string directory = [] {
+  struct Made {
     std::string name = (std::filesystem::temp_directory_path() / "ropewalk-test-XXXXXX").string();
-    return std::string(mkdtemp(name.data()) ? name : "");
-  }();
-  return directory;
+    pid_t owner = getpid();
+    Made() {
+      if (!mkdtemp(name.data())) name.clear();
+    }
+    ~Made() {
+      std::error_code ignored;
+      if (!name.empty() && owner == getpid()) std::filesystem::remove_all(name, ignored);
+    }
+  };
+  static const Made made;
+  return made.name;
 }
 
 inline void ChangeEnvironment(std::initializer_list<const char*> unset, const Environment& changes) {
@@ -39,6 +48,7 @@ inline void ChangeEnvironment(std::initializer_list<const char*> unset, const En
 // wait for a GPU.
 inline void InChild(const std::function<void()>& body) {
   constexpr int kSkipped = 77;
+  (void)Directory();
   const pid_t child = fork();
   ASSERT_GE(child, 0);
   if (child == 0) {

@@ -1,5 +1,6 @@
 // The Level Zero backend: on the driver's own simulated GPUs (pvc and dg2: everything but the execution of kernels),
 // and against a library that stands in for the loader, which shows what was launched and refuses what it is told to.
+// Likewise for SYCL queues of Level Zero, and for what is refused of queues.
 // SPDX-License-Identifier: Apache-2.0
 #include <gtest/gtest.h>
 #include <stdlib.h>
@@ -12,6 +13,7 @@
 #include <nlohmann/json.hpp>
 #include <string>
 #include <thread>
+#include <tuple>
 #include <vector>
 
 #include "backends/level_zero/context.h"
@@ -21,7 +23,9 @@
 #include "ops/rope/rope_cases.h"
 #include "ops/rope/rope_spirv.h"
 #include "tests/fake_libze.h"
+#include "tests/fake_sycl_shim.h"
 #include "tests/fresh_process.h"
+#include "tests/report.h"
 #include "tests/spirv_variants.h"
 #if __has_include(<level_zero/ze_api.h>)
 #include <level_zero/ze_api.h>
@@ -44,8 +48,8 @@ void InFreshProcess(const Environment& changes, const std::function<void()>& bod
   std::string directory = (fs::temp_directory_path() / "ropewalk-ze-XXXXXX").string();
   ASSERT_NE(mkdtemp(directory.data()), nullptr);
   InChild([&] {
-    ChangeEnvironment({"ROPEWALK_LIBZE_LOADER", "FAKE_ZE_DEVICES", "FAKE_ZE_SUB_GROUPS", "FAKE_ZE_REFUSE",
-                       "FAKE_ZE_OLD", "ZE_AFFINITY_MASK"},
+    ChangeEnvironment({"ROPEWALK_LIBZE_LOADER", "FAKE_ZE_DEVICES", "FAKE_ZE_SUB_GROUPS", "FAKE_ZE_LACKS",
+                       "FAKE_ZE_REFUSE", "ROPEWALK_LIBSYCL_SHIM", "ZE_AFFINITY_MASK"},
                       changes);
     ASSERT_EQ(chdir(directory.c_str()), 0);
     body();
@@ -77,6 +81,9 @@ TEST(LevelZeroAbi, IsThatOfTheHeader) {
   SAME_SIZE(ComputeProperties, ze_device_compute_properties_t);
   SAME(ComputeProperties, sub_group_sizes_count, ze_device_compute_properties_t, numSubGroupSizes);
   SAME(ComputeProperties, most_x, ze_device_compute_properties_t, maxGroupSizeX);
+  SAME_SIZE(ModuleProperties, ze_device_module_properties_t);
+  SAME(ModuleProperties, spirv_version, ze_device_module_properties_t, spirvVersionSupported);
+  SAME(ModuleProperties, flags, ze_device_module_properties_t, flags);
   SAME_SIZE(QueueGroupProperties, ze_command_queue_group_properties_t);
   SAME(QueueGroupProperties, flags, ze_command_queue_group_properties_t, flags);
   SAME_SIZE(ContextDesc, ze_context_desc_t);
@@ -97,6 +104,8 @@ TEST(LevelZeroAbi, IsThatOfTheHeader) {
   SAME_SIZE(Groups, ze_group_count_t);
   EXPECT_EQ(ze::kKernelProperties, uint32_t{ZE_STRUCTURE_TYPE_KERNEL_PROPERTIES});
   EXPECT_EQ(ze::kAllocationProperties, uint32_t{ZE_STRUCTURE_TYPE_MEMORY_ALLOCATION_PROPERTIES});
+  EXPECT_EQ(ze::kModuleProperties, uint32_t{ZE_STRUCTURE_TYPE_DEVICE_MODULE_PROPERTIES});
+  EXPECT_EQ(ze::kModuleFloat16, uint32_t{ZE_DEVICE_MODULE_FLAG_FP16});
   EXPECT_EQ(ze::kModuleDesc, uint32_t{ZE_STRUCTURE_TYPE_MODULE_DESC});
   EXPECT_EQ(ze::kQueueSynchronous, uint32_t{ZE_COMMAND_QUEUE_MODE_SYNCHRONOUS});
   EXPECT_EQ(ze::kQueueGroupCompute, uint32_t{ZE_COMMAND_QUEUE_GROUP_PROPERTY_FLAG_COMPUTE});
@@ -172,8 +181,8 @@ TEST_P(LevelZeroSimulated, BuildsAndLaunches) {
       if (kernel.starts_with("intel ")) counted += count.get<int64_t>();
     }
     EXPECT_EQ(counted, launched);
-    std::printf("%d variants built and launched on the simulated %s: %s\n", launched, GetParam().name,
-                backend.at("detail").get<std::string>().c_str());
+    Report(Text(launched, " variants built and launched, none executed, on Intel's simulated ", GetParam().name,
+                " through ", backend.at("detail").get<std::string>()));
   });
 }
 
@@ -408,17 +417,26 @@ TEST_F(LevelZeroHost, RefusesHostMemory) {
   });
 }
 
-TEST_F(LevelZeroHost, ADeviceWithoutSubGroupsOf16) {
-  InFreshProcess(With(kFake, {{"FAKE_ZE_SUB_GROUPS", "32 64"}}), [] {
-    const nlohmann::json backend = IntelBackend();
-    EXPECT_FALSE(backend.at("available").get<bool>());
-    EXPECT_HAS(backend.at("detail").get<std::string>(), "has sub-groups of 32, 64, but 16 is needed");
-    Call call;
-    EXPECT_EQ(ropewalk_rope(&call.args, nullptr), ROPEWALK_UNAVAILABLE);
-    EXPECT_EQ(LastError(),
-              "rope: q is on xpu:0 (Fake GPU), which has sub-groups of 32, 64, but 16 is needed; move the tensors to "
-              "the CPU");
-  });
+// Told by doctor with what would help, by a call, and the CPU still serves.
+TEST_F(LevelZeroHost, DevicesThatDoNotFit) {
+  const std::tuple<const char*, const char*, const char*> lacks[] = {
+      {"FAKE_ZE_SUB_GROUPS", "32 64", "has sub-groups of 32, 64, but 16 is needed"},
+      {"FAKE_ZE_LACKS", "float16", "has no 16-bit floats, which are needed"},
+      {"FAKE_ZE_LACKS", "spirv", "takes SPIR-V 1.1, but 1.2 is needed"},
+  };
+  for (const auto& [variable, value, why] : lacks) {
+    InFreshProcess(With(kFake, {{variable, value}}), [why = why] {
+      const nlohmann::json backend = IntelBackend();
+      EXPECT_FALSE(backend.at("available").get<bool>());
+      EXPECT_HAS(backend.at("detail").get<std::string>(), why);
+      EXPECT_HAS(backend.at("remedy").get<std::string>(), "use a GPU that fits, or a newer driver");
+      Call call;
+      EXPECT_EQ(ropewalk_rope(&call.args, nullptr), ROPEWALK_UNAVAILABLE);
+      EXPECT_EQ(LastError(), Text("rope: q is on xpu:0 (Fake GPU), which ", why, "; move the tensors to the CPU"));
+      for (DLTensor* tensor : {&call.q, &call.k, &call.positions}) tensor->device = {kDLCPU, 0};  // memory of the host
+      EXPECT_EQ(ropewalk_rope(&call.args, nullptr), ROPEWALK_OK) << LastError();
+    });
+  }
 }
 
 TEST_F(LevelZeroHost, ADriverThatRefusesTheKernelIsQuoted) {
@@ -472,6 +490,165 @@ TEST_F(LevelZeroHost, WithoutALoader) {
   });
   InFreshProcess(With(kFake, {{"FAKE_ZE_DEVICES", "0"}}),
                  [] { EXPECT_HAS(IntelBackend().at("detail").get<std::string>(), "sees no GPU"); });
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// SYCL queues of Level Zero, which is what torch's are, and what else a queue may be: on a stand-in for the shim
+
+FakeSycl& Sycl() {
+  static FakeSycl& fake = FakeOf<FakeSycl>(ROPEWALK_FAKE_SYCL_SHIM, "fake_sycl");
+  return fake;
+}
+
+const Environment kFakeQueue = With(kFake, {{"ROPEWALK_LIBSYCL_SHIM", ROPEWALK_FAKE_SYCL_SHIM}});
+
+FakeSyclQueue QueueOf(SyclBackend backend, const char* name, void* context, void* device) {
+  FakeSyclQueue queue = {{backend, 1, context, device, {}, "Fake GPU"}};
+  std::snprintf(queue.info.backend_name, sizeof(queue.info.backend_name), "%s", name);
+  return queue;
+}
+
+TEST_F(LevelZeroHost, ASyclQueueOfLevelZero) {
+  InFreshProcess(kFakeQueue, [] {
+    (void)IntelBackend();
+    void* context = Fake().new_context();
+    FakeSyclQueue queue = QueueOf(kSyclLevelZero, "Level Zero", context, GetLevelZeroDriver().devices[0].handle);
+    Call call(context);
+    call.args.sycl_queue = &queue;
+    ASSERT_EQ(ropewalk_prepare(&call.args), ROPEWALK_OK) << LastError();
+    EXPECT_EQ(Fake().modules(), 1);
+    EXPECT_EQ(Sycl().wrapped, 1);
+    EXPECT_EQ(Sycl().launches.size(), 0u);
+    for (int i = 0; i < 3; ++i) ASSERT_EQ(ropewalk_rope(&call.args, nullptr), ROPEWALK_OK) << LastError();
+    EXPECT_EQ(Fake().modules(), 1);
+    EXPECT_EQ(Sycl().wrapped, 1);
+    EXPECT_EQ(Fake().launches().size(), 0u);  // SYCL launches, not we
+    ASSERT_EQ(Sycl().launches.size(), 3u);
+    const FakeSyclLaunch& launch = Sycl().launches[0];
+    EXPECT_EQ(launch.queue, &queue);
+    EXPECT_NE(launch.kernel, nullptr);
+    RopeCall lowered;
+    ASSERT_TRUE(LowerRope(call.args, nullptr, &lowered).ok());
+    RopeSpirvPlan plan;
+    ASSERT_TRUE(PlanRopeSpirv(lowered, GetLevelZeroDriver().devices[0].properties, &plan).ok());
+    for (int i = 0; i < 3; ++i) EXPECT_EQ(launch.groups[i], plan.groups[i]);
+    EXPECT_EQ(launch.local, plan.local);
+    ASSERT_EQ(launch.arguments.size(), size_t{kRopeSpirvArguments});
+    EXPECT_EQ(PointerOf(launch.arguments[0]), call.q.data);
+    EXPECT_EQ(PointerOf(launch.arguments[1]), call.k.data);
+    const auto* turns = static_cast<const uint64_t*>(PointerOf(launch.arguments[kRopeSpirvTurns]));
+    EXPECT_EQ(std::memcmp(turns, call.frequencies->turns.data(), 64 * sizeof(uint64_t)), 0);
+    EXPECT_EQ(launch.arguments[kRopeSpirvPointers].size(), sizeof(rope_spirv_params));
+    const char* text = ropewalk_explain(&call.args);
+    ASSERT_NE(text, nullptr) << LastError();
+    const nlohmann::json explanation = nlohmann::json::parse(text);
+    EXPECT_EQ(explanation.at("device"), "Fake GPU, Level Zero");
+    EXPECT_EQ(explanation.at("queue"), "SYCL (libsycl.so.fake)");
+    // The specialisation constants of the module, as a launch of the same call through Level Zero itself shows them.
+    const void* kernel = launch.kernel;
+    ASSERT_NE(kernel, nullptr);
+    call.args.sycl_queue = nullptr;
+    ASSERT_EQ(ropewalk_rope(&call.args, Fake().new_list(context, 0)), ROPEWALK_OK) << LastError();
+    for (size_t i = 0; i < kRopeSpecCount; ++i) EXPECT_EQ(Fake().launches()[0].constants[i], plan.key.constants[i]);
+  });
+}
+
+// What is refused of a queue: what is told, and that the process lives on.
+void ExpectQueueRefused(const Environment& environment, const std::function<void(FakeSyclQueue*)>& change,
+                        ropewalk_code code, const char* words) {
+  InFreshProcess(environment, [&] {
+    const bool driver = GetLevelZeroDriver().status.ok();
+    FakeSyclQueue queue = QueueOf(kSyclLevelZero, "Level Zero", driver ? Fake().new_context() : nullptr,
+                                  driver ? GetLevelZeroDriver().devices[0].handle : nullptr);
+    change(&queue);
+    std::vector<float> data(64, 1.0f);
+    int64_t shape[3] = {1, 1, 64};
+    DLTensor q = {data.data(), {static_cast<DLDeviceType>(kDlOneApi), 0}, 3, {kDLFloat, 32, 1}, shape, nullptr, 0};
+    ropewalk_frequencies* frequencies = nullptr;
+    ASSERT_EQ(ropewalk_frequencies_create(1e4, 64, nullptr, 0, &frequencies), ROPEWALK_OK);
+    ropewalk_rope_args args;
+    args.q = &q;
+    args.frequencies = frequencies;
+    args.sycl_queue = &queue;
+    EXPECT_EQ(ropewalk_rope(&args, nullptr), code) << LastError();
+    EXPECT_HAS(LastError(), words);
+    EXPECT_EQ(Sycl().launches.size(), 0u);
+    q.device = {kDLCPU, 0};
+    args.sycl_queue = nullptr;
+    EXPECT_EQ(ropewalk_rope(&args, nullptr), ROPEWALK_OK) << LastError();
+  });
+}
+
+TEST_F(LevelZeroHost, RefusedQueues) {
+  ExpectQueueRefused(
+      kFakeQueue, [](FakeSyclQueue* queue) { *queue = QueueOf(kSyclOther, "CUDA", nullptr, nullptr); },
+      ROPEWALK_INVALID_ARGUMENT, "rope: sycl_queue must be of Level Zero or OpenCL, but is of CUDA (Fake GPU)");
+  ExpectQueueRefused(
+      kFakeQueue, [](FakeSyclQueue* queue) { queue->memory = kSyclOtherDevice; }, ROPEWALK_INVALID_ARGUMENT,
+      "rope: q must be on the device of sycl_queue (Fake GPU, Level Zero), but its data is on another");
+  ExpectQueueRefused(
+      kFakeQueue, [](FakeSyclQueue* queue) { queue->memory = kSyclUnknown; }, ROPEWALK_INVALID_ARGUMENT,
+      "rope: q must be unified shared memory of the context of sycl_queue (Fake GPU, Level Zero)");
+  ExpectQueueRefused(
+      kFakeQueue, [](FakeSyclQueue* queue) { queue->refuses = "find"; }, ROPEWALK_DRIVER_ERROR,
+      "rope: sycl_queue cannot be used: the test wants find to fail");
+  ExpectQueueRefused(
+      kFakeQueue, [](FakeSyclQueue* queue) { queue->refuses = "wrap"; }, ROPEWALK_DRIVER_ERROR,
+      "rope: taking over a kernel failed on the SYCL queue of Fake GPU, Level Zero: the test wants");
+  ExpectQueueRefused(
+      kFakeQueue, [](FakeSyclQueue* queue) { queue->refuses = "launch"; }, ROPEWALK_DRIVER_ERROR,
+      "rope: the launch failed on the SYCL queue of Fake GPU, Level Zero: the test wants launch to fail");
+  ExpectQueueRefused(
+      kFakeQueue, [](FakeSyclQueue* queue) { queue->refuses = "allocate"; }, ROPEWALK_DRIVER_ERROR,
+      "rope: an allocation failed on the SYCL queue of Fake GPU, Level Zero");
+}
+
+TEST_F(LevelZeroHost, QueuesOfDevicesAndDriversThatDoNotFit) {
+  const auto as_it_is = [](FakeSyclQueue*) {};
+  ExpectQueueRefused(With(kFakeQueue, {{"FAKE_ZE_SUB_GROUPS", "32"}}), as_it_is, ROPEWALK_UNAVAILABLE,
+                     "rope: sycl_queue is on Fake GPU, which has sub-groups of 32, but 16 is needed; move the tensors");
+  ExpectQueueRefused(With(kFakeQueue, {{"FAKE_ZE_LACKS", "float16"}}), as_it_is, ROPEWALK_UNAVAILABLE,
+                     "rope: sycl_queue is on Fake GPU, which has no 16-bit floats, which are needed; move the tensors");
+  ExpectQueueRefused(With(kFakeQueue, {{"FAKE_ZE_REFUSE", "zeModuleCreate"}}), as_it_is, ROPEWALK_DRIVER_ERROR,
+                     "error: this device has no such instruction");  // the driver's log
+  ExpectQueueRefused(With(kFakeQueue, {{"ROPEWALK_LIBZE_LOADER", "/nowhere/libze_loader.so.1"}}), as_it_is,
+                     ROPEWALK_UNAVAILABLE,
+                     "rope: sycl_queue is of Level Zero, but Level Zero is not available: ROPEWALK_LIBZE_LOADER names");
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// doctor
+
+// The line of the backend, single spaces between words.
+std::string DoctorOf(const std::string& environment) {
+  FILE* pipe = popen(Text(environment, " '", ROPEWALK_COMMAND, "' doctor 2>&1").c_str(), "r");
+  std::string all, line;
+  for (int c; pipe && (c = fgetc(pipe)) != EOF;) {
+    if (c != ' ' || (!all.empty() && all.back() != ' ')) all += static_cast<char>(c);
+  }
+  EXPECT_EQ(pipe ? pclose(pipe) : -1, 0) << all;
+  const size_t begin = all.find("\nintel ");
+  return begin == std::string::npos ? all : all.substr(begin + 1, all.find('\n', begin + 1) - begin - 1);
+}
+
+TEST_F(LevelZeroHost, DoctorNamesWhatIsMissingAndTheRemedy) {
+  if (std::string(ROPEWALK_COMMAND).empty()) GTEST_SKIP() << "the command line is not built for this machine";
+  const std::string fake = Text("ROPEWALK_LIBZE_LOADER='", ROPEWALK_FAKE_LIBZE, "' ");
+  const std::string served = DoctorOf(fake);
+  EXPECT_HAS(served, "intel yes Level Zero 1.9; xpu:0 (Fake GPU)");
+  const std::string no_loader = DoctorOf("ROPEWALK_LIBZE_LOADER=/nowhere/libze_loader.so.1");
+  EXPECT_HAS(no_loader, "intel no ROPEWALK_LIBZE_LOADER names /nowhere/libze_loader.so.1, which cannot be opened");
+  EXPECT_HAS(no_loader, "apt-get install libze1");
+  const std::string no_shim = DoctorOf(fake + "ROPEWALK_LIBSYCL_SHIM=/nowhere/shim.so");
+  EXPECT_HAS(no_shim, "no SYCL queues: ROPEWALK_LIBSYCL_SHIM is /nowhere/shim.so, which is not there unset ROPEWALK_");
+  const std::string narrow = DoctorOf(fake + "FAKE_ZE_SUB_GROUPS=32");
+  EXPECT_HAS(narrow, "intel no Level Zero 1.9; xpu:0 (Fake GPU) has sub-groups of 32, but 16 is needed");
+  EXPECT_HAS(narrow, "use a GPU that fits, or a newer driver");
+  EXPECT_HAS(DoctorOf(fake + "FAKE_ZE_LACKS=float16"), "xpu:0 (Fake GPU) has no 16-bit floats, which are needed");
+  EXPECT_HAS(DoctorOf(fake + "FAKE_ZE_DEVICES=0"), "sees no GPU");
+#ifdef ROPEWALK_HAS_SHIMS
+  EXPECT_HAS(served, "SYCL queues of libsycl.so.");  // found from bin/ too
+#endif
 }
 
 }  // namespace

@@ -9,15 +9,19 @@
 #include <unistd.h>
 
 #include <atomic>
-#include <cstdio>
+#include <cmath>
 #include <functional>
 #include <memory>
+#include <nlohmann/json.hpp>
+#include <ropewalk/compat.hpp>
+#include <set>
 #include <string>
 #include <string_view>
 #include <thread>
 #include <vector>
 
 #include "backends/opencl/library.h"
+#include "bench/place.h"
 #include "conformance/case_call.h"
 #include "conformance/runner.h"
 #include "core/text.h"
@@ -26,6 +30,8 @@
 #include "tests/fresh_process.h"
 #include "tests/make_call.h"
 #include "tests/opencl_runtime.h"
+#include "tests/report.h"
+#include "tests/spirv_variants.h"
 
 namespace ropewalk {
 namespace {
@@ -51,25 +57,15 @@ bool HasDevice() {
       << GetOpenCl().status.text() << "; " << GetOpenCl().remedy;
   return false;
 }
+#define EXPECT_HAS(text, part) EXPECT_NE(std::string(text).find(part), std::string::npos) << (text)
 #define NEEDS_DEVICE() \
   if (!HasDevice()) GTEST_SKIP() << GetOpenCl().status.text()
 
-// For the summary of scripts/test.sh.
-void Report(int64_t cases, const char* what) {
-  const std::string line = Text(cases, " cases on ", GetOpenCl().devices.front().text, ": ", what, "\n");
-  std::fputs(line.c_str(), stdout);
-  const char* path = std::getenv("ROPEWALK_TEST_COUNTS");
-  if (FILE* file = path ? std::fopen(path, "a") : nullptr) {
-    std::fputs(line.c_str(), file);
-    std::fclose(file);
-  }
-}
-
-void ExpectAllPass(const std::vector<RopeCase>& cases, DeviceMemory& memory, const char* what) {
+void ExpectAllPass(const std::vector<RopeCase>& cases, DeviceMemory& memory, const std::string& what) {
   const RunSummary summary = RunCases(cases, memory, {.backend = "opencl"});
   ExpectPassed(summary, cases.size());
   for (const auto& [kernel, count] : summary.kernels) EXPECT_TRUE(kernel.starts_with("opencl ")) << kernel;
-  if (summary.failed == 0) Report(summary.run, what);
+  if (summary.failed == 0) Report(Text(summary.run, " cases on ", GetOpenCl().devices.front().text, ": ", what));
 }
 
 std::vector<RopeCase> Every(size_t step, size_t from, const std::function<bool(const RopeCase&)>& which) {
@@ -80,7 +76,6 @@ std::vector<RopeCase> Every(size_t step, size_t from, const std::function<bool(c
   }
   return cases;
 }
-bool Any(const RopeCase&) { return true; }
 // Few kernels, which are quick to build.
 bool Float32Of64(const RopeCase& c) { return c.dtype == kF32 && c.head_dim == 64 && c.layout != Layout::kMisaligned; }
 
@@ -107,13 +102,36 @@ TEST(OpenClConformance, AllOfFloat32) {
 }
 
 // As on GPUs: the choices are specialisation constants. Most cases have a kernel of their own, which takes this device
-// about a second to build, so these are some.
-TEST(OpenClConformance, ExactVariants) {
-  InFreshProcess({{"ROPEWALK_OPENCL_GENERAL", "0"}}, [] {
+// about a second to build, so these are as few as hold every pair of choices; `make test-intel` runs all cases so. The
+// registers of a GPU decide how wide accesses are and how many units a lane keeps: pvc has 64 bytes, dg2 32.
+void ExactVariants(const char* gpu, int register_bytes) {
+  InFreshProcess({{"ROPEWALK_OPENCL_GENERAL", "0"}}, [&] {
     NEEDS_DEVICE();
-    ExpectAllPass(Every(61, 7, Any), HostMemory(), "specialised as on GPUs, every 61st");
+    if (!GetOpenCl().devices.front().spirv) GTEST_SKIP() << "the device takes no SPIR-V";
+    auto& device = const_cast<OpenClDevice&>(GetOpenCl().devices.front());
+    device.properties.register_bytes = register_bytes;
+    std::vector<RopeCase> cases = RopeCases();
+    std::vector<SpirvVariant> variants;
+    const Status status = SpirvVariantsOf(cases, device.properties, &variants);
+    ASSERT_TRUE(status.ok()) << status.text();
+    const size_t all = variants.size();
+    variants = CoveringSpirvVariants(variants);
+    std::set<std::string> names;
+    for (const SpirvVariant& variant : variants) names.insert(variant.of);
+    std::erase_if(cases, [&](const RopeCase& c) { return !names.contains(c.name); });
+    ASSERT_EQ(cases.size(), variants.size());
+    ExpectAllPass(cases, HostMemory(),
+                  Text("specialised as on ", gpu, ", every pair of choices of its ", all, " variants"));
+    size_t specialised = 0;
+    const nlohmann::json counters = nlohmann::json::parse(ropewalk_counters());
+    for (const auto& [kernel, count] : counters.items()) {
+      if (kernel.starts_with("opencl ") && kernel.find(" general ") == std::string::npos) ++specialised;
+    }
+    EXPECT_EQ(specialised, variants.size());
   });
 }
+TEST(OpenClConformance, ExactVariantsOfPvc) { ExactVariants("pvc", 64); }
+TEST(OpenClConformance, ExactVariantsOfDg2) { ExactVariants("dg2", 32); }
 
 // A device that takes no SPIR-V is given the kernel's text.
 TEST(OpenClConformance, FromSource) {
@@ -173,6 +191,44 @@ TEST(OpenClHost, ManyThreadsShareOneKernel) {
     }
     for (std::thread& thread : threads) thread.join();
     EXPECT_EQ(wrong, 0);
+  });
+}
+
+// The drop-in functions of compat.hpp do on the caller's queue what they do on the host.
+TEST(OpenClHost, CompatFunctions) {
+  InFreshProcess({}, [] {
+    NEEDS_DEVICE();
+    constexpr int64_t kTokens = 5, kHeads = 3, kDim = 64, kRows = 9;
+    std::vector<float> q(kTokens * kHeads * kDim), table(kRows * kDim);
+    std::vector<int64_t> positions = {8, 0, 3, 3, 1};
+    for (size_t i = 0; i < q.size(); ++i) q[i] = std::sin(static_cast<float>(i));
+    for (size_t i = 0; i < table.size(); ++i) table[i] = std::cos(0.37f * static_cast<float>(i));
+    int64_t q_shape[] = {kTokens, kHeads, kDim}, table_shape[] = {kRows, kDim}, positions_shape[] = {kTokens};
+    DeviceMemory& memory = OpenClMemory();
+    const auto put = [&](const void* data, size_t bytes) {
+      void* on = nullptr;
+      EXPECT_TRUE(memory.Allocate(bytes, &on).ok() && memory.CopyIn(on, data, bytes).ok());
+      return on;
+    };
+    void *device_table = put(table.data(), table.size() * 4), *device_positions = put(positions.data(), 5 * 8);
+    for (const bool fused : {true, false}) {
+      const auto run = [&](DLDevice device, void* q_data, void* table_data, void* positions_data, void* queue) {
+        DLTensor dl_q = {q_data, device, 3, {kDLFloat, 32, 1}, q_shape, nullptr, 0};
+        DLTensor dl_table = {table_data, device, 2, {kDLFloat, 32, 1}, table_shape, nullptr, 0};
+        DLTensor dl_positions = {positions_data, device, 1, {kDLInt, 64, 1}, positions_shape, nullptr, 0};
+        return fused ? compat::fused_qk_rope_with_cos_sin_cache_inplace(&dl_q, nullptr, &dl_table, &dl_positions, kDim,
+                                                                        true, queue)
+                     : compat::rotary_embedding(&dl_positions, &dl_q, nullptr, kDim, &dl_table, false, queue);
+      };
+      std::vector<float> want = q, got(q.size());
+      ASSERT_TRUE(run({kDLCPU, 0}, want.data(), table.data(), positions.data(), nullptr));
+      void* device_q = put(q.data(), q.size() * 4);
+      const Result result = run(memory.device(), device_q, device_table, device_positions, memory.stream());
+      ASSERT_TRUE(result) << result.text;
+      ASSERT_TRUE(memory.Synchronize().ok() && memory.CopyOut(got.data(), device_q, q.size() * 4).ok());
+      EXPECT_NE(want, q);
+      for (size_t i = 0; i < q.size(); ++i) ASSERT_NEAR(got[i], want[i], 4e-7f) << i << " fused " << fused;
+    }
   });
 }
 
@@ -265,6 +321,9 @@ TEST(OpenClRefuses, ADeviceWithoutSubGroupsOf16AndWithoutACompiler) {
   ExpectRefusal(Fake("no_sub_groups no_compiler"), HostMemory, "has no sub-groups of 16 and no compiler");
   ExpectRefusal(Fake("no_spirv no_compiler"), HostMemory, "takes no SPIR-V and has no compiler");
 }
+TEST(OpenClRefuses, ADeviceWithout16BitFloatsAndWithoutACompiler) {
+  ExpectRefusal(Fake("no_float16 no_compiler"), HostMemory, "has no 16-bit floats (cl_khr_fp16) and no compiler");
+}
 TEST(OpenClRefuses, ADeviceWithoutSharedMemory) {
   ExpectRefusal(Fake("no_svm"), HostMemory, "has neither shared virtual memory nor cl_intel_unified_shared_memory");
 }
@@ -282,6 +341,15 @@ TEST(OpenClHost, DevicesWithMemoryOfTheirOwn) {
     EXPECT_FALSE(OpenClWorksOnHost());
     ExpectAllPass(Every(4, 1, Float32Of64), OpenClMemory(),
                   "memory of the device's own, every 4th of float32 of head_dim 64");
+  });
+}
+// Where it holds 16-bit floats in memory alone.
+TEST(OpenClHost, DevicesWithout16BitFloats) {
+  InFreshProcess(Fake("no_float16"), [] {
+    NEEDS_DEVICE();
+    EXPECT_FALSE(GetOpenCl().devices.front().spirv);
+    ExpectAllPass(Every(400, 5, [](const RopeCase& c) { return c.dtype == kF16; }), HostMemory(),
+                  "without 16-bit floats, from source, every 400th of float16");
   });
 }
 // Without sub-groups of 16 the kernel is built from its text.
@@ -313,6 +381,25 @@ TEST(OpenClRefuses, ADeviceThatIsNotThere) {
         << error;
   });
 }
+#ifdef ROPEWALK_FAKE_OPENCL
+// Nothing is timed on a device with memory of its own; that is said at once, and what there is instead.
+TEST(OpenClRefuses, Timing) {
+  InFreshProcess(Fake("no_system"), [] {
+    NEEDS_DEVICE();
+    bench::Place* place = nullptr;
+    EXPECT_HAS(bench::PlaceOf("opencl", &place).text(),
+               "backend must be cpu, cuda, or opencl where the device works on the CPU's memory, to be timed, but is "
+               "opencl; ropewalk check --backend opencl");
+    EXPECT_HAS(bench::PlaceOf("intel", &place).text(), "but is intel; ropewalk check --backend intel");
+  });
+  InFreshProcess({}, [] {
+    NEEDS_DEVICE();
+    bench::Place* place = nullptr;
+    EXPECT_TRUE(bench::PlaceOf("opencl", &place).ok());
+    EXPECT_EQ(place, &bench::HostPlace());
+  });
+}
+#endif
 TEST(OpenClRefuses, APart) {
   InFreshProcess({}, [] {
     NEEDS_DEVICE();

@@ -27,7 +27,7 @@ inline Status SpirvVariantsOf(const std::vector<RopeCase>& cases, const SpirvDev
 
 // As few as hold every pair of choices.
 inline std::vector<SpirvVariant> CoveringSpirvVariants(const std::vector<SpirvVariant>& all) {
-  return Covering(all, [](const RopeSpirvKey& key) {
+  return FewCovering(all, [](const RopeSpirvKey& key) {
     std::vector<int> choices(key.constants.begin(), key.constants.end());
     choices.insert(choices.end(), {key.dtype, key.vector});
     return choices;

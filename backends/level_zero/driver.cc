@@ -68,6 +68,13 @@ Status DescribeLevelZeroDevice(const LevelZeroDriver& driver, ze::Driver owner, 
     }
     out->unfit = Text("has sub-groups of ", known, ", but ", ROPE_SUB_GROUP, " is needed");
   }
+  ze::ModuleProperties modules{};
+  ROPEWALK_TRY(driver.Check(driver.DeviceGetModuleProperties(handle, &modules), "zeDeviceGetModuleProperties"));
+  if (!(modules.flags & ze::kModuleFloat16)) out->unfit = "has no 16-bit floats, which are needed";
+  if (const uint32_t version = modules.spirv_version; version < (1u << 16 | 2)) {
+    out->unfit = version ? Text("takes SPIR-V ", version >> 16, ".", version & 0xffff, ", but 1.2 is needed")
+                         : Text("takes no SPIR-V");
+  }
   uint32_t count = 0;
   ROPEWALK_TRY(
       driver.Check(driver.DeviceGetQueueGroups(handle, &count, nullptr), "zeDeviceGetCommandQueueGroupProperties"));

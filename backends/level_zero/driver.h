@@ -30,6 +30,7 @@ using Event = struct EventTag*;
 enum : Result { kSuccess = 0, kModuleBuildFailure = 0x70000004 };
 enum : uint32_t { kInitGpuOnly = 1 };
 enum : uint32_t { kDeviceTypeGpu = 1 };
+enum : uint32_t { kModuleFloat16 = 1 };
 enum : uint32_t { kFormatSpirv = 0 };
 enum : uint32_t { kQueueSynchronous = 1 };
 enum : uint32_t { kQueueGroupCompute = 1 };
@@ -37,6 +38,7 @@ enum : uint32_t { kMemoryUnknown = 0, kMemoryHost = 1, kMemoryDevice = 2, kMemor
 enum : uint32_t {  // kinds of the structs below
   kDeviceProperties = 0x3,
   kComputeProperties = 0x4,
+  kModuleProperties = 0x5,
   kQueueGroupProperties = 0x6,
   kContextDesc = 0xd,
   kQueueDesc = 0xe,
@@ -66,6 +68,14 @@ struct ComputeProperties {
   uint32_t most_in_group, most_x, most_y, most_z, most_groups_x, most_groups_y, most_groups_z, shared_bytes;
   uint32_t sub_group_sizes_count;
   uint32_t sub_group_sizes[8];
+};
+
+struct ModuleProperties {
+  uint32_t kind = kModuleProperties;
+  void* next = nullptr;
+  uint32_t spirv_version;  // major << 16 | minor; 0: takes none
+  uint32_t flags, float16_flags, float32_flags, float64_flags, most_argument_bytes, printf_bytes;
+  uint8_t native_uuid[16];
 };
 
 struct QueueGroupProperties {
@@ -146,6 +156,7 @@ struct Groups {
   X(DeviceGet, "zeDeviceGet", ze::Driver, uint32_t*, ze::Device*)                                                     \
   X(DeviceGetProperties, "zeDeviceGetProperties", ze::Device, ze::DeviceProperties*)                                  \
   X(DeviceGetComputeProperties, "zeDeviceGetComputeProperties", ze::Device, ze::ComputeProperties*)                   \
+  X(DeviceGetModuleProperties, "zeDeviceGetModuleProperties", ze::Device, ze::ModuleProperties*)                      \
   X(DeviceGetQueueGroups, "zeDeviceGetCommandQueueGroupProperties", ze::Device, uint32_t*, ze::QueueGroupProperties*) \
   X(ContextCreate, "zeContextCreate", ze::Driver, const ze::ContextDesc*, ze::Context*)                               \
   X(ModuleCreate, "zeModuleCreate", ze::Context, ze::Device, const ze::ModuleDesc*, ze::Module*, ze::BuildLog*)       \

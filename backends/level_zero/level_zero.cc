@@ -59,12 +59,17 @@ Status CheckPointers(LevelZeroContext& context, const RopeCall& call) {
 bool Serves(DLDevice device) { return static_cast<int32_t>(device.device_type) == kDlOneApi; }
 
 Availability Available() {
-  const std::string shims = SyclText();
+  std::string no_shims;
+  const std::string shims = SyclText(&no_shims);
   const bool sycl = SyclIsLoaded();
   if (*RopeSpirvMissing())
     return {false, RopeSpirvMissing(), "build Ropewalk where clang and llvm-spirv are installed"};
+  // What would help here, and then with SYCL queues.
+  const auto remedy = [&](const std::string& here) {
+    return Text(here, here.empty() || no_shims.empty() ? "" : "; ", no_shims);
+  };
   const LevelZeroDriver& driver = GetLevelZeroDriver();
-  if (!driver.status.ok()) return {sycl, Text(driver.status.text(), "; ", shims), driver.remedy};
+  if (!driver.status.ok()) return {sycl, Text(driver.status.text(), "; ", shims), remedy(driver.remedy)};
   std::string detail = Text("Level Zero ", driver.version >> 16, ".", driver.version & 0xffff);
   bool usable = false;
   for (size_t i = 0; i < driver.devices.size(); ++i) {
@@ -73,7 +78,7 @@ Availability Available() {
     usable |= device.unfit.empty();
   }
   Append(&detail, Text("; ", shims));
-  return {usable || sycl, detail, usable ? "" : "use a GPU with sub-groups of 16"};
+  return {usable || sycl, detail, remedy(usable ? "" : "use a GPU that fits, or a newer driver")};
 }
 
 Status Launch(const RopeCall& call) {

@@ -171,8 +171,10 @@ OpenClDevice DescribeOpenClDevice(const OpenClLibrary& library, cl::Platform pla
   const bool takes_spirv = text(cl::kIlVersion).find("SPIR-V") != std::string::npos && library.CreateProgramWithIl &&
                            library.SetProgramSpecializationConstant && !*RopeSpirvMissing() &&
                            !(source && std::string_view(source) == "1");
-  const bool sub_groups = SubGroupsOf16(library, device);
-  d.spirv = takes_spirv && sub_groups;
+  // The modules shuffle by SPV_INTEL_subgroups, and convert 16-bit floats as such.
+  const bool sub_groups = SubGroupsOf16(library, device) && extensions.find("cl_intel_subgroups") != std::string::npos;
+  const bool float16 = extensions.find("cl_khr_fp16") != std::string::npos;
+  d.spirv = takes_spirv && sub_groups && float16;
   const auto units = static_cast<int>(Info<cl::Uint>(library, device, cl::kMaxComputeUnits));
   d.properties.threads = d.gpu ? units * 8 : units;
   // A CPU takes a second for a build. ROPEWALK_OPENCL_GENERAL=0 asks for the exact variants there too.
@@ -192,7 +194,9 @@ OpenClDevice DescribeOpenClDevice(const OpenClLibrary& library, cl::Platform pla
   } else if (!d.system_memory && !d.usm && !svm) {
     d.refusal = "has neither shared virtual memory nor cl_intel_unified_shared_memory";
   } else if (!d.spirv && !Info<cl::Uint>(library, device, cl::kCompilerAvailable)) {
-    d.refusal = takes_spirv ? "has no sub-groups of 16 and no compiler" : "takes no SPIR-V and has no compiler";
+    d.refusal = !takes_spirv  ? "takes no SPIR-V and has no compiler"
+                : !sub_groups ? "has no sub-groups of 16 and no compiler"
+                              : "has no 16-bit floats (cl_khr_fp16) and no compiler";
   }
   return d;
 }

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <filesystem>
+#include <vector>
 
 #include "backends/contexts.h"
 #include "backends/known_pages.h"
@@ -26,11 +27,29 @@ std::string LibSycl(int version) { return Text("libsycl.so.", version); }
 
 bool IsLoaded(int version) { return dlopen(LibSycl(version).c_str(), RTLD_LAZY | RTLD_NOLOAD) != nullptr; }
 
-// Beside the library that holds this code.
+// Beside the library that holds this code. If that is a program, in lib/ beside its bin/, or in the Python package that
+// it was installed with. The first place, if it is nowhere.
 std::string ShimPath(int version) {
+  namespace fs = std::filesystem;
   Dl_info info;
   if (!dladdr(reinterpret_cast<const void*>(&ShimPath), &info) || !info.dli_fname) return "";
-  return (std::filesystem::path(info.dli_fname).parent_path() / Text("libropewalk_sycl", version, ".so")).string();
+  std::error_code ignored;
+  fs::path file = info.dli_fname;
+  // A program that was found in PATH goes by its bare name.
+  if (!file.has_parent_path() || !fs::exists(file, ignored)) file = fs::read_symlink("/proc/self/exe", ignored);
+  const fs::path here = file.parent_path(), lib = here / "../lib";
+  const std::string name = Text("libropewalk_sycl", version, ".so");
+  std::vector<fs::path> places = {here, here / "..", lib, lib / "x86_64-linux-gnu", here / "../lib64"};
+  for (const fs::directory_entry& entry : fs::directory_iterator(lib, ignored)) {
+    if (!entry.path().filename().string().starts_with("python")) continue;
+    for (const char* packages : {"site-packages", "dist-packages"}) {
+      places.push_back(entry.path() / packages / "ropewalk");
+    }
+  }
+  for (const fs::path& place : places) {
+    if (fs::exists(place / name, ignored)) return (place / name).string();
+  }
+  return (here / name).string();
 }
 
 const char* NamedShim() {
@@ -274,13 +293,20 @@ bool SyclIsLoaded() {
   return std::ranges::any_of(kSyclVersions, [](int version) { return HasShim(version) && IsLoaded(version); });
 }
 
-std::string SyclText() {
+std::string SyclText(std::string* remedy) {
   std::string text;
-  if (const char* named = NamedShim()) return Text("SYCL queues by ROPEWALK_LIBSYCL_SHIM ", named);
+  std::error_code ignored;
+  if (const char* named = NamedShim()) {
+    if (std::filesystem::exists(named, ignored)) return Text("SYCL queues by ROPEWALK_LIBSYCL_SHIM ", named);
+    *remedy = "unset ROPEWALK_LIBSYCL_SHIM, or give it the path of a libropewalk_sycl*.so";
+    return Text("no SYCL queues: ROPEWALK_LIBSYCL_SHIM is ", named, ", which is not there");
+  }
   for (const int version : kSyclVersions) {
     if (HasShim(version)) Append(&text, Text(text.empty() ? "SYCL queues of " : " and ", LibSycl(version)));
   }
-  return text.empty() ? "no SYCL queues: this build has no shim for libsycl" : text;
+  if (!text.empty()) return text;
+  *remedy = "for SYCL queues build Ropewalk where SYCL's headers are (scripts/setup.sh sycl, or ROPEWALK_SYCL_ROOTS)";
+  return "no SYCL queues: this build has no shim for libsycl";
 }
 
 void ForEachSyclContext(const std::function<void(SpirvContext*)>& visit) {

@@ -17,8 +17,8 @@ Status SyclExplain(const RopeCall& call, Explanation* explanation);
 
 // Whether the process holds a libsycl that one of our shims is for.
 bool SyclIsLoaded();
-// For doctor: "SYCL queues of libsycl.so.9 and libsycl.so.8", or that there is no shim.
-std::string SyclText();
+// For doctor: "SYCL queues of libsycl.so.9 and libsycl.so.8", or that there is no shim and what would help.
+std::string SyclText(std::string* remedy);
 // One for each context and device that a queue has had.
 void ForEachSyclContext(const std::function<void(SpirvContext*)>& visit);
 

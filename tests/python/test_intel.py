@@ -1,8 +1,10 @@
-"""The operation on SYCL queues: dpctl's CPU queue and unified shared memory stand in for an Intel GPU and torch."""
+"""The operation on SYCL queues: dpctl's CPU queue and unified shared memory stand in for an Intel GPU and torch. With
+libsycl.so.9, and once more in a process of its own with libsycl.so.8: a process can hold but one."""
 
 # SPDX-License-Identifier: Apache-2.0
 import ctypes
 import os
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -19,6 +21,12 @@ _runtime = Path(sys.prefix) / "lib" / "libintelocl.so"
 if _runtime.exists():
     os.environ.setdefault("OCL_ICD_VENDORS", str(_runtime))
     os.environ.setdefault("OCL_ICD_FILENAMES", str(_runtime))
+# The older libsycl and its dpctl (scripts/setup.sh full), in the process that test_the_same_with_libsycl_8 starts.
+_older = Path(os.environ.get("ROPEWALK_SYCL8_RUNTIME") or Path(sys.prefix) / "sycl" / "8-runtime")
+LIBSYCL = os.environ.get("ROPEWALK_TEST_LIBSYCL", "libsycl.so.9")
+if LIBSYCL == "libsycl.so.8":
+    ctypes.CDLL(str(_older / "lib" / LIBSYCL), ctypes.RTLD_GLOBAL)
+    sys.path.insert(0, str(_older / "python"))
 dpctl = pytest.importorskip("dpctl")
 usm = pytest.importorskip("dpctl.memory")
 
@@ -145,7 +153,7 @@ def test_torchs_current_queue_serves_where_none_is_named(monkeypatch):
     oracle.assert_close(on.torch, *oracle.rope(q, angles(range(3))))
     assert asked == [0]
     explanation = ropewalk.explain(on, frequencies=FREQUENCIES)
-    assert explanation["backend"] == "intel" and "libsycl.so" in explanation["queue"]
+    assert explanation["backend"] == "intel" and explanation["queue"] == f"SYCL ({LIBSYCL})"
 
 
 def test_prepared_calls_build_nothing():
@@ -211,3 +219,14 @@ def test_refusals(q, queue, error, words):
         ropewalk.rope_(q, frequencies=FREQUENCIES, sycl_queue=queue)
     for word in words:
         assert word in str(raised.value)
+
+
+@pytest.mark.skipif(LIBSYCL == "libsycl.so.8", reason="this is that process")
+def test_the_same_with_libsycl_8():
+    if not (_older / "python" / "dpctl").exists():
+        pytest.skip(f"there is no dpctl of libsycl.so.8 in {_older} (scripts/setup.sh full installs it)")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    environment = {**os.environ, "ROPEWALK_TEST_LIBSYCL": "libsycl.so.8"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " 1 skipped" in done.stdout, done.stdout  # this test, and no other

@@ -12,7 +12,7 @@ import oracle
 import pytest
 import ropewalk
 import torch
-from ropewalk.compat import sglang_jit
+from ropewalk.compat import sgl_kernel, sgl_kernel_xpu, sglang_jit
 
 # Intel's CPU device alone, for both loaders of OpenCL: before anything opens one.
 _runtime = Path(sys.prefix) / "lib" / "libintelocl.so"
@@ -97,6 +97,28 @@ def test_the_forced_backend_is_the_one_that_is_asked(forced, monkeypatch):
     explanation = ropewalk.explain(q, k, positions=torch.zeros(1, dtype=torch.int32), frequencies=FREQUENCIES,
                                    q_weight=weight, k_weight=weight)  # fmt: skip
     assert explanation["backend"] == "opencl" and explanation["source"].startswith("memory")  # it was built then
+
+
+@pytest.mark.parametrize("is_neox", [True, False])
+def test_the_functions_of_other_libraries(forced, is_neox):
+    q, k = draw(5, 4, 96), draw(5, 2, 96, seed=1)
+    cache = torch.cat(FREQUENCIES.table(8, torch.float32), dim=-1)
+    positions = torch.tensor([7, 0, 3, 3, 1])
+    expected = [ropewalk.rope(x, positions=positions, cos_sin=cache, pairing="neox" if is_neox else "interleaved")[0]
+                for x in (q, k)]  # fmt: skip
+    for x, got in zip((q, k), expected, strict=True):
+        oracle.assert_close(got, *want(x, positions.tolist(), pairing="neox" if is_neox else "interleaved"))
+    before = launches("opencl ")
+    got = q.clone(), k.clone()
+    sgl_kernel_xpu.fused_qk_rope_with_cos_sin_cache_inplace(*got, cache, positions, 64, is_neox)
+    assert all(map(torch.equal, got, expected))
+    for module in (sgl_kernel, sglang_jit):
+        got = q.clone(), k.clone()
+        module.rotary_embedding(positions, got[0].view(5, -1), got[1].view(5, -1), 96, cache, is_neox)
+        assert all(map(torch.equal, got, expected))
+    new = sgl_kernel_xpu.rotary_embedding(positions, q, k, 96, cache, is_neox)
+    assert all(map(torch.equal, new, expected))
+    assert launches("opencl ") == before + 4
 
 
 def test_the_others_serve_again_afterwards():
