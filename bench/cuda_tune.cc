@@ -436,7 +436,8 @@ int main(int argc, char** argv) {
           key.q_token = key.k_token = row;
           key.unit_scaling = 1;
           key.dependent_launch = static_cast<uint8_t>(pdl);
-          key.table_vector = mode.table ? static_cast<uint8_t>(std::min(4, mode.pairing ? vector / 2 : vector)) : 1;
+          const int run = mode.pairing ? vector / 2 : vector;
+          key.table_vector = static_cast<uint8_t>(!mode.table ? 1 : run % 4 == 0 ? 4 : run % 2 == 0 ? 2 : 1);
           const int groups = threads / lanes;
           const unsigned grid_y =
               is_few ? static_cast<unsigned>((s.q_heads + (mode.cache ? 2 : 1) * s.k_heads + groups - 1) / groups) : 1;
@@ -460,18 +461,29 @@ int main(int argc, char** argv) {
             }
           }
         } else {
-          const int vector = s.head_dim % 16 ? 4 : 8, units = s.head_dim / vector / 2;
-          for (int lanes : {units, (units + 1) / 2}) {
-            if (lanes > 32 || (lanes != units && units <= 8)) continue;
+          // Vectors of an access each; and others, for heads fetched side by side.
+          const int access = s.head_dim % 16 ? 4 : 8;
+          std::vector<std::pair<int, int>> shares = {{access, s.head_dim / access / 2}};  // vector and lanes
+          if (shares[0].second > 8) shares.emplace_back(access, (s.head_dim / access / 2 + 1) / 2);
+          for (int vector : {6, 10, 12, 14, 16, 18, 20}) {
+            if (mode.norm && s.head_dim / 2 % vector == 0) shares.emplace_back(vector, s.head_dim / 2 / vector);
+          }
+          for (const auto [vector, lanes] : shares) {
+            if (lanes > 32) continue;
+            const bool plain = vector == access;
             for (int threads : {32, 64, 96, 128, 160, 192, 224, 256, 320, 448}) {
-              for (int in_flight : {1, 2, 3, 5}) {
-                if (s.head_dim != 128 && in_flight > (threads <= 64 ? 3 : 2)) continue;
-                const int groups = threads / 32 * (32 / lanes);
-                if ((in_flight - 1) * groups >= s.q_heads + s.k_heads || in_flight * threads * 32 > 48 * 1024) continue;
-                for (int flat : {0, 1}) {
+              for (int in_flight : {1, 2, 3, 4, 5, 6, 8}) {
+                if (s.head_dim != 128 && in_flight > (!plain && threads <= 64 ? 8 : threads <= 64 ? 3 : 2)) continue;
+                if (s.head_dim == 128 && in_flight != 1 && in_flight != 2 && in_flight != 3 && in_flight != 5) continue;
+                const int groups = threads / 32 * (32 / lanes), heads = s.q_heads + s.k_heads;
+                for (int flat : {0, 1, 2, 3, 4, 5, 8}) {  // of so many rounds
+                  const int at_once = groups * std::max(flat, 1);
+                  if ((in_flight - 1) * at_once >= heads || at_once - groups >= heads) continue;
+                  if (in_flight * (flat ? at_once * s.head_dim * 2 : threads * 32) > 48 * 1024) continue;
+                  if (plain ? flat > 2 : !flat || threads > 128 || (flat > 1 && in_flight > 3)) continue;
                   for (int warps : {0, 32, 40, 48}) {
                     const int min_blocks = warps * 32 / threads;
-                    if ((warps && min_blocks == 0) || (warps == 32 && !mode.cache && !flat) ||
+                    if ((warps && min_blocks == 0) || min_blocks > 32 || (warps == 32 && !mode.cache && !flat) ||
                         (warps == 48 && s.head_dim != 128))
                       continue;
                     add(vector, lanes, threads, in_flight, min_blocks, flat);
@@ -537,7 +549,7 @@ int main(int argc, char** argv) {
         for (size_t i = 0; i < std::min<size_t>(6, candidates.size()); ++i) {
           const Candidate& c = candidates[i];
           std::printf(" | %.2f=%.3f v%d l%d t%d x%d b%d%s r%d", c.time, c.time / floor, c.key.vector, c.key.lanes,
-                      c.key.threads, c.key.in_flight, c.min_blocks, c.key.flat ? " flat" : "", c.registers);
+                      c.key.threads, c.key.in_flight, c.min_blocks, c.key.flat ? (" flat" + std::to_string(c.key.flat)).c_str() : "", c.registers);
         }
         std::printf("\n");
         std::fflush(stdout);

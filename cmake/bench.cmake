@@ -10,7 +10,9 @@ foreach(source IN LISTS bench_sources)
   target_link_libraries(${name} PRIVATE ropewalk_measure ropewalk_flags benchmark::benchmark)
 endforeach()
 
-# What a call costs on the host on an OpenCL queue.
-add_executable(opencl_launch bench/opencl_launch.cc)
-set_target_properties(opencl_launch PROPERTIES RUNTIME_OUTPUT_DIRECTORY ${PROJECT_BINARY_DIR}/bench)
-target_link_libraries(opencl_launch PRIVATE ropewalk_conformance ropewalk_flags)
+# What a call costs on the host beside the driver's own launch.
+foreach(name opencl_launch cuda_launch)
+  add_executable(${name} bench/${name}.cc)
+  set_target_properties(${name} PROPERTIES RUNTIME_OUTPUT_DIRECTORY ${PROJECT_BINARY_DIR}/bench)
+  target_link_libraries(${name} PRIVATE ropewalk_conformance ropewalk_flags)
+endforeach()

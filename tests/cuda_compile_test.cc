@@ -49,6 +49,14 @@ std::vector<CudaVariant> VariantsFor(const std::string& arch) {
 
 class CudaCompile : public ::testing::TestWithParam<std::string> {};
 
+// As the plan would have it on that device.
+RopeCudaKey KeyFor(const CudaVariant& variant, const CudaDevice& device) {
+  RopeCudaKey key = variant.key;
+  if (device.major < 9) key.dependent_launch = 0;
+  key.min_blocks = static_cast<uint8_t>(std::min<int>(key.min_blocks, MostCudaBlocks(device)));
+  return key;
+}
+
 TEST_P(CudaCompile, Nvrtc) {
   const Nvrtc* nvrtc = nullptr;
   if (const Status status = OpenNvrtc(&nvrtc); !status.ok()) GTEST_SKIP() << status.text();
@@ -65,8 +73,7 @@ TEST_P(CudaCompile, Nvrtc) {
   std::vector<std::string> failures;
   OnAllThreads(variants.size(), [&](const auto& next) {
     for (size_t i = next(); i < variants.size(); i = next()) {
-      RopeCudaKey key = variants[i].key;
-      if (devices.front().major < 9) key.dependent_launch = 0;  // as the plan would
+      const RopeCudaKey key = KeyFor(variants[i], devices.front());
       Compilation compilation;
       const Status status = CompileCuda(*nvrtc, RopeCudaSource(key), arch, /*verbose=*/true, &compilation);
       const PtxasText said = ReadPtxas(compilation.log);
@@ -93,12 +100,13 @@ TEST_P(CudaCompile, Nvcc) {
     fs::create_directories((directory / kCudaSources[i].path).parent_path());
     std::ofstream(directory / kCudaSources[i].path) << kCudaSources[i].text;
   }
+  std::vector<CudaDevice> devices;
+  ASSERT_TRUE(BundleDevices(GetParam(), &devices).ok());
   // nvcc takes 0.2 to 0.5 s a file: an eighth of this architecture's share.
   const std::vector<CudaVariant> variants = VariantsFor(GetParam());
   for (size_t i = 0; i < variants.size(); i += 8) {
     const fs::path file = directory / "variant.cu", log = directory / "log";
-    RopeCudaKey key = variants[i].key;
-    if (GetParam().starts_with("sm_8")) key.dependent_launch = 0;
+    const RopeCudaKey key = KeyFor(variants[i], devices.front());
     std::ofstream(file) << RopeCudaSource(key);
     const std::string command =
         Text(path, " -cubin -arch=", GetParam(), " -std=c++17 --expt-relaxed-constexpr -Werror all-warnings -I ",

@@ -18,9 +18,11 @@ constexpr int kBytes = kDtype == kRopeF32 || kDtype == kRopeI32                 
                        : kDtype == kRopeE4M3 || kDtype == kRopeE5M2 || kDtype == 0 ? 1
                                                                                        : 2;
 
-// `kSize` bytes as registers.
+// `kSize` bytes as registers; in memory aligned to the widest access that divides them.
 template <int kSize>
-struct alignas(kSize > 16 ? 16 : kSize < 4 ? 4 : kSize) Words {
+constexpr int kWordAlign = kSize % 16 == 0 ? 16 : kSize % 8 == 0 ? 8 : 4;
+template <int kSize>
+struct alignas(kWordAlign<kSize>) Words {
   static constexpr int kCount = (kSize + 3) / 4;
   rw_u32 w[kCount];
 };
@@ -49,7 +51,7 @@ __device__ __forceinline__ Words<kSize> Load(const void* p) {
 
 // A place in shared memory for one vector.
 template <int kSize>
-struct alignas(kSize < 4 ? 4 : kSize) Aligned {
+struct alignas(kWordAlign<kSize>) Aligned {
   Words<kSize> words;
 };
 
@@ -68,10 +70,14 @@ __device__ __forceinline__ void CopyAsync(Place* to, const void* from) {
 template <int kSize>
 __device__ __forceinline__ Words<kSize> LoadShared(const void* p) {
   Words<kSize> r;
-  if constexpr (kSize == 32) {
-    const uint4 a = __ldg(static_cast<const uint4*>(p)), b = __ldg(static_cast<const uint4*>(p) + 1);
-    r.w[0] = a.x, r.w[1] = a.y, r.w[2] = a.z, r.w[3] = a.w;
-    r.w[4] = b.x, r.w[5] = b.y, r.w[6] = b.z, r.w[7] = b.w;
+  constexpr int kPart = kWordAlign<kSize>;
+  if constexpr (kSize > kPart) {
+#pragma unroll
+    for (int i = 0; i < kSize / kPart; ++i) {
+      const Words<kPart> part = LoadShared<kPart>(static_cast<const char*>(p) + i * kPart);
+#pragma unroll
+      for (int j = 0; j < kPart / 4; ++j) r.w[i * (kPart / 4) + j] = part.w[j];
+    }
   } else if constexpr (kSize == 16) {
     const uint4 a = __ldg(static_cast<const uint4*>(p));
     r.w[0] = a.x, r.w[1] = a.y, r.w[2] = a.z, r.w[3] = a.w;

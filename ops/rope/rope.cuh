@@ -26,7 +26,6 @@ struct Shape {
   static constexpr int kUnits = K::kRotaryDim / (2 * K::kVector);
   static constexpr int kUnitsPerLane = (kUnits + K::kLanes - 1) / K::kLanes;
   static constexpr int kGroupsPerWarp = 32 / K::kLanes;  // threads left over are idle
-  static constexpr int kGroups = K::kThreads / 32 * kGroupsPerWarp;
   // Vectors outside the rotated part, which matter if they are normalised, copied or stored.
   static constexpr bool kRestMatters = K::kNorm || K::kOutOfPlace || K::kStoreK;
   static constexpr int kBefore = K::kRotaryOffset / K::kVector;
@@ -35,17 +34,21 @@ struct Shape {
   // Fetched through shared memory: what one asynchronous copy can carry.
   static constexpr bool kStaged = !K::kFewTokens && kVectorBytes >= 4 && K::kInFlight > 0;
   // Flat: the lanes of a warp fetch and write its heads side by side in 16 bytes each, whatever a lane works on. That
-  // keeps accesses whole where the halves of a head do not fill lines of 128 bytes. Of a head, this part:
+  // keeps accesses whole where the halves of a head do not fill lines of 128 bytes, and lets a vector be of any even
+  // number of elements. Of a head, this part:
   static constexpr bool kFlat = kStaged && K::kFlat;
+  static constexpr int kRounds = kFlat ? K::kFlat : 1;  // of a warp's groups, on what is fetched at once
+  static constexpr int kWarpHeads = kGroupsPerWarp * kRounds;
+  static constexpr int kHeadsAtOnce = K::kThreads / 32 * kWarpHeads;
   static constexpr int kSpanBegin = kRestMatters ? 0 : K::kRotaryOffset;
   static constexpr int kSpan = kRestMatters ? K::kHeadDim : K::kRotaryDim;
   static constexpr int kSpanBytes = kSpan * kBytes<K::kDtype>;
   static constexpr int kCopies = kSpanBytes / 16;  // of one head
-  static constexpr int kCopiesPerLane = (kGroupsPerWarp * kCopies + 31) / 32;
+  static constexpr int kCopiesPerLane = (kWarpHeads * kCopies + 31) / 32;
   static constexpr bool kLinear = K::kPacked && kSpan == K::kHeadDim;  // a warp's heads follow each other in memory
   // Heads of v take the way of the others, on loads that wait for no slot, where they fill the same vectors.
   static constexpr bool kVRides = K::kStoreV && K::kVDim == K::kRotaryDim && (!kFlat || K::kVDim == kSpan);
-  static constexpr int kStageBytes = kFlat ? K::kThreads / 32 * kGroupsPerWarp * kSpanBytes
+  static constexpr int kStageBytes = kFlat ? kHeadsAtOnce * kSpanBytes
                                            : (2 * kUnitsPerLane + kRestPerLane) * K::kThreads * kVectorBytes;
 };
 
@@ -489,16 +492,17 @@ __device__ __forceinline__ void StoreV(const HeadPlace& head, int lane) {
 template <class K>
 __device__ __forceinline__ void FillHead(const char* in, char* out, bool nan, int lane) {
   constexpr int kNanBits = K::kDtype == kRopeF16 ? 0x7e007e00 : K::kDtype == kRopeBF16 ? 0x7fc07fc0 : 0x7fc00000;
-  #pragma unroll 1
-  for (int i = lane; i < K::kHeadDim / K::kVector; i += K::kLanes) {
-    Words<Shape<K>::kVectorBytes> words;
+  constexpr int kAccess = Shape<K>::kFlat ? 16 : Shape<K>::kVectorBytes;
+#pragma unroll 1
+  for (int i = lane; i < K::kHeadDim * kBytes<K::kDtype> / kAccess; i += K::kLanes) {
+    Words<kAccess> words;
     if (nan) {
 #pragma unroll
-      for (int j = 0; j < Words<Shape<K>::kVectorBytes>::kCount; ++j) words.w[j] = kNanBits;
+      for (int j = 0; j < Words<kAccess>::kCount; ++j) words.w[j] = kNanBits;
     } else {
-      words = Load<Shape<K>::kVectorBytes>(in + i * Shape<K>::kVectorBytes);
+      words = Load<kAccess>(in + i * kAccess);
     }
-    Store(out + i * Shape<K>::kVectorBytes, words);
+    Store(out + i * kAccess, words);
   }
 }
 
@@ -510,7 +514,7 @@ __device__ __forceinline__ void EachCopy(int first, const What& what) {
 #pragma unroll
   for (int i = 0; i < S::kCopiesPerLane; ++i) {
     const int copy = threadIdx.x % 32 + 32 * i;
-    if (S::kGroupsPerWarp * S::kCopies % 32 != 0 && copy >= S::kGroupsPerWarp * S::kCopies) continue;
+    if (S::kWarpHeads * S::kCopies % 32 != 0 && copy >= S::kWarpHeads * S::kCopies) continue;
     what(copy, first + copy / S::kCopies, S::kSpanBegin * kBytes<K::kDtype> + copy % S::kCopies * 16);
   }
 }
@@ -522,10 +526,11 @@ __device__ __forceinline__ void RopeBody(const rope_cuda_args& a) {
   static_assert(K::kThreads % 32 == 0 && K::kLanes <= 32, "groups must not straddle warps");
   static_assert(K::kRotaryDim % (2 * K::kVector) == 0 && K::kRotaryOffset % K::kVector == 0 &&
                     K::kHeadDim % K::kVector == 0, "vectors must not straddle parts of a head");
+  static_assert(S::kRounds == 1 || !K::kStoreV || S::kVRides, "v is stored by groups that have no more heads");
 
   const rope_params& p = a.params;
   const int lane = threadIdx.x % 32 % K::kLanes;
-  const int warp_group = threadIdx.x / 32 * S::kGroupsPerWarp;  // the warp's first group
+  const int warp_group = threadIdx.x / 32 * S::kWarpHeads;  // the warp's first head of those at once
   // Idle threads look on at the last group's work.
   const bool idle = S::kGroupsPerWarp * K::kLanes != 32 && threadIdx.x % 32 >= S::kGroupsPerWarp * K::kLanes;
   const int group_in_warp = idle ? S::kGroupsPerWarp - 1 : threadIdx.x % 32 / K::kLanes;
@@ -533,9 +538,9 @@ __device__ __forceinline__ void RopeBody(const rope_cuda_args& a) {
   const bool has_k = K::kQHeads ? K::kKToken != 0 : a.k != nullptr;
   const int heads = QHeads<K>(p) + (has_k ? KHeads<K>(p) : 0);
   const int all_heads = heads + (K::kStoreV ? KHeads<K>(p) : 0);
-  const int step = (K::kFewTokens ? gridDim.y : 1) * S::kGroups;
+  const int step = (K::kFewTokens ? gridDim.y : 1) * S::kHeadsAtOnce;
   // All groups of a warp take the same number of turns, so that all its threads meet at the shuffles.
-  const int warp_first = (K::kFewTokens ? blockIdx.y * S::kGroups : 0) + warp_group;
+  const int warp_first = (K::kFewTokens ? blockIdx.y * S::kHeadsAtOnce : 0) + warp_group;
   const int first = idle ? 1 << 30 : warp_first + group_in_warp;
   const auto unit_of = [&](int i) { return lane + i * K::kLanes; };
   const auto has_unit = [&](int i) { return S::kUnits % K::kLanes == 0 || unit_of(i) < S::kUnits; };
@@ -584,7 +589,9 @@ __device__ __forceinline__ void RopeBody(const rope_cuda_args& a) {
   const auto beyond = [&](int limit, int warp_h, int copy, int of) {
     return S::kLinear ? copy >= (limit - warp_h) * S::kCopies : of >= limit;
   };
-  const auto flat_head = [&](int stage) { return flat(stage) + group_in_warp * S::kSpanBytes - S::kSpanBegin * kSize; };
+  const auto flat_head = [&](int stage, int round) {
+    return flat(stage) + (round * S::kGroupsPerWarp + group_in_warp) * S::kSpanBytes - S::kSpanBegin * kSize;
+  };
   const auto fetch = [&](int warp_h, int h, int stage) {
     if constexpr (S::kFlat) {
       EachCopy<K>(warp_h, [&](int copy, int of, int byte) {
@@ -663,8 +670,11 @@ __device__ __forceinline__ void RopeBody(const rope_cuda_args& a) {
       if (t.left_out && !K::kOutOfPlace) return;
 #pragma unroll 1
       for (int h = first; h < heads; h += step) {
-        const HeadPlace head = PlaceOf<K>(a, t, h);
-        FillHead<K>(head.in, head.out, t.poisoned, lane);
+#pragma unroll 1
+        for (int of = h; of < heads && of < h + S::kWarpHeads; of += S::kGroupsPerWarp) {
+          const HeadPlace head = PlaceOf<K>(a, t, of);
+          FillHead<K>(head.in, head.out, t.poisoned, lane);
+        }
       }
       return;
     }
@@ -683,105 +693,109 @@ __device__ __forceinline__ void RopeBody(const rope_cuda_args& a) {
   if constexpr (K::kSlotsDtype != kRopeNoDtype) t.slot = slot < a.slot_count ? slot : -1;
   const int turns_end = S::kVRides ? all_heads : heads;
   int stage = 0;
-  for (int h = first, warp_h = warp_first; warp_h < turns_end; h += step, warp_h += step) {
-    if constexpr (S::kStaged) {
-      asm volatile("cp.async.wait_group %0;" ::"n"(K::kInFlight - 1) : "memory");
-      if constexpr (S::kFlat) {
-        __syncwarp();
-        const auto at = [&](int element) {
-          return *reinterpret_cast<const Words<S::kVectorBytes>*>(flat_head(stage) + element * kSize);
-        };
-        // Whether there is a head or not: a condition would cost more than the loads.
-#pragma unroll
-        for (int i = 0; i < S::kUnitsPerLane; ++i) {
-          if (!has_unit(i)) continue;
-          x[i] = at(UnitBegin<K>(unit_of(i)));
-          y[i] = at(UnitBegin<K>(unit_of(i)) + kUnitDistance<K>);
-        }
-#pragma unroll
-        for (int i = 0; i < S::kRestPerLane; ++i) {
-          if (has_rest(i)) rest[i] = at(RestBegin<K>(unit_of(i)));
-        }
-        if constexpr (S::kGroupsPerWarp * K::kLanes != 32) __syncwarp();  // idle threads read what others will write
-      } else {
-#pragma unroll
-        for (int i = 0; i < S::kUnitsPerLane; ++i) {
-          x[i] = *staged_at(stage, 2 * i);
-          y[i] = *staged_at(stage, 2 * i + 1);
-        }
-#pragma unroll
-        for (int i = 0; i < S::kRestPerLane; ++i) rest[i] = *staged_at(stage, 2 * S::kUnitsPerLane + i);
-      }
-    }
-    HeadPlace head = PlaceOf<K>(a, t, h < heads ? h : 0);
-    if constexpr (S::kFlat) head.out = flat_head(stage);
-    float rstd = 0.0f;
-    if constexpr (K::kNorm) {
-      if (!K::kFewTokens) fetch_weights(head.weight);
-      float other = 0.0f;  // two sums, neither waits for the other
-      const auto square = [&](const Words<S::kVectorBytes>& words, float& sum) {
-        float v[K::kVector];
-        Unpack<K::kDtype, K::kVector>(words, v);
-#pragma unroll
-        for (int j = 0; j < K::kVector; ++j) sum = fmaf(v[j], v[j], sum);
-      };
-#pragma unroll
-      for (int i = 0; i < S::kUnitsPerLane; ++i) {
-        if (!has_unit(i)) continue;
-        square(x[i], rstd);
-        square(y[i], other);
-      }
-#pragma unroll
-      for (int i = 0; i < S::kRestPerLane; ++i) {
-        if (has_rest(i)) square(rest[i], rstd);
-      }
-      rstd = SumOfGroup<K::kLanes>(rstd + other, lane);
-      const float mean = rstd * (1.0f / K::kHeadDim) + __uint_as_float(K::kEpsBits);
-      rstd = K::kDtype == kRopeF32 || S::kReference ? __frcp_rn(__fsqrt_rn(mean)) : rsqrtf(mean);
-    }
-    if (h < heads) {
-#pragma unroll
-      for (int i = 0; i < S::kUnitsPerLane; ++i) {
-        if (!has_unit(i)) continue;
-        const int begin = UnitBegin<K>(unit_of(i));
-        float vx[K::kVector], vy[K::kVector];
-        Unpack<K::kDtype, K::kVector>(x[i], vx);
-        Unpack<K::kDtype, K::kVector>(y[i], vy);
-        if constexpr (K::kNorm) {
-          NormaliseVector<K>(vx, rstd, wx[i]);
-          NormaliseVector<K>(vy, rstd, wy[i]);
-        }
-        RotateUnit<K>(vx, vy, cos[i], sin[i]);
-        Write<K>(head, begin, vx);
-        Write<K>(head, begin + kUnitDistance<K>, vy);
-      }
-#pragma unroll
-      for (int i = 0; i < S::kRestPerLane; ++i) {
-        if (!has_rest(i)) continue;
-        const int begin = RestBegin<K>(unit_of(i));
-        float v[K::kVector];
-        Unpack<K::kDtype, K::kVector>(rest[i], v);
-        if constexpr (K::kNorm) {
-          NormaliseVector<K>(v, rstd, wrest[i]);
-          Write<K>(head, begin, v);
-        } else {
-          // The same bits, untouched by any conversion.
-          if constexpr (K::kOutOfPlace && !S::kFlat) Store(head.out + begin * kSize, rest[i]);
-          if constexpr (K::kStoreK && !(S::kFlat && K::kCacheDtype == K::kDtype)) {
-            if (head.cache) WriteCache<K>(head.cache, begin, v, rest[i], head.inverse_scale);
-          }
-        }
-      }
-    }
-    if constexpr (S::kVRides && !S::kFlat) {
-      if (h >= heads && h < all_heads) {
-        const HeadPlace v = PlaceOfV<K>(a, t, h - heads);
-        if (v.cache) {
+  for (int group_h = first, warp_h = warp_first; warp_h < turns_end; group_h += step, warp_h += step) {
+    if constexpr (S::kStaged) asm volatile("cp.async.wait_group %0;" ::"n"(K::kInFlight - 1) : "memory");
+    if constexpr (S::kFlat) __syncwarp();
+#pragma unroll 1
+    for (int round = 0; round < S::kRounds; ++round) {
+      const int h = group_h + round * S::kGroupsPerWarp;
+      if constexpr (S::kStaged) {
+        if constexpr (S::kFlat) {
+          const auto at = [&](int element) {
+            return *reinterpret_cast<const Words<S::kVectorBytes>*>(flat_head(stage, round) + element * kSize);
+          };
+          // Whether there is a head or not: a condition would cost more than the loads.
 #pragma unroll
           for (int i = 0; i < S::kUnitsPerLane; ++i) {
             if (!has_unit(i)) continue;
-            StoreVector<K>(v, unit_of(i) * K::kVector, x[i]);
-            StoreVector<K>(v, (S::kUnits + unit_of(i)) * K::kVector, y[i]);
+            x[i] = at(UnitBegin<K>(unit_of(i)));
+            y[i] = at(UnitBegin<K>(unit_of(i)) + kUnitDistance<K>);
+          }
+#pragma unroll
+          for (int i = 0; i < S::kRestPerLane; ++i) {
+            if (has_rest(i)) rest[i] = at(RestBegin<K>(unit_of(i)));
+          }
+          if constexpr (S::kGroupsPerWarp * K::kLanes != 32) __syncwarp();  // idle threads read what others will write
+        } else {
+#pragma unroll
+          for (int i = 0; i < S::kUnitsPerLane; ++i) {
+            x[i] = *staged_at(stage, 2 * i);
+            y[i] = *staged_at(stage, 2 * i + 1);
+          }
+#pragma unroll
+          for (int i = 0; i < S::kRestPerLane; ++i) rest[i] = *staged_at(stage, 2 * S::kUnitsPerLane + i);
+        }
+      }
+      HeadPlace head = PlaceOf<K>(a, t, h < heads ? h : 0);
+      if constexpr (S::kFlat) head.out = flat_head(stage, round);
+      float rstd = 0.0f;
+      if constexpr (K::kNorm) {
+        if (!K::kFewTokens) fetch_weights(head.weight);
+        float other = 0.0f;  // two sums, neither waits for the other
+        const auto square = [&](const Words<S::kVectorBytes>& words, float& sum) {
+          float v[K::kVector];
+          Unpack<K::kDtype, K::kVector>(words, v);
+#pragma unroll
+          for (int j = 0; j < K::kVector; ++j) sum = fmaf(v[j], v[j], sum);
+        };
+#pragma unroll
+        for (int i = 0; i < S::kUnitsPerLane; ++i) {
+          if (!has_unit(i)) continue;
+          square(x[i], rstd);
+          square(y[i], other);
+        }
+#pragma unroll
+        for (int i = 0; i < S::kRestPerLane; ++i) {
+          if (has_rest(i)) square(rest[i], rstd);
+        }
+        rstd = SumOfGroup<K::kLanes>(rstd + other, lane);
+        const float mean = rstd * (1.0f / K::kHeadDim) + __uint_as_float(K::kEpsBits);
+        rstd = K::kDtype == kRopeF32 || S::kReference ? __frcp_rn(__fsqrt_rn(mean)) : rsqrtf(mean);
+      }
+      if (h < heads) {
+#pragma unroll
+        for (int i = 0; i < S::kUnitsPerLane; ++i) {
+          if (!has_unit(i)) continue;
+          const int begin = UnitBegin<K>(unit_of(i));
+          float vx[K::kVector], vy[K::kVector];
+          Unpack<K::kDtype, K::kVector>(x[i], vx);
+          Unpack<K::kDtype, K::kVector>(y[i], vy);
+          if constexpr (K::kNorm) {
+            NormaliseVector<K>(vx, rstd, wx[i]);
+            NormaliseVector<K>(vy, rstd, wy[i]);
+          }
+          RotateUnit<K>(vx, vy, cos[i], sin[i]);
+          Write<K>(head, begin, vx);
+          Write<K>(head, begin + kUnitDistance<K>, vy);
+        }
+#pragma unroll
+        for (int i = 0; i < S::kRestPerLane; ++i) {
+          if (!has_rest(i)) continue;
+          const int begin = RestBegin<K>(unit_of(i));
+          float v[K::kVector];
+          Unpack<K::kDtype, K::kVector>(rest[i], v);
+          if constexpr (K::kNorm) {
+            NormaliseVector<K>(v, rstd, wrest[i]);
+            Write<K>(head, begin, v);
+          } else {
+            // The same bits, untouched by any conversion.
+            if constexpr (K::kOutOfPlace && !S::kFlat) Store(head.out + begin * kSize, rest[i]);
+            if constexpr (K::kStoreK && !(S::kFlat && K::kCacheDtype == K::kDtype)) {
+              if (head.cache) WriteCache<K>(head.cache, begin, v, rest[i], head.inverse_scale);
+            }
+          }
+        }
+      }
+      if constexpr (S::kVRides && !S::kFlat) {
+        if (h >= heads && h < all_heads) {
+          const HeadPlace v = PlaceOfV<K>(a, t, h - heads);
+          if (v.cache) {
+#pragma unroll
+            for (int i = 0; i < S::kUnitsPerLane; ++i) {
+              if (!has_unit(i)) continue;
+              StoreVector<K>(v, unit_of(i) * K::kVector, x[i]);
+              StoreVector<K>(v, (S::kUnits + unit_of(i)) * K::kVector, y[i]);
+            }
           }
         }
       }
@@ -806,10 +820,10 @@ __device__ __forceinline__ void RopeBody(const rope_cuda_args& a) {
       });
     }
     if constexpr (S::kStaged) {
-      fetch(warp_h + K::kInFlight * step, h + K::kInFlight * step, stage);
+      fetch(warp_h + K::kInFlight * step, group_h + K::kInFlight * step, stage);
       stage = stage + 1 == K::kInFlight ? 0 : stage + 1;
     } else {
-      fetch(warp_h + step, h + step, 0);
+      fetch(warp_h + step, group_h + step, 0);
     }
   }
   if constexpr (K::kStoreV && !S::kVRides) {

@@ -34,17 +34,18 @@ inline int Alignment(int limit, const void* data, int bytes, std::initializer_li
   return limit;
 }
 
-// Elements of the widest access, up to `most_bytes`, that every tensor and every part of a head allows.
-inline int ChooseVector(const RopeCall& call, int most_bytes) {
+// Elements of the widest access, up to `most_bytes`, that every tensor and every part of a head allows; of whole heads,
+// if their parts need not be told apart.
+inline int ChooseVector(const RopeCall& call, int most_bytes, bool whole_heads = false) {
   const RopeVariant& v = call.variant;
   const rope_params& p = call.params;
   const RopeTensors& t = call.tensors;
   const int bytes = RopeDtypeBytes(v.dtype), cache_bytes = RopeDtypeBytes(v.cache_dtype);
   int vector = most_bytes / bytes;
-  while (p.head_dim % vector || p.rotary_offset % vector || (p.rotary_dim / 2) % vector ||
-         (v.store_v && p.v_dim % vector)) {
-    vector /= 2;
-  }
+  const auto parts_fit = [&] {
+    return whole_heads || (p.rotary_offset % vector == 0 && p.rotary_dim / 2 % vector == 0);
+  };
+  while (p.head_dim % vector || !parts_fit() || (v.store_v && p.v_dim % vector)) vector /= 2;
   const auto align = [&](const void* data, int element_bytes, const rope_strides& s) {
     if (data) vector = Alignment(vector, data, element_bytes, {s.batch, s.token, s.head});
   };

@@ -13,6 +13,39 @@ namespace {
 
 int64_t Ceil(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// Heads with a norm whose halves make no power of two of vectors of 16 bytes, fetched side by side: vectors of another
+// size, so that fewer threads idle and more heads share a warp (docs/cuda.md). 0: those of an access are best.
+int OddVector(const RopeCall& call, int64_t rows) {
+  const RopeVariant& v = call.variant;
+  const rope_params& p = call.params;
+  const int half = p.rotary_dim / 2;
+  if (rows < 3072 || !v.norm || v.out_of_place || v.cache_dtype != kRopeNoDtype || p.rotary_dim != p.head_dim ||
+      v.rounding != kRopeRoundFused || RopeDtypeBytes(v.dtype) != 2 || RopeDtypeBytes(v.weight_dtype) != 2 ||
+      ChooseVector(call, 16, true) != 8) {
+    return 0;
+  }
+  if (half % 8 == 0 && std::has_single_bit(static_cast<unsigned>(half / 8))) return 0;
+  const auto fits = [&](int vector) {
+    return half % vector == 0 && half / vector <= 32 && std::has_single_bit(static_cast<unsigned>(half / vector));
+  };
+  if (fits(10) && v.table_dtype == kRopeNoDtype) return 10;  // a table's entries take registers that it has not got
+  return fits(6) || (half % 8 != 0 && half % 6 == 0 && half / 6 <= 16) ? 6 : 0;
+}
+
+// The shape of a block for those.
+void PlanOdd(int64_t heads, int64_t per_warp, int64_t head_bytes, int most_blocks, RopeCudaKey* key) {
+  const bool regular = std::has_single_bit(key->lanes);
+  // Else the heads of a warp end within a sector: two rounds of them do not.
+  key->flat = regular ? 1 : 2;
+  const int64_t stages = Ceil(heads, per_warp * key->flat), of_a_warp = regular ? 5 : 1;
+  const int64_t warps = std::min<int64_t>(Ceil(stages, of_a_warp), 8);
+  const int64_t fits = 48 * 1024 / (warps * per_warp * key->flat * head_bytes);
+  key->threads = static_cast<uint16_t>(warps * 32);
+  key->in_flight = static_cast<uint8_t>(std::min({Ceil(stages, warps), int64_t{3}, fits}));
+  const int64_t resident = regular ? 32 : 40;  // warps: 64 or 48 registers
+  key->min_blocks = static_cast<uint8_t>(std::min<int64_t>(std::max<int64_t>(1, resident / warps), most_blocks));
+}
+
 // Many tokens, a block for each: how many warps it has and how many heads of a group are on their way at once. Searched
 // on an H200 (docs/cuda.md): the more tokens, the less there is to gain from many loads of one, and the more from many
 // blocks of a multiprocessor. A warp works on `per_warp` heads at once.
@@ -58,12 +91,19 @@ void PlanMany(const RopeVariant& v, int64_t rows, int64_t heads, int64_t all_hea
   in_flight = std::clamp<int64_t>(kSharedBytes / (warps * stage_bytes), 0, in_flight);
   key->threads = static_cast<uint16_t>(warps * 32);
   key->in_flight = static_cast<uint8_t>(in_flight);
-  // Left alone, the compiler spills a few bytes of some kernels for the sake of occupancy.
-  const int64_t blocks = !whole ? 1 : store ? std::max<int64_t>(1, 24 / warps) : resident / warps;
+  // Left alone (0), the compiler spills a few bytes of some kernels for the sake of occupancy.
+  int64_t blocks = whole && !(key->flat && rows < 3072) ? 0 : 1;
+  if (whole && store) blocks = std::max<int64_t>(1, 24 / warps);
+  if (whole && !store && resident > 0) blocks = resident / warps;
   key->min_blocks = static_cast<uint8_t>(std::min<int64_t>(blocks, 16));  // what every multiprocessor can hold
 }
 
 }  // namespace
+
+int MostCudaBlocks(const CudaDevice& device) {
+  const int arch = 10 * device.major + device.minor;
+  return arch == 86 || arch == 87 ? 16 : arch == 89 || device.major >= 12 ? 24 : 32;
+}
 
 Status PlanRopeCuda(const RopeCall& call, const CudaDevice& device, RopeCudaOptions options, RopeCudaPlan* plan) {
   const RopeVariant& v = call.variant;
@@ -100,6 +140,8 @@ Status PlanRopeCuda(const RopeCall& call, const CudaDevice& device, RopeCudaOpti
   // A store at 256 tokens keeps accesses of 16 bytes: with more threads, not all of them fit on the device at once.
   const bool wide = v.cache_dtype != kRopeNoDtype && bytes_moved > int64_t{device.sm_count} * 8 * 1024;
   if (few) vector = std::min(vector, std::max(1, (tiny ? 4 : wide ? 16 : 8) / bytes));
+  const int odd = few ? 0 : OddVector(call, rows);
+  if (odd) vector = odd;
   const int units = p.rotary_dim / (2 * vector);
   const auto lanes = static_cast<int>(Ceil(units, Ceil(units, 32)));
   const int per_warp = 32 / lanes;
@@ -115,11 +157,16 @@ Status PlanRopeCuda(const RopeCall& call, const CudaDevice& device, RopeCudaOpti
     const bool rest_matters = v.norm || v.out_of_place || v.store_k;
     const int span = rest_matters ? p.head_dim : p.rotary_dim;
     // Halves that do not fill sectors of 32 bytes are fetched side by side.
-    key.flat = vector * bytes == 16 && (p.rotary_dim / 2 * bytes % 32 != 0 || p.rotary_offset * bytes % 32 != 0);
+    key.flat =
+        odd || (vector * bytes == 16 && (p.rotary_dim / 2 * bytes % 32 != 0 || p.rotary_offset * bytes % 32 != 0));
     const int64_t rest = rest_matters ? (p.head_dim - p.rotary_dim) / vector : 0;
     const int64_t slots = 2 * Ceil(units, lanes) + Ceil(rest, lanes);
-    PlanMany(v, rows, heads, all_heads, per_warp, key.flat ? per_warp * span * bytes : slots * 32 * vector * bytes,
-             &key);
+    const int64_t stage_bytes = key.flat ? per_warp * span * bytes : slots * 32 * vector * bytes;
+    if (odd) {
+      PlanOdd(heads, per_warp, p.head_dim * bytes, MostCudaBlocks(device), &key);
+    } else {
+      PlanMany(v, rows, heads, all_heads, per_warp, stage_bytes, &key);
+    }
     if (key.in_flight == 0) key.flat = 0;
     plan->why = "many tokens: a block for each token";
   }
@@ -150,6 +197,8 @@ Status PlanRopeCuda(const RopeCall& call, const CudaDevice& device, RopeCudaOpti
         key.q_token >= (p.q_heads + p.k_heads) * p.head_dim &&
         static_cast<const char*>(t.k) == static_cast<const char*>(t.q) + int64_t{p.q_heads} * p.head_dim * bytes;
   }
+  // Strides that are not told take registers of their own.
+  if (odd && !key.packed) key.min_blocks = static_cast<uint8_t>(std::min(int{key.min_blocks}, 20 * 32 / key.threads));
 
   const auto dense_index = [&](int64_t stride) { return p.tokens <= 1 || stride == 1; };
   key.dense_indices = (v.positions_dtype == kRopeNoDtype || dense_index(p.positions_token)) &&
@@ -188,6 +237,7 @@ Status PlanRopeCuda(const RopeCall& call, const CudaDevice& device, RopeCudaOpti
     if (v.pairing == ROPEWALK_INTERLEAVED) {
       while (table_vector > 1 && (p.rotary_dim / 4) % table_vector) table_vector /= 2;
     }
+    while (table_vector > 1 && run % table_vector) table_vector /= 2;
     table_vector = Alignment(table_vector, t.cos, table_bytes, {p.cos_batch, p.cos_row});
     table_vector = Alignment(table_vector, t.sin, table_bytes, {p.sin_batch, p.sin_row});
     key.table_vector = static_cast<uint8_t>(v.axes ? 1 : table_vector);

@@ -17,6 +17,9 @@ struct CudaDevice {
   int major = 0, minor = 0;  // compute capability
 };
 
+// What a multiprocessor holds at most; to ask for more is an error.
+int MostCudaBlocks(const CudaDevice& device);
+
 inline constexpr uint16_t kFlatPages = 64;
 
 // Everything a kernel is specialised for. Plain bytes without padding, so that it can be hashed and compared as such.
@@ -34,7 +37,7 @@ struct RopeCudaKey {
   int32_t table_row = 0;              // of cos and of sin; 0: their strides with the params
   int32_t cache_token = 0, cache_head = 0;  // of both caches; a head of 0: with the params
   int64_t cache_page = 0;
-  uint8_t vector = 0;            // elements of one access: 1, 2, 4 or 8
+  uint8_t vector = 0;            // elements of one access: 1, 2, 4 or 8; flat: or a thread's share of a half, 6 or 10
   uint8_t lanes = 0;             // threads of one head, up to 32
   uint8_t in_flight = 0;         // heads a group loads before it uses the first
   uint8_t few_tokens = 0;        // layout: 0 a block for each token, 1 heads of a token spread over blocks

@@ -83,6 +83,34 @@ def test_norm_of_many_head_sizes(head_dim, dtype, tokens):
             close(x, value)
 
 
+# So many heads that a warp takes several turns, with a vector of 6 or 10 elements a thread where that fits.
+@pytest.mark.parametrize("head_dim", [40, 48, 72, 80, 96, 112, 120, 160, 192, 384])
+@pytest.mark.parametrize("pairing", ["neox", "interleaved"])
+@pytest.mark.parametrize("tokens", [1100, 3100])
+@pytest.mark.parametrize("with_table", [False, True])
+def test_norm_of_many_heads_in_packed_rows(head_dim, pairing, tokens, with_table):
+    frequencies = ropewalk.Frequencies(theta=1e6, rotary_dim=head_dim)
+    q_heads, k_heads = 27, 5
+    rows = draw(tokens, (q_heads + 2 * k_heads) * head_dim, dtype=torch.bfloat16)
+    before = rows.clone()
+    q, k, v = (
+        x.unflatten(1, (-1, head_dim)) for x in rows.split([h * head_dim for h in (q_heads, k_heads, k_heads)], 1)
+    )
+    weights = [1 + draw(head_dim, dtype=torch.bfloat16, seed=s) / 4 for s in (2, 3)]
+    cos, sin = frequencies.table(tokens, torch.float32)
+    angle = {"cos_sin": torch.cat([cos, sin], -1).cuda()} if with_table else {"frequencies": frequencies}
+    tables = {"tables": [cos, sin]} if with_table else {}
+    want = [
+        expected(x, None if with_table else angles(range(tokens), frequencies), pairing, norm=True, weight=w, **tables)
+        for x, w in zip((q, k), weights, strict=True)
+    ]
+    positions = torch.arange(tokens, device="cuda")
+    ropewalk.rope_(q, k, positions=positions, pairing=pairing, q_weight=weights[0], k_weight=weights[1], **angle)
+    for x, value in zip((q, k), want, strict=True):
+        close(x, value)
+    assert torch.equal(v, before[:, -k_heads * head_dim :].unflatten(1, (-1, head_dim)))
+
+
 @pytest.mark.parametrize("table_dtype", DTYPES)
 @pytest.mark.parametrize("pairing", ["neox", "interleaved"])
 def test_table(table_dtype, pairing):
