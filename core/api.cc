@@ -69,6 +69,24 @@ Status Lowered(const ropewalk_rope_args* args, void* stream, RopeCall* call, con
   });
 }
 
+Status Launch(const RopeCall& call) {
+  const Backend* backend;
+  ROPEWALK_TRY(ChooseBackend(call.device, &backend));
+  return backend->launch(call);
+}
+
+Status LaunchKnown(KnownCalls::Known* known) {
+  const KnownCalls::Use use(known);
+  return Launch(known->call);
+}
+
+Status LaunchNew(const ropewalk_rope_args& args, void* stream) {
+  RopeCall call;
+  ROPEWALK_TRY(LowerRope(args, stream, &call));
+  KnownCalls::Known* const known = known_calls.Remember(args, call);
+  return known ? LaunchKnown(known) : Launch(call);
+}
+
 }  // namespace
 }  // namespace ropewalk
 
@@ -79,17 +97,8 @@ extern "C" {
 int ropewalk_rope(const ropewalk_rope_args* args, void* stream) {
   return Guard([&]() -> Status {
     return WithArgs(args, [&](const ropewalk_rope_args& full) -> Status {
-      RopeCall lowered;
-      KnownCalls::Known* known = known_calls.Find(full, stream);
-      if (!known) {
-        ROPEWALK_TRY(LowerRope(full, stream, &lowered));
-        known = known_calls.Remember(full, lowered);
-      }
-      const KnownCalls::Use use(known);
-      const RopeCall& call = known ? known->call : lowered;
-      const Backend* backend;
-      ROPEWALK_TRY(ChooseBackend(call.device, &backend));
-      return backend->launch(call);
+      KnownCalls::Known* const known = known_calls.Find(full, stream);
+      return known ? LaunchKnown(known) : LaunchNew(full, stream);
     });
   });
 }

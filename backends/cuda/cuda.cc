@@ -231,27 +231,25 @@ void SetAddresses(const RopeCall& call, const Ready& ready, rope_cuda_args* args
   args->v_scale = t.v_scale;
 }
 
-Status Launch(const RopeCall& call) {
+Status LaunchPrepared(const RopeCall& call, Prepared* prepared) {
   const CudaDriver& driver = GetCudaDriver();
   const RopeCudaLayout layout = forced_layout.load(std::memory_order_relaxed);
-  Prepared unknown;
-  Prepared& prepared = call.shape ? prepared_shapes[call.shape % prepared_shapes.size()] : unknown;
-  if (call.shape == 0 || prepared.shape != call.shape || prepared.layout != layout) {
-    prepared.shape = 0;
-    prepared.layout = layout;
-    prepared.context = nullptr;
-    ROPEWALK_TRY(Plan(driver, call, layout, &prepared.plan));
+  if (prepared->shape == 0 || prepared->shape != call.shape || prepared->layout != layout) {
+    prepared->shape = 0;
+    prepared->layout = layout;
+    prepared->context = nullptr;
+    ROPEWALK_TRY(Plan(driver, call, layout, &prepared->plan));
   }
-  const RopeCudaPlan& plan = prepared.plan;
+  const RopeCudaPlan& plan = prepared->plan;
   if (plan.grid_x == 0) return {};
 
   CudaContextScope scope;
   ROPEWALK_TRY(scope.Enter(driver, call.device.device_id));
   CudaContext* const context = scope.context();
   ROPEWALK_TRY(CheckPointers(driver, call));
-  if (prepared.context != context) ROPEWALK_TRY(PrepareLaunch(driver, context, call, &prepared));
-  prepared.shape = call.shape;
-  SetAddresses(call, prepared.ready, &prepared.args);
+  if (prepared->context != context) ROPEWALK_TRY(PrepareLaunch(driver, context, call, prepared));
+  prepared->shape = call.shape;
+  SetAddresses(call, prepared->ready, &prepared->args);
 
   cu::LaunchAttribute attribute;
   attribute.id = cu::kProgrammaticStreamSerialization;
@@ -261,11 +259,17 @@ Status Launch(const RopeCall& call) {
                                    1,           1,
                                    0,           static_cast<cu::Stream>(call.stream),
                                    &attribute,  plan.key.dependent_launch};
-  void* parameters[] = {&prepared.args};
-  const cu::Result result = driver.LaunchKernelEx(&config, prepared.ready.kernel->function, parameters, nullptr);
+  void* parameters[] = {&prepared->args};
+  const cu::Result result = driver.LaunchKernelEx(&config, prepared->ready.kernel->function, parameters, nullptr);
   if (result != cu::kSuccess) return LaunchFailed(context, call, result);
-  CountLaunch(context, prepared.ready.kernel);
+  CountLaunch(context, prepared->ready.kernel);
   return {};
+}
+
+Status Launch(const RopeCall& call) {
+  if (call.shape) return LaunchPrepared(call, &prepared_shapes[call.shape % prepared_shapes.size()]);
+  Prepared once;
+  return LaunchPrepared(call, &once);
 }
 
 Status Prepare(const RopeCall& call) {

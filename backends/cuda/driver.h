@@ -117,7 +117,10 @@ struct CudaDriver {
   std::vector<CudaDeviceInfo> devices;
 
   // OK, or "rope: <call> failed: CUDA_ERROR_.. (what that means)<context>".
-  Status Check(cu::Result result, const char* call, const std::string& context = "") const;
+  Status Check(cu::Result result, const char* call, const std::string& context) const;
+  Status Check(cu::Result result, const char* call) const {
+    return result == cu::kSuccess ? Status() : Check(result, call, std::string());  // every launch comes here
+  }
 };
 
 // Opens the library at the first call: $ROPEWALK_LIBCUDA, one that is loaded already, or the system's.

@@ -16,10 +16,14 @@ using Known = KnownCalls::Known;
 // Numbers for RopeCall::shape; 0 is none.
 std::atomic<uint64_t> next_shape{1};
 
-// Bit for bit; of a fixed size, since a call of memcmp costs more than the rest.
-bool SameScalar(Kind kind, const char* a, const char* b) {
-  const bool wide = kind == Kind::kHandle || kind == Kind::kQueue || kind == Kind::kDouble;
-  return wide ? std::memcmp(a, b, 8) == 0 : std::memcmp(a, b, 4) == 0;
+using Words = std::array<uint64_t, Known::kWords>;
+
+// Everything that is an argument by itself, and no tensor more or less than before.
+bool SameArguments(const Known& known, const ropewalk_rope_args& args) {
+  const auto words = std::bit_cast<Words>(args);
+  uint64_t difference = 0;
+  for (size_t i = 0; i < words.size(); ++i) difference |= (words[i] & known.mask[i]) ^ known.words[i];
+  return difference == 0;
 }
 
 uintptr_t AddressOf(const DLTensor& tensor) { return reinterpret_cast<uintptr_t>(DataOf(tensor)); }
@@ -68,28 +72,21 @@ uint32_t MetBy(int i, int count, const uintptr_t* begin, const uintptr_t* end) {
 bool Matches(const Known& known, const ropewalk_rope_args& args) {
   uintptr_t begin[Known::kMostTensors], end[Known::kMostTensors];
   intptr_t moved[Known::kMostTensors];
-  const auto* bytes = reinterpret_cast<const char*>(&args);
-  const auto* known_bytes = reinterpret_cast<const char*>(&known.args);
-  int count = 0;
-  for (const Arg& arg : RopeDescription()) {
-    if (arg.kind != Kind::kTensor) {
-      if (!SameScalar(arg.kind, bytes + arg.offset, known_bytes + arg.offset)) return false;
-      continue;
-    }
-    const DLTensor* tensor = TensorOf(arg, &args);
-    if (!tensor) continue;
-    if (count == known.count) return false;
-    const Known::Tensor& t = known.tensors[count];
-    if (t.offset != arg.offset || !SameForm(t, *tensor)) return false;
+  if (!SameArguments(known, args)) return false;
+  if (args.frequencies && args.frequencies->id != known.frequencies_id) return false;
+  const int count = known.count;
+  for (int i = 0; i < count; ++i) {
+    const Known::Tensor& t = known.tensors[i];
+    const DLTensor* tensor;
+    std::memcpy(&tensor, reinterpret_cast<const char*>(&args) + t.offset, sizeof(tensor));
+    if (!tensor || !SameForm(t, *tensor)) return false;
     const uintptr_t address = AddressOf(*tensor);
     if ((address ^ t.address) % kAddressClass != 0 || (!tensor->data && !t.empty)) return false;
     if (t.is_value && std::memcmp(DataOf(*tensor), &t.value, sizeof(float)) != 0) return false;
-    begin[count] = address + static_cast<uintptr_t>(t.begin);
-    end[count] = address + static_cast<uintptr_t>(t.end);
-    moved[count] = static_cast<intptr_t>(address - t.address);
-    ++count;
+    begin[i] = address + static_cast<uintptr_t>(t.begin);
+    end[i] = address + static_cast<uintptr_t>(t.end);
+    moved[i] = static_cast<intptr_t>(address - t.address);
   }
-  if (count != known.count || (args.frequencies && args.frequencies->id != known.frequencies_id)) return false;
   // What is written must meet what it met before, and in the same way.
   for (int i = 0; i < count; ++i) {
     const Known::Tensor& t = known.tensors[i];
@@ -126,13 +123,16 @@ Known* KnownCalls::Remember(const ropewalk_rope_args& args, const RopeCall& call
   if (known.in_use) return nullptr;
   last_ = place;
   known.call = call;
-  known.args = args;
+  known.words = std::bit_cast<Words>(args);
+  known.mask.fill(~uint64_t{0});
   known.frequencies_id = args.frequencies ? args.frequencies->id : 0;
   known.count = 0;
   uintptr_t begin[Known::kMostTensors], end[Known::kMostTensors];
   for (const Arg& arg : RopeDescription()) {
     const DLTensor* tensor = arg.kind == Kind::kTensor ? TensorOf(arg, &args) : nullptr;
     if (!tensor) continue;
+    const size_t word = arg.offset / sizeof(uint64_t);
+    known.words[word] = known.mask[word] = 0;
     const Known::Tensor& t = known.tensors[known.count] = Describe(arg, *tensor);
     begin[known.count] = t.address + static_cast<uintptr_t>(t.begin);
     end[known.count] = t.address + static_cast<uintptr_t>(t.end);

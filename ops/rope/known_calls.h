@@ -34,27 +34,26 @@ class KnownCalls {
     };
     static constexpr int kMostTensors = 18;
 
+    static constexpr size_t kWords = sizeof(ropewalk_rope_args) / sizeof(uint64_t);
+
     RopeCall call;
-    ropewalk_rope_args args;
+    std::array<uint64_t, kWords> words;  // the arguments, without the addresses of tensors
+    std::array<uint64_t, kWords> mask;   // 0 where those are
     uint64_t frequencies_id = 0;
     int count = 0;
     bool in_use = false;
     Tensor tensors[kMostTensors];
   };
 
-  // Keeps a known call as it is: a thread that waits for others may be given another call to make meanwhile. May be of
-  // none.
+  // Keeps a known call as it is: a thread that waits for others may be given another call to make meanwhile.
   class Use {
    public:
-    explicit Use(Known* known) : known_(known) { Set(true); }
-    ~Use() { Set(false); }
+    explicit Use(Known* known) : known_(known) { known_->in_use = true; }
+    ~Use() { known_->in_use = false; }
     Use(const Use&) = delete;
     Use& operator=(const Use&) = delete;
 
    private:
-    void Set(bool in_use) const {
-      if (known_) known_->in_use = in_use;
-    }
     Known* known_;
   };
 
