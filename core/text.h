@@ -2,25 +2,32 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include <charconv>
-#include <cmath>
+#include <cstdint>
 #include <string>
 #include <string_view>
 #include <type_traits>
 
 namespace ropewalk {
 
-inline void Append(std::string* out, std::string_view part) { out->append(part); }
-inline void Append(std::string* out, const char* part) { out->append(part); }
-inline void Append(std::string* out, char part) { out->push_back(part); }
+// Not inline: messages are made of hundreds of parts, and none is made where time matters.
+void Append(std::string* out, std::string_view part);
+void Append(std::string* out, char part);
+void AppendNumber(std::string* out, int64_t number);
+void AppendNumber(std::string* out, uint64_t number);
+void AppendNumber(std::string* out, double number);
+void AppendNumber(std::string* out, float number);
+
+inline void Append(std::string* out, const char* part) { Append(out, std::string_view(part)); }
 template <class Number>
 requires std::is_arithmetic_v<Number>
 void Append(std::string* out, Number number) {
   if constexpr (std::is_floating_point_v<Number>) {
-    if (std::isnan(number)) return Append(out, "nan");  // to_chars may write -nan
+    AppendNumber(out, number);
+  } else if constexpr (std::is_signed_v<Number>) {
+    AppendNumber(out, int64_t{number});
+  } else {
+    AppendNumber(out, uint64_t{number});
   }
-  char buffer[40];
-  out->append(buffer, std::to_chars(buffer, buffer + sizeof(buffer), number).ptr);
 }
 
 template <class... Parts>
@@ -30,25 +37,6 @@ std::string Text(const Parts&... parts) {
   return out;
 }
 
-// As a JSON string, quoted.
-inline std::string JsonString(std::string_view text) {
-  std::string out = "\"";
-  for (const char c : text) {
-    if (c == '"' || c == '\\') {
-      out += '\\';
-      out += c;
-    } else if (c == '\n') {
-      out += "\\n";
-    } else if (static_cast<unsigned char>(c) < 0x20) {
-      constexpr char kHex[] = "0123456789abcdef";
-      out += "\\u00";
-      out += kHex[(c >> 4) & 0xf];
-      out += kHex[c & 0xf];
-    } else {
-      out += c;
-    }
-  }
-  return out + '"';
-}
+std::string JsonString(std::string_view text);  // quoted
 
 }  // namespace ropewalk

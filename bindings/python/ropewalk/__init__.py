@@ -196,22 +196,53 @@ def rope_(
                          k_out, v, k_cache, v_cache, slots, k_scale, v_scale, sycl_queue, disable_pdl)  # fmt: skip
             return q if q_out is None else q_out, k if k_out is None else k_out
         else:
-            # What requires grad, is lazily negated or is not torch's is looked at in detail below.
-            tensors = [t for t in (q, k, cos, sin, cos_sin, q_weight, k_weight, q_out, k_out, v, k_cache, v_cache)
-                       if t is not None]  # fmt: skip
-            for tensor in tensors:
-                if tensor.is_neg():
-                    raise TypeError
-            if _grad_enabled():
-                for tensor in tensors:
-                    if tensor.requires_grad:
-                        raise TypeError
+            # What requires grad, is lazily negated or is not torch's is looked at in detail below. Written out: a loop
+            # over a list takes twice the time.
+            if (
+                q.is_neg()
+                or (k is not None and k.is_neg())
+                or (cos is not None and cos.is_neg())
+                or (sin is not None and sin.is_neg())
+                or (cos_sin is not None and cos_sin.is_neg())
+                or (q_weight is not None and q_weight.is_neg())
+                or (k_weight is not None and k_weight.is_neg())
+                or (q_out is not None and q_out.is_neg())
+                or (k_out is not None and k_out.is_neg())
+                or (v is not None and v.is_neg())
+                or (k_cache is not None and k_cache.is_neg())
+                or (v_cache is not None and v_cache.is_neg())
+            ):
+                raise TypeError
+            if _grad_enabled() and (
+                q.requires_grad
+                or (k is not None and k.requires_grad)
+                or (cos is not None and cos.requires_grad)
+                or (sin is not None and sin.requires_grad)
+                or (cos_sin is not None and cos_sin.requires_grad)
+                or (q_weight is not None and q_weight.requires_grad)
+                or (k_weight is not None and k_weight.requires_grad)
+                or (q_out is not None and q_out.requires_grad)
+                or (k_out is not None and k_out.requires_grad)
+                or (v is not None and v.requires_grad)
+                or (k_cache is not None and k_cache.requires_grad)
+                or (v_cache is not None and v_cache.requires_grad)
+            ):
+                raise TypeError
         handle = None if frequencies is None else frequencies._handle
         if (
             q_out is k_out is v is k_cache is v_cache is slots is k_scale is v_scale is sycl_queue is None
             and not disable_pdl
         ):
             # What is left out at the end need not be handed over.
+            if (
+                norm is q_weight is k_weight is rotary_dim is None
+                and inverse is zero_centered_weight is False
+                and rotary_offset == 0
+                and rounding == "fused"
+                and eps == 1e-6
+            ):
+                _rope(q, k, positions, offsets, handle, cos, sin, cos_sin, axes, _PAIRING[pairing])
+                return q, k
             _rope(q, k, positions, offsets, handle, cos, sin, cos_sin, axes, _PAIRING[pairing], rotary_dim,
                   rotary_offset, inverse, _NORM[norm], q_weight, k_weight, zero_centered_weight, eps,
                   _ROUNDING[rounding])  # fmt: skip
