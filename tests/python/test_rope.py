@@ -328,11 +328,14 @@ def test_order_of_the_description():
     names = [arg["name"] for arg in _module.description()]
     assert sorted(names) == sorted(inspect.signature(ropewalk.rope_).parameters)
     source = inspect.getsource(ropewalk.rope_)
-    calls = [part.split(")  # fmt")[0] for part in source.split(" _rope(")[1:3]]
+    calls = [part.split(")")[0] for part in source.split(" _rope(")[1:4]]
     for name in ("PAIRING", "NORM", "ROUNDING"):
         calls = [call.replace(f"_{name}[", "").replace("]", "") for call in calls]
-    short, whole = ([part.strip() for part in call.replace("handle", "frequencies").split(",")] for call in calls)
+    shortest, short, whole = (
+        [part.strip() for part in call.replace("handle", "frequencies").split(",")] for call in calls
+    )
     assert whole == names
-    assert short == names[: len(short)]  # without what is left out at the end
+    for shorter in (shortest, short):  # without what is left out at the end
+        assert shorter == names[: len(shorter)]
     compiled = source.split("_torch.rope_(")[1].split(")  # fmt")[0]
     assert [part.strip() for part in compiled.split(",")] == names
