@@ -9,6 +9,11 @@
 #include "ops/rope/rope_access.h"
 
 namespace ropewalk {
+int MostCudaBlocks(const CudaDevice& device) {
+  const int arch = 10 * device.major + device.minor;
+  return arch == 86 || arch == 87 ? 16 : arch == 89 || device.major >= 12 ? 24 : 32;
+}
+
 namespace {
 
 int64_t Ceil(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -33,7 +38,7 @@ int OddVector(const RopeCall& call, int64_t rows) {
 }
 
 // The shape of a block for those.
-void PlanOdd(int64_t heads, int64_t per_warp, int64_t head_bytes, int most_blocks, RopeCudaKey* key) {
+void PlanOdd(int64_t heads, int64_t per_warp, int64_t head_bytes, RopeCudaKey* key) {
   const bool regular = std::has_single_bit(key->lanes);
   // Else the heads of a warp end within a sector: two rounds of them do not.
   key->flat = regular ? 1 : 2;
@@ -42,15 +47,14 @@ void PlanOdd(int64_t heads, int64_t per_warp, int64_t head_bytes, int most_block
   const int64_t fits = 48 * 1024 / (warps * per_warp * key->flat * head_bytes);
   key->threads = static_cast<uint16_t>(warps * 32);
   key->in_flight = static_cast<uint8_t>(std::min({Ceil(stages, warps), int64_t{3}, fits}));
-  const int64_t resident = regular ? 32 : 40;  // warps: 64 or 48 registers
-  key->min_blocks = static_cast<uint8_t>(std::min<int64_t>(std::max<int64_t>(1, resident / warps), most_blocks));
 }
 
 // Many tokens, a block for each: how many warps it has and how many heads of a group are on their way at once. Searched
 // on an H200 (docs/cuda.md): the more tokens, the less there is to gain from many loads of one, and the more from many
-// blocks of a multiprocessor. A warp works on `per_warp` heads at once.
-void PlanMany(const RopeVariant& v, int64_t rows, int64_t heads, int64_t all_heads, int64_t per_warp,
-              int64_t stage_bytes, RopeCudaKey* key) {
+// blocks of a multiprocessor. A warp works on `per_warp` heads at once. Returns how many warps a multiprocessor is to
+// hold; 0: as the compiler likes.
+int PlanMany(const RopeVariant& v, int64_t rows, int64_t heads, int64_t all_heads, int64_t per_warp,
+             int64_t stage_bytes, RopeCudaKey* key) {
   const bool store = v.cache_dtype != kRopeNoDtype, table = v.table_dtype != kRopeNoDtype;
   const bool whole = v.dtype != kRopeF32 && key->vector == 8;  // accesses of 16 bytes
   const bool regular = whole && std::has_single_bit(key->lanes);
@@ -58,7 +62,8 @@ void PlanMany(const RopeVariant& v, int64_t rows, int64_t heads, int64_t all_hea
   const auto warps_for = [&](int64_t turns, int64_t most) {
     return std::clamp<int64_t>(Ceil(Ceil(heads, turns), per_warp), 2, most);
   };
-  int64_t warps = 0, in_flight = 2, resident = 0;
+  int64_t warps = 0, in_flight = 2;
+  int resident = store ? 24 : 0;
   if (rows < 768) {
     warps = std::clamp<int64_t>(Ceil(all_heads, per_warp), 2, 16);
   } else if (rows < 1536) {
@@ -91,19 +96,28 @@ void PlanMany(const RopeVariant& v, int64_t rows, int64_t heads, int64_t all_hea
   in_flight = std::clamp<int64_t>(kSharedBytes / (warps * stage_bytes), 0, in_flight);
   key->threads = static_cast<uint16_t>(warps * 32);
   key->in_flight = static_cast<uint8_t>(in_flight);
-  // Left alone (0), the compiler spills a few bytes of some kernels for the sake of occupancy.
-  int64_t blocks = whole && !(key->flat && rows < 3072) ? 0 : 1;
-  if (whole && store) blocks = std::max<int64_t>(1, 24 / warps);
-  if (whole && !store && resident > 0) blocks = resident / warps;
-  key->min_blocks = static_cast<uint8_t>(std::min<int64_t>(blocks, 16));  // what every multiprocessor can hold
+  return resident;
+}
+
+// How many blocks a multiprocessor is to hold at least, which limits registers: for `resident` warps where that was
+// searched for, else 1, with which nothing spills. With 0 the compiler chooses, and spills a few bytes of some kernels
+// for the sake of occupancy.
+int MinBlocks(const RopeCudaKey& key, const CudaDevice& device, int64_t rows, int resident) {
+  const RopeVariant& v = key.variant;
+  const int warps = key.threads / 32;
+  const bool table = v.table_dtype != kRopeNoDtype, partial = key.rotary_dim != key.head_dim;
+  const bool usual = v.rounding == kRopeRoundFused && !v.out_of_place && key.q_heads != 0 &&
+                     key.rotary_dim == 2 * key.vector * key.lanes;
+  if (!usual || key.few_tokens || v.dtype == kRopeF32 || key.vector < 6) return 1;
+  if (resident == 0) {
+    const bool spills = (key.flat && rows < 3072) || (partial && table && v.table_dtype != kRopeF32);
+    return device.major == 9 && !spills ? 0 : 1;
+  }
+  if (partial || (table && key.table_vector == 1 && key.vector == 8)) return 1;
+  return std::clamp(resident / warps, 1, key.vector == 8 ? 16 : MostCudaBlocks(device));
 }
 
 }  // namespace
-
-int MostCudaBlocks(const CudaDevice& device) {
-  const int arch = 10 * device.major + device.minor;
-  return arch == 86 || arch == 87 ? 16 : arch == 89 || device.major >= 12 ? 24 : 32;
-}
 
 Status PlanRopeCuda(const RopeCall& call, const CudaDevice& device, RopeCudaOptions options, RopeCudaPlan* plan) {
   const RopeVariant& v = call.variant;
@@ -143,29 +157,31 @@ Status PlanRopeCuda(const RopeCall& call, const CudaDevice& device, RopeCudaOpti
   const int odd = few ? 0 : OddVector(call, rows);
   if (odd) vector = odd;
   const int units = p.rotary_dim / (2 * vector);
-  const auto lanes = static_cast<int>(Ceil(units, Ceil(units, 32)));
+  const bool rest_matters = v.norm || v.out_of_place || v.store_k;
+  const int rest = rest_matters ? (p.head_dim - p.rotary_dim) / vector : 0;
+  // A thread for each unit; more where the rest of a head would fill a thread's registers.
+  auto lanes = static_cast<int>(Ceil(units, Ceil(units, 32)));
+  while (lanes < 32 && Ceil(rest, lanes) > 4) lanes = std::min(32, 2 * lanes);
   const int per_warp = 32 / lanes;
+  int resident = 0;
   key.vector = static_cast<uint8_t>(vector);
   key.lanes = static_cast<uint8_t>(lanes);
   if (few) {
     key.in_flight = 1;
     key.threads = tiny || wide ? 128 : 256;
-    key.min_blocks = 1;
     plan->grid_y = static_cast<uint32_t>(Ceil(all_heads, key.threads / 32 * per_warp));
     plan->why = "few tokens: the heads of a token are spread over blocks";
   } else {
-    const bool rest_matters = v.norm || v.out_of_place || v.store_k;
     const int span = rest_matters ? p.head_dim : p.rotary_dim;
     // Halves that do not fill sectors of 32 bytes are fetched side by side.
     key.flat =
         odd || (vector * bytes == 16 && (p.rotary_dim / 2 * bytes % 32 != 0 || p.rotary_offset * bytes % 32 != 0));
-    const int64_t rest = rest_matters ? (p.head_dim - p.rotary_dim) / vector : 0;
     const int64_t slots = 2 * Ceil(units, lanes) + Ceil(rest, lanes);
     const int64_t stage_bytes = key.flat ? per_warp * span * bytes : slots * 32 * vector * bytes;
     if (odd) {
-      PlanOdd(heads, per_warp, p.head_dim * bytes, MostCudaBlocks(device), &key);
+      PlanOdd(heads, per_warp, p.head_dim * bytes, &key);
     } else {
-      PlanMany(v, rows, heads, all_heads, per_warp, stage_bytes, &key);
+      resident = PlanMany(v, rows, heads, all_heads, per_warp, stage_bytes, &key);
     }
     if (key.in_flight == 0) key.flat = 0;
     plan->why = "many tokens: a block for each token";
@@ -197,8 +213,6 @@ Status PlanRopeCuda(const RopeCall& call, const CudaDevice& device, RopeCudaOpti
         key.q_token >= (p.q_heads + p.k_heads) * p.head_dim &&
         static_cast<const char*>(t.k) == static_cast<const char*>(t.q) + int64_t{p.q_heads} * p.head_dim * bytes;
   }
-  // Strides that are not told take registers of their own.
-  if (odd && !key.packed) key.min_blocks = static_cast<uint8_t>(std::min(int{key.min_blocks}, 20 * 32 / key.threads));
 
   const auto dense_index = [&](int64_t stride) { return p.tokens <= 1 || stride == 1; };
   key.dense_indices = (v.positions_dtype == kRopeNoDtype || dense_index(p.positions_token)) &&
@@ -242,6 +256,10 @@ Status PlanRopeCuda(const RopeCall& call, const CudaDevice& device, RopeCudaOpti
     table_vector = Alignment(table_vector, t.sin, table_bytes, {p.sin_batch, p.sin_row});
     key.table_vector = static_cast<uint8_t>(v.axes ? 1 : table_vector);
   }
+  // For vectors of 10 elements 64 registers, of 6 48; strides and tables that are not told take registers of their own.
+  const bool slow_table = v.table_dtype != kRopeNoDtype && key.table_vector == 1;
+  if (odd) resident = !key.packed ? 20 : std::has_single_bit(key.lanes) || slow_table ? 32 : 40;
+  key.min_blocks = static_cast<uint8_t>(MinBlocks(key, device, rows, resident));
   return {};
 }
 
