@@ -65,6 +65,32 @@ struct Spoiled {
   }
 };
 
+// The same call with its tensors on a GPU must be refused in the same words, before any backend is asked.
+void ExpectRefusedOnOtherDevices(const ropewalk_rope_args& args, const std::string& text) {
+  if (!args.q || args.q->device.device_type != kDLCPU || args.sycl_queue) return;  // a queue is for one device
+  for (const DLDevice device :
+       {DLDevice{kDLCUDA, 0}, DLDevice{static_cast<DLDeviceType>(kDlOneApi), 0}, DLDevice{kDLOpenCL, 0}}) {
+    ropewalk_rope_args moved = args;
+    std::vector<DLTensor> tensors;
+    tensors.reserve(RopeDescription().size());
+    for (const Arg& arg : RopeDescription()) {
+      const DLTensor* tensor = arg.kind == Kind::kTensor ? TensorOf(arg, &args) : nullptr;
+      if (!tensor || tensor->device.device_type != kDLCPU) continue;
+      if ((tensor->ndim == 0 || tensor->shape) && IsHostValue(arg, *tensor)) continue;  // may lie on the host
+      tensors.push_back(*tensor);
+      tensors.back().device = device;
+      SetField(&moved, arg.offset, &tensors.back());
+    }
+    std::string expected = text;
+    const std::string of_q = "the device of q (cpu)";
+    if (const size_t at = expected.find(of_q); at != std::string::npos) {
+      expected.replace(at, of_q.size(), Text("the device of q (", DeviceName(device), ")"));
+    }
+    EXPECT_EQ(ropewalk_rope(&moved, nullptr), ROPEWALK_INVALID_ARGUMENT) << DeviceName(device);
+    EXPECT_EQ(ropewalk_last_error(), expected) << DeviceName(device);
+  }
+}
+
 // Runs a call that must be refused; each of `words` must be in the message.
 void ExpectRefused(CaseCall& call, const ropewalk_rope_args& args, const std::vector<std::string>& words) {
   const int code = ropewalk_rope(&args, nullptr);
@@ -75,6 +101,7 @@ void ExpectRefused(CaseCall& call, const ropewalk_rope_args& args, const std::ve
     EXPECT_NE(text.find(word), std::string::npos) << "no \"" << word << "\" in: " << text;
   EXPECT_EQ(ropewalk_explain(&args), nullptr);
   EXPECT_EQ(ropewalk_prepare(&args), ROPEWALK_INVALID_ARGUMENT);
+  ExpectRefusedOnOtherDevices(args, text);
   std::string message;
   ASSERT_TRUE(call.VerifyUntouched(&message).ok());
   EXPECT_EQ(message, "");
