@@ -36,14 +36,16 @@ std::atomic<long> allocations{0};
 thread_local int inside_runtime = 0;
 thread_local long own_allocations = 0;
 int (*inside_shim)() = nullptr;  // of a library, as the first
+}  // namespace
 
+#if ROPEWALK_OWN_MALLOC
+namespace {
 void Count() {
   ++allocations;
   if (inside_runtime == 0 && !(inside_shim && inside_shim())) ++own_allocations;
 }
 }  // namespace
 
-#if ROPEWALK_OWN_MALLOC
 extern "C" {
 void* __libc_malloc(size_t);
 void* __libc_calloc(size_t, size_t);
