@@ -549,7 +549,8 @@ int main(int argc, char** argv) {
         for (size_t i = 0; i < std::min<size_t>(6, candidates.size()); ++i) {
           const Candidate& c = candidates[i];
           std::printf(" | %.2f=%.3f v%d l%d t%d x%d b%d%s r%d", c.time, c.time / floor, c.key.vector, c.key.lanes,
-                      c.key.threads, c.key.in_flight, c.min_blocks, c.key.flat ? (" flat" + std::to_string(c.key.flat)).c_str() : "", c.registers);
+                      c.key.threads, c.key.in_flight, c.min_blocks,
+                      c.key.flat ? (" flat" + std::to_string(c.key.flat)).c_str() : "", c.registers);
         }
         std::printf("\n");
         std::fflush(stdout);
