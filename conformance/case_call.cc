@@ -197,11 +197,13 @@ struct CaseCall::Builder {
 
   void FillData(Tensor* tensor) {
     const uint32_t dtype = DtypeOf(tensor->on_host.dtype);
-    double scale = 1.0;
-    if (c.data == Data::kLarge) scale = dtype == kF16 ? 30000.0 : 1e15;
-    if (c.data == Data::kTiny) scale = dtype == kF16 ? 0x1p-20 : dtype == kBF16 ? 1e-39 : 1e-41;
+    const double large = dtype == kF16 ? 30000.0 : 1e15, tiny = dtype == kF16    ? 0x1p-20
+                                                                : dtype == kBF16 ? 1e-39
+                                                                                 : 1e-41;
+    const double mixed[] = {0.0, tiny, 1e-3, 1.0, 100.0};
+    const double scale = c.data == Data::kLarge ? large : c.data == Data::kTiny ? tiny : 1.0;
     EachElement(tensor, [&](uint8_t* at, int64_t) {
-      double value = random.Normal() * scale;
+      double value = random.Normal() * (c.data == Data::kMixed ? mixed[random.Below(std::size(mixed))] : scale);
       if (c.data == Data::kNonFinite && random.Below(40) == 0) {
         const int64_t kind = random.Below(3);
         if (kind == 0) return StoreNan(dtype, at);

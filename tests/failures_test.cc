@@ -393,6 +393,25 @@ TEST(Failures, SubnormalsAreKept) {
   }
 }
 
+// A pair of which one element is tiny, both are, or one is zero, among others that are not.
+TEST(Failures, SubnormalsAreKeptBesideOthers) {
+  for (const uint32_t dtype : {kBF16, kF16, kF32}) {
+    for (const int32_t pairing : {ROPEWALK_NEOX, ROPEWALK_INTERLEAVED}) {
+      for (const int32_t head_dim : {64, 80, 128, 256}) {
+        for (const bool norm : {false, true}) {
+          ExpectPass({.dtype = dtype,
+                      .tokens = 9,
+                      .head_dim = head_dim,
+                      .data = Data::kMixed,
+                      .pairing = pairing,
+                      .norm = norm,
+                      .positions = Positions::kRandom});
+        }
+      }
+    }
+  }
+}
+
 // pegainfer#174, batch invariance: a token's bits do not depend on what else is in the call.
 TEST(Failures, TokensDoNotDependOnTheirNeighbours) {
   const auto call = MakeCall({.tokens = 40, .head_dim = 96, .norm = true, .positions = Positions::kRandom});

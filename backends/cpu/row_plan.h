@@ -44,7 +44,8 @@ inline const int32_t* AxesOf(const RopeCall& call) {
 
 inline RowPlan PlanRow(const RopeCall& call, int64_t row) {
   const rope_params& p = call.params;
-  RowPlan plan{.batch = row / p.tokens, .token = row % p.tokens};
+  const int64_t batch = row < p.tokens ? 0 : row / p.tokens;  // a division costs as much as half a head
+  RowPlan plan{.batch = batch, .token = row - batch * p.tokens};
   bool padding = false;
   int64_t slot = -1;
   if (call.tensors.slots) {

@@ -37,7 +37,7 @@ constexpr DH16 dh16;
 constexpr int kLanes = HWY_LANES(float);
 constexpr int kBlock = 2 * kLanes;  // elements
 constexpr int kMaxHeadDim = 8192;
-constexpr int64_t kPrefetchBytes = 16384;  // of a tensor, ahead of the work on it
+constexpr int64_t kPrefetchBytes = 8192;  // of a tensor, ahead of the work on it
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Conversions. Round to nearest, ties to even.
@@ -217,27 +217,35 @@ struct Run {
   int table_size() const { return (blocks + tail) * kBlock; }
 };
 
-// Lays floats in natural order out in blocks of `kBlock` values (kWhole), or of kLanes (one value for each pair of
+// Lays values in natural order out in blocks of `kBlock` values (kWhole), or of kLanes (one value for each pair of
 // neighbours). `values` has room for two more blocks behind `count`; reads past `count` see zeros.
-template <bool kWhole, bool kReorder>
-HWY_INLINE void Arrange(float* values, int count) {
+template <bool kWhole, bool kReorder, class Value>
+HWY_INLINE void Arrange(Value* values, int count) {
+  static constexpr hn::ScalableTag<Value> d;
   constexpr int kStep = kWhole ? kBlock : kLanes;
   const int blocks = count / kStep;
-  const auto reorder = [](float* block) ROPEWALK_ATTR {
+  const auto reorder = [](Value* block) ROPEWALK_ATTR {
     if constexpr (kReorder) {
-      const V low = hn::LoadU(df, block), high = hn::LoadU(df, block + kLanes);
-      hn::StoreU(hn::ConcatEven(df, high, low), df, block);
-      hn::StoreU(hn::ConcatOdd(df, high, low), df, block + kLanes);
+      const auto low = hn::LoadU(d, block), high = hn::LoadU(d, block + kLanes);
+      hn::StoreU(hn::ConcatEven(d, high, low), d, block);
+      hn::StoreU(hn::ConcatOdd(d, high, low), d, block + kLanes);
     }
   };
   if (count % kStep) {
-    float last[kBlock] = {};
+    Value last[kBlock] = {};
     const int width = blocks ? kStep : count;
-    std::memcpy(last, values + count - width, static_cast<size_t>(width) * sizeof(float));
-    std::memcpy(values + blocks * kStep, last, kStep * sizeof(float));
+    std::memcpy(last, values + count - width, static_cast<size_t>(width) * sizeof(Value));
+    std::memcpy(values + blocks * kStep, last, kStep * sizeof(Value));
     reorder(values + blocks * kStep);
   }
   for (int i = 0; i < blocks; ++i) reorder(values + i * kStep);
+}
+
+// Values that Arrange leaves.
+template <bool kWhole>
+HWY_INLINE int ArrangedSize(int count) {
+  constexpr int kStep = kWhole ? kBlock : kLanes;
+  return (count + kStep - 1) / kStep * kStep;
 }
 
 // `count` elements of a tensor as floats, in natural order; writes whole blocks.
@@ -350,6 +358,10 @@ inline Layout PaddedLayout(const Layout& layout) {
   return Layout(lengths);
 }
 
+// Heads whose 1 / rms is made before the first of them is rotated: so no rotation waits for a sum, a square root and a
+// division.
+constexpr int64_t kNormedAtOnce = 128;
+
 // What a thread keeps beside the tensors. Large enough for every head_dim; only what is used is touched.
 struct Scratch {
   alignas(64) float cos[kMaxHeadDim / 2 + 2 * kBlock];
@@ -358,9 +370,28 @@ struct Scratch {
   alignas(64) float k_weight[kMaxHeadDim + 8 * kBlock];
   alignas(64) float q_folded[2 * kMaxHeadDim + 8 * kBlock];  // cosines and sines times weights: four of each pair
   alignas(64) float k_folded[2 * kMaxHeadDim + 8 * kBlock];
+  alignas(64) float q_rstd[kNormedAtOnce];
+  alignas(64) float k_rstd[kNormedAtOnce];
+  alignas(64) float q_squares[kNormedAtOnce * kLanes];
+  alignas(64) float k_squares[kNormedAtOnce * kLanes];
+  alignas(64) uint32_t turns_low[kMaxHeadDim / 2 + 2 * kBlock];
+  alignas(64) uint32_t turns_high[kMaxHeadDim / 2 + 2 * kBlock];
   alignas(64) uint32_t position_low[kMaxHeadDim / 2 + 2 * kBlock];
   alignas(64) uint32_t position_high[kMaxHeadDim / 2 + 2 * kBlock];
 };
+
+// The halves of the frequencies' turns, in block order.
+template <bool kInterleaved, bool kEvenOddHalves>
+HWY_NOINLINE void FillTurns(const RopeCall& call, Scratch& scratch) {
+  const int pairs = call.params.rotary_dim / 2;
+  const uint64_t* turns = call.frequencies->turns.data();
+  for (int i = 0; i < pairs; ++i) {
+    scratch.turns_low[i] = static_cast<uint32_t>(turns[i]);
+    scratch.turns_high[i] = static_cast<uint32_t>(turns[i] >> 32);
+  }
+  Arrange<!kInterleaved, !kInterleaved && kEvenOddHalves>(scratch.turns_low, pairs);
+  Arrange<!kInterleaved, !kInterleaved && kEvenOddHalves>(scratch.turns_high, pairs);
+}
 
 // Cosines and sines of a token, in block order. kEvenOddHalves: halves are loaded as even and odd elements.
 template <bool kInterleaved, bool kEvenOddHalves>
@@ -394,6 +425,8 @@ HWY_NOINLINE void FillCosSin(const RopeCall& call, const RowPlan& plan, Scratch&
     if (call.variant.inverse) {
       for (int i = 0; i < pairs; i += kLanes) hn::Store(hn::Neg(hn::Load(df, sin + i)), df, sin + i);
     }
+    Arrange<!kInterleaved, !kInterleaved && kEvenOddHalves>(cos, pairs);
+    Arrange<!kInterleaved, !kInterleaved && kEvenOddHalves>(sin, pairs);
   } else {
     if (axes) {
       for (int i = 0; i < pairs; ++i) {
@@ -401,22 +434,17 @@ HWY_NOINLINE void FillCosSin(const RopeCall& call, const RowPlan& plan, Scratch&
         scratch.position_low[i] = static_cast<uint32_t>(position);
         scratch.position_high[i] = static_cast<uint32_t>(position >> 32);
       }
+      Arrange<!kInterleaved, !kInterleaved && kEvenOddHalves>(scratch.position_low, pairs);
+      Arrange<!kInterleaved, !kInterleaved && kEvenOddHalves>(scratch.position_high, pairs);
     }
     const auto position = static_cast<uint64_t>(PositionOf(call, plan.batch, plan.token, 0));
     VU low = hn::Set(du, static_cast<uint32_t>(position));
     VU high = hn::Set(du, static_cast<uint32_t>(position >> 32));
     const V scale = hn::Set(df, p.attention_scaling);
     const V sin_scale = hn::Set(df, call.variant.inverse ? -p.attention_scaling : p.attention_scaling);
-    const uint64_t* turns = call.frequencies->turns.data();
-    for (int i = 0; i < pairs; i += kLanes) {
-      uint64_t padded[kLanes];
-      const uint64_t* source = turns + i;
-      if (i + kLanes > pairs) {
-        for (int j = 0; j < kLanes; ++j) padded[j] = i + j < pairs ? turns[i + j] : 0;
-        source = padded;
-      }
-      VU turns_low, turns_high;
-      hn::LoadInterleaved2(du, reinterpret_cast<const uint32_t*>(source), turns_low, turns_high);
+    const int size = ArrangedSize<!kInterleaved>(pairs);
+    for (int i = 0; i < size; i += kLanes) {
+      const VU turns_low = hn::Load(du, scratch.turns_low + i), turns_high = hn::Load(du, scratch.turns_high + i);
       if (axes) {
         low = hn::Load(du, scratch.position_low + i);
         high = hn::Load(du, scratch.position_high + i);
@@ -434,8 +462,6 @@ HWY_NOINLINE void FillCosSin(const RopeCall& call, const RowPlan& plan, Scratch&
       hn::Store(s, df, sin + i);
     }
   }
-  Arrange<!kInterleaved, !kInterleaved && kEvenOddHalves>(cos, pairs);
-  Arrange<!kInterleaved, !kInterleaved && kEvenOddHalves>(sin, pairs);
 }
 
 // The effective weights (1 without, 1 + weight if zero-centred) of each part, in block order.
@@ -466,31 +492,39 @@ HWY_NOINLINE void FillWeights(const RopeCall& call, const Layout& layout, const 
 }
 
 // Cosines and sines times the weights of the elements that they multiply, so that the norm costs a head no product but
-// 1 / rms: for each vector of pairs x cos, y sin, y cos, x sin.
+// 1 / rms: for the i-th vector of pairs x cos, y sin, y cos, x sin.
+template <bool kInterleaved>
+HWY_INLINE void FoldedFactors(const Layout& layout, const float* cos, const float* sin, const float* weight, int i,
+                              V (&factor)[4]) {
+  const int first = layout.part[1].table, second = kInterleaved ? first + kLanes : layout.part[2].table;
+  constexpr int kWeightStep = kInterleaved ? kBlock : kLanes;
+  const V c = hn::Load(df, cos + i * kLanes), s = hn::Load(df, sin + i * kLanes);
+  const V x = hn::LoadU(df, weight + first + i * kWeightStep), y = hn::LoadU(df, weight + second + i * kWeightStep);
+  factor[0] = hn::Mul(c, x);
+  factor[1] = hn::Mul(s, y);
+  factor[2] = hn::Mul(c, y);
+  factor[3] = hn::Mul(s, x);
+}
+
 template <bool kInterleaved>
 HWY_NOINLINE void FoldWeights(const Layout& layout, const float* cos, const float* sin, const float* weight,
                               float* out) {
   const Run& run = layout.part[1];
   const int blocks = run.blocks + run.tail;
-  const float* x_weight = weight + run.table;
-  const float* y_weight = weight + (kInterleaved ? run.table + kLanes : layout.part[2].table);
-  constexpr int kWeightStep = kInterleaved ? kBlock : kLanes;
   const int vectors = kInterleaved ? blocks : 2 * blocks;
   for (int i = 0; i < vectors; ++i) {
-    const V c = hn::Load(df, cos + i * kLanes), s = hn::Load(df, sin + i * kLanes);
-    const V x = hn::LoadU(df, x_weight + i * kWeightStep), y = hn::LoadU(df, y_weight + i * kWeightStep);
-    hn::Store(hn::Mul(c, x), df, out + 4 * i * kLanes);
-    hn::Store(hn::Mul(s, y), df, out + (4 * i + 1) * kLanes);
-    hn::Store(hn::Mul(c, y), df, out + (4 * i + 2) * kLanes);
-    hn::Store(hn::Mul(s, x), df, out + (4 * i + 3) * kLanes);
+    V factor[4];
+    FoldedFactors<kInterleaved>(layout, cos, sin, weight, i, factor);
+    for (int j = 0; j < 4; ++j) hn::Store(factor[j], df, out + (4 * i + j) * kLanes);
   }
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Heads
 
+// The squares of a head; what is left to add up is the lanes.
 template <class T, bool kNative>
-HWY_INLINE float SumOfSquares(const typename T::Raw* head, int count) {
+HWY_INLINE V SquaresOf(const typename T::Raw* head, int count) {
   V sum0 = hn::Zero(df), sum1 = sum0, sum2 = sum0, sum3 = sum0;
   V a, b;
   int i = 0;
@@ -502,6 +536,7 @@ HWY_INLINE float SumOfSquares(const typename T::Raw* head, int count) {
       sum0.raw = _mm512_dpbf16_ps(sum0.raw, x, x);
       sum1.raw = _mm512_dpbf16_ps(sum1.raw, y, y);
     }
+    if (i == count) return hn::Add(sum0, sum1);
   }
 #endif
   for (; i + 2 * kBlock <= count; i += 2 * kBlock) {
@@ -523,12 +558,26 @@ HWY_INLINE float SumOfSquares(const typename T::Raw* head, int count) {
     sum0 = hn::MulAdd(a, a, sum0);
     sum1 = hn::MulAdd(b, b, sum1);
   }
-  return hn::GetLane(hn::SumOfLanes(df, hn::Add(hn::Add(sum0, sum1), hn::Add(sum2, sum3))));
+  return hn::Add(hn::Add(sum0, sum1), hn::Add(sum2, sum3));
 }
 
-// The same in the order in which torch adds on the CPU, so that reference rounding gives its bits: four accumulators of
-// eight lanes take groups of eight in turn (what is left after whole rounds goes to the first), then the accumulators
-// are added, then their lanes.
+// The sums of kLanes / kRows lanes that lie together, of each of kRows vectors.
+template <int kRows>
+HWY_INLINE V SumsOfLanesOf(const float* rows) {
+  if constexpr (kRows == 1) {
+    return hn::Load(df, rows);
+  } else {
+    const V a = SumsOfLanesOf<kRows / 2>(rows), b = SumsOfLanesOf<kRows / 2>(rows + kRows / 2 * kLanes);
+    return hn::Add(hn::ConcatEven(df, b, a), hn::ConcatOdd(df, b, a));
+  }
+}
+
+// The sum of the lanes of each of kLanes vectors.
+HWY_INLINE V SumsOfLanes(const float* rows) { return SumsOfLanesOf<kLanes>(rows); }
+
+// The sum of squares in the order in which torch adds on the CPU, so that reference rounding gives its bits: four
+// accumulators of eight lanes take groups of eight in turn (what is left after whole rounds goes to the first), then
+// the accumulators are added, then their lanes.
 template <class T>
 HWY_NOINLINE float SumOfSquaresLikeTorch(const typename T::Raw* head, int count) {
   alignas(64) float values[kMaxHeadDim + kBlock];
@@ -569,6 +618,38 @@ HWY_INLINE bool HasTiny(const uint16_t* head, int count) {
   return !AllOrdinary(all);
 }
 
+// The same of pairs, a head in blocks. In halves the larger element of a pair counts, which halves the work: its weight
+// must not take it away again, see OrdinaryWeights.
+template <bool kInterleaved, int kFixed, int kVectors>
+HWY_INLINE bool HasTinyPair(const hn::Vec<D16> (&blocks)[kVectors]) {
+  if constexpr (kInterleaved) {
+    auto all = hn::Set(d16, uint16_t{0xffff});
+    HWY_UNROLL(32)
+    for (int i = 0; i < kVectors; ++i) all = hn::And(all, ExponentShifted(blocks[i]));
+    return !AllOrdinary(all);
+  } else {
+    const auto highest_two = hn::Set(d16, uint16_t{0x6000});
+    auto least = highest_two;
+    HWY_UNROLL(32)
+    for (int i = 0; i < kFixed; ++i) {
+      least = hn::Min(least, hn::And(hn::Or(blocks[i], blocks[kFixed + i]), highest_two));
+    }
+    return !hn::AllTrue(d16, hn::Ne(least, hn::Zero(d16)));
+  }
+}
+
+// Whether weights leave an element's magnitude about what it was.
+HWY_INLINE bool OrdinaryWeights(const Layout& layout, const float* weight) {
+  bool ordinary = true;
+  for (const Run* run : {&layout.part[1], &layout.part[2]}) {
+    for (int i = 0; i < run->table_size(); ++i) {
+      const float magnitude = std::abs(weight[run->table + i]);
+      ordinary &= magnitude > 0x1p-20f && magnitude < 0x1p20f;
+    }
+  }
+  return ordinary;
+}
+
 enum Store { kNoStore, kStoreSame, kStoreFp8 };
 
 // The heads of q or of k of one token, and what is the same for all of them.
@@ -588,12 +669,51 @@ struct Heads {
   const float* cos;
   const float* sin;
   const float* weight;
-  const float* folded;
+  float* folded;    // room for FoldWeights
+  float* rstd;      // 1 / rms of kNormedAtOnce heads
+  float* squares;   // what SquaresOf gives for the heads at `next`, filled while these are rotated
+  const Raw* next;  // the heads of the next token; null: nothing is filled
   float eps, scale_value;
   bool e4m3;
   bool zero_centered;
-  bool round_products;  // reference rounding, in the dtype of the tensors rather than in float32
+  bool ordinary_weights;  // see OrdinaryWeights
+  bool round_products;    // reference rounding, in the dtype of the tensors rather than in float32
 };
+
+// 1 / rms of `count` heads, at most kNormedAtOnce, of which `heads.squares` has what SquaresOf gives.
+template <class T, bool kNative>
+HWY_NOINLINE void RstdsOfSquares(const Heads<T>& heads, int64_t count) {
+  const V per_element = hn::Set(df, 1.0f / static_cast<float>(heads.head_dim)), eps = hn::Set(df, heads.eps);
+  for (int64_t h = 0; h < count; h += kLanes) {
+    const V mean = hn::Add(hn::Mul(SumsOfLanes(heads.squares + h * kLanes), per_element), eps);
+    V rstd;
+    if constexpr (kNative) {
+      // 14 bits, then one of Newton's steps: 2^-22 at most, in a third of the time of a root and a division.
+      const V guess = hn::ApproximateReciprocalSqrt(mean);
+      const V error = hn::NegMulAdd(hn::Mul(mean, guess), guess, hn::Set(df, 1.0f));
+      rstd = hn::MulAdd(hn::Mul(guess, hn::Set(df, 0.5f)), error, guess);
+      rstd = hn::IfThenZeroElse(hn::Eq(mean, hn::Inf(df)), rstd);
+    } else {
+      rstd = hn::Div(hn::Set(df, 1.0f), hn::Sqrt(mean));
+    }
+    hn::Store(rstd, df, heads.rstd + h);
+  }
+}
+
+// The same of `count` heads from `in` on.
+template <class C, bool kNative>
+HWY_NOINLINE void Rstds(const Heads<typename C::T>& heads, const typename C::Raw* in, int64_t count) {
+  using T = typename C::T;
+  for (int64_t h = 0; h < count; ++h, in += heads.in_head) {
+    if constexpr (C::kReference) {
+      const float mean = SumOfSquaresLikeTorch<T>(in, heads.head_dim) / static_cast<float>(heads.head_dim);
+      heads.rstd[h] = 1.0f / std::sqrt(mean + heads.eps);
+    } else {
+      hn::Store(SquaresOf<T, kNative>(in, heads.head_dim), df, heads.squares + h * kLanes);
+    }
+  }
+  if constexpr (!C::kReference) RstdsOfSquares<T, kNative>(heads, count);
+}
 
 // Vectors that a kernel of kFixed blocks keeps in registers: of a head, and of the table it is rotated with.
 template <class C, int kFixed>
@@ -669,10 +789,7 @@ struct Head {
   // (x, y) -> (x cos - y sin, y cos + x sin), for the i-th vector of pairs.
   HWY_INLINE void Rotate(V& x, V& y, int i) const {
     if constexpr (kFolded) {
-      const auto factor = [&](int j) ROPEWALK_ATTR {
-        if constexpr (kFixed > 0) return table[4 * i + j];
-        return hn::Load(df, heads.folded + (4 * i + j) * kLanes);
-      };
+      const auto factor = [&](int j) ROPEWALK_ATTR { return hn::Load(df, heads.folded + (4 * i + j) * kLanes); };
       // Scaled first: products of subnormal numbers would lose what the scale brings back.
       const V unit = hn::Mul(x, rstd);
       y = hn::Mul(y, rstd);
@@ -680,14 +797,7 @@ struct Head {
       y = hn::MulAdd(unit, factor(3), hn::Mul(y, factor(2)));
       return;
     }
-    V c, s;
-    if constexpr (kFixed > 0) {
-      c = table[2 * i];
-      s = table[2 * i + 1];
-    } else {
-      c = hn::Load(df, heads.cos + i * kLanes);
-      s = hn::Load(df, heads.sin + i * kLanes);
-    }
+    const V c = hn::Load(df, heads.cos + i * kLanes), s = hn::Load(df, heads.sin + i * kLanes);
     if constexpr (C::kReference) {
       V xc = hn::Mul(x, c), ys = hn::Mul(y, s), yc = hn::Mul(y, c), xs = hn::Mul(x, s);
       if (heads.round_products) {
@@ -705,16 +815,42 @@ struct Head {
     }
   }
 
+  // The same of two vectors of pairs, the i-th and the next, with the table in registers, and in the order in which
+  // results are there when wanted: a core looks ahead only so far.
+  HWY_INLINE void RotateTwo(V& xa, V& ya, V& xb, V& yb, int i) const {
+    static_assert(kFixed > 0 && !C::kReference);
+    constexpr int kStep = kFolded ? 4 : 2;
+    const V* a = table + kStep * i;
+    const V* b = a + kStep;
+    constexpr int kYCos = kFolded ? 2 : 0, kXSin = kFolded ? 3 : 1;
+    if constexpr (kFolded) {
+      xa = hn::Mul(xa, rstd);
+      ya = hn::Mul(ya, rstd);
+      xb = hn::Mul(xb, rstd);
+      yb = hn::Mul(yb, rstd);
+    }
+    const V xca = hn::Mul(xa, a[0]), yca = hn::Mul(ya, a[kYCos]);
+    const V xcb = hn::Mul(xb, b[0]), ycb = hn::Mul(yb, b[kYCos]);
+    const V new_xa = hn::NegMulAdd(ya, a[1], xca), new_ya = hn::MulAdd(xa, a[kXSin], yca);
+    const V new_xb = hn::NegMulAdd(yb, b[1], xcb), new_yb = hn::MulAdd(xb, b[kXSin], ycb);
+    xa = new_xa;
+    ya = new_ya;
+    xb = new_xb;
+    yb = new_yb;
+  }
+
   // Neighbours: one part; a block holds kLanes pairs.
   HWY_INLINE void RotateInterleaved() const {
     const Run& run = layout.part[1];
     if constexpr (kFixed > 0) {
       HWY_UNROLL(32)
-      for (int i = 0; i < kFixed; ++i) {
-        V x, y;
-        UnpackBf16(blocks[i], x, y);
-        Rotate(x, y, i);
-        WriteAt<true>(i * kBlock, x, y);
+      for (int i = 0; i < kFixed; i += 2) {
+        V xa, ya, xb, yb;
+        UnpackBf16(blocks[i], xa, ya);
+        UnpackBf16(blocks[i + 1], xb, yb);
+        RotateTwo(xa, ya, xb, yb, i);
+        WriteAt<true>(i * kBlock, xa, ya);
+        WriteAt<true>((i + 1) * kBlock, xb, yb);
       }
       return;
     }
@@ -745,8 +881,7 @@ struct Head {
         V xa, xb, ya, yb;
         UnpackBf16(blocks[i], xa, xb);
         UnpackBf16(blocks[kFixed + i], ya, yb);
-        Rotate(xa, ya, 2 * i);
-        Rotate(xb, yb, 2 * i + 1);
+        RotateTwo(xa, ya, xb, yb, 2 * i);
         WriteAt<false>(i * kBlock, xa, xb);
         WriteAt<false>((kFixed + i) * kBlock, ya, yb);
       }
@@ -852,49 +987,47 @@ HWY_NOINLINE void DoHeads(const Heads<typename C::T>& all) {
   using T = typename C::T;
   using Raw = typename C::Raw;
   constexpr int64_t kCacheBytes = kStore == kStoreFp8 ? 1 : sizeof(Raw);
-  const Heads<T> heads = all;  // a copy that no store can alias
+  constexpr int kFactors = C::kNorm ? 4 : 2;
+  // A copy that no store can alias; a kernel of fixed size copies only what its loop asks for.
+  const std::conditional_t<(kFixed > 0), const Heads<T>&, const Heads<T>> heads = all;
+  const Raw* const first_in = heads.in;
+  Raw* const first_out = heads.out;
+  const Raw* const first_next = heads.next;
+  const int64_t in_head = heads.in_head, out_head = heads.out_head, prefetch = heads.prefetch, count = heads.count;
+  float* const squares = heads.squares;
+  const float* const rstds = heads.rstd;
   V table[kTableVectors<C, kFixed>];
   table[0] = hn::Zero(df);
   if constexpr (kFixed > 0) {
     HWY_UNROLL(32)
-    for (int i = 0; i < kTableVectors<C, kFixed>; ++i) {
-      const float* from = C::kNorm ? heads.folded + i * kLanes : (i % 2 ? heads.sin : heads.cos) + i / 2 * kLanes;
-      table[i] = hn::Load(df, from);
+    for (int i = 0; i < kTableVectors<C, kFixed> / kFactors; ++i) {
+      if constexpr (C::kNorm) {
+        V factor[4];
+        FoldedFactors<C::kInterleaved>(*heads.layout, heads.cos, heads.sin, heads.weight, i, factor);
+        for (int j = 0; j < 4; ++j) table[4 * i + j] = factor[j];
+      } else {
+        table[2 * i] = hn::Load(df, heads.cos + i * kLanes);
+        table[2 * i + 1] = hn::Load(df, heads.sin + i * kLanes);
+      }
     }
   }
-  const Raw* in = heads.in;
-  Raw* out = heads.out;
-  // The sums of some heads before the first is rotated: so no rotation waits for a sum, a square root and a division.
-  constexpr int64_t kAhead = 32;
-  alignas(64) float rstds[kAhead];
-  for (int64_t h = 0; h < heads.count; ++h, in += heads.in_head, out += heads.out_head) {
+  for (int64_t h = 0; h < count; ++h) {
+    const Raw* in = first_in + h * in_head;
+    Raw* out = first_out + h * out_head;
     if constexpr (C::kNorm) {
-      if (h % kAhead == 0) {
-        const int64_t ahead = std::min(kAhead, heads.count - h);
-        for (int64_t i = 0; i < kAhead; ++i) {
-          const Raw* head = in + (i < ahead ? i : 0) * heads.in_head;
-          if (i >= ahead) {
-            rstds[i] = rstds[0];
-          } else if constexpr (kFixed > 0) {
-            rstds[i] = SumOfSquares<T, kNative>(head, kHeadVectors<C, kFixed> * kBlock);
-          } else {
-            rstds[i] = C::kReference ? SumOfSquaresLikeTorch<T>(head, heads.head_dim)
-                                     : SumOfSquares<T, kNative>(head, heads.head_dim);
-          }
-        }
-        const V count = hn::Set(df, static_cast<float>(heads.head_dim)), eps = hn::Set(df, heads.eps);
-        for (int64_t i = 0; i < kAhead; i += kLanes) {
-          const V mean = hn::Div(hn::Load(df, rstds + i), count);
-          hn::Store(hn::Div(hn::Set(df, 1.0f), hn::Sqrt(hn::Add(mean, eps))), df, rstds + i);
-        }
-      }
+      if (h % kNormedAtOnce == 0 && h > 0) Rstds<C, kNative>(heads, in, std::min(kNormedAtOnce, count - h));
     }
     // The same head of a later token, into L2: what the hardware's prefetchers bring comes too late where the work on a
     // head takes as long as its way from memory. Rope in DRAM: 0.92 of the floor; into L1, 8 heads ahead: 0.80.
     const int head_dim = kFixed > 0 ? kHeadVectors<C, kFixed> * kBlock : heads.head_dim;
     HWY_UNROLL(32)
     for (int at = 0; at < head_dim; at += 64 / static_cast<int>(sizeof(Raw))) {
-      __builtin_prefetch(in + heads.prefetch + at, 0, 2);
+      __builtin_prefetch(in + prefetch + at, 0, 2);
+    }
+    if constexpr (C::kNorm && !C::kReference) {
+      if (first_next) {
+        hn::Store(SquaresOf<T, kNative>(first_next + h * in_head, head_dim), df, squares + h * kLanes);
+      }
     }
     void* cache = nullptr;
     V rstd = hn::Zero(df), inverse_scale = rstd;
@@ -906,17 +1039,13 @@ HWY_NOINLINE void DoHeads(const Heads<typename C::T>& all) {
     blocks[0] = hn::Zero(d16);
     bool tiny = false;
     if constexpr (kFixed > 0) {
-      auto all_shifted = hn::Set(d16, uint16_t{0xffff});
       HWY_UNROLL(32)
-      for (int i = 0; i < kHeadVectors<C, kFixed>; ++i) {
-        blocks[i] = hn::LoadU(d16, in + i * kBlock);
-        all_shifted = hn::And(all_shifted, ExponentShifted(blocks[i]));
-      }
-      tiny = !AllOrdinary(all_shifted);
+      for (int i = 0; i < kHeadVectors<C, kFixed>; ++i) blocks[i] = hn::LoadU(d16, in + i * kBlock);
+      tiny = HasTinyPair<C::kInterleaved, kFixed>(blocks);
     } else if constexpr (kNative) {
       tiny = HasTiny(in, heads.head_dim);
     }
-    if constexpr (C::kNorm) rstd = hn::Set(df, rstds[h % kAhead]);
+    if constexpr (C::kNorm) rstd = hn::Set(df, rstds[h % kNormedAtOnce]);
     if (kFixed == 0 && HWY_UNLIKELY(heads.layout->needs_padding)) {
       PaddedHead<C, kStore>(heads, in, out, cache, rstd, inverse_scale);
       continue;
@@ -928,7 +1057,13 @@ HWY_NOINLINE void DoHeads(const Heads<typename C::T>& all) {
         one.out = out;
         one.cache = cache;
         one.count = 1;
+        one.next = nullptr;
         if (heads.scale) one.scale = heads.scale + h * heads.scale_head;
+        if constexpr (C::kNorm) {
+          one.rstd = heads.rstd + h % kNormedAtOnce;
+          if constexpr (kFixed > 0)
+            FoldWeights<C::kInterleaved>(*heads.layout, heads.cos, heads.sin, heads.weight, heads.folded);
+        }
         DoHeads<C, kStore, false, 0>(one);
         continue;
       }
@@ -942,7 +1077,7 @@ template <class C, int kStore, bool kNative>
 HWY_INLINE void ChooseHeads(const Heads<typename C::T>& heads) {
   if constexpr (kNative) {
     const Layout& layout = *heads.layout;
-    if (layout.part[0].length == 0 && layout.part[3].length == 0 && !layout.part[1].tail) {
+    if (heads.ordinary_weights && layout.part[0].length == 0 && layout.part[3].length == 0 && !layout.part[1].tail) {
       constexpr int kUnit = C::kInterleaved ? 2 : 1;  // blocks of a head of 64 elements
       switch (layout.part[1].blocks) {
         case kUnit: return DoHeads<C, kStore, true, kUnit>(heads);
@@ -951,6 +1086,9 @@ HWY_INLINE void ChooseHeads(const Heads<typename C::T>& heads) {
         default: break;
       }
     }
+  }
+  if constexpr (C::kNorm && !C::kReference) {
+    FoldWeights<C::kInterleaved>(*heads.layout, heads.cos, heads.sin, heads.weight, heads.folded);
   }
   DoHeads<C, kStore, kNative, 0>(heads);
 }
@@ -1037,7 +1175,10 @@ HWY_NOINLINE void RopeRows(const RopeCall& call, int64_t begin, int64_t end, std
   q.sin = scratch.sin;
   q.weight = scratch.q_weight;
   q.folded = scratch.q_folded;
+  q.rstd = scratch.q_rstd;
+  q.squares = scratch.q_squares;
   q.eps = p.eps;
+  q.ordinary_weights = true;
   q.zero_centered = variant.weight == kRopeZeroCenteredWeight;
   q.round_products = variant.table_dtype == kRopeNoDtype || variant.table_dtype == variant.dtype;
   Heads<T> k = q;
@@ -1050,17 +1191,33 @@ HWY_NOINLINE void RopeRows(const RopeCall& call, int64_t begin, int64_t end, std
   k.count = p.k_heads;
   k.weight = scratch.k_weight;
   k.folded = scratch.k_folded;
+  k.rstd = scratch.k_rstd;
+  k.squares = scratch.k_squares;
   k.e4m3 = variant.cache_dtype == kRopeE4M3;
   if constexpr (C::kNorm) {
     FillWeights<C::kInterleaved, kEvenOddHalves>(call, layout, t.q_weight, scratch.q_weight);
-    if (t.k) FillWeights<C::kInterleaved, kEvenOddHalves>(call, layout, t.k_weight, scratch.k_weight);
+    q.ordinary_weights = OrdinaryWeights(layout, scratch.q_weight);
+    if (t.k) {
+      FillWeights<C::kInterleaved, kEvenOddHalves>(call, layout, t.k_weight, scratch.k_weight);
+      k.ordinary_weights = OrdinaryWeights(layout, scratch.k_weight);
+    }
   }
 
+  if (call.variant.table_dtype == kRopeNoDtype) FillTurns<C::kInterleaved, kEvenOddHalves>(call, scratch);
+
+  // The sums of squares of a token are made while the heads of the one before are rotated.
+  constexpr bool kSumsAhead = C::kNorm && !C::kReference;
+  const bool sums_ahead = kSumsAhead && std::max(q.count, k.count) <= kNormedAtOnce;
   const auto tokens_ahead = [&](int64_t heads) {
     const int64_t bytes = heads * p.head_dim * static_cast<int64_t>(sizeof(Raw));
-    return std::max<int64_t>(1, kPrefetchBytes / std::max<int64_t>(1, bytes));
+    return std::max<int64_t>(1, kPrefetchBytes / std::max<int64_t>(1, bytes)) + sums_ahead;
   };
   const int64_t q_ahead = tokens_ahead(p.q_heads), k_ahead = tokens_ahead(p.k_heads);
+
+  const auto in_row = [&](const void* in, const rope_strides& strides, int64_t batch, int64_t token) {
+    return static_cast<const Raw*>(in) + batch * strides.batch + token * strides.token;
+  };
+  int64_t normed = -1;  // the row whose 1 / rms is there
 
   for (int64_t row = begin; row < end; ++row) {
     const RowPlan plan = PlanRow(call, row);
@@ -1074,20 +1231,26 @@ HWY_NOINLINE void RopeRows(const RopeCall& call, int64_t begin, int64_t end, std
       if (t.k) FillToken<Raw>(t.k, t.k_out, p.k, p.k_out, plan, p.k_heads, p.head_dim, value);
       continue;
     }
-    FillCosSin<C::kInterleaved, kEvenOddHalves>(call, plan, scratch);
-    if constexpr (C::kNorm && !C::kReference) {
-      FoldWeights<C::kInterleaved>(layout, scratch.cos, scratch.sin, scratch.q_weight, scratch.q_folded);
-      if (t.k) FoldWeights<C::kInterleaved>(layout, scratch.cos, scratch.sin, scratch.k_weight, scratch.k_folded);
+    q.in = in_row(t.q, p.q, plan.batch, plan.token);
+    if (t.k) k.in = in_row(t.k, p.k, plan.batch, plan.token);
+    if constexpr (C::kNorm) {
+      if (normed != row) {
+        Rstds<C, kNative>(q, q.in, std::min(kNormedAtOnce, q.count));
+        if (t.k) Rstds<C, kNative>(k, k.in, std::min(kNormedAtOnce, k.count));
+      }
+      const bool ahead = sums_ahead && row + 1 < end;
+      const int64_t batch = (row + 1) / p.tokens, token = (row + 1) % p.tokens;
+      q.next = ahead ? in_row(t.q, p.q, batch, token) : nullptr;
+      k.next = ahead && t.k ? in_row(t.k, p.k, batch, token) : nullptr;
     }
+    FillCosSin<C::kInterleaved, kEvenOddHalves>(call, plan, scratch);
 
     q.prefetch = row + q_ahead < end ? q_ahead * p.q.token : 0;
-    q.in = static_cast<const Raw*>(t.q) + plan.batch * p.q.batch + plan.token * p.q.token;
     q.out = static_cast<Raw*>(t.q_out) + plan.batch * p.q_out.batch + plan.token * p.q_out.token;
     ChooseHeads<C, kNoStore, kNative>(q);
     const bool store = plan.slot >= 0;
     if (t.k) {
       k.prefetch = row + k_ahead < end ? k_ahead * p.k.token : 0;
-      k.in = static_cast<const Raw*>(t.k) + plan.batch * p.k.batch + plan.token * p.k.token;
       k.out = static_cast<Raw*>(t.k_out) + plan.batch * p.k_out.batch + plan.token * p.k_out.token;
       if (store && t.k_cache) {
         const int64_t at = plan.slot / p.page_size * p.k_cache.batch + plan.slot % p.page_size * p.k_cache.token;
@@ -1100,6 +1263,13 @@ HWY_NOINLINE void RopeRows(const RopeCall& call, int64_t begin, int64_t end, std
         }
       } else {
         ChooseHeads<C, kNoStore, kNative>(k);
+      }
+    }
+    if constexpr (kSumsAhead) {
+      if (q.next) {
+        RstdsOfSquares<T, kNative>(q, q.count);
+        if (t.k) RstdsOfSquares<T, kNative>(k, k.count);
+        normed = row + 1;
       }
     }
     if (store && t.v_cache) StoreV<T>(call, plan);

@@ -49,7 +49,7 @@ const char* Name(Axes axes) { return Entry({"one", "sections", "interleaved", "t
 const char* Name(Cache cache) { return Entry({"none", "flat", "nhd", "hnd"}, cache); }
 const char* Name(Scale scale) { return Entry({"none", "host", "tensor", "heads"}, scale); }
 const char* Name(Slots slots) { return Entry({"all", "skips", "nothing"}, slots); }
-const char* Name(Data data) { return Entry({"normal", "large", "tiny", "nonfinite"}, data); }
+const char* Name(Data data) { return Entry({"normal", "large", "tiny", "nonfinite", "mixed"}, data); }
 const char* Name(Bad bad) { return Entry({"none", "position", "slot", "axis", "padding"}, bad); }
 const char* Name(Weight weight) { return Entry({"none", "plain", "zero_centered"}, weight); }
 

@@ -57,7 +57,13 @@ enum class Slots : uint8_t {
   kSkips,    // every third -1
   kNothing,  // all -1
 };
-enum class Data : uint8_t { kNormal, kLarge, kTiny, kNonFinite };
+enum class Data : uint8_t {
+  kNormal,
+  kLarge,
+  kTiny,
+  kNonFinite,
+  kMixed
+};  // mixed: zeros, tiny and large beside each other
 // What is wrong with some tokens of the call; kPaddedPosition: the slot is -1 and the position out of range.
 enum class Bad : uint8_t { kNone, kPosition, kSlot, kAxis, kPaddedPosition };
 
