@@ -358,9 +358,10 @@ inline Layout PaddedLayout(const Layout& layout) {
   return Layout(lengths);
 }
 
-// Heads whose 1 / rms is made before the first of them is rotated: so no rotation waits for a sum, a square root and a
-// division.
+// Heads whose 1 / rms is made before the first of them is rotated, so that no rotation waits for a sum, a square root
+// and a division: at most so many, and as many bytes as stay in L1 twice.
 constexpr int64_t kNormedAtOnce = 128;
+constexpr int64_t kNormedBytes = 12288;
 
 // What a thread keeps beside the tensors. Large enough for every head_dim; only what is used is touched.
 struct Scratch {
@@ -370,8 +371,8 @@ struct Scratch {
   alignas(64) float k_weight[kMaxHeadDim + 8 * kBlock];
   alignas(64) float q_folded[2 * kMaxHeadDim + 8 * kBlock];  // cosines and sines times weights: four of each pair
   alignas(64) float k_folded[2 * kMaxHeadDim + 8 * kBlock];
-  alignas(64) float q_rstd[kNormedAtOnce];
-  alignas(64) float k_rstd[kNormedAtOnce];
+  alignas(64) float q_rstd[kNormedAtOnce + kLanes];
+  alignas(64) float k_rstd[kNormedAtOnce + kLanes];
   alignas(64) float q_squares[kNormedAtOnce * kLanes];
   alignas(64) float k_squares[kNormedAtOnce * kLanes];
   alignas(64) uint32_t turns_low[kMaxHeadDim / 2 + 2 * kBlock];
@@ -385,7 +386,14 @@ template <bool kInterleaved, bool kEvenOddHalves>
 HWY_NOINLINE void FillTurns(const RopeCall& call, Scratch& scratch) {
   const int pairs = call.params.rotary_dim / 2;
   const uint64_t* turns = call.frequencies->turns.data();
-  for (int i = 0; i < pairs; ++i) {
+  int i = 0;
+  for (; i + kLanes <= pairs; i += kLanes) {
+    VU low, high;
+    hn::LoadInterleaved2(du, reinterpret_cast<const uint32_t*>(turns + i), low, high);
+    hn::Store(low, du, scratch.turns_low + i);
+    hn::Store(high, du, scratch.turns_high + i);
+  }
+  for (; i < pairs; ++i) {
     scratch.turns_low[i] = static_cast<uint32_t>(turns[i]);
     scratch.turns_high[i] = static_cast<uint32_t>(turns[i] >> 32);
   }
@@ -572,8 +580,17 @@ HWY_INLINE V SumsOfLanesOf(const float* rows) {
   }
 }
 
-// The sum of the lanes of each of kLanes vectors.
+// The sum of the lanes of each of kLanes vectors; that of one, in the same order and in every lane.
 HWY_INLINE V SumsOfLanes(const float* rows) { return SumsOfLanesOf<kLanes>(rows); }
+HWY_INLINE V SumOfLanes(const float* row) {
+  V sum = hn::Load(df, row);
+  HWY_UNROLL(4)
+  for (int lanes = kLanes; lanes > 1; lanes /= 2) {
+    sum = hn::Add(hn::ConcatEven(df, sum, sum), hn::ConcatOdd(df, sum, sum));
+  }
+  return sum;
+}
+constexpr int kFewHeads = 4;  // for which one at a time is faster
 
 // The sum of squares in the order in which torch adds on the CPU, so that reference rounding gives its bits: four
 // accumulators of eight lanes take groups of eight in turn (what is left after whole rounds goes to the first), then
@@ -640,14 +657,15 @@ HWY_INLINE bool HasTinyPair(const hn::Vec<D16> (&blocks)[kVectors]) {
 
 // Whether weights leave an element's magnitude about what it was.
 HWY_INLINE bool OrdinaryWeights(const Layout& layout, const float* weight) {
-  bool ordinary = true;
+  const V least = hn::Set(df, 0x1p-20f), most = hn::Set(df, 0x1p20f);
+  auto ordinary = hn::FirstN(df, kLanes);
   for (const Run* run : {&layout.part[1], &layout.part[2]}) {
-    for (int i = 0; i < run->table_size(); ++i) {
-      const float magnitude = std::abs(weight[run->table + i]);
-      ordinary &= magnitude > 0x1p-20f && magnitude < 0x1p20f;
+    for (int i = 0; i < run->table_size(); i += kLanes) {
+      const V magnitude = hn::Abs(hn::LoadU(df, weight + run->table + i));
+      ordinary = hn::And(ordinary, hn::And(hn::Gt(magnitude, least), hn::Lt(magnitude, most)));
     }
   }
-  return ordinary;
+  return hn::AllTrue(df, ordinary);
 }
 
 enum Store { kNoStore, kStoreSame, kStoreFp8 };
@@ -663,6 +681,7 @@ struct Heads {
   int64_t in_head, out_head, cache_head, scale_head;  // strides
   int64_t prefetch;                                   // from a head to the one fetched ahead; 0: none
   int64_t count;
+  int64_t at_once;  // whose 1 / rms is made together
   int head_dim;
   const Layout* layout;
   const Layout* padded;
@@ -670,7 +689,7 @@ struct Heads {
   const float* sin;
   const float* weight;
   float* folded;    // room for FoldWeights
-  float* rstd;      // 1 / rms of kNormedAtOnce heads
+  float* rstd;      // 1 / rms of the heads that are next
   float* squares;   // what SquaresOf gives for the heads at `next`, filled while these are rotated
   const Raw* next;  // the heads of the next token; null: nothing is filled
   float eps, scale_value;
@@ -684,8 +703,10 @@ struct Heads {
 template <class T, bool kNative>
 HWY_NOINLINE void RstdsOfSquares(const Heads<T>& heads, int64_t count) {
   const V per_element = hn::Set(df, 1.0f / static_cast<float>(heads.head_dim)), eps = hn::Set(df, heads.eps);
-  for (int64_t h = 0; h < count; h += kLanes) {
-    const V mean = hn::Add(hn::Mul(SumsOfLanes(heads.squares + h * kLanes), per_element), eps);
+  const bool few = count < kFewHeads;
+  for (int64_t h = 0; h < count; h += few ? 1 : kLanes) {
+    const float* rows = heads.squares + h * kLanes;
+    const V mean = hn::Add(hn::Mul(few ? SumOfLanes(rows) : SumsOfLanes(rows), per_element), eps);
     V rstd;
     if constexpr (kNative) {
       // 14 bits, then one of Newton's steps: 2^-22 at most, in a third of the time of a root and a division.
@@ -696,7 +717,7 @@ HWY_NOINLINE void RstdsOfSquares(const Heads<T>& heads, int64_t count) {
     } else {
       rstd = hn::Div(hn::Set(df, 1.0f), hn::Sqrt(mean));
     }
-    hn::Store(rstd, df, heads.rstd + h);
+    hn::StoreU(rstd, df, heads.rstd + h);
   }
 }
 
@@ -1011,11 +1032,15 @@ HWY_NOINLINE void DoHeads(const Heads<typename C::T>& all) {
       }
     }
   }
+  int64_t normed = 0;  // the head that rstds begins with
   for (int64_t h = 0; h < count; ++h) {
     const Raw* in = first_in + h * in_head;
     Raw* out = first_out + h * out_head;
     if constexpr (C::kNorm) {
-      if (h % kNormedAtOnce == 0 && h > 0) Rstds<C, kNative>(heads, in, std::min(kNormedAtOnce, count - h));
+      if (h - normed == heads.at_once) {
+        normed = h;
+        Rstds<C, kNative>(heads, in, std::min(heads.at_once, count - h));
+      }
     }
     // The same head of a later token, into L2: what the hardware's prefetchers bring comes too late where the work on a
     // head takes as long as its way from memory. Rope in DRAM: 0.92 of the floor; into L1, 8 heads ahead: 0.80.
@@ -1045,7 +1070,7 @@ HWY_NOINLINE void DoHeads(const Heads<typename C::T>& all) {
     } else if constexpr (kNative) {
       tiny = HasTiny(in, heads.head_dim);
     }
-    if constexpr (C::kNorm) rstd = hn::Set(df, rstds[h % kNormedAtOnce]);
+    if constexpr (C::kNorm) rstd = hn::Set(df, rstds[h - normed]);
     if (kFixed == 0 && HWY_UNLIKELY(heads.layout->needs_padding)) {
       PaddedHead<C, kStore>(heads, in, out, cache, rstd, inverse_scale);
       continue;
@@ -1060,7 +1085,7 @@ HWY_NOINLINE void DoHeads(const Heads<typename C::T>& all) {
         one.next = nullptr;
         if (heads.scale) one.scale = heads.scale + h * heads.scale_head;
         if constexpr (C::kNorm) {
-          one.rstd = heads.rstd + h % kNormedAtOnce;
+          one.rstd = heads.rstd + (h - normed);
           if constexpr (kFixed > 0)
             FoldWeights<C::kInterleaved>(*heads.layout, heads.cos, heads.sin, heads.weight, heads.folded);
         }
@@ -1168,6 +1193,8 @@ HWY_NOINLINE void RopeRows(const RopeCall& call, int64_t begin, int64_t end, std
   q.in_head = p.q.head;
   q.out_head = p.q_out.head;
   q.count = p.q_heads;
+  q.at_once = kNormedBytes / (p.head_dim * static_cast<int64_t>(sizeof(Raw))) / kLanes * kLanes;
+  q.at_once = std::clamp<int64_t>(q.at_once, kLanes, kNormedAtOnce);
   q.head_dim = p.head_dim;
   q.layout = &layout;
   q.padded = &padded;
@@ -1207,12 +1234,22 @@ HWY_NOINLINE void RopeRows(const RopeCall& call, int64_t begin, int64_t end, std
 
   // The sums of squares of a token are made while the heads of the one before are rotated.
   constexpr bool kSumsAhead = C::kNorm && !C::kReference;
-  const bool sums_ahead = kSumsAhead && std::max(q.count, k.count) <= kNormedAtOnce;
+  const bool sums_ahead = kSumsAhead && q.count <= q.at_once && k.count <= k.at_once;
   const auto tokens_ahead = [&](int64_t heads) {
     const int64_t bytes = heads * p.head_dim * static_cast<int64_t>(sizeof(Raw));
     return std::max<int64_t>(1, kPrefetchBytes / std::max<int64_t>(1, bytes)) + sums_ahead;
   };
   const int64_t q_ahead = tokens_ahead(p.q_heads), k_ahead = tokens_ahead(p.k_heads);
+
+  if constexpr (kSumsAhead) {
+    // Sums of heads that are not there are made too, of something.
+    const auto clear = [](float* squares, int64_t count) ROPEWALK_ATTR {
+      if (count < kFewHeads) return;
+      for (int64_t h = count; h % kLanes != 0; ++h) hn::Store(hn::Zero(df), df, squares + h * kLanes);
+    };
+    clear(scratch.q_squares, std::min(q.count, q.at_once));
+    clear(scratch.k_squares, std::min(k.count, k.at_once));
+  }
 
   const auto in_row = [&](const void* in, const rope_strides& strides, int64_t batch, int64_t token) {
     return static_cast<const Raw*>(in) + batch * strides.batch + token * strides.token;
@@ -1235,8 +1272,8 @@ HWY_NOINLINE void RopeRows(const RopeCall& call, int64_t begin, int64_t end, std
     if (t.k) k.in = in_row(t.k, p.k, plan.batch, plan.token);
     if constexpr (C::kNorm) {
       if (normed != row) {
-        Rstds<C, kNative>(q, q.in, std::min(kNormedAtOnce, q.count));
-        if (t.k) Rstds<C, kNative>(k, k.in, std::min(kNormedAtOnce, k.count));
+        Rstds<C, kNative>(q, q.in, std::min(q.at_once, q.count));
+        if (t.k) Rstds<C, kNative>(k, k.in, std::min(k.at_once, k.count));
       }
       const bool ahead = sums_ahead && row + 1 < end;
       const int64_t batch = (row + 1) / p.tokens, token = (row + 1) % p.tokens;
