@@ -8,7 +8,7 @@ import oracle
 import pytest
 import ropewalk
 import torch
-from ropewalk.compat import _common, sgl_kernel, sglang_jit
+from ropewalk.compat import _common, sgl_kernel, sgl_kernel_xpu, sglang_jit
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -445,6 +445,99 @@ def test_full_width_table_of_unequal_pairs(device, dtype, is_neox, round_norm, r
     empty = torch.empty(0, 4, 128, dtype=dtype, device=device)
     sglang_jit.fused_inplace_qknorm_rope(empty, empty.clone(), *weights, torch.cat(full, -1), positions[:0],
                                          is_neox=is_neox, cache_has_full_width=True)  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("is_neox", [True, False])
+@pytest.mark.parametrize("round_norm", [True, False])
+@pytest.mark.parametrize("full_width", [True, False])
+def test_out_of_place_has_the_bits_of_in_place(device, dtype, is_neox, round_norm, full_width):
+    """Strided views in, tensors of other strides out; what is read stays as it is."""
+    cache = table(16, 96, device, dtype=dtype)
+    if full_width:
+        (cos, sin), (other_cos, other_sin) = cache.chunk(2, -1), cache.flip(0).chunk(2, -1)
+        cache = torch.cat([cos, other_cos, sin, other_sin], -1)
+    row = draw(6, 7, 128, dtype=dtype, device=device)
+    weights = [1 + draw(128, dtype=dtype, device=device, seed=s) / 4 for s in (1, 2)]
+    positions = torch.tensor([5, 0, 15, 3, 3, 2], device=device)
+    options = {"is_neox": is_neox, "eps": 1e-5, "head_dim": 128, "rope_dim": 96,
+               "round_norm_before_rope": round_norm, "cache_has_full_width": full_width}  # fmt: skip
+    want = row[:, :4].clone(), row[:, 4:6].clone()
+    sglang_jit.fused_inplace_qknorm_rope(*want, *weights, cache, positions, **options)
+    before, out = row.clone(), torch.full((6, 8, 128), 7.0, dtype=dtype, device=device)
+    sglang_jit.fused_qknorm_rope_out_of_place(row[:, :4], row[:, 4:6], out[:, 1:5], out[:, 5:7], *weights, cache,
+                                              positions, **options)  # fmt: skip
+    assert torch.equal(row, before)
+    assert torch.equal(out[:, 1:5], want[0]) and torch.equal(out[:, 5:7], want[1])
+    assert (out[:, 0] == 7).all() and (out[:, 7] == 7).all()
+
+
+def test_out_of_place_refuses():
+    q, k, weight, positions = torch.ones(3, 2, 64), torch.ones(3, 1, 64), torch.ones(64) * 2, torch.arange(3)
+    for change, error, match in (
+        ({"q_out": torch.ones(3, 2, 32)}, ValueError, "q_out"),
+        ({"k_out": torch.ones(2, 1, 64)}, ValueError, "k_out"),
+        ({"k_out": None}, TypeError, "k_out must be a torch.Tensor"),
+        ({"cos_sin_cache": table(8, 64, "cpu").double()}, ValueError, "cos_sin_cache must be"),
+    ):
+        for round_norm in (False, True):
+            arguments = {"q": q, "k": k, "q_out": torch.zeros_like(q), "k_out": torch.zeros_like(k), "q_weight": weight,
+                         "k_weight": weight, "cos_sin_cache": table(8, 64, "cpu"), "positions": positions,
+                         "is_neox": True, "round_norm_before_rope": round_norm, **change}  # fmt: skip
+            with pytest.raises(error, match=f"^fused_qknorm_rope_out_of_place: .*{match}"):
+                sglang_jit.fused_qknorm_rope_out_of_place(**arguments)
+            for name in ("q_out", "k_out"):
+                assert name in change or (arguments[name] == 0).all()
+    assert (q == 1).all() and (k == 1).all()
+
+
+def test_can_use_fused_inplace_qknorm_rope(device):
+    can = sglang_jit.can_use_fused_inplace_qknorm_rope
+    for dtype in DTYPES:
+        for is_neox in (True, False):
+            assert can(128, 96, is_neox, dtype, torch.float32, device=device)
+            assert can(64, 64, is_neox, dtype, dtype, True, False, True, device=device)
+    assert can(80, 80, False, torch.bfloat16, device=device)
+    assert not can(128, 96, True, torch.bfloat16, pack_kv=True, device=device)
+    for bad in ((128, 130, True, torch.bfloat16), (128, 0, True, torch.bfloat16), (128, 63, True, torch.bfloat16),
+                (128, 64, True, torch.int32), (128, 64, True, "bfloat16"), (0, 0, True, torch.bfloat16),
+                (128, 64, True, torch.bfloat16, torch.float64)):  # fmt: skip
+        assert not can(*bad, device=device), bad
+    assert not can(128, 64, True, torch.bfloat16, device="nowhere")
+
+
+@pytest.mark.parametrize("is_neox", [True, False])
+@pytest.mark.parametrize("index", [torch.int32, torch.int64])
+def test_a_token_of_intel_that_is_not_stored_is_not_rotated(device, is_neox, index):
+    cache, dtype = table(16, 64, device), torch.bfloat16
+    q, k = draw(5, 4, 128, dtype=dtype, device=device), draw(5, 2, 128, dtype=dtype, device=device, seed=1)
+    v = draw(5, 2, 128, dtype=dtype, device=device, seed=2)
+    positions = torch.tensor([3, 0, 15, 7, 7], dtype=index, device=device)
+    out_loc = torch.tensor([4, -1, 0, -1, 9], dtype=index, device=device)
+    q_want, k_want = q.clone(), k.clone()
+    sglang_jit.apply_rope_inplace(q_want, k_want, cache, positions, is_neox=is_neox)
+    skipped = out_loc < 0
+    q_want[skipped], k_want[skipped] = q[skipped], k[skipped]
+    k_cache, v_cache = (torch.full((10, 256), 7.0, dtype=dtype, device=device) for _ in range(2))
+    sgl_kernel_xpu.apply_rope_inplace_with_kvcache(q, k, v, k_cache, v_cache, cache, positions, out_loc, is_neox)
+    assert torch.equal(q, q_want) and torch.equal(k, k_want)
+    stored = out_loc[~skipped].long()
+    assert torch.equal(k_cache[stored], k[~skipped].flatten(1)) and torch.equal(v_cache[stored], v[~skipped].flatten(1))
+    others = [i for i in range(10) if i not in stored.tolist()]
+    assert (k_cache[others] == 7).all() and (v_cache[others] == 7).all()
+    ropewalk.check_faults()
+    before = q.clone()
+    for change, match in (
+        ({"cos_sin_cache": cache.to(dtype)}, "cos_sin_cache must be"),
+        ({"out_loc": out_loc[:3]}, "out_loc has 3 tokens"),
+        ({"cos_sin_cache": cache[:, :17]}, "17"),
+        ({"v_cache": v_cache[:, :255]}, "v_cache must have rows of 2 heads"),
+    ):
+        arguments = {"q": q, "k": k, "v": v, "k_cache": k_cache, "v_cache": v_cache, "cos_sin_cache": cache,
+                     "positions": positions, "out_loc": out_loc, "is_neox": is_neox, **change}  # fmt: skip
+        with pytest.raises(ValueError, match=f"^apply_rope_inplace_with_kvcache: .*{match}"):
+            sgl_kernel_xpu.apply_rope_inplace_with_kvcache(**arguments)
+    assert torch.equal(q, before)
 
 
 def test_weights_may_be_parameters(device):

@@ -260,9 +260,13 @@ def inplace_norm_rope(
     rope_dim: int,
     round_norm_before_rope: bool = False,
     cache_has_full_width: bool = False,
+    *,
+    function: str = "fused_inplace_qknorm_rope",
+    outputs: tuple[Any, Any] | None = None,
+    only_check: bool = False,
 ) -> None:
-    """`fused_inplace_qknorm_rope`."""
-    function = "fused_inplace_qknorm_rope"
+    """`fused_inplace_qknorm_rope`. outputs: written instead of q and k. only_check: nothing is written, but what would
+    serve the call is made ready."""
     tensors(function, q=q, k=k, q_weight=q_weight, k_weight=k_weight, cos_sin_cache=cos_sin_cache, positions=positions)
     if head_dim not in (0, q.shape[-1]):
         raise ValueError(f"{function}: head_dim must be 0 or q's last dimension, {q.shape[-1]}, but is {head_dim}")
@@ -286,21 +290,30 @@ def inplace_norm_rope(
     q_weight, k_weight = unrecorded(q_weight, k_weight)
     norm = {"norm": "rms", "q_weight": q_weight, "k_weight": k_weight, "eps": eps}
     names = {**PARTIAL, "cos": "cos_sin_cache", "sin": "cos_sin_cache"}
+    out = {} if outputs is None else {"q_out": outputs[0], "k_out": outputs[1]}
+    steps: list[dict[str, Any]] = []
     if round_norm_before_rope:
         options["rounding"] = "reference"
-        check(function, names, q, k, **options, **tables[0])
-        rope(function, names, q, k, frequencies=still(q.shape[-1]), **norm)
+        steps.append({"q": q, "k": k, "frequencies": still(q.shape[-1]), **norm, **out})
+        q, k, out = *(outputs or (q, k)), {}
     else:
         options.update(norm)
-    if not cache_has_full_width:
-        rope(function, names, q, k, **options, **tables[0])
+    others = None
+    if cache_has_full_width:
+        # The second elements of the pairs have cosines and sines of their own: they come from a rotation by those.
+        others = torch.empty_like(q), torch.empty_like(k)
+        steps.append({"q": q, "k": k, "q_out": others[0], "k_out": others[1], **options, **tables[1]})
+    steps.append({"q": q, "k": k, **options, **tables[0], **out})
+    first = 0 if only_check or outputs else 1  # rope refuses what is wrong with the first itself
+    for step in steps[first:] if only_check or round_norm_before_rope else []:
+        check(function, names, **step)
+    if only_check:
         return
-    # The second elements of the pairs have cosines and sines of their own: they come from a rotation by those.
-    others = torch.empty_like(q), torch.empty_like(k)
-    rope(function, names, q, k, q_out=others[0], k_out=others[1], **options, **tables[1])
-    rope(function, names, q, k, **options, **tables[0])
-    for x, other in zip((q, k), others, strict=True):
-        x[..., seconds] = other[..., seconds]
+    for step in steps:
+        rope(function, names, **step)
+    if others:
+        for x, other in zip(outputs or (q, k), others, strict=True):
+            x[..., seconds] = other[..., seconds]
 
 
 def packed(function: str, qkv: Any, q_heads: int, k_heads: int, v_heads: int, head_dim: int) -> tuple[Any, Any]:

@@ -15,6 +15,7 @@ from . import _common
 from .sgl_kernel import apply_rope_with_cos_sin_cache_inplace, fused_qk_rope_with_cos_sin_cache_inplace
 
 __all__ = [
+    "apply_rope_inplace_with_kvcache",
     "apply_rope_with_cos_sin_cache_inplace",
     "forward_xpu",
     "fused_inplace_qknorm_rope",
@@ -22,6 +23,30 @@ __all__ = [
     "fused_qk_rope_with_cos_sin_cache_inplace",
     "rotary_embedding",
 ]
+
+
+def apply_rope_inplace_with_kvcache(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    cos_sin_cache: torch.Tensor,
+    positions: torch.Tensor,
+    out_loc: torch.Tensor,
+    is_neox: bool,
+    rope_dim: int = 0,
+) -> None:
+    """`ropewalk.compat.sglang_jit.apply_rope_inplace_with_kvcache`, but that a token whose out_loc is negative is left
+    as it is: neither rotated nor stored.
+    """
+    function = "apply_rope_inplace_with_kvcache"
+    _common.tensors(function, positions=positions, out_loc=out_loc)
+    _common.float_cache(function, cos_sin_cache)
+    store = _common.flat_store(function, k, v, k_cache, v_cache, out_loc, {})
+    if out_loc.shape == positions.shape:
+        positions = torch.where(out_loc < 0, -1, positions)  # no row of the table: padding, which is left alone
+    _common.rotate_3d(function, q, k, cos_sin_cache, positions, is_neox, rope_dim, {"slots": "out_loc"}, **store)
 
 
 def rotary_embedding(

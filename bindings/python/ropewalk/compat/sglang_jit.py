@@ -21,9 +21,11 @@ __all__ = [
     "apply_rope_inplace",
     "apply_rope_inplace_with_kvcache",
     "apply_rope_with_cos_sin_cache_inplace",
+    "can_use_fused_inplace_qknorm_rope",
     "can_use_fused_qk_norm_rope",
     "fused_inplace_qknorm_rope",
     "fused_qk_norm_rope",
+    "fused_qknorm_rope_out_of_place",
     "rotary_embedding",
 ]
 
@@ -90,6 +92,12 @@ def fused_qk_norm_rope(
                       (base, factor, low, high, attention_factor))  # fmt: skip
 
 
+def _devices(device: torch.device | str | None) -> list[torch.device | str]:
+    if device is not None:
+        return [device]
+    return [kind for kind in ("cuda", "xpu") if getattr(torch, kind).is_available()] or ["cpu"]
+
+
 def can_use_fused_qk_norm_rope(
     head_dim: int,
     is_neox: bool,
@@ -123,10 +131,9 @@ def can_use_fused_qk_norm_rope(
     try:
         if not isinstance(dtype, torch.dtype):
             return False
-        gpus = [kind for kind in ("cuda", "xpu") if getattr(torch, kind).is_available()]
         heads = (num_heads_q, num_heads_k, num_heads_v)
         counts = [num_tokens] if isinstance(num_tokens, int) else list(num_tokens)
-        for on in (gpus or ["cpu"]) if device is None else [device]:
+        for on in _devices(device):
             weight = torch.empty(head_dim, dtype=dtype, device=on)
             for tokens in counts:
                 qkv = torch.empty((tokens, sum(heads) * head_dim), dtype=dtype, device=on)
@@ -248,6 +255,86 @@ def fused_inplace_qknorm_rope(
     """
     _common.inplace_norm_rope(q, k, q_weight, k_weight, cos_sin_cache, positions, is_neox, eps, head_dim, rope_dim,
                               round_norm_before_rope, cache_has_full_width)  # fmt: skip
+
+
+def can_use_fused_inplace_qknorm_rope(
+    head_dim: int,
+    rope_dim: int,
+    is_neox: bool,
+    dtype: torch.dtype,
+    cache_dtype: torch.dtype = torch.float32,
+    round_norm_before_rope: bool = False,
+    pack_kv: bool = False,
+    cache_has_full_width: bool = False,
+    *,
+    num_heads_q: int = 24,
+    num_heads_k: int = 24,
+    num_tokens: int = 1,
+    position_dtype: torch.dtype = torch.int64,
+    device: torch.device | str | None = None,
+) -> bool:
+    """Whether `fused_inplace_qknorm_rope` serves such calls here. Never raises.
+
+    On a GPU it compiles and loads the kernels, as `can_use_fused_qk_norm_rope` does; what the call will have is given
+    by the arguments from num_heads_q on.
+
+    Args:
+        cache_dtype: of cos_sin_cache.
+        pack_kv: also pack k and v into other tensors; False is answered, since nothing here does that.
+        device: as for `can_use_fused_qk_norm_rope`.
+
+    Returns:
+        True if the call would be served.
+    """
+    try:
+        if pack_kv or not (isinstance(dtype, torch.dtype) and isinstance(cache_dtype, torch.dtype)):
+            return False
+        if not 0 < rope_dim <= head_dim:
+            return False
+        width = 2 * rope_dim if cache_has_full_width else rope_dim
+        for on in _devices(device):
+            q = torch.empty((num_tokens, num_heads_q, head_dim), dtype=dtype, device=on)
+            k = torch.empty((num_tokens, num_heads_k, head_dim), dtype=dtype, device=on)
+            weight = torch.empty(head_dim, dtype=dtype, device=on)
+            cache = torch.empty((num_tokens, width), dtype=cache_dtype, device=on)
+            positions = torch.zeros(num_tokens, dtype=position_dtype, device=on)
+            _common.inplace_norm_rope(q, k, weight, weight, cache, positions, is_neox, 1e-6, head_dim, rope_dim,
+                                      round_norm_before_rope, cache_has_full_width, only_check=True)  # fmt: skip
+        return True
+    except Exception:  # it promises an answer
+        return False
+
+
+def fused_qknorm_rope_out_of_place(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    q_out: torch.Tensor,
+    k_out: torch.Tensor,
+    q_weight: torch.Tensor,
+    k_weight: torch.Tensor,
+    cos_sin_cache: torch.Tensor,
+    positions: torch.Tensor,
+    *,
+    is_neox: bool,
+    eps: float = 1e-6,
+    head_dim: int = 0,
+    rope_dim: int = 0,
+    round_norm_before_rope: bool = False,
+    cache_has_full_width: bool = False,
+) -> None:
+    """`fused_inplace_qknorm_rope` into other tensors; q and k stay as they are.
+
+    Args:
+        q_out, k_out: like q and k, any strides; written.
+
+    Raises:
+        ValueError: an argument does not fit. Nothing was written.
+    """
+    function = "fused_qknorm_rope_out_of_place"
+    _common.tensors(function, q_out=q_out, k_out=k_out)
+    _common.inplace_norm_rope(q, k, q_weight, k_weight, cos_sin_cache, positions, is_neox, eps, head_dim, rope_dim,
+                              round_norm_before_rope, cache_has_full_width, function=function,
+                              outputs=(q_out, k_out))  # fmt: skip
 
 
 def rotary_embedding(
