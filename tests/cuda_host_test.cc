@@ -548,6 +548,14 @@ TEST_F(CudaHost, CompilerRefusals) {
     setenv("FAKE_NVRTC_FAIL", "0", 1);
     ExpectOk(call.Run());
   });
+  // An option that only newer ones know.
+  for (const char* version : {"12.3", "12.4", "13.0"}) {
+    InFreshProcess({{"FAKE_NVRTC_VERSION", version}, {"ROPEWALK_CACHE_DIR", Directory() + "/" + version}}, [&] {
+      Call call;
+      ExpectOk(call.Run());
+      EXPECT_EQ(Last().image.find(" -minimal ") != std::string::npos, std::string(version) != "12.3") << version;
+    });
+  }
   // Newer than the compiler: the nearest architecture that runs there; else a refusal.
   InFreshProcess({{"FAKE_CUDA_DEVICES", "121"}}, [] {
     Call call;

@@ -307,10 +307,10 @@ Status CompileCuda(const Nvrtc& base, const std::string& source, const std::stri
     texts.push_back(kCudaSources[i].text);
   }
   std::vector<std::string> options = Options();
-  options.push_back(Text("--gpu-architecture=", arch));
-  if (verbose) options.push_back("--ptxas-options=-v");
   // Without the declarations that come with every kernel and that ours does not use: 7 ms less, the same code.
   if (nvrtc.major > 12 || (nvrtc.major == 12 && nvrtc.minor >= 4)) options.push_back("-minimal");
+  options.push_back(Text("--gpu-architecture=", arch));
+  if (verbose) options.push_back("--ptxas-options=-v");
   std::vector<const char*> option_texts;
   option_texts.reserve(options.size());
   for (const std::string& option : options) option_texts.push_back(option.c_str());
