@@ -3,6 +3,7 @@
 
 #include <string>
 #include <sycl/sycl.hpp>
+#include <vector>
 
 namespace ropewalk {
 namespace {
@@ -27,8 +28,10 @@ void* MakeQueue(bool in_order) {
   return Guard<void*>(nullptr, [&]() -> void* {
     const sycl::device device(sycl::cpu_selector_v);
     static sycl::context* const context = new sycl::context(device);
-    return in_order ? new sycl::queue(*context, device, sycl::property::queue::in_order())
-                    : new sycl::queue(*context, device);
+    static auto* const queues = new std::vector<sycl::queue*>;  // for LeakSanitizer to find
+    queues->push_back(in_order ? new sycl::queue(*context, device, sycl::property::queue::in_order())
+                               : new sycl::queue(*context, device));
+    return queues->back();
   });
 }
 
