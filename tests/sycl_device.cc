@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "tests/sycl_device.h"
 
+#include <mutex>
 #include <string>
 #include <sycl/sycl.hpp>
 #include <vector>
@@ -28,10 +29,12 @@ void* MakeQueue(bool in_order) {
   return Guard<void*>(nullptr, [&]() -> void* {
     const sycl::device device(sycl::cpu_selector_v);
     static sycl::context* const context = new sycl::context(device);
+    auto* const queue = in_order ? new sycl::queue(*context, device, sycl::property::queue::in_order())
+                                 : new sycl::queue(*context, device);
+    static std::mutex mutex;
     static auto* const queues = new std::vector<sycl::queue*>;  // for LeakSanitizer to find
-    queues->push_back(in_order ? new sycl::queue(*context, device, sycl::property::queue::in_order())
-                               : new sycl::queue(*context, device));
-    return queues->back();
+    const std::lock_guard lock(mutex);
+    return queues->emplace_back(queue);
   });
 }
 
