@@ -530,13 +530,18 @@ def test_a_token_of_intel_that_is_not_stored_is_not_rotated(device, is_neox, ind
     for change, match in (
         ({"cos_sin_cache": cache.to(dtype)}, "cos_sin_cache must be"),
         ({"out_loc": out_loc[:3]}, "out_loc has 3 tokens"),
-        ({"cos_sin_cache": cache[:, :17]}, "17"),
+        ({"cos_sin_cache": cache[:, :17]}, "rot_dim must be even and at most head_dim 128, but is 17"),
+        ({"cos_sin_cache": torch.cat([cache] * 4, -1)}, "rot_dim must be even and at most head_dim 128, but is 256"),
         ({"v_cache": v_cache[:, :255]}, "v_cache must have rows of 2 heads"),
     ):
         arguments = {"q": q, "k": k, "v": v, "k_cache": k_cache, "v_cache": v_cache, "cos_sin_cache": cache,
                      "positions": positions, "out_loc": out_loc, "is_neox": is_neox, **change}  # fmt: skip
         with pytest.raises(ValueError, match=f"^apply_rope_inplace_with_kvcache: .*{match}"):
             sgl_kernel_xpu.apply_rope_inplace_with_kvcache(**arguments)
+    with pytest.raises(RuntimeError, match="rot_dim"):  # as in the original
+        sgl_kernel_xpu.apply_rope_inplace_with_kvcache(
+            q, k, v, k_cache, v_cache, cache[:, :17], positions, out_loc, True
+        )
     assert torch.equal(q, before)
 
 

@@ -25,6 +25,10 @@ __all__ = [
 ]
 
 
+class RotDimError(ValueError, RuntimeError):
+    """Of a table whose width does not fit: a ValueError as everywhere here, and a RuntimeError as in the original."""
+
+
 def apply_rope_inplace_with_kvcache(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -39,9 +43,15 @@ def apply_rope_inplace_with_kvcache(
 ) -> None:
     """`ropewalk.compat.sglang_jit.apply_rope_inplace_with_kvcache`, but that a token whose out_loc is negative is left
     as it is: neither rotated nor stored.
+
+    Raises:
+        ValueError: an argument does not fit (RotDimError: the width of the table). Nothing was written.
     """
     function = "apply_rope_inplace_with_kvcache"
-    _common.tensors(function, positions=positions, out_loc=out_loc)
+    _common.tensors(function, q=q, cos_sin_cache=cos_sin_cache, positions=positions, out_loc=out_loc)
+    rot_dim, head_dim = rope_dim or cos_sin_cache.shape[-1], q.shape[-1]
+    if rot_dim % 2 or rot_dim > head_dim:
+        raise RotDimError(f"{function}: rot_dim must be even and at most head_dim {head_dim}, but is {rot_dim}")
     _common.float_cache(function, cos_sin_cache)
     store = _common.flat_store(function, k, v, k_cache, v_cache, out_loc, {})
     if out_loc.shape == positions.shape:
