@@ -435,10 +435,11 @@ int main(int argc, char** argv) {
           key.k_heads = static_cast<uint16_t>(s.k_heads);
           key.q_token = key.k_token = row;
           key.unit_scaling = 1;
-          key.dependent_launch = static_cast<uint8_t>(pdl);
+          key.dependent_launch = pdl ? 2 : 0;
+          if (mode.cache && key.few_tokens) key.packed = 2;
           const int run = mode.pairing ? vector / 2 : vector;
           key.table_vector = static_cast<uint8_t>(!mode.table ? 1 : run % 4 == 0 ? 4 : run % 2 == 0 ? 2 : 1);
-          const int groups = threads / lanes;
+          const int groups = threads / lanes * key.in_flight;
           const unsigned grid_y =
               is_few ? static_cast<unsigned>((s.q_heads + (mode.cache ? 2 : 1) * s.k_heads + groups - 1) / groups) : 1;
           std::string source = RopeCudaSource(key);
@@ -450,10 +451,12 @@ int main(int argc, char** argv) {
           return r;
         };
         if (is_few) {
-          for (int threads : {64, 128, 256}) {
-            add(4, pow2(s.head_dim / 8), threads, 1, 0, 0);
-            add(8, pow2(s.head_dim / 16), threads, 1, 0, 0);
-            add(2, std::min(32, pow2(s.head_dim / 4)), threads, 1, 0, 0);
+          for (int threads : {64, 96, 128, 160, 192, 256, 320, 384, 640}) {
+            for (int heads : {1, 2}) {
+              add(4, pow2(s.head_dim / 8), threads, heads, 1, 0);
+              add(8, pow2(s.head_dim / 16), threads, heads, 1, 0);
+              add(2, std::min(32, pow2(s.head_dim / 4)), threads, heads, 1, 0);
+            }
           }
           if (s.tokens >= 128) {
             for (int threads : {64, 128, 160, 256, 384}) {

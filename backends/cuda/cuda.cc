@@ -258,7 +258,7 @@ Status LaunchPrepared(const RopeCall& call, Prepared* prepared) {
                                    1,           plan.key.threads,
                                    1,           1,
                                    0,           static_cast<cu::Stream>(call.stream),
-                                   &attribute,  plan.key.dependent_launch};
+                                   &attribute,  plan.key.dependent_launch ? 1u : 0u};
   void* parameters[] = {&prepared->args};
   const cu::Result result = driver.LaunchKernelEx(&config, prepared->ready.kernel->function, parameters, nullptr);
   if (result != cu::kSuccess) return LaunchFailed(context, call, result);

@@ -109,6 +109,29 @@ __device__ __forceinline__ void Store(void* p, const Words<kSize>& r) {
   }
 }
 
+// If `wanted`, and without a branch.
+#define ROPEWALK_IF(WANTED, ACCESS) "{ .reg .pred p; setp.ne.u32 p, " WANTED ", 0; @p " ACCESS "; }"
+template <int kSize>
+__device__ __forceinline__ void StoreIf(bool wanted, void* p, const Words<kSize>& r) {
+  const rw_u32 flag = wanted;
+  if constexpr (kSize == 16) {
+    asm volatile(ROPEWALK_IF("%5", "st.global.L1::no_allocate.v4.u32 [%0], {%1,%2,%3,%4}") ::"l"(p), "r"(r.w[0]),
+                 "r"(r.w[1]), "r"(r.w[2]), "r"(r.w[3]), "r"(flag)
+                 : "memory");
+  } else if constexpr (kSize == 8) {
+    asm volatile(ROPEWALK_IF("%3", "st.global.L1::no_allocate.v2.u32 [%0], {%1,%2}") ::"l"(p), "r"(r.w[0]),
+                 "r"(r.w[1]), "r"(flag)
+                 : "memory");
+  } else if constexpr (kSize == 4) {
+    asm volatile(ROPEWALK_IF("%2", "st.global.u32 [%0], %1") ::"l"(p), "r"(r.w[0]), "r"(flag) : "memory");
+  } else if constexpr (kSize == 2) {
+    asm volatile(ROPEWALK_IF("%2", "st.global.u16 [%0], %1") ::"l"(p), "h"(static_cast<rw_u16>(r.w[0])), "r"(flag)
+                 : "memory");
+  } else {
+    if (wanted) Store(p, r);
+  }
+}
+
 __device__ __forceinline__ float HalfToFloat(rw_u32 bits) {
   float f;
   asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(static_cast<rw_u16>(bits)));

@@ -37,7 +37,11 @@ struct Shape {
   // keeps accesses whole where the halves of a head do not fill lines of 128 bytes, and lets a vector be of any even
   // number of elements. Of a head, this part:
   static constexpr bool kFlat = kStaged && K::kFlat;
-  static constexpr int kRounds = kFlat ? K::kFlat : 1;  // of a warp's groups, on what is fetched at once
+  // There both vectors of a unit of neighbours may follow each other, and so all its pairs. Those of an access lie apart
+  // all the same: in shared memory that is faster, and half of them are enough for a load of cosines.
+  static constexpr bool kAdjacent = kFlat && kPairsInside && K::kVector % 8 != 0;
+  static constexpr int kRun = kPairsInside && !kAdjacent ? K::kVector / 2 : K::kVector;  // of pairs
+  static constexpr int kRounds = kFlat ? K::kFlat : K::kFewTokens ? K::kInFlight : 1;  // of a warp's groups, at once
   static constexpr int kWarpHeads = kGroupsPerWarp * kRounds;
   static constexpr int kHeadsAtOnce = K::kThreads / 32 * kWarpHeads;
   static constexpr int kSpanBegin = kRestMatters ? 0 : K::kRotaryOffset;
@@ -55,15 +59,16 @@ struct Shape {
 // The first element of the first vector of a unit, the distance to the second, and the pair of an element of the unit:
 // `i` < kVector numbers its pairs.
 template <class K>
+constexpr bool kSideBySide = K::kInterleaved && (K::kVector == 1 || Shape<K>::kAdjacent);
+template <class K>
 __device__ __forceinline__ int UnitBegin(int unit) {
-  constexpr bool kAlone = K::kInterleaved && K::kVector == 1;
-  return K::kRotaryOffset + (kAlone ? 2 * unit : K::kVector * unit);
+  return K::kRotaryOffset + (kSideBySide<K> ? 2 * K::kVector * unit : K::kVector * unit);
 }
 template <class K>
-constexpr int kUnitDistance = K::kInterleaved && K::kVector == 1 ? 1 : K::kRotaryDim / 2;
+constexpr int kUnitDistance = kSideBySide<K> ? K::kVector : K::kRotaryDim / 2;
 template <class K>
 __device__ __forceinline__ int PairOf(int unit, int i) {
-  if constexpr (!Shape<K>::kPairsInside) return K::kVector * unit + i;
+  if constexpr (!Shape<K>::kPairsInside || Shape<K>::kAdjacent) return K::kVector * unit + i;
   constexpr int kHalf = K::kVector / 2;
   return kHalf * unit + (i < kHalf ? i : K::kRotaryDim / 4 + i - kHalf);
 }
@@ -193,7 +198,7 @@ __device__ __forceinline__ void LoadCosSin(const rope_cuda_args& a, const Token&
                                            float (&cos)[K::kVector], float (&sin)[K::kVector]) {
   const rope_params& p = a.params;
   // Pairs that follow each other in the table, so that several come with one access.
-  constexpr int kRun = Shape<K>::kPairsInside ? K::kVector / 2 : K::kVector;
+  constexpr int kRun = Shape<K>::kRun;
   constexpr int kStep = K::kTableVector < kRun ? K::kTableVector : kRun;
   constexpr int kSize = kBytes<K::kTableDtype>;
   const auto at = [&](rw_i64 row, rw_i64 batch_stride, rw_i64 row_stride) {
@@ -232,8 +237,8 @@ __device__ __forceinline__ void ComputeCosSin(const rope_cuda_args& a, const Tok
   // The reduced phase is the product modulo 2^64; its upper half is what a float32 can tell apart.
   // Pairs that follow each other come two at a time.
   rw_u64 turns[K::kVector];
-  constexpr int kRun = Shape<K>::kPairsInside ? K::kVector / 2 : K::kVector;
-  if constexpr (kRun % 2 == 0 && (!Shape<K>::kPairsInside || K::kRotaryDim % 8 == 0)) {
+  constexpr int kRun = Shape<K>::kRun;
+  if constexpr (kRun % 2 == 0 && (kRun == K::kVector || K::kRotaryDim % 8 == 0)) {
 #pragma unroll
     for (int i = 0; i < K::kVector; i += 2) {
       const ulonglong2 two = __ldg(reinterpret_cast<const ulonglong2*>(a.turns + PairOf<K>(unit, i)));
@@ -329,6 +334,15 @@ __device__ __forceinline__ void NormaliseVector(float (&v)[K::kVector], float rs
   }
 }
 
+// 1 / sqrt(mean + eps): eps of a normal number leaves no subnormal to take care of.
+template <rw_u32 kEpsBits>
+__device__ __forceinline__ float InverseRoot(float mean) {
+  if constexpr (kEpsBits < 0x00800000u) return rsqrtf(mean);
+  float r;
+  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(mean));
+  return r;
+}
+
 // The sum over a group of lanes, for all of them. The whole warp takes part. Where kLanes is no power of two, each lane
 // adds the runs of 1, 2, 4, .. lanes that follow it round the group, as the bits of kLanes say.
 template <int kLanes>
@@ -360,42 +374,54 @@ __device__ __forceinline__ float SumOfGroup(float value, int lane) {
 struct HeadPlace {
   const char* in;
   char* out;
-  char* cache;          // null: not stored
+  char* cache;
+  bool stored;          // in the cache
   const void* weight;
   float inverse_scale;  // of an fp8 cache
 };
 
+// If `wanted`; few tokens: without a branch.
+template <class K, int kSize>
+__device__ __forceinline__ void Put(bool wanted, char* at, const Words<kSize>& words) {
+  if constexpr (K::kFewTokens) {
+    StoreIf(wanted, at, words);
+  } else {
+    if (wanted) Store(at, words);
+  }
+}
+
 template <class K, int kCount>
-__device__ __forceinline__ void WriteCache(char* cache, int begin, const float (&v)[kCount],
-                                           const Words<kCount * kBytes<K::kDtype>>& packed, float inverse_scale) {
+__device__ __forceinline__ void WriteCache(const HeadPlace& head, int begin, const float (&v)[kCount],
+                                           const Words<kCount * kBytes<K::kDtype>>& packed) {
   if constexpr (K::kCacheDtype == K::kDtype) {
-    Store(cache + begin * kBytes<K::kDtype>, packed);
+    Put<K>(head.stored, head.cache + begin * kBytes<K::kDtype>, packed);
   } else {
     float scaled[kCount];
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      scaled[i] = (Shape<K>::kReference ? RoundTo<K::kDtype>(v[i]) : v[i]) * inverse_scale;
+      scaled[i] = (Shape<K>::kReference ? RoundTo<K::kDtype>(v[i]) : v[i]) * head.inverse_scale;
     }
-    Store(cache + begin, Pack<K::kCacheDtype, kCount>(scaled));
+    Put<K>(head.stored, head.cache + begin, Pack<K::kCacheDtype, kCount>(scaled));
   }
 }
 
+// A vector of a head, to its row if `wanted` and to its cache if it is stored.
 template <class K>
-__device__ __forceinline__ void Write(const HeadPlace& head, int begin, const float (&v)[K::kVector]) {
-  const auto packed = Pack<K::kDtype, K::kVector>(v);
+__device__ __forceinline__ void Write(bool wanted, const HeadPlace& head, int begin, const float (&v)[K::kVector],
+                                      const Words<Shape<K>::kVectorBytes>& packed) {
   if constexpr (Shape<K>::kFlat) {
     *reinterpret_cast<Words<Shape<K>::kVectorBytes>*>(head.out + begin * kBytes<K::kDtype>) = packed;
   } else {
-    Store(head.out + begin * kBytes<K::kDtype>, packed);
+    Put<K>(wanted, head.out + begin * kBytes<K::kDtype>, packed);
   }
-  if constexpr (K::kStoreK && !(Shape<K>::kFlat && K::kCacheDtype == K::kDtype)) {
-    if (head.cache) WriteCache<K>(head.cache, begin, v, packed, head.inverse_scale);
-  }
+  constexpr bool kStores = K::kStoreK || (K::kFewTokens && Shape<K>::kVRides);
+  if constexpr (kStores && !(Shape<K>::kFlat && K::kCacheDtype == K::kDtype)) WriteCache<K>(head, begin, v, packed);
 }
 
 template <class K>
 __device__ __forceinline__ float InverseScale(const float* scale, float inverse, int head, int stride) {
   if constexpr (K::kCacheDtype != kRopeE4M3 && K::kCacheDtype != kRopeE5M2) return 1.0f;
+  if constexpr (!K::kScalePointers) return inverse;
   return scale ? 1.0f / __ldg(scale + static_cast<rw_i64>(head) * stride) : inverse;
 }
 
@@ -414,12 +440,23 @@ __device__ __forceinline__ rw_i64 CacheOffset(const rope_params& p, const rope_s
   return page * cache.batch + place * cache.token + head * cache.head;
 }
 
-// A head of q or, after those, of k.
+// Where a head of v begins.
 template <class K>
-__device__ __forceinline__ HeadPlace PlaceOf(const rope_cuda_args& a, const Token& t, int h) {
+__device__ __forceinline__ char* RowOfV(const rope_cuda_args& a, const Token& t, int h) {
+  const rope_strides& s = a.params.v;
+  const rw_i64 at = K::kVToken != 0 ? t.token * K::kVToken + h * K::kVDim : t.token * s.token + h * s.head;
+  return static_cast<char*>(const_cast<void*>(a.v)) + ((K::kBatched ? t.batch * s.batch : 0) + at) * kBytes<K::kDtype>;
+}
+
+// A head of q or, after those, of k; of few tokens then of v where it takes the same way: its row and its place in the
+// cache begin so far before it that the rotated part of q and k and the whole of v lie alike. `like`: a head of the same
+// tensor, from which that is told.
+template <class K>
+__device__ __forceinline__ HeadPlace PlaceOf(const rope_cuda_args& a, const Token& t, int h, int like) {
   const rope_params& p = a.params;
-  const bool of_q = h < QHeads<K>(p);
-  const int of_k = h - QHeads<K>(p);
+  constexpr bool kOfV = K::kFewTokens && Shape<K>::kVRides;
+  const bool of_q = like < QHeads<K>(p), of_v = kOfV && like >= QHeads<K>(p) + KHeads<K>(p);
+  const int of_k = h - QHeads<K>(p), in_cache = of_v ? of_k - KHeads<K>(p) : of_k;
   HeadPlace place;
   if constexpr (K::kQHeads != 0) {
     // One multiply-add from the token's begin.
@@ -439,31 +476,43 @@ __device__ __forceinline__ HeadPlace PlaceOf(const rope_cuda_args& a, const Toke
       lies(a.k, a.k_out, p.k, p.k_out, of_k);
     }
   }
+  // Of packed rows that hold v behind k it is the next head.
+  if (K::kPacked < 2 && of_v) place.in = RowOfV<K>(a, t, in_cache) - K::kRotaryOffset * kBytes<K::kDtype>;
   place.weight = of_q ? a.q_weight : a.k_weight;
   place.cache = nullptr;
+  place.stored = false;
   place.inverse_scale = 1.0f;
-  if constexpr (K::kStoreK) {
-    if (!of_q && t.slot >= 0) {
-      place.cache =
-          static_cast<char*>(a.k_cache) + CacheOffset<K>(p, p.k_cache, t.slot, of_k) * kBytes<K::kCacheDtype>;
-      place.inverse_scale = InverseScale<K>(a.k_scale, a.k_inverse_scale, of_k, p.k_scale_head);
+  if constexpr (K::kStoreK || kOfV) {
+    place.stored = (of_v || (K::kStoreK && !of_q)) && t.slot >= 0;
+    if (K::kFewTokens || place.stored) {
+      place.cache = static_cast<char*>(of_v ? a.v_cache : a.k_cache) +
+                    (CacheOffset<K>(p, of_v ? p.v_cache : p.k_cache, t.slot, in_cache) -
+                     (of_v ? K::kRotaryOffset : 0)) * kBytes<K::kCacheDtype>;
+      place.inverse_scale =
+          InverseScale<K>(of_v ? a.v_scale : a.k_scale, of_v ? a.v_inverse_scale : a.k_inverse_scale,
+                          place.stored ? in_cache : 0, of_v ? p.v_scale_head : p.k_scale_head);
     }
   }
   return place;
 }
 
-// A head of v: where it lies, and where it goes (`cache` is null if nowhere).
+template <class K>
+__device__ __forceinline__ HeadPlace PlaceOf(const rope_cuda_args& a, const Token& t, int h) {
+  return PlaceOf<K>(a, t, h, h);
+}
+
+// A head of v: where it lies, and where it goes.
 template <class K>
 __device__ __forceinline__ HeadPlace PlaceOfV(const rope_cuda_args& a, const Token& t, int h) {
   const rope_params& p = a.params;
   HeadPlace place;
-  const rw_i64 in = K::kVToken != 0 ? t.token * K::kVToken + h * K::kVDim : t.token * p.v.token + h * p.v.head;
-  place.in = static_cast<const char*>(a.v) + ((K::kBatched ? t.batch * p.v.batch : 0) + in) * kBytes<K::kDtype>;
+  place.in = RowOfV<K>(a, t, h);
   place.out = nullptr;
   place.weight = nullptr;
   place.cache = nullptr;
+  place.stored = t.slot >= 0;
   place.inverse_scale = 1.0f;
-  if (t.slot >= 0) {
+  if (place.stored) {
     place.cache = static_cast<char*>(a.v_cache) +
                   CacheOffset<K>(p, p.v_cache, t.slot, h) * kBytes<K::kCacheDtype>;
     place.inverse_scale = InverseScale<K>(a.v_scale, a.v_inverse_scale, h, p.v_scale_head);
@@ -475,13 +524,13 @@ template <class K, int kCount = K::kVector>
 __device__ __forceinline__ void StoreVector(const HeadPlace& head, int begin, const Words<kCount * kBytes<K::kDtype>>& words) {
   float v[kCount];
   Unpack<K::kDtype, kCount>(words, v);
-  WriteCache<K>(head.cache, begin, v, words, head.inverse_scale);
+  WriteCache<K>(head, begin, v, words);
 }
 
 // A head of v to its cache, where its size is another than that of what is rotated.
 template <class K>
 __device__ __forceinline__ void StoreV(const HeadPlace& head, int lane) {
-  if (!head.cache) return;
+  if (!head.stored) return;
 #pragma unroll 2
   for (int i = lane; i < K::kVDim / K::kVector; i += K::kLanes) {
     StoreVector<K>(head, i * K::kVector, Load<Shape<K>::kVectorBytes>(head.in + i * Shape<K>::kVectorBytes));
@@ -571,11 +620,14 @@ __device__ __forceinline__ void RopeBody(const rope_cuda_args& a) {
   const rw_i64 slot = SlotOf<K>(a, K::kFewTokens ? second_line : a.slots, t.batch, t.token);
   const rw_i64 position = K::kAxes ? 0 : PositionOf<K>(a, t.batch, t.token, 0);
 
-  // The thread's share of a head on its way: in registers, or for many tokens in shared memory, where every thread reads
+  // The thread's share of a head on its way: in registers (of few tokens, of all its heads), or for many tokens in shared memory, where every thread reads
   // only what it fetched itself (flat: what its warp fetched), so that no barrier is needed and several heads are in
   // flight at no cost in registers.
-  Words<S::kVectorBytes> x[S::kUnitsPerLane], y[S::kUnitsPerLane];
-  Words<S::kVectorBytes> rest[S::kRestPerLane > 0 ? S::kRestPerLane : 1];
+  constexpr int kRests = S::kRestPerLane > 0 ? S::kRestPerLane : 1;
+  struct {
+    Words<S::kVectorBytes> x[S::kUnitsPerLane], y[S::kUnitsPerLane], rest[kRests];
+    WeightWords<K> wx[S::kUnitsPerLane], wy[S::kUnitsPerLane], wrest[kRests];
+  } held[K::kFewTokens ? S::kRounds : 1];
   __shared__ Aligned<16> staged[S::kStaged ? (K::kInFlight * S::kStageBytes + 15) / 16 : 1];
   const auto staged_at = [&](int stage, int i) {
     return reinterpret_cast<Words<S::kVectorBytes>*>(reinterpret_cast<char*>(staged) + stage * S::kStageBytes) +
@@ -589,10 +641,22 @@ __device__ __forceinline__ void RopeBody(const rope_cuda_args& a) {
   const auto beyond = [&](int limit, int warp_h, int copy, int of) {
     return S::kLinear ? copy >= (limit - warp_h) * S::kCopies : of >= limit;
   };
+  const int turns_end = S::kVRides ? all_heads : heads;
+  // Few tokens: a group without a head loads what another has, which costs less than a condition; mostly all have one.
+  // Mostly, too, the heads of a warp are of one tensor.
+  constexpr int kHeads = K::kQHeads + (K::kKToken != 0 ? (S::kVRides ? 2 : 1) * K::kKHeads : 0);
+  constexpr bool kKnown = K::kFewTokens && K::kQHeads != 0 && S::kGroupsPerWarp * K::kLanes == 32;
+  constexpr bool kAllTake = kKnown && kHeads % S::kHeadsAtOnce == 0 && (S::kVRides || !K::kStoreV);
+  constexpr bool kAlike = kKnown && K::kQHeads % S::kWarpHeads == 0 && K::kKHeads % S::kWarpHeads == 0;
+  const auto takes = [&](int h) { return kAllTake || h < turns_end; };
+  const auto few_place = [&](int h) {
+    const int taken = takes(h) ? h : 0;
+    return PlaceOf<K>(a, t, taken, kAlike ? (kAllTake || warp_first < turns_end ? warp_first : 0) : taken);
+  };
   const auto flat_head = [&](int stage, int round) {
     return flat(stage) + (round * S::kGroupsPerWarp + group_in_warp) * S::kSpanBytes - S::kSpanBegin * kSize;
   };
-  const auto fetch = [&](int warp_h, int h, int stage) {
+  const auto fetch = [&](int warp_h, int h, int stage, int round = 0) {
     if constexpr (S::kFlat) {
       EachCopy<K>(warp_h, [&](int copy, int of, int byte) {
         if (beyond(S::kVRides ? all_heads : heads, warp_h, copy, of)) return;
@@ -609,29 +673,22 @@ __device__ __forceinline__ void RopeBody(const rope_cuda_args& a) {
           words = Load<S::kVectorBytes>(at);
         }
       };
-      if (h < heads) {
-        const char* in = PlaceOf<K>(a, t, h).in;
+      if (K::kFewTokens || h < turns_end) {
+        const bool of_v = S::kVRides && !K::kFewTokens && h >= heads;
+        const char* in = K::kFewTokens ? few_place(h).in
+                         : of_v        ? PlaceOfV<K>(a, t, h - heads).in - K::kRotaryOffset * kSize
+                                       : PlaceOf<K>(a, t, h).in;
 #pragma unroll
         for (int i = 0; i < S::kUnitsPerLane; ++i) {
           if (!has_unit(i)) continue;
           const char* at = in + UnitBegin<K>(unit_of(i)) * kSize;
-          get(2 * i, x[i], at);
-          get(2 * i + 1, y[i], at + kUnitDistance<K> * kSize);
+          get(2 * i, held[round].x[i], at);
+          get(2 * i + 1, held[round].y[i], at + kUnitDistance<K> * kSize);
         }
 #pragma unroll
         for (int i = 0; i < S::kRestPerLane; ++i) {
-          if (has_rest(i)) get(2 * S::kUnitsPerLane + i, rest[i], in + RestBegin<K>(unit_of(i)) * kSize);
-        }
-      }
-      if constexpr (S::kVRides) {
-        if (h >= heads && h < all_heads) {
-          const char* in = PlaceOfV<K>(a, t, h - heads).in;
-#pragma unroll
-          for (int i = 0; i < S::kUnitsPerLane; ++i) {
-            if (!has_unit(i)) continue;
-            const char* at = in + unit_of(i) * S::kVectorBytes;
-            get(2 * i, x[i], at);
-            get(2 * i + 1, y[i], at + S::kUnits * S::kVectorBytes);
+          if (has_rest(i) && (!S::kVRides || h < heads)) {
+            get(2 * S::kUnitsPerLane + i, held[round].rest[i], in + RestBegin<K>(unit_of(i)) * kSize);
           }
         }
       }
@@ -642,47 +699,66 @@ __device__ __forceinline__ void RopeBody(const rope_cuda_args& a) {
 #pragma unroll
     for (int stage = 0; stage < K::kInFlight; ++stage) fetch(warp_first + stage * step, first + stage * step, stage);
   } else {
-    fetch(warp_first, first, 0);
+    // For few tokens everything is asked for at once; for many the weights are in L1 when they are wanted.
+#pragma unroll
+    for (int round = 0; round < (K::kFewTokens ? S::kRounds : 1); ++round) {
+      fetch(warp_first, first + round * S::kGroupsPerWarp, 0, round);
+    }
   }
-  // For few tokens everything is asked for at once; for many the weights are in L1 when they are wanted.
-  WeightWords<K> wx[S::kUnitsPerLane], wy[S::kUnitsPerLane], wrest[S::kRestPerLane > 0 ? S::kRestPerLane : 1];
-  const auto fetch_weights = [&](const void* weight) {
+  const auto fetch_weights = [&](const void* weight, int round) {
     if constexpr (K::kWeight != kRopeNoWeight) {
+      auto& to = held[round];
 #pragma unroll
       for (int i = 0; i < S::kUnitsPerLane; ++i) {
         if (!has_unit(i)) continue;
-        wx[i] = LoadWeight<K>(weight, UnitBegin<K>(unit_of(i)));
-        wy[i] = LoadWeight<K>(weight, UnitBegin<K>(unit_of(i)) + kUnitDistance<K>);
+        to.wx[i] = LoadWeight<K>(weight, UnitBegin<K>(unit_of(i)));
+        to.wy[i] = LoadWeight<K>(weight, UnitBegin<K>(unit_of(i)) + kUnitDistance<K>);
       }
 #pragma unroll
       for (int i = 0; i < S::kRestPerLane; ++i) {
-        if (has_rest(i)) wrest[i] = LoadWeight<K>(weight, RestBegin<K>(unit_of(i)));
+        if (has_rest(i)) to.wrest[i] = LoadWeight<K>(weight, RestBegin<K>(unit_of(i)));
       }
     }
   };
-  if (K::kFewTokens && first < heads) fetch_weights(first < QHeads<K>(p) ? a.q_weight : a.k_weight);
-
-  const bool reports = lane == 0 && first == 0;
-  CheckToken<K>(a, row, slot, position, reports, t);
-  if (S::kTable || K::kCheckAxes) {
-    if (t.poisoned || t.left_out) {
-      if (S::kStaged) asm volatile("cp.async.wait_all;" ::: "memory");
-      if (t.left_out && !K::kOutOfPlace) return;
-#pragma unroll 1
-      for (int h = first; h < heads; h += step) {
-#pragma unroll 1
-        for (int of = h; of < heads && of < h + S::kWarpHeads; of += S::kGroupsPerWarp) {
-          const HeadPlace head = PlaceOf<K>(a, t, of);
-          FillHead<K>(head.in, head.out, t.poisoned, lane);
-        }
-      }
-      return;
+  if constexpr (K::kFewTokens) {
+#pragma unroll
+    for (int round = 0; round < S::kRounds; ++round) {
+      const int h = kAlike ? warp_first : first + round * S::kGroupsPerWarp;
+      fetch_weights(h >= QHeads<K>(p) && h < heads ? a.k_weight : a.q_weight, round);
     }
+  }
+
+#if __CUDA_ARCH__ >= 900
+  // The next kernel of the stream may take its place now: it waits, as this one did, for the end and the writes of those
+  // before it.
+  if constexpr (K::kDependentLaunch == 2) asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+
+  // A token that cannot be rotated: NaN, or as it was. Few tokens: at the very end, out of the way of the others.
+  const bool reports = lane == 0 && first == 0;
+  CheckToken<K>(a, row, slot, position, reports && !K::kFewTokens, t);
+  const bool served = !(S::kTable || K::kCheckAxes) || !(t.poisoned || t.left_out);
+  const auto do_not_serve = [&] {
+    if (S::kStaged) asm volatile("cp.async.wait_all;" ::: "memory");
+    if (K::kFewTokens) CheckToken<K>(a, row, slot, position, reports, t);
+    if (t.left_out && !K::kOutOfPlace) return;
+#pragma unroll 1
+    for (int h = first; h < heads; h += step) {
+#pragma unroll 1
+      for (int of = h; of < heads && of < h + S::kWarpHeads; of += S::kGroupsPerWarp) {
+        const HeadPlace head = PlaceOf<K>(a, t, of);
+        FillHead<K>(head.in, head.out, t.poisoned, lane);
+      }
+    }
+  };
+  if (!K::kFewTokens && !served) {
+    do_not_serve();
+    return;
   }
   float cos[S::kUnitsPerLane][K::kVector], sin[S::kUnitsPerLane][K::kVector];
 #pragma unroll
   for (int i = 0; i < S::kUnitsPerLane; ++i) {
-    if (!has_unit(i)) continue;
+    if (!has_unit(i) || !served) continue;
     if constexpr (S::kTable) {
       LoadCosSin<K>(a, t, position, unit_of(i), cos[i], sin[i]);
     } else {
@@ -690,15 +766,22 @@ __device__ __forceinline__ void RopeBody(const rope_cuda_args& a) {
     }
   }
 
-  if constexpr (K::kSlotsDtype != kRopeNoDtype) t.slot = slot < a.slot_count ? slot : -1;
-  const int turns_end = S::kVRides ? all_heads : heads;
+  if constexpr (K::kSlotsDtype != kRopeNoDtype) t.slot = served && slot < a.slot_count ? slot : -1;
+  // Asked for where it is needed, as it lies in a line of the parameters of its own.
+  const auto fault_of = [&] {
+    rope_fault* fault = a.fault;
+    asm volatile("" : "+l"(fault));
+    return fault;
+  };
   int stage = 0;
-  for (int group_h = first, warp_h = warp_first; warp_h < turns_end; group_h += step, warp_h += step) {
+  // Few tokens: one turn, and up to its end no branch behind which a compiler could put a load or an angle off.
+  for (int group_h = first, warp_h = warp_first; K::kFewTokens || warp_h < turns_end; group_h += step, warp_h += step) {
     if constexpr (S::kStaged) asm volatile("cp.async.wait_group %0;" ::"n"(K::kInFlight - 1) : "memory");
     if constexpr (S::kFlat) __syncwarp();
-#pragma unroll 1
+#pragma unroll(K::kFewTokens ? S::kRounds : 1)
     for (int round = 0; round < S::kRounds; ++round) {
       const int h = group_h + round * S::kGroupsPerWarp;
+      auto& [x, y, rest, wx, wy, wrest] = held[K::kFewTokens ? round : 0];
       if constexpr (S::kStaged) {
         if constexpr (S::kFlat) {
           const auto at = [&](int element) {
@@ -726,11 +809,11 @@ __device__ __forceinline__ void RopeBody(const rope_cuda_args& a) {
           for (int i = 0; i < S::kRestPerLane; ++i) rest[i] = *staged_at(stage, 2 * S::kUnitsPerLane + i);
         }
       }
-      HeadPlace head = PlaceOf<K>(a, t, h < heads ? h : 0);
+      HeadPlace head = K::kFewTokens ? few_place(h) : PlaceOf<K>(a, t, h < heads ? h : 0);
       if constexpr (S::kFlat) head.out = flat_head(stage, round);
       float rstd = 0.0f;
       if constexpr (K::kNorm) {
-        if (!K::kFewTokens) fetch_weights(head.weight);
+        if (!K::kFewTokens) fetch_weights(head.weight, 0);
         float other = 0.0f;  // two sums, neither waits for the other
         const auto square = [&](const Words<S::kVectorBytes>& words, float& sum) {
           float v[K::kVector];
@@ -750,9 +833,21 @@ __device__ __forceinline__ void RopeBody(const rope_cuda_args& a) {
         }
         rstd = SumOfGroup<K::kLanes>(rstd + other, lane);
         const float mean = rstd * (1.0f / K::kHeadDim) + __uint_as_float(K::kEpsBits);
-        rstd = K::kDtype == kRopeF32 || S::kReference ? __frcp_rn(__fsqrt_rn(mean)) : rsqrtf(mean);
+        rstd = K::kDtype == kRopeF32 || S::kReference ? __frcp_rn(__fsqrt_rn(mean)) : InverseRoot<K::kEpsBits>(mean);
       }
-      if (h < heads) {
+      const bool rotated = (kAllTake && !S::kVRides) || (kAlike ? warp_first : h) < heads;
+      if (K::kFewTokens) head.stored = head.stored && takes(h);
+      HeadPlace of_rest = head;
+      of_rest.stored = head.stored && rotated;
+      const auto write = [&](int begin, float (&v)[K::kVector], const Words<S::kVectorBytes>& raw) {
+        auto packed = Pack<K::kDtype, K::kVector>(v);
+        if (K::kFewTokens && S::kVRides && !rotated) {
+          packed = raw;
+          Unpack<K::kDtype, K::kVector>(raw, v);
+        }
+        Write<K>(rotated && served, head, begin, v, packed);
+      };
+      if (K::kFewTokens || rotated) {
 #pragma unroll
         for (int i = 0; i < S::kUnitsPerLane; ++i) {
           if (!has_unit(i)) continue;
@@ -765,8 +860,8 @@ __device__ __forceinline__ void RopeBody(const rope_cuda_args& a) {
             NormaliseVector<K>(vy, rstd, wy[i]);
           }
           RotateUnit<K>(vx, vy, cos[i], sin[i]);
-          Write<K>(head, begin, vx);
-          Write<K>(head, begin + kUnitDistance<K>, vy);
+          write(begin, vx, x[i]);
+          write(begin + kUnitDistance<K>, vy, y[i]);
         }
 #pragma unroll
         for (int i = 0; i < S::kRestPerLane; ++i) {
@@ -776,26 +871,25 @@ __device__ __forceinline__ void RopeBody(const rope_cuda_args& a) {
           Unpack<K::kDtype, K::kVector>(rest[i], v);
           if constexpr (K::kNorm) {
             NormaliseVector<K>(v, rstd, wrest[i]);
-            Write<K>(head, begin, v);
+            Write<K>(rotated && served, of_rest, begin, v, Pack<K::kDtype, K::kVector>(v));
           } else {
             // The same bits, untouched by any conversion.
-            if constexpr (K::kOutOfPlace && !S::kFlat) Store(head.out + begin * kSize, rest[i]);
+            if constexpr (K::kOutOfPlace && !S::kFlat) Put<K>(rotated && served, head.out + begin * kSize, rest[i]);
             if constexpr (K::kStoreK && !(S::kFlat && K::kCacheDtype == K::kDtype)) {
-              if (head.cache) WriteCache<K>(head.cache, begin, v, rest[i], head.inverse_scale);
+              WriteCache<K>(of_rest, begin, v, rest[i]);
             }
           }
         }
       }
-      if constexpr (S::kVRides && !S::kFlat) {
+      if constexpr (S::kVRides && !S::kFlat && !K::kFewTokens) {
         if (h >= heads && h < all_heads) {
           const HeadPlace v = PlaceOfV<K>(a, t, h - heads);
-          if (v.cache) {
 #pragma unroll
-            for (int i = 0; i < S::kUnitsPerLane; ++i) {
-              if (!has_unit(i)) continue;
-              StoreVector<K>(v, unit_of(i) * K::kVector, x[i]);
-              StoreVector<K>(v, (S::kUnits + unit_of(i)) * K::kVector, y[i]);
-            }
+          for (int i = 0; i < S::kUnitsPerLane; ++i) {
+            if (!has_unit(i)) continue;
+            const int begin = UnitBegin<K>(unit_of(i)) - K::kRotaryOffset;
+            StoreVector<K>(v, begin, held[0].x[i]);
+            StoreVector<K>(v, begin + kUnitDistance<K>, held[0].y[i]);
           }
         }
       }
@@ -811,11 +905,11 @@ __device__ __forceinline__ void RopeBody(const rope_cuda_args& a) {
           const HeadPlace place = PlaceOf<K>(a, t, of);
           if (changed) Store(S::kLinear ? PlaceOf<K>(a, t, warp_h).out + copy * 16 : place.out + byte, words);
           if constexpr (K::kStoreK && K::kCacheDtype == K::kDtype) {
-            if (place.cache) Store(place.cache + byte, words);
+            if (place.stored) Store(place.cache + byte, words);
           }
         } else if (S::kVRides && of < all_heads) {
           const HeadPlace v = PlaceOfV<K>(a, t, of - heads);
-          if (v.cache) StoreVector<K, 16 / kSize>(v, byte / kSize, words);
+          StoreVector<K, 16 / kSize>(v, byte / kSize, words);
         }
       });
     }
@@ -833,10 +927,13 @@ __device__ __forceinline__ void RopeBody(const rope_cuda_args& a) {
     for (; h < all_heads; h += step) StoreV<K>(PlaceOfV<K>(a, t, h - heads), lane);
   }
   if constexpr (K::kSlotsDtype != kRopeNoDtype) {
-    if (reports && slot >= a.slot_count) RecordFault(a.fault, row, kRopeFaultSlot, slot, a.slot_count, p.tokens, 0);
+    if (reports && served && slot >= a.slot_count) {
+      RecordFault(fault_of(), row, kRopeFaultSlot, slot, a.slot_count, p.tokens, 0);
+    }
   }
+  if (K::kFewTokens && !served) do_not_serve();
 #if __CUDA_ARCH__ >= 900
-  if constexpr (K::kDependentLaunch) asm volatile("griddepcontrol.launch_dependents;");
+  if constexpr (K::kDependentLaunch == 1) asm volatile("griddepcontrol.launch_dependents;");
 #endif
 }
 

@@ -49,6 +49,19 @@ void PlanOdd(int64_t heads, int64_t per_warp, int64_t head_bytes, RopeCudaKey* k
   key->in_flight = static_cast<uint8_t>(std::min({Ceil(stages, warps), int64_t{3}, fits}));
 }
 
+// Few tokens: bytes of an access, warps of a block, heads that a group takes at once. Searched on an H200
+// (docs/cuda.md): first latency decides, then the number of instructions.
+struct FewShape {
+  int bytes, warps, heads;
+};
+FewShape PlanFew(const RopeVariant& v, int64_t bytes_per_multiprocessor) {
+  if (bytes_per_multiprocessor <= 512) return {4, 4, 1};
+  if (bytes_per_multiprocessor <= 6 * 1024) return {4, 4, 2};
+  if (v.cache_dtype != kRopeNoDtype) return {8, 12, 2};
+  if (v.table_dtype != kRopeNoDtype) return {8, 10, 1};
+  return v.norm ? FewShape{8, 5, 2} : FewShape{4, 10, 2};
+}
+
 // Many tokens, a block for each: how many warps it has and how many heads of a group are on their way at once. Searched
 // on an H200 (docs/cuda.md): the more tokens, the less there is to gain from many loads of one, and the more from many
 // blocks of a multiprocessor. A warp works on `per_warp` heads at once. Returns how many warps a multiprocessor is to
@@ -138,7 +151,6 @@ Status PlanRopeCuda(const RopeCall& call, const CudaDevice& device, RopeCudaOpti
   key.rotary_dim = static_cast<uint16_t>(p.rotary_dim);
   key.rotary_offset = static_cast<uint16_t>(p.rotary_offset);
   key.v_dim = static_cast<uint16_t>(v.store_v ? p.v_dim : 0);
-  key.dependent_launch = options.dependent_launch && device.major >= 9;
 
   const int bytes = RopeDtypeBytes(v.dtype);
   int vector = ChooseVector(call, 16);
@@ -149,11 +161,12 @@ Status PlanRopeCuda(const RopeCall& call, const CudaDevice& device, RopeCudaOpti
   const int64_t few_bytes = int64_t{device.sm_count} * 24 * 1024;
   const bool few =
       options.layout == RopeCudaLayout::kAny ? bytes_moved <= few_bytes : options.layout == RopeCudaLayout::kFew;
-  const bool tiny = bytes_moved <= int64_t{device.sm_count} * 1536;
   key.few_tokens = few;
-  // A store at 256 tokens keeps accesses of 16 bytes: with more threads, not all of them fit on the device at once.
-  const bool wide = v.cache_dtype != kRopeNoDtype && bytes_moved > int64_t{device.sm_count} * 8 * 1024;
-  if (few) vector = std::min(vector, std::max(1, (tiny ? 4 : wide ? 16 : 8) / bytes));
+  const FewShape shape = PlanFew(v, bytes_moved / device.sm_count);
+  if (few) vector = std::min(vector, std::max(1, shape.bytes / bytes));
+  // The next kernel of the stream may take its place beside this one where all blocks of this one have theirs at once,
+  // and where the last of many leave room; in between it would crowd them.
+  if (options.dependent_launch && device.major >= 9) key.dependent_launch = few || rows >= 3072 ? 2 : 1;
   const int odd = few ? 0 : OddVector(call, rows);
   if (odd) vector = odd;
   const int units = p.rotary_dim / (2 * vector);
@@ -167,9 +180,13 @@ Status PlanRopeCuda(const RopeCall& call, const CudaDevice& device, RopeCudaOpti
   key.vector = static_cast<uint8_t>(vector);
   key.lanes = static_cast<uint8_t>(lanes);
   if (few) {
-    key.in_flight = 1;
-    key.threads = tiny || wide ? 128 : 256;
-    plan->grid_y = static_cast<uint32_t>(Ceil(all_heads, key.threads / 32 * per_warp));
+    const bool v_rides = !v.store_v || p.v_dim == p.rotary_dim;
+    key.in_flight = static_cast<uint8_t>(Ceil(units, lanes) <= 2 && v_rides ? shape.heads : 1);
+    // About so many warps a block that none is without a head.
+    const int64_t warps = Ceil(all_heads, per_warp * key.in_flight);
+    const int64_t blocks = std::max<int64_t>(1, (warps + shape.warps / 2) / shape.warps);
+    key.threads = static_cast<uint16_t>(Ceil(warps, blocks) * 32);
+    plan->grid_y = static_cast<uint32_t>(blocks);
     plan->why = "few tokens: the heads of a token are spread over blocks";
   } else {
     const int span = rest_matters ? p.head_dim : p.rotary_dim;
@@ -194,6 +211,7 @@ Status PlanRopeCuda(const RopeCall& call, const CudaDevice& device, RopeCudaOpti
                      : std::has_single_bit(page_size) ? static_cast<uint16_t>(1 + std::countr_zero(page_size))
                                                       : uint16_t{0};
   }
+  key.scale_pointers = t.k_scale || t.v_scale;
   key.unit_scaling = p.attention_scaling == 1.0f;
   key.eps = v.norm ? p.eps : 0.0f;
   // A single token has no stride.
@@ -221,6 +239,12 @@ Status PlanRopeCuda(const RopeCall& call, const CudaDevice& device, RopeCudaOpti
   const auto fits = [](int64_t stride) { return stride > 0 && stride <= INT32_MAX; };
   if (v.store_v && (p.k_heads == 1 || p.v.head == p.v_dim) && fits(token_stride(p.v))) {
     key.v_token = static_cast<int32_t>(token_stride(p.v));
+    const int64_t behind = int64_t{p.q_heads + p.k_heads} * p.head_dim;
+    if (few && key.packed && p.v_dim == p.head_dim && key.v_token == key.q_token && p.v.batch == p.q.batch &&
+        key.q_token >= behind + int64_t{p.k_heads} * p.v_dim &&
+        static_cast<const char*>(t.v) == static_cast<const char*>(t.q) + behind * bytes) {
+      key.packed = 2;
+    }
   }
   if (v.cache_dtype != kRopeNoDtype) {
     const rope_strides& cache = v.store_k ? p.k_cache : p.v_cache;
@@ -232,7 +256,7 @@ Status PlanRopeCuda(const RopeCall& call, const CudaDevice& device, RopeCudaOpti
         cache.batch <= INT32_MAX) {
       key.cache_head = static_cast<int32_t>(head);
       key.cache_token = static_cast<int32_t>(cache.token);
-      key.cache_page = key.page_shift == kFlatPages ? 0 : cache.batch;
+      key.cache_page = key.page_shift == kFlatPages ? 0 : static_cast<int32_t>(cache.batch);
     }
   }
   if (v.table_dtype != kRopeNoDtype && p.cos_pair == 1 && p.sin_pair == 1 && p.cos_row == p.sin_row &&
@@ -246,9 +270,10 @@ Status PlanRopeCuda(const RopeCall& call, const CudaDevice& device, RopeCudaOpti
     int table_vector = 16 / table_bytes;
     // A run of pairs begins at a multiple of the vector, or of half of it where neighbours share one; and an axis may
     // end anywhere.
-    const int run = v.pairing == ROPEWALK_INTERLEAVED && vector > 1 ? vector / 2 : vector;
+    const bool halved = v.pairing == ROPEWALK_INTERLEAVED && vector > 1 && (!key.flat || vector % 8 == 0);
+    const int run = halved ? vector / 2 : vector;
     table_vector = std::min(table_vector, run);
-    if (v.pairing == ROPEWALK_INTERLEAVED) {
+    if (halved) {
       while (table_vector > 1 && (p.rotary_dim / 4) % table_vector) table_vector /= 2;
     }
     while (table_vector > 1 && run % table_vector) table_vector /= 2;
@@ -303,12 +328,13 @@ std::string RopeCudaSource(const RopeCudaKey& key) {
       {"UnitScaling", key.unit_scaling},
       {"VToken", key.v_token},
       {"TableRow", key.table_row},
-      {"CachePage", static_cast<int>(key.cache_page)},
+      {"CachePage", key.cache_page},
       {"CacheToken", key.cache_token},
       {"CacheHead", key.cache_head},
       {"DenseIndices", key.dense_indices},
       {"Flat", key.flat},
       {"Packed", key.packed},
+      {"ScalePointers", key.scale_pointers},
   };
   std::string text = "#include \"ops/rope/rope.cuh\"\nstruct K {\n";
   for (const auto& [name, value] : constants)

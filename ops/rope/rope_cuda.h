@@ -36,20 +36,22 @@ struct RopeCudaKey {
   int32_t v_token = 0;                // the same for v, whose heads are then dense
   int32_t table_row = 0;              // of cos and of sin; 0: their strides with the params
   int32_t cache_token = 0, cache_head = 0;  // of both caches; a head of 0: with the params
-  int64_t cache_page = 0;
+  int32_t cache_page = 0;
   uint8_t vector = 0;            // elements of one access: 1, 2, 4 or 8; flat: or a thread's share of a half, 6 or 10
   uint8_t lanes = 0;             // threads of one head, up to 32
-  uint8_t in_flight = 0;         // heads a group loads before it uses the first
+  uint8_t in_flight = 0;         // heads a group loads before it uses the first; few tokens: all of its heads
   uint8_t few_tokens = 0;        // layout: 0 a block for each token, 1 heads of a token spread over blocks
-  uint8_t dependent_launch = 0;  // programmatic dependent launch
+  uint8_t dependent_launch = 0;  // programmatic dependent launch: 1 the next may start at the end of this one, 2 early
   uint8_t table_vector = 0;      // elements of one access to the table
   uint8_t batched = 0;           // more than one batch entry
   uint8_t unit_scaling = 0;      // attention_scaling is 1
   float eps = 0.0f;              // 0 without a norm
   uint8_t dense_indices = 0;     // positions, offsets and slots have no gaps between tokens
   uint8_t flat = 0;              // many tokens: a warp's heads are fetched and written side by side, 16 bytes a lane
-  uint8_t packed = 0;            // k lies behind q in the same row
+  uint8_t packed = 0;            // k lies behind q in the same row: 1; 2: and v behind k (few tokens)
   uint8_t min_blocks = 0;        // of a multiprocessor, for which registers are limited; 0: the compiler's choice
+  uint8_t scale_pointers = 0;    // a scale of an fp8 cache lies on the device
+  uint8_t unused[3] = {};
 
   bool operator==(const RopeCudaKey&) const = default;
 };
