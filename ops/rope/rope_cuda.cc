@@ -87,6 +87,10 @@ int PlanMany(const RopeVariant& v, int64_t rows, int64_t heads, int64_t all_head
     in_flight = store ? 2 : 5;
   } else if (store) {
     warps = v.cache_dtype == v.dtype ? 6 : 3;
+  } else if (regular && key->lanes <= 4 && key->rotary_dim != key->head_dim) {  // a small part of larger heads
+    warps = warps_for(v.norm ? 4 : 3, 10);
+    in_flight = 3;
+    resident = v.norm ? 1 : 0;
   } else if (v.norm) {
     const bool wide = whole && !regular && per_warp <= 2;  // heads of 144 to 240
     warps = key->flat || wide ? 2 : warps_for(2, std::max<int64_t>(2, whole ? 24 / per_warp : 10));
