@@ -86,7 +86,9 @@ int PlanMany(const RopeVariant& v, int64_t rows, int64_t heads, int64_t all_head
     warps = store ? 3 : 2;
     in_flight = store ? 2 : 5;
   } else if (store) {
-    warps = v.cache_dtype == v.dtype ? 6 : 3;
+    const bool narrow = v.dtype != kRopeF32 && key->vector < 8, usual = regular ? key->lanes >= 8 : !whole;
+    warps = narrow ? 2 : v.cache_dtype == v.dtype && usual ? 6 : 3;
+    if (narrow) in_flight = 3;
   } else if (regular && key->lanes <= 4 && key->rotary_dim != key->head_dim) {  // a small part of larger heads
     warps = warps_for(v.norm ? 4 : 3, 10);
     in_flight = 3;
