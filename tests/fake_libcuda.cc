@@ -435,7 +435,8 @@ FAKE_API int cuLaunchKernelEx(const cu::LaunchConfig* config, FakeModule* functi
   }
   for (unsigned i = 0; i < config->attribute_count; ++i) {
     const cu::LaunchAttribute& attribute = config->attributes[i];
-    if (attribute.id == cu::kProgrammaticStreamSerialization) launch.dependent = attribute.value.number != 0;
+    if (attribute.id != cu::kProgrammaticStreamSerialization || launch.dependent) return cu::kInvalidValue;
+    launch.dependent = attribute.value.number != 0;
   }
   if (stream && stream->graph) {
     stream->graph->launches.push_back(std::move(launch));
