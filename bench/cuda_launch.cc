@@ -59,8 +59,8 @@ Status Measure(RopeCase c, const char* what, bool* held) {
   cu::LaunchAttribute attribute;
   attribute.id = cu::kProgrammaticStreamSerialization;
   attribute.value.number = 1;
-  const cu::LaunchConfig config = {plan.grid_x, plan.grid_y, 1,       plan.key.threads, 1,
-                                   1,           0,           nullptr, &attribute,       plan.key.dependent_launch ? 1u : 0u};
+  const cu::LaunchConfig config = {
+      plan.grid_x, plan.grid_y, 1, plan.key.threads, 1, 1, 0, nullptr, &attribute, plan.key.dependent_launch ? 1u : 0u};
   void* parameters[] = {&args};
   const bench::LaunchCost cost =
       bench::MeasureLaunch([&] { driver.LaunchKernelEx(&config, kernel->function, parameters, nullptr); },

@@ -129,7 +129,8 @@ int MinBlocks(const RopeCudaKey& key, const CudaDevice& device, int64_t rows, in
                      key.rotary_dim == 2 * key.vector * key.lanes;
   if (!usual || key.few_tokens || v.dtype == kRopeF32 || key.vector < 6) return 1;
   if (resident == 0) {
-    const bool spills = (key.flat && rows < 3072) || (partial && table && v.table_dtype != kRopeF32);
+    const bool spills = (key.flat && rows < 3072) || (partial && table && v.table_dtype != kRopeF32) ||
+                        (v.norm && table && (partial || v.axes));
     return device.major == 9 && !spills ? 0 : 1;
   }
   if (partial || (table && key.table_vector == 1 && key.vector == 8)) return 1;
