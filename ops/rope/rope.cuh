@@ -490,7 +490,7 @@ __device__ __forceinline__ HeadPlace PlaceOf(const rope_cuda_args& a, const Toke
                      (of_v ? K::kRotaryOffset : 0)) * kBytes<K::kCacheDtype>;
       place.inverse_scale =
           InverseScale<K>(of_v ? a.v_scale : a.k_scale, of_v ? a.v_inverse_scale : a.k_inverse_scale,
-                          place.stored ? in_cache : 0, of_v ? p.v_scale_head : p.k_scale_head);
+                          of_q ? 0 : in_cache, of_v ? p.v_scale_head : p.k_scale_head);
     }
   }
   return place;

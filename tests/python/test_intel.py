@@ -3,6 +3,7 @@ libsycl.so.9, and once more in a process of its own with libsycl.so.8: a process
 
 # SPDX-License-Identifier: Apache-2.0
 import ctypes
+import mmap
 import os
 import subprocess
 import sys
@@ -198,10 +199,12 @@ def test_faults():
 
 
 class HostAsOneApi(Usm):
-    """Memory of the host that says it is oneAPI's."""
+    """Memory of the host that says it is oneAPI's. In pages of its own: shared memory of a CPU device comes from the same
+    heap as the host's, and Ropewalk keeps what it was told about a page."""
 
     def __init__(self, values):
-        self.torch = values
+        pages = np.frombuffer(mmap.mmap(-1, values.numel() * values.element_size()), dtype=np.uint8)
+        self.torch = torch.from_numpy(pages).view(values.dtype).view(values.shape).copy_(values)
 
 
 @pytest.mark.parametrize(

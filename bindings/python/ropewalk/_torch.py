@@ -21,11 +21,18 @@ _out_schema = (
     .replace("Tensor(a!) q", "Tensor q")
     .replace("Tensor(b!)? k=", "Tensor? k=")
 )
-_FREQUENCIES = [arg["name"] for arg in _module.description()].index("frequencies")
+assert [arg["name"] for arg in _module.description()][:5] == ["q", "k", "positions", "offsets", "frequencies"]
+_handles = _arrays._handles
 
 
-def _run(*values: Any) -> None:
-    _call(*values[:_FREQUENCIES], _arrays.handle_of(values[_FREQUENCIES]), *values[_FREQUENCIES + 1 :])
+def _run(
+    q: Any, k: Any = None, positions: Any = None, offsets: Any = None, frequencies: int = 0, *others: Any
+) -> None:  # torch leaves out what has its default at the end
+    handle = _handles[frequencies] if frequencies in _handles else _arrays.handle_of(frequencies)
+    if others:
+        _call(q, k, positions, offsets, handle, *others)
+    else:
+        _call(q, k, positions, offsets, handle)
 
 
 def _shape(*values: Any) -> None:
