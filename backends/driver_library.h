@@ -42,15 +42,15 @@ class Once {
     static const Library* const library = [] {
       auto* loaded = new Library;
       loaded->status = kLoad(loaded);
-      was_loaded_.store(true, std::memory_order_release);
+      was_loaded.store(true, std::memory_order_release);
       return loaded;
     }();
     return *library;
   }
-  static bool WasLoaded() { return was_loaded_.load(std::memory_order_acquire); }
+  static bool WasLoaded() { return was_loaded.load(std::memory_order_acquire); }
 
  private:
-  static inline std::atomic<bool> was_loaded_{false};
+  static inline std::atomic<bool> was_loaded{false};
 };
 
 }  // namespace ropewalk

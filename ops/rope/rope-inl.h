@@ -221,14 +221,14 @@ struct Run {
 // neighbours). `values` has room for two more blocks behind `count`; reads past `count` see zeros.
 template <bool kWhole, bool kReorder, class Value>
 HWY_INLINE void Arrange(Value* values, int count) {
-  static constexpr hn::ScalableTag<Value> d;
+  static constexpr hn::ScalableTag<Value> kTag;
   constexpr int kStep = kWhole ? kBlock : kLanes;
   const int blocks = count / kStep;
   const auto reorder = [](Value* block) ROPEWALK_ATTR {
     if constexpr (kReorder) {
-      const auto low = hn::LoadU(d, block), high = hn::LoadU(d, block + kLanes);
-      hn::StoreU(hn::ConcatEven(d, high, low), d, block);
-      hn::StoreU(hn::ConcatOdd(d, high, low), d, block + kLanes);
+      const auto low = hn::LoadU(kTag, block), high = hn::LoadU(kTag, block + kLanes);
+      hn::StoreU(hn::ConcatEven(kTag, high, low), kTag, block);
+      hn::StoreU(hn::ConcatOdd(kTag, high, low), kTag, block + kLanes);
     }
   };
   if (count % kStep) {
