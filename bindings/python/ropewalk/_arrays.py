@@ -28,26 +28,26 @@ CHOICES: dict[str, dict[Any, int]] = {
     "rounding": {"fused": 0, "reference": 1},
 }
 
-# Compiled graphs hold a number that is never used again, not an address that might be.
-_handles: dict[int, int | None] = {0: None}
+
+class _Handles(dict[int, "int | None"]):
+    """Of Frequencies. Compiled graphs hold a number that is never used again, not an address that might be."""
+
+    def __missing__(self, key: int) -> None:
+        raise RuntimeError("rope: the Frequencies that this graph was compiled with have been freed")
+
+
+handles = _Handles({0: None})
 _next_key = itertools.count(1)
 
 
 def register_handle(handle: int) -> int:
     key = next(_next_key)
-    _handles[key] = handle
+    handles[key] = handle
     return key
 
 
-def forget_handle(key: int, handles: dict[int, int | None] = _handles) -> None:
+def forget_handle(key: int, handles: dict[int, int | None] = handles) -> None:
     handles.pop(key, None)
-
-
-def handle_of(key: int) -> int | None:
-    try:
-        return _handles[key]
-    except KeyError:
-        raise RuntimeError("rope: the Frequencies that this graph was compiled with have been freed") from None
 
 
 def _type_name(value: Any) -> str:

@@ -22,17 +22,13 @@ _out_schema = (
     .replace("Tensor(b!)? k=", "Tensor? k=")
 )
 assert [arg["name"] for arg in _module.description()][:5] == ["q", "k", "positions", "offsets", "frequencies"]
-_handles = _arrays._handles
+_handles = _arrays.handles
 
 
 def _run(
     q: Any, k: Any = None, positions: Any = None, offsets: Any = None, frequencies: int = 0, *others: Any
 ) -> None:  # torch leaves out what has its default at the end
-    handle = _handles[frequencies] if frequencies in _handles else _arrays.handle_of(frequencies)
-    if others:
-        _call(q, k, positions, offsets, handle, *others)
-    else:
-        _call(q, k, positions, offsets, handle)
+    _call(q, k, positions, offsets, _handles[frequencies], *others)
 
 
 def _shape(*values: Any) -> None:
