@@ -85,7 +85,7 @@ QUICK = ["flux_1024", "decode_1", "decode_64", "decode_256", "prefill_1024", "pr
 COMPILED = ["flux_1024", "decode_1", "prefill_1024", "prefill_8192", "decode_64", "qwen_image_partial", "head_256",
             "decode_256", "qwen_image_1024", "zimage_1024"]  # fmt: skip
 COMPILED_QUICK = ["flux_1024", "decode_1", "prefill_1024"]
-STORED = ["decode_1", "decode_64", "decode_256", "prefill_1024", "prefill_8192"]
+STORED = ["decode_1", "decode_64", "decode_256", "prefill_1024", "prefill_8192", *(s.name for s in HEAD_SIZES)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

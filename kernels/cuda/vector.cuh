@@ -1,5 +1,5 @@
-// Vectors of 2-byte and 4-byte floats: loaded and stored in one access, worked on as float32. Own conversions, so that no
-// header of the toolkit is needed.
+// Vectors of 2-byte and 4-byte floats: loaded and stored in one access, worked on as float32. Own conversions, so that
+// no header of the toolkit is needed.
 // SPDX-License-Identifier: Apache-2.0
 #ifndef ROPEWALK_KERNELS_CUDA_VECTOR_CUH_
 #define ROPEWALK_KERNELS_CUDA_VECTOR_CUH_
@@ -102,9 +102,11 @@ __device__ __forceinline__ void Store(void* p, const Words<kSize>& r) {
     asm volatile("st.global.L1::no_allocate.v2.u32 [%0], {%1,%2};" ::"l"(p), "r"(r.w[0]), "r"(r.w[1]) : "memory");
   } else if constexpr (kSize == 4) {
     *static_cast<rw_u32*>(p) = r.w[0];
-  } else if constexpr (kSize == 2) {
-    *static_cast<rw_u16*>(p) = static_cast<rw_u16>(r.w[0]);
+  } else if constexpr (kSize % 2 == 0) {
+#pragma unroll
+    for (int i = 0; i < kSize / 2; ++i) static_cast<rw_u16*>(p)[i] = static_cast<rw_u16>(r.w[i / 2] >> i % 2 * 16);
   } else {
+    static_assert(kSize == 1, "no odd number of bytes");
     *static_cast<rw_u8*>(p) = static_cast<rw_u8>(r.w[0]);
   }
 }

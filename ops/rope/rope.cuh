@@ -37,8 +37,8 @@ struct Shape {
   // keeps accesses whole where the halves of a head do not fill lines of 128 bytes, and lets a vector be of any even
   // number of elements. Of a head, this part:
   static constexpr bool kFlat = kStaged && K::kFlat;
-  // There both vectors of a unit of neighbours may follow each other, and so all its pairs. Those of an access lie apart
-  // all the same: in shared memory that is faster, and half of them are enough for a load of cosines.
+  // There both vectors of a unit of neighbours may follow each other, and so all its pairs. Those of an access lie
+  // apart all the same: in shared memory that is faster, and half of them are enough for a load of cosines.
   static constexpr bool kAdjacent = kFlat && kPairsInside && K::kVector % 8 != 0;
   static constexpr int kRun = kPairsInside && !kAdjacent ? K::kVector / 2 : K::kVector;  // of pairs
   static constexpr int kRounds = kFlat ? K::kFlat : K::kFewTokens ? K::kInFlight : 1;  // of a warp's groups, at once
@@ -52,6 +52,8 @@ struct Shape {
   static constexpr bool kLinear = K::kPacked && kSpan == K::kHeadDim;  // a warp's heads follow each other in memory
   // Heads of v take the way of the others, on loads that wait for no slot, where they fill the same vectors.
   static constexpr bool kVRides = K::kStoreV && K::kVDim == K::kRotaryDim && (!kFlat || K::kVDim == kSpan);
+  // fp8 codes of vectors that no access can carry go side by side to the cache, too.
+  static constexpr bool kStagedCodes = kFlat && K::kStoreK && K::kCacheDtype != K::kDtype && K::kVector % 8 != 0;
   static constexpr int kStageBytes = kFlat ? kHeadsAtOnce * kSpanBytes
                                            : (2 * kUnitsPerLane + kRestPerLane) * K::kThreads * kVectorBytes;
 };
@@ -80,7 +82,7 @@ __device__ __forceinline__ int RestBegin(int i) {
 // What a token needs beside its heads.
 struct Token {
   rw_i64 batch, token;
-  char* q;           // where its heads begin, and head 0 of q if k's heads were the next ones; where strides are constants
+  char* q;           // where strides are constants: where its heads begin, and head 0 of q if k's were the next ones
   char* k;
   rw_i64 slot;       // < 0: not stored
   bool left_out;     // padding with a position outside the table
@@ -436,7 +438,9 @@ __device__ __forceinline__ rw_i64 CacheOffset(const rope_params& p, const rope_s
     page = slot >> (K::kPageShift - 1);
     place = slot - (page << (K::kPageShift - 1));
   }
-  if constexpr (K::kCacheHead != 0) return page * K::kCachePage + place * K::kCacheToken + static_cast<rw_i64>(head) * K::kCacheHead;
+  if constexpr (K::kCacheHead != 0) {
+    return page * K::kCachePage + place * K::kCacheToken + static_cast<rw_i64>(head) * K::kCacheHead;
+  }
   return page * cache.batch + place * cache.token + head * cache.head;
 }
 
@@ -449,8 +453,8 @@ __device__ __forceinline__ char* RowOfV(const rope_cuda_args& a, const Token& t,
 }
 
 // A head of q or, after those, of k; of few tokens then of v where it takes the same way: its row and its place in the
-// cache begin so far before it that the rotated part of q and k and the whole of v lie alike. `like`: a head of the same
-// tensor, from which that is told.
+// cache begin so far before it that the rotated part of q and k and the whole of v lie alike. `like`: a head of the
+// same tensor, from which that is told.
 template <class K>
 __device__ __forceinline__ HeadPlace PlaceOf(const rope_cuda_args& a, const Token& t, int h, int like) {
   const rope_params& p = a.params;
@@ -521,7 +525,8 @@ __device__ __forceinline__ HeadPlace PlaceOfV(const rope_cuda_args& a, const Tok
 }
 
 template <class K, int kCount = K::kVector>
-__device__ __forceinline__ void StoreVector(const HeadPlace& head, int begin, const Words<kCount * kBytes<K::kDtype>>& words) {
+__device__ __forceinline__ void StoreVector(const HeadPlace& head, int begin,
+                                            const Words<kCount * kBytes<K::kDtype>>& words) {
   float v[kCount];
   Unpack<K::kDtype, kCount>(words, v);
   WriteCache<K>(head, begin, v, words);
@@ -555,8 +560,8 @@ __device__ __forceinline__ void FillHead(const char* in, char* out, bool nan, in
   }
 }
 
-// Flat: calls what(copy, head, byte of the head) for each copy of 16 bytes that the thread makes of the warp's heads from
-// `first` on.
+// Flat: calls what(copy, head, byte of the head) for each copy of 16 bytes that the thread makes of the warp's heads
+// from `first` on.
 template <class K, class What>
 __device__ __forceinline__ void EachCopy(int first, const What& what) {
   using S = Shape<K>;
@@ -620,15 +625,16 @@ __device__ __forceinline__ void RopeBody(const rope_cuda_args& a) {
   const rw_i64 slot = SlotOf<K>(a, K::kFewTokens ? second_line : a.slots, t.batch, t.token);
   const rw_i64 position = K::kAxes ? 0 : PositionOf<K>(a, t.batch, t.token, 0);
 
-  // The thread's share of a head on its way: in registers (of few tokens, of all its heads), or for many tokens in shared memory, where every thread reads
-  // only what it fetched itself (flat: what its warp fetched), so that no barrier is needed and several heads are in
-  // flight at no cost in registers.
+  // The thread's share of a head on its way: in registers (of few tokens, of all its heads), or for many tokens in
+  // shared memory, where every thread reads only what it fetched itself (flat: what its warp fetched), so that no
+  // barrier is needed and several heads are in flight at no cost in registers.
   constexpr int kRests = S::kRestPerLane > 0 ? S::kRestPerLane : 1;
   struct {
     Words<S::kVectorBytes> x[S::kUnitsPerLane], y[S::kUnitsPerLane], rest[kRests];
     WeightWords<K> wx[S::kUnitsPerLane], wy[S::kUnitsPerLane], wrest[kRests];
   } held[K::kFewTokens ? S::kRounds : 1];
   __shared__ Aligned<16> staged[S::kStaged ? (K::kInFlight * S::kStageBytes + 15) / 16 : 1];
+  __shared__ Aligned<8> codes[S::kStagedCodes ? S::kHeadsAtOnce * S::kSpan / 8 : 1];
   const auto staged_at = [&](int stage, int i) {
     return reinterpret_cast<Words<S::kVectorBytes>*>(reinterpret_cast<char*>(staged) + stage * S::kStageBytes) +
            i * K::kThreads + threadIdx.x;
@@ -656,6 +662,7 @@ __device__ __forceinline__ void RopeBody(const rope_cuda_args& a) {
   const auto flat_head = [&](int stage, int round) {
     return flat(stage) + (round * S::kGroupsPerWarp + group_in_warp) * S::kSpanBytes - S::kSpanBegin * kSize;
   };
+  const auto codes_of = [&](int head) { return reinterpret_cast<char*>(codes) + (warp_group + head) * S::kSpan; };
   const auto fetch = [&](int warp_h, int h, int stage, int round = 0) {
     if constexpr (S::kFlat) {
       EachCopy<K>(warp_h, [&](int copy, int of, int byte) {
@@ -729,8 +736,8 @@ __device__ __forceinline__ void RopeBody(const rope_cuda_args& a) {
   }
 
 #if __CUDA_ARCH__ >= 900
-  // The next kernel of the stream may take its place now: it waits, as this one did, for the end and the writes of those
-  // before it.
+  // The next kernel of the stream may take its place now: it waits, as this one did, for the end and the writes of
+  // those before it.
   if constexpr (K::kDependentLaunch == 2) asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 
@@ -811,6 +818,7 @@ __device__ __forceinline__ void RopeBody(const rope_cuda_args& a) {
       }
       HeadPlace head = K::kFewTokens ? few_place(h) : PlaceOf<K>(a, t, h < heads ? h : 0);
       if constexpr (S::kFlat) head.out = flat_head(stage, round);
+      if constexpr (S::kStagedCodes) head.cache = codes_of(round * S::kGroupsPerWarp + group_in_warp);
       float rstd = 0.0f;
       if constexpr (K::kNorm) {
         if (!K::kFewTokens) fetch_weights(head.weight, 0);
@@ -906,6 +914,9 @@ __device__ __forceinline__ void RopeBody(const rope_cuda_args& a) {
           if (changed) Store(S::kLinear ? PlaceOf<K>(a, t, warp_h).out + copy * 16 : place.out + byte, words);
           if constexpr (K::kStoreK && K::kCacheDtype == K::kDtype) {
             if (place.stored) Store(place.cache + byte, words);
+          } else if constexpr (S::kStagedCodes) {
+            const Words<8> eight = reinterpret_cast<const Aligned<8>*>(codes_of(0))[copy].words;
+            if (place.stored) Store(place.cache + byte / kSize, eight);
           }
         } else if (S::kVRides && of < all_heads) {
           const HeadPlace v = PlaceOfV<K>(a, t, of - heads);

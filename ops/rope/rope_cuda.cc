@@ -18,13 +18,16 @@ namespace {
 
 int64_t Ceil(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+bool Stores(const RopeVariant& v) { return v.cache_dtype != kRopeNoDtype; }
+bool StoresFp8(const RopeVariant& v) { return Stores(v) && v.cache_dtype != v.dtype; }
+
 // Heads with a norm whose halves make no power of two of vectors of 16 bytes, fetched side by side: vectors of another
 // size, so that fewer threads idle and more heads share a warp (docs/cuda.md). 0: those of an access are best.
 int OddVector(const RopeCall& call, int64_t rows) {
   const RopeVariant& v = call.variant;
   const rope_params& p = call.params;
   const int half = p.rotary_dim / 2;
-  if (rows < 3072 || !v.norm || v.out_of_place || v.cache_dtype != kRopeNoDtype || p.rotary_dim != p.head_dim ||
+  if (rows < 3072 || !v.norm || v.out_of_place || p.rotary_dim != p.head_dim || (v.store_v && p.v_dim != p.head_dim) ||
       v.rounding != kRopeRoundFused || RopeDtypeBytes(v.dtype) != 2 || RopeDtypeBytes(v.weight_dtype) != 2 ||
       ChooseVector(call, 16, true) != 8) {
     return 0;
@@ -37,16 +40,28 @@ int OddVector(const RopeCall& call, int64_t rows) {
   return fits(6) || (half % 8 != 0 && half % 6 == 0 && half / 6 <= 16) ? 6 : 0;
 }
 
-// The shape of a block for those.
+// The shape of a block for those: turns of a warp, and how many of them are on their way at once.
 void PlanOdd(int64_t heads, int64_t per_warp, int64_t head_bytes, RopeCudaKey* key) {
-  const bool regular = std::has_single_bit(key->lanes);
+  const bool regular = std::has_single_bit(key->lanes), store = Stores(key->variant);
   // Else the heads of a warp end within a sector: two rounds of them do not.
   key->flat = regular ? 1 : 2;
-  const int64_t stages = Ceil(heads, per_warp * key->flat), of_a_warp = regular ? 5 : 1;
-  const int64_t warps = std::min<int64_t>(Ceil(stages, of_a_warp), 8);
-  const int64_t fits = 48 * 1024 / (warps * per_warp * key->flat * head_bytes);
+  const int64_t stages = Ceil(heads, per_warp * key->flat);
+  const int64_t turns = store ? (regular ? 3 : 2) : (regular ? 5 : 1), most = store ? 2 : 3;
+  const int64_t warps = std::min<int64_t>(Ceil(stages, turns), 8);
+  const int64_t stage_bytes = warps * per_warp * key->flat * head_bytes;
+  const int64_t codes_bytes = StoresFp8(key->variant) ? stage_bytes / 2 : 0;
   key->threads = static_cast<uint16_t>(warps * 32);
-  key->in_flight = static_cast<uint8_t>(std::min({Ceil(stages, warps), int64_t{3}, fits}));
+  key->in_flight = static_cast<uint8_t>(std::min({Ceil(stages, warps), most, (48 * 1024 - codes_bytes) / stage_bytes}));
+}
+
+// How many warps of those a multiprocessor is to hold: for vectors of 10 elements 64 registers, of 6 48; stores,
+// strides and tables that are not told take registers of their own.
+int OddWarps(const RopeCudaKey& key) {
+  const RopeVariant& v = key.variant;
+  const bool slow_table = v.table_dtype != kRopeNoDtype && key.table_vector == 1;
+  if (!key.packed) return 20;
+  if (key.vector == 10 && StoresFp8(v)) return 28;
+  return std::has_single_bit(key.lanes) || slow_table || Stores(v) ? 32 : 40;
 }
 
 // Few tokens: bytes of an access, warps of a block, heads that a group takes at once. Searched on an H200
@@ -56,8 +71,11 @@ struct FewShape {
 };
 FewShape PlanFew(const RopeVariant& v, int64_t bytes_per_multiprocessor) {
   if (bytes_per_multiprocessor <= 512) return {4, 4, 1};
-  if (bytes_per_multiprocessor <= 6 * 1024) return {4, 4, 2};
-  if (v.cache_dtype != kRopeNoDtype) return {8, 12, 2};
+  if (bytes_per_multiprocessor <= 6 * 1024) {
+    if (StoresFp8(v)) return {8, 4, 1};
+    return Stores(v) && bytes_per_multiprocessor > 5 * 512 ? FewShape{4, 6, 1} : FewShape{4, 4, 2};
+  }
+  if (Stores(v)) return {8, 12, 2};
   if (v.table_dtype != kRopeNoDtype) return {8, 10, 1};
   return v.norm ? FewShape{8, 5, 2} : FewShape{4, 10, 2};
 }
@@ -68,7 +86,7 @@ FewShape PlanFew(const RopeVariant& v, int64_t bytes_per_multiprocessor) {
 // hold; 0: as the compiler likes.
 int PlanMany(const RopeVariant& v, int64_t rows, int64_t heads, int64_t all_heads, int64_t per_warp,
              int64_t stage_bytes, RopeCudaKey* key) {
-  const bool store = v.cache_dtype != kRopeNoDtype, table = v.table_dtype != kRopeNoDtype;
+  const bool store = Stores(v), table = v.table_dtype != kRopeNoDtype;
   const bool whole = v.dtype != kRopeF32 && key->vector == 8;  // accesses of 16 bytes
   const bool regular = whole && std::has_single_bit(key->lanes);
   // So many warps that their groups take the heads in so many turns.
@@ -203,7 +221,7 @@ Status PlanRopeCuda(const RopeCall& call, const CudaDevice& device, RopeCudaOpti
     const int64_t slots = 2 * Ceil(units, lanes) + Ceil(rest, lanes);
     const int64_t stage_bytes = key.flat ? per_warp * span * bytes : slots * 32 * vector * bytes;
     if (odd) {
-      PlanOdd(heads, per_warp, p.head_dim * bytes, &key);
+      PlanOdd(all_heads, per_warp, p.head_dim * bytes, &key);
     } else {
       resident = PlanMany(v, rows, heads, all_heads, per_warp, stage_bytes, &key);
     }
@@ -212,7 +230,7 @@ Status PlanRopeCuda(const RopeCall& call, const CudaDevice& device, RopeCudaOpti
   }
   plan->grid_x = static_cast<uint32_t>(rows);
   key.batched = p.batch > 1;
-  if (v.cache_dtype != kRopeNoDtype) {
+  if (Stores(v)) {
     const auto page_size = static_cast<uint64_t>(p.page_size);
     key.page_shift = p.page_size == p.slots           ? kFlatPages
                      : std::has_single_bit(page_size) ? static_cast<uint16_t>(1 + std::countr_zero(page_size))
@@ -253,7 +271,7 @@ Status PlanRopeCuda(const RopeCall& call, const CudaDevice& device, RopeCudaOpti
       key.packed = 2;
     }
   }
-  if (v.cache_dtype != kRopeNoDtype) {
+  if (Stores(v)) {
     const rope_strides& cache = v.store_k ? p.k_cache : p.v_cache;
     const auto same = [&](const rope_strides& s) {
       return s.batch == cache.batch && s.token == cache.token && s.head == cache.head;
@@ -288,9 +306,7 @@ Status PlanRopeCuda(const RopeCall& call, const CudaDevice& device, RopeCudaOpti
     table_vector = Alignment(table_vector, t.sin, table_bytes, {p.sin_batch, p.sin_row});
     key.table_vector = static_cast<uint8_t>(v.axes ? 1 : table_vector);
   }
-  // For vectors of 10 elements 64 registers, of 6 48; strides and tables that are not told take registers of their own.
-  const bool slow_table = v.table_dtype != kRopeNoDtype && key.table_vector == 1;
-  if (odd) resident = !key.packed ? 20 : std::has_single_bit(key.lanes) || slow_table ? 32 : 40;
+  if (odd) resident = OddWarps(key);
   key.min_blocks = static_cast<uint8_t>(MinBlocks(key, device, rows, resident));
   return {};
 }

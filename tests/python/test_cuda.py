@@ -86,9 +86,11 @@ def test_norm_of_many_head_sizes(head_dim, dtype, tokens):
 # So many heads that a warp takes several turns, with a vector of 6 or 10 elements a thread where that fits.
 @pytest.mark.parametrize("head_dim", [40, 48, 72, 80, 96, 112, 120, 160, 192, 384])
 @pytest.mark.parametrize("pairing", ["neox", "interleaved"])
-@pytest.mark.parametrize("tokens", [1100, 3100])
+@pytest.mark.parametrize(
+    ("tokens", "cache_dtype"), [(1100, None), (3100, None), (3100, torch.bfloat16), (3100, torch.float8_e4m3fn)]
+)
 @pytest.mark.parametrize("with_table", [False, True])
-def test_norm_of_many_heads_in_packed_rows(head_dim, pairing, tokens, with_table):
+def test_norm_of_many_heads_in_packed_rows(head_dim, pairing, tokens, with_table, cache_dtype):
     frequencies = ropewalk.Frequencies(theta=1e6, rotary_dim=head_dim)
     q_heads, k_heads = 27, 5
     rows = draw(tokens, (q_heads + 2 * k_heads) * head_dim, dtype=torch.bfloat16)
@@ -104,11 +106,27 @@ def test_norm_of_many_heads_in_packed_rows(head_dim, pairing, tokens, with_table
         expected(x, None if with_table else angles(range(tokens), frequencies), pairing, norm=True, weight=w, **tables)
         for x, w in zip((q, k), weights, strict=True)
     ]
+    store, slots = {}, None
+    if cache_dtype:  # every fifth token is padding
+        slots = torch.randperm(tokens, generator=torch.Generator().manual_seed(4)).cuda()
+        slots[::5] = -1
+        caches = [torch.zeros(tokens, k_heads, head_dim, device="cuda").to(cache_dtype) for _ in range(2)]
+        store = {"v": v, "k_cache": caches[0], "v_cache": caches[1], "slots": slots}
     positions = torch.arange(tokens, device="cuda")
-    ropewalk.rope_(q, k, positions=positions, pairing=pairing, q_weight=weights[0], k_weight=weights[1], **angle)
+    ropewalk.rope_(
+        q, k, positions=positions, pairing=pairing, q_weight=weights[0], k_weight=weights[1], **angle, **store
+    )
     for x, value in zip((q, k), want, strict=True):
         close(x, value)
     assert torch.equal(v, before[:, -k_heads * head_dim :].unflatten(1, (-1, head_dim)))
+    if cache_dtype:
+        stored = slots >= 0
+        k_cache, v_cache = (c[slots[stored]] for c in caches)
+        close(k_cache, tuple(x[stored.cpu().numpy()] for x in want[1]))
+        assert torch.equal(v_cache.float(), v[stored].to(cache_dtype).float())
+        others = torch.ones(tokens, dtype=torch.bool, device="cuda")
+        others[slots[stored]] = False
+        assert not any(c[others].float().any() for c in caches)
 
 
 @pytest.mark.parametrize("table_dtype", DTYPES)
