@@ -53,7 +53,7 @@ struct Shape {
   // Heads of v take the way of the others, on loads that wait for no slot, where they fill the same vectors.
   static constexpr bool kVRides = K::kStoreV && K::kVDim == K::kRotaryDim && (!kFlat || K::kVDim == kSpan);
   // fp8 codes of vectors that no access can carry go side by side to the cache, too.
-  static constexpr bool kStagedCodes = kFlat && K::kStoreK && K::kCacheDtype != K::kDtype && K::kVector % 8 != 0;
+  static constexpr bool kStagedCodes = kFlat && K::kStoreK && K::kCacheDtype != K::kDtype && kVectorBytes % 16 != 0;
   static constexpr int kStageBytes = kFlat ? kHeadsAtOnce * kSpanBytes
                                            : (2 * kUnitsPerLane + kRestPerLane) * K::kThreads * kVectorBytes;
 };
@@ -580,6 +580,7 @@ __device__ __forceinline__ void RopeBody(const rope_cuda_args& a) {
   static_assert(K::kThreads % 32 == 0 && K::kLanes <= 32, "groups must not straddle warps");
   static_assert(K::kRotaryDim % (2 * K::kVector) == 0 && K::kRotaryOffset % K::kVector == 0 &&
                     K::kHeadDim % K::kVector == 0, "vectors must not straddle parts of a head");
+  static_assert(!S::kStagedCodes || kSize == 2, "16 bytes of a row are 8 codes");
   static_assert(S::kRounds == 1 || !K::kStoreV || S::kVRides, "v is stored by groups that have no more heads");
 
   const rope_params& p = a.params;
