@@ -1,7 +1,7 @@
 # Ropewalk: every command does its own set-up first. `make` alone lists them.
 # SPDX-License-Identifier: Apache-2.0
 .DEFAULT_GOAL := help
-.PHONY: test-intel gpu-test cuda-report intel-report help run test setup wheel test-asan test-tsan test-arm fuzz bench format lint docs clean
+.PHONY: test-intel test-emulated gpu-test cuda-report intel-report help run test setup wheel test-asan test-tsan test-arm fuzz bench format lint docs clean
 .NOTPARALLEL:
 
 setup := scripts/setup.sh
@@ -39,6 +39,10 @@ test-tsan:  ## the threaded tests under ThreadSanitizer
 test-arm:  ## the C++ tests and the conformance cases for aarch64, under qemu
 	@$(setup) system arm base
 	@scripts/test.sh arm
+
+test-emulated:  ## all cases with the CUDA kernel run on the processor, in both layouts; results in build/
+	@$(setup) system base
+	@scripts/test.sh emulated
 
 test-intel:  ## all cases on Intel's CPU OpenCL device, each with the exact kernel of a GPU; results in build/
 	@$(setup) system base sycl wheel full

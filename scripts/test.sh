@@ -2,7 +2,8 @@
 # All tests: C++ by ctest, Python by pytest against the installed wheel, conformance by the installed command. Every
 # part runs even if one before it failed; the exit code is 0 only if all held. scripts/test.sh [asan|tsan|arm] runs the
 # C++ tests built that way instead (asan: the Python tests too); intel: every case on Intel's CPU OpenCL device with the
-# exact kernel that a GPU would have, where `make test` runs them all with general kernels.
+# exact kernel that a GPU would have, where `make test` runs them all with general kernels; emulated: every case with
+# the CUDA kernel, run on the processor.
 # SPDX-License-Identifier: Apache-2.0
 source "$(dirname "$0")/common.sh"
 
@@ -17,7 +18,7 @@ part() {
 summary() {
   printf '\n'
   if [[ -s ${ROPEWALK_TEST_COUNTS:-} ]]; then
-    printf 'Without an Intel GPU:\n'
+    printf 'Without a GPU:\n'
     sed 's/^/  /' "$ROPEWALK_TEST_COUNTS"
     printf '\n'
   fi
@@ -74,6 +75,29 @@ case $mode in
     part "the package tested is the one of build/asan" "${sanitized[@]}" python -c \
       "import ropewalk; assert ropewalk.__file__.startswith('$root/build/asan/'), ropewalk.__file__"
     part "Python tests under the same" "${sanitized[@]}" python -m pytest tests/python -p no:cacheprovider
+    ;;
+  emulated)
+    choose_compiler
+    part "build/dev" bash -c "cmake --preset dev && cmake --build --preset dev"
+    # check LAYOUT: shared among processes, each with its own kernels; the cache is theirs together.
+    check() {
+      local i shards processes=() failed=0
+      shards=$(nproc)
+      for ((i = 0; i < shards; i++)); do
+        env ROPEWALK_LIBCUDA="$root/build/dev/tests/libemulated_libcuda.so" FAKE_CUDA_LEGACY_STREAM=1 \
+          ROPEWALK_LIBNVRTC="$root/build/dev/tests/libemulated_nvrtc.so" ROPEWALK_CACHE_DIR="$root/build/emulated-cache" \
+          build/dev/bin/ropewalk check --backend "cuda:$1" --shard "$i/$shards" >"build/emulated-$1-$i.txt" &
+        processes+=($!)
+      done
+      for i in "${processes[@]}"; do wait "$i" || failed=1; done
+      tail -qn1 "build/emulated-$1-"*.txt
+      return $failed
+    }
+    for layout in few many; do
+      rm -rf build/emulated-"$layout"-*.txt build/emulated-cache
+      part "CUDA kernels on the processor, layout for $layout tokens (build/emulated-$layout-*.txt)" check "$layout"
+    done
+    rm -rf build/emulated-cache
     ;;
   tsan)
     choose_compiler

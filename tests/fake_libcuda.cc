@@ -4,6 +4,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "tests/fake_libcuda.h"
 
+#include <elf.h>
 #include <sys/mman.h>
 
 #include <cstdint>
@@ -59,7 +60,8 @@ struct State {
   std::vector<Range> arenas;
   std::vector<uintptr_t> used;
   std::map<cu::DevicePtr, size_t> sizes;  // of what was allocated
-  double microseconds = 0;                // the clock
+  std::multimap<std::pair<int, size_t>, uintptr_t> freed;
+  double microseconds = 0;  // the clock
   unsigned long long next_id = 1;
   bool initialised = false;
   bool legacy_stream = false;
@@ -88,6 +90,11 @@ void* AllocateLocked(int device, size_t bytes) {
   State& s = state();
   const auto d = static_cast<size_t>(device);
   bytes = (bytes + 255) / 256 * 256;
+  if (const auto freed = s.freed.find({device, bytes}); freed != s.freed.end()) {
+    void* out = reinterpret_cast<void*>(freed->second);
+    s.freed.erase(freed);
+    return out;
+  }
   if (s.used[d] + bytes > s.arenas[d].end) return nullptr;
   void* out = reinterpret_cast<void*>(s.used[d]);
   s.used[d] += bytes;
@@ -281,6 +288,17 @@ bool Forbidden() {
 }
 }  // namespace
 
+namespace {
+// A shared object (emulated_gpu.cc) ends with its table of sections; what fake_nvrtc.cc makes is text.
+size_t ImageBytes(const void* image) {
+  Elf64_Ehdr header;
+  std::memcpy(&header, image, sizeof(header.e_ident));
+  if (header.e_ident[EI_CLASS] != ELFCLASS64) return std::strlen(static_cast<const char*>(image));
+  std::memcpy(&header, image, sizeof(header));
+  return header.e_shoff + size_t{header.e_shnum} * header.e_shentsize;
+}
+}  // namespace
+
 FAKE_API int cuModuleLoadData(FakeModule** module, const void* image) {
   ENTER();
   State& s = state();
@@ -294,7 +312,7 @@ FAKE_API int cuModuleLoadData(FakeModule** module, const void* image) {
                   "ELF",
                   4) != 0)
     return cu::kInvalidImage;
-  s.modules.push_back({Current(), static_cast<const char*>(image)});
+  s.modules.push_back({Current(), std::string(static_cast<const char*>(image), ImageBytes(image))});
   *module = &s.modules.back();
   return 0;
 }
@@ -331,6 +349,7 @@ FAKE_API int cuMemFree_v2(cu::DevicePtr pointer) {
   const auto size = state().sizes.find(pointer);
   if (!Current() || size == state().sizes.end()) return cu::kInvalidValue;
   state().face.allocated -= static_cast<int64_t>(size->second);
+  state().freed.emplace(std::pair(Current()->device, (size->second + 255) / 256 * 256), size->first);
   state().sizes.erase(size);
   return 0;
 }
@@ -447,7 +466,7 @@ FAKE_API int cuLaunchKernelEx(const cu::LaunchConfig* config, FakeModule* functi
     *launch.args.fault = s.face.next_fault;
     s.face.next_fault.key = 0;
   }
-  s.face.launches.push_back(std::move(launch));
+  if (s.face.keeps_launches) s.face.launches.push_back(std::move(launch));
   return 0;
 }
 

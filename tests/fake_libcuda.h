@@ -39,6 +39,7 @@ struct FakeCuda {
 
   // What a launch does, and how many microseconds it takes by the fake's clock; null: nothing, none.
   std::function<double(const FakeLaunch&)> execute;
+  bool keeps_launches = true;
 
   std::mutex mutex;
   std::vector<FakeLaunch> launches;  // not those in graphs

@@ -52,6 +52,7 @@ struct Shape {
   static constexpr bool kLinear = K::kPacked && kSpan == K::kHeadDim;  // a warp's heads follow each other in memory
   // Heads of v take the way of the others, on loads that wait for no slot, where they fill the same vectors.
   static constexpr bool kVRides = K::kStoreV && K::kVDim == K::kRotaryDim && (!kFlat || K::kVDim == kSpan);
+  static constexpr bool kVInLine = kVRides && kLinear && K::kPacked == 2;  // and follow k's
   // fp8 codes of vectors that no access can carry go side by side to the cache, too.
   static constexpr bool kStagedCodes = kFlat && K::kStoreK && K::kCacheDtype != K::kDtype && kVectorBytes % 16 != 0;
   static constexpr int kStageBytes = kFlat ? kHeadsAtOnce * kSpanBytes
@@ -407,17 +408,19 @@ __device__ __forceinline__ void WriteCache(const HeadPlace& head, int begin, con
   }
 }
 
-// A vector of a head, to its row if `wanted` and to its cache if it is stored.
+// A vector of a head, to its row if `wanted` and to its cache if it is stored and the warp stores at all.
 template <class K>
-__device__ __forceinline__ void Write(bool wanted, const HeadPlace& head, int begin, const float (&v)[K::kVector],
-                                      const Words<Shape<K>::kVectorBytes>& packed) {
+__device__ __forceinline__ void Write(bool wanted, bool stores, const HeadPlace& head, int begin,
+                                      const float (&v)[K::kVector], const Words<Shape<K>::kVectorBytes>& packed) {
   if constexpr (Shape<K>::kFlat) {
     *reinterpret_cast<Words<Shape<K>::kVectorBytes>*>(head.out + begin * kBytes<K::kDtype>) = packed;
   } else {
     Put<K>(wanted, head.out + begin * kBytes<K::kDtype>, packed);
   }
   constexpr bool kStores = K::kStoreK || (K::kFewTokens && Shape<K>::kVRides);
-  if constexpr (kStores && !(Shape<K>::kFlat && K::kCacheDtype == K::kDtype)) WriteCache<K>(head, begin, v, packed);
+  if constexpr (kStores && !(Shape<K>::kFlat && K::kCacheDtype == K::kDtype)) {
+    if (stores) WriteCache<K>(head, begin, v, packed);
+  }
 }
 
 template <class K>
@@ -666,13 +669,20 @@ __device__ __forceinline__ void RopeBody(const rope_cuda_args& a) {
   const auto codes_of = [&](int head) { return reinterpret_cast<char*>(codes) + (warp_group + head) * S::kSpan; };
   const auto fetch = [&](int warp_h, int h, int stage, int round = 0) {
     if constexpr (S::kFlat) {
-      EachCopy<K>(warp_h, [&](int copy, int of, int byte) {
-        if (beyond(S::kVRides ? all_heads : heads, warp_h, copy, of)) return;
-        const char* at = S::kVRides && of >= heads ? PlaceOfV<K>(a, t, of - heads).in + byte
-                         : S::kLinear             ? PlaceOf<K>(a, t, warp_h).in + copy * 16
-                                                  : PlaceOf<K>(a, t, of).in + byte;
+      const auto get = [&](int copy, const char* at) {
         CopyAsync<16>(reinterpret_cast<Aligned<16>*>(flat(stage)) + copy, at);
-      });
+      };
+      const auto in_line = [&](int copy) { return PlaceOf<K>(a, t, warp_h).in + copy * 16; };
+      if (S::kVRides && S::kLinear && warp_h + S::kWarpHeads <= (S::kVInLine ? all_heads : heads)) {
+        EachCopy<K>(warp_h, [&](int copy, int, int) { get(copy, in_line(copy)); });
+      } else {
+        EachCopy<K>(warp_h, [&](int copy, int of, int byte) {
+          if (beyond(turns_end, warp_h, copy, of)) return;
+          get(copy, S::kVRides && !S::kVInLine && of >= heads ? PlaceOfV<K>(a, t, of - heads).in + byte
+                    : S::kLinear                              ? in_line(copy)
+                                                              : PlaceOf<K>(a, t, of).in + byte);
+        });
+      }
     } else {
       const auto get = [&](int i, Words<S::kVectorBytes>& words, const char* at) {
         if constexpr (S::kStaged) {
@@ -786,8 +796,11 @@ __device__ __forceinline__ void RopeBody(const rope_cuda_args& a) {
   for (int group_h = first, warp_h = warp_first; K::kFewTokens || warp_h < turns_end; group_h += step, warp_h += step) {
     if constexpr (S::kStaged) asm volatile("cp.async.wait_group %0;" ::"n"(K::kInFlight - 1) : "memory");
     if constexpr (S::kFlat) __syncwarp();
+    // Mostly all heads of a warp are q's, which no cache takes, or v's, on which there is no work.
+    const bool all_q = S::kFlat && S::kStores && K::kQHeads != 0 && warp_h + S::kWarpHeads <= QHeads<K>(p);
+    const bool all_v = S::kFlat && S::kVRides && warp_h >= heads;
 #pragma unroll(K::kFewTokens ? S::kRounds : 1)
-    for (int round = 0; round < S::kRounds; ++round) {
+    for (int round = 0; round < (all_v ? 0 : S::kRounds); ++round) {
       const int h = group_h + round * S::kGroupsPerWarp;
       auto& [x, y, rest, wx, wy, wrest] = held[K::kFewTokens ? round : 0];
       if constexpr (S::kStaged) {
@@ -854,7 +867,7 @@ __device__ __forceinline__ void RopeBody(const rope_cuda_args& a) {
           packed = raw;
           Unpack<K::kDtype, K::kVector>(raw, v);
         }
-        Write<K>(rotated && served, head, begin, v, packed);
+        Write<K>(rotated && served, !all_q, head, begin, v, packed);
       };
       if (K::kFewTokens || rotated) {
 #pragma unroll
@@ -880,7 +893,7 @@ __device__ __forceinline__ void RopeBody(const rope_cuda_args& a) {
           Unpack<K::kDtype, K::kVector>(rest[i], v);
           if constexpr (K::kNorm) {
             NormaliseVector<K>(v, rstd, wrest[i]);
-            Write<K>(rotated && served, of_rest, begin, v, Pack<K::kDtype, K::kVector>(v));
+            Write<K>(rotated && served, !all_q, of_rest, begin, v, Pack<K::kDtype, K::kVector>(v));
           } else {
             // The same bits, untouched by any conversion.
             if constexpr (K::kOutOfPlace && !S::kFlat) Put<K>(rotated && served, head.out + begin * kSize, rest[i]);
@@ -906,24 +919,32 @@ __device__ __forceinline__ void RopeBody(const rope_cuda_args& a) {
     if constexpr (K::kFewTokens) break;  // the grid has a group for every head
     if constexpr (S::kFlat) {
       __syncwarp();
-      EachCopy<K>(warp_h, [&](int copy, int of, int byte) {
+      const auto words_of = [&](int copy) { return reinterpret_cast<const Aligned<16>*>(flat(stage))[copy].words; };
+      const auto put = [&](int copy, const HeadPlace& place, int byte, const Words<16>& words) {
         constexpr int kBegin = K::kRotaryOffset * kSize, kEnd = kBegin + K::kRotaryDim * kSize;
         const bool changed = K::kNorm || K::kOutOfPlace || (byte + 16 > kBegin && byte < kEnd);
-        const Words<16> words = reinterpret_cast<const Aligned<16>*>(flat(stage))[copy].words;
-        if (!beyond(heads, warp_h, copy, of)) {
-          const HeadPlace place = PlaceOf<K>(a, t, of);
-          if (changed) Store(S::kLinear ? PlaceOf<K>(a, t, warp_h).out + copy * 16 : place.out + byte, words);
-          if constexpr (K::kStoreK && K::kCacheDtype == K::kDtype) {
-            if (place.stored) Store(place.cache + byte, words);
-          } else if constexpr (S::kStagedCodes) {
-            const Words<8> eight = reinterpret_cast<const Aligned<8>*>(codes_of(0))[copy].words;
-            if (place.stored) Store(place.cache + byte / kSize, eight);
+        if (changed) Store(S::kLinear ? PlaceOf<K>(a, t, warp_h).out + copy * 16 : place.out + byte, words);
+      };
+      if (all_q) {
+        EachCopy<K>(warp_h, [&](int copy, int of, int byte) { put(copy, PlaceOf<K>(a, t, of), byte, words_of(copy)); });
+      } else {
+        EachCopy<K>(warp_h, [&](int copy, int of, int byte) {
+          const Words<16> words = words_of(copy);
+          if (!all_v && !beyond(heads, warp_h, copy, of)) {
+            const HeadPlace place = PlaceOf<K>(a, t, of);
+            put(copy, place, byte, words);
+            if constexpr (K::kStoreK && K::kCacheDtype == K::kDtype) {
+              if (place.stored) Store(place.cache + byte, words);
+            } else if constexpr (S::kStagedCodes) {
+              const Words<8> eight = reinterpret_cast<const Aligned<8>*>(codes_of(0))[copy].words;
+              if (place.stored) Store(place.cache + byte / kSize, eight);
+            }
+          } else if (S::kVRides && of < all_heads) {
+            const HeadPlace v = PlaceOfV<K>(a, t, of - heads);
+            StoreVector<K, 16 / kSize>(v, byte / kSize, words);
           }
-        } else if (S::kVRides && of < all_heads) {
-          const HeadPlace v = PlaceOfV<K>(a, t, of - heads);
-          StoreVector<K, 16 / kSize>(v, byte / kSize, words);
-        }
-      });
+        });
+      }
     }
     if constexpr (S::kStaged) {
       fetch(warp_h + K::kInFlight * step, group_h + K::kInFlight * step, stage);

@@ -665,6 +665,32 @@ void AddModels(List* list) {
   }
 }
 
+// So many tokens that a GPU gives each a block and shapes that by their number and the head. What a warp takes at once
+// is of q alone, of q, k and v, and of v alone.
+void AddManyTokens(List* list) {
+  int number = 0;
+  for (const int64_t head_dim : {64, 72, 80, 96, 112, 128, 160, 192}) {
+    for (const Cache cache : {Cache::kNone, Cache::kNhd, Cache::kHnd}) {
+      const bool table = ++number % 2 == 0;
+      list->Add({.dtype = number % 3 ? kBF16 : kF16,
+                 .tokens = head_dim == 64    ? 2048
+                           : head_dim == 128 ? 1100
+                                             : 3073,
+                 .q_heads = head_dim > 128 ? 6 : 12,
+                 .k_heads = head_dim > 128 ? 1 : 3,
+                 .head_dim = head_dim,
+                 .layout = number % 5 ? Layout::kPacked : Layout::kSeparate,
+                 .pairing = number / 2 % 2 ? ROPEWALK_INTERLEAVED : ROPEWALK_NEOX,
+                 .norm = true,
+                 .weight = Weight::kPlain,
+                 .angles = table ? Angles::kPacked : Angles::kFrequencies,
+                 .cache = cache,
+                 .cache_dtype = cache == Cache::kHnd ? static_cast<uint32_t>(kE4M3) : 0,
+                 .slots = table ? Slots::kSkips : Slots::kAll});
+    }
+  }
+}
+
 }  // namespace
 
 std::string CaseName(const RopeCase& c) {
@@ -776,6 +802,7 @@ const std::vector<RopeCase>& RopeCases() {
     AddBad(&list);
     AddData(&list);
     AddModels(&list);
+    AddManyTokens(&list);
     AddMixed(&list);
     return list.Take();
   }();

@@ -46,7 +46,7 @@ void PlanOdd(int64_t heads, int64_t per_warp, int64_t head_bytes, RopeCudaKey* k
   // Else the heads of a warp end within a sector: two rounds of them do not.
   key->flat = regular ? 1 : 2;
   const int64_t stages = Ceil(heads, per_warp * key->flat);
-  const int64_t turns = store ? (regular ? 3 : 2) : (regular ? 5 : 1), most = store ? 2 : 3;
+  const int64_t turns = store == regular ? (store ? 3 : 1) : 5, most = store && regular ? 2 : 3;
   const int64_t warps = std::min<int64_t>(Ceil(stages, turns), 8);
   const int64_t stage_bytes = warps * per_warp * key->flat * head_bytes;
   const int64_t codes_bytes = StoresFp8(key->variant) ? stage_bytes / 2 : 0;
@@ -58,10 +58,11 @@ void PlanOdd(int64_t heads, int64_t per_warp, int64_t head_bytes, RopeCudaKey* k
 // strides and tables that are not told take registers of their own.
 int OddWarps(const RopeCudaKey& key) {
   const RopeVariant& v = key.variant;
+  const bool regular = std::has_single_bit(key.lanes), fp8 = StoresFp8(v);
   const bool slow_table = v.table_dtype != kRopeNoDtype && key.table_vector == 1;
   if (!key.packed) return 20;
-  if (key.vector == 10 && StoresFp8(v)) return 28;
-  return std::has_single_bit(key.lanes) || slow_table || Stores(v) ? 32 : 40;
+  if (Stores(v) && (key.vector == 10 ? fp8 : !regular && !fp8)) return 24;
+  return regular || slow_table || Stores(v) ? 32 : 40;
 }
 
 // Few tokens: bytes of an access, warps of a block, heads that a group takes at once. Searched on an H200
@@ -265,8 +266,8 @@ Status PlanRopeCuda(const RopeCall& call, const CudaDevice& device, RopeCudaOpti
   if (v.store_v && (p.k_heads == 1 || p.v.head == p.v_dim) && fits(token_stride(p.v))) {
     key.v_token = static_cast<int32_t>(token_stride(p.v));
     const int64_t behind = int64_t{p.q_heads + p.k_heads} * p.head_dim;
-    if (few && key.packed && p.v_dim == p.head_dim && key.v_token == key.q_token && p.v.batch == p.q.batch &&
-        key.q_token >= behind + int64_t{p.k_heads} * p.v_dim &&
+    if ((few || key.flat) && key.packed && p.v_dim == p.head_dim && key.v_token == key.q_token &&
+        p.v.batch == p.q.batch && key.q_token >= behind + int64_t{p.k_heads} * p.v_dim &&
         static_cast<const char*>(t.v) == static_cast<const char*>(t.q) + behind * bytes) {
       key.packed = 2;
     }
