@@ -199,8 +199,8 @@ def test_faults():
 
 
 class HostAsOneApi(Usm):
-    """Memory of the host that says it is oneAPI's. In pages of its own: shared memory of a CPU device comes from the same
-    heap as the host's, and Ropewalk keeps what it was told about a page."""
+    """Memory of the host that says it is oneAPI's. In pages of its own: shared memory of a CPU device comes from the
+    same heap as the host's, and Ropewalk keeps what it was told about a page."""
 
     def __init__(self, values):
         pages = np.frombuffer(mmap.mmap(-1, values.numel() * values.element_size()), dtype=np.uint8)

@@ -211,6 +211,68 @@ def flat_store(
     return {**parts, "slots": slots}
 
 
+def ragged(indptr: Any, offsets: Any, total: int) -> Any:
+    """[total] positions of requests that lie one behind the other: request b has the tokens indptr[b] to
+    indptr[b + 1] - 1, and its first one is at offsets[b] (or offsets, if that is a number)."""
+    token = torch.arange(total, device=indptr.device, dtype=indptr.dtype)
+    request = torch.searchsorted(indptr[1:].contiguous(), token, right=True).clamp_(max=indptr.shape[0] - 2)
+    first = offsets[request] if isinstance(offsets, torch.Tensor) else offsets
+    return token - indptr[request] + first
+
+
+class _Rotation(torch.autograd.Function):
+    """Its gradient is the rotation by the negative angles."""
+
+    @staticmethod
+    def forward(ctx: Any, function: str, names: Any, options: dict[str, Any], inplace: bool, q: Any, k: Any) -> Any:
+        ctx.call = function, names, options
+        if inplace:
+            ctx.mark_dirty(*(x for x in (q, k) if x is not None))
+        return _rotated(function, names, options, inplace, q, k)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        function, names, options = ctx.call
+        dense = [g if g is None or g.stride(-1) == 1 else g.contiguous() for g in gradients]
+        options = {**options, "inverse": not options.get("inverse", False)}
+        return None, None, None, None, *_rotated(function, names, options, False, *dense)
+
+
+def _rotated(function: str, names: Any, options: dict[str, Any], inplace: bool, q: Any, k: Any) -> tuple[Any, Any]:
+    out = (q, k)
+    if not inplace:
+        out = torch.empty_like(q), None if k is None else torch.empty_like(k)
+        options = {**options, "q_out": out[0], "k_out": out[1]}
+    rope(function, names, q, k, **options)
+    return out
+
+
+def differentiable(
+    function: str, names: Mapping[str, str], q: Any, k: Any, inplace: bool = False, **options: Any
+) -> tuple[Any, Any]:
+    """As `rope`, without a norm and a store, into new tensors or in place; autograd goes through it."""
+    tensors(function, **{names.get("q", "q"): q}, **({} if k is None else {names.get("k", "k"): k}))
+    if torch.is_grad_enabled() and (q.requires_grad or (k is not None and k.requires_grad)):
+        return _Rotation.apply(function, names, options, inplace, q, k)
+    return _rotated(function, names, options, inplace, q, k)
+
+
+def half_tables(function: str, cos: Any, sin: Any, neighbours: bool = False) -> dict[str, Any]:
+    """Of tables as wide as what is rotated, in which each pair's entry stands twice: the first half, or, of pairs of
+    neighbours, every second one. Those of one batch serve all."""
+    tensors(function, cos=cos, sin=sin)
+    made = {}
+    for name, table in (("cos", cos), ("sin", sin)):
+        if table.dim() not in (2, 3) or table.shape[-1] % 2:
+            raise ValueError(
+                f"{function}: {name} must be [batch?, tokens, rotary_dim] with an even rotary_dim, "
+                f"but is {list(table.shape)}"
+            )
+        table = table[0] if table.dim() == 3 and table.shape[0] == 1 else table
+        made[name] = table[..., 0::2] if neighbours else table[..., : table.shape[-1] // 2]
+    return made
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # With the norm, angles computed
 
