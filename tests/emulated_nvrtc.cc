@@ -1,5 +1,6 @@
 // A library that stands in for NVRTC and compiles a kernel for the processor instead, by the C++ compiler: its "cubin"
-// is a shared object, which fake_libcuda.cc with emulated_gpu.cc runs. Statements of inline PTX become calls.
+// is a shared object, which fake_libcuda.cc with emulated_gpu.cc runs. Statements of inline PTX become calls. Undefined
+// behaviour (an index outside an array, a shift too far, ..) ends the process with an illegal instruction.
 // Environment: EMULATED_REPLACE and EMULATED_BY (a text in the kernel's headers, and another one in its place: what a
 // test is to find wrong).
 // SPDX-License-Identifier: Apache-2.0
@@ -139,7 +140,8 @@ EMULATED_API int nvrtcCompileProgram(Program* program, int, const char* const*) 
   const std::string command =
       EMULATED_CXX
       " -std=c++17 -w -O1 -fPIC -shared -fvisibility=hidden -fno-exceptions -fno-rtti -fno-strict-aliasing"
-      " -ffp-contract=off -ftrivial-auto-var-init=pattern -I" +
+      " -fsanitize=undefined -fno-sanitize=vptr -fsanitize-undefined-trap-on-error -ffp-contract=off"
+      " -ftrivial-auto-var-init=pattern -I" +
       quoted(folder) + " -I '" EMULATED_SOURCE_DIR "'" + quoted(folder / "rope_kernel.cc") + " -o" +
       quoted(folder / "rope_kernel.so") + " 2>" + quoted(folder / "log");
   const int status = std::system(command.c_str());

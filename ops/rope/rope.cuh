@@ -439,7 +439,7 @@ __device__ __forceinline__ rw_i64 CacheOffset(const rope_params& p, const rope_s
     place = slot - page * p.page_size;
   } else if constexpr (K::kPageShift < 64) {
     page = slot >> (K::kPageShift - 1);
-    place = slot - (page << (K::kPageShift - 1));
+    place = slot - static_cast<rw_i64>(static_cast<rw_u64>(page) << (K::kPageShift - 1));  // a slot may be negative
   }
   if constexpr (K::kCacheHead != 0) {
     return page * K::kCachePage + place * K::kCacheToken + static_cast<rw_i64>(head) * K::kCacheHead;

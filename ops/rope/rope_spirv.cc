@@ -32,6 +32,11 @@ int AccessBytes(const RopeVariant& v, int register_bytes) {
   if (register_bytes >= 64) return v.norm && fp8 && rounds ? 8 : 16;
   return v.norm && (fp8 || (stores && rounds)) ? 4 : 8;
 }
+// Where units are too many for registers and taken in a loop, an access of 8 bytes is too much for these.
+bool SpillsInALoop(const RopeVariant& v, int register_bytes) {
+  return register_bytes < 64 && v.dtype != kRopeF32 && v.pairing == ROPEWALK_INTERLEAVED && v.norm &&
+         v.cache_dtype != kRopeNoDtype;
+}
 int MostUnits(const RopeVariant& v, int access_bytes, int register_bytes) {
   const bool fp8 = v.cache_dtype == kRopeE4M3 || v.cache_dtype == kRopeE5M2;
   const bool rounds = v.rounding == kRopeRoundReference;
@@ -85,10 +90,14 @@ Status PlanRopeSpirv(const RopeCall& call, const SpirvDevice& device, RopeSpirvP
   }
 
   const int bytes = RopeDtypeBytes(v.dtype);
-  const int vector = ChooseVector(call, AccessBytes(v, device.register_bytes));
-  const int units = p.rotary_dim / (2 * vector);
-  int lanes = 0, each = 0;
-  ChooseLanes(units, MostUnits(v, vector * bytes, device.register_bytes), &lanes, &each);
+  int vector = 0, units = 0, lanes = 0, each = 0;
+  const auto choose = [&](int access_bytes) {
+    vector = ChooseVector(call, access_bytes);
+    units = p.rotary_dim / (2 * vector);
+    ChooseLanes(units, MostUnits(v, vector * bytes, device.register_bytes), &lanes, &each);
+  };
+  choose(AccessBytes(v, device.register_bytes));
+  if (each == 0 && SpillsInALoop(v, device.register_bytes)) choose(4);
   const bool rest_matters = v.norm || v.out_of_place || v.store_k;
   const int rest = rest_matters ? (p.head_dim - p.rotary_dim) / vector : 0;
   if (rest > 4 * units) lanes = ROPE_SUB_GROUP;  // most of the head is not rotated
