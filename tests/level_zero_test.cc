@@ -616,6 +616,29 @@ TEST_F(LevelZeroHost, QueuesOfDevicesAndDriversThatDoNotFit) {
                      "rope: sycl_queue is of Level Zero, but Level Zero is not available: ROPEWALK_LIBZE_LOADER names");
 }
 
+// A queue does not say which libsycl made it.
+TEST_F(LevelZeroHost, AQueueWhereNoneOrBothRunTimesAreLoaded) {
+  for (const bool both : {false, true}) {
+    InFreshProcess(kFake, [both] {
+      (void)IntelBackend();
+      for (const char* library : {ROPEWALK_FAKE_LIBSYCL9, ROPEWALK_FAKE_LIBSYCL8}) {
+        if (both) {
+          ASSERT_NE(dlopen(library, RTLD_NOW), nullptr) << dlerror();
+        }
+      }
+      void* context = Fake().new_context();
+      FakeSyclQueue queue = QueueOf(kSyclLevelZero, "Level Zero", context, GetLevelZeroDriver().devices[0].handle);
+      Call call(context);
+      call.args.sycl_queue = &queue;
+      EXPECT_EQ(ropewalk_rope(&call.args, nullptr), ROPEWALK_UNAVAILABLE);
+      EXPECT_HAS(LastError(),
+                 both ? "rope: sycl_queue is given, but libsycl.so.9 and libsycl.so.8 are both loaded, and a "
+                        "queue does not say whose it is; set ROPEWALK_LIBSYCL_SHIM to the "
+                      : "rope: sycl_queue is given, but neither libsycl.so.9 nor libsycl.so.8 is loaded");
+    });
+  }
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 // doctor
 
