@@ -37,7 +37,7 @@ void OnEmulatedGpu(const std::string& cache, const Environment& changes, const s
 }
 
 RunSummary RunOnIt(const std::vector<RopeCase>& cases, const char* backend) {
-  const RunSummary summary = RunCases(cases, CudaMemory(), {.backend = backend});
+  RunSummary summary = RunCases(cases, CudaMemory(), {.backend = backend});
   for (const auto& [kernel, count] : summary.kernels)
     EXPECT_TRUE(kernel.starts_with("cuda ") || kernel == "none") << kernel;
   return summary;

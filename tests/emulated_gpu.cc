@@ -204,7 +204,7 @@ void Ptx(EmulatedMachine* machine, const char* whole, const EmulatedOperand* ope
   const auto is = [&](std::string_view begin) { return text.starts_with(begin); };
   const auto load = [&](int words, int size) {
     const char* from = pointer(words);
-    CheckAligned(from, static_cast<size_t>(words * size));
+    CheckAligned(from, static_cast<size_t>(words) * static_cast<size_t>(size));
     for (int i = 0; i < words; ++i) {
       uint32_t value = 0;
       std::memcpy(&value, from + i * size, static_cast<size_t>(size));
@@ -213,7 +213,7 @@ void Ptx(EmulatedMachine* machine, const char* whole, const EmulatedOperand* ope
   };
   const auto store = [&](int words, int size) {
     char* to = pointer(0);
-    CheckAligned(to, static_cast<size_t>(words * size));
+    CheckAligned(to, static_cast<size_t>(words) * static_cast<size_t>(size));
     for (int i = 0; i < words; ++i) {
       const uint32_t value = word(1 + i);
       std::memcpy(to + i * size, &value, static_cast<size_t>(size));
@@ -314,7 +314,7 @@ double Launch(const FakeLaunch& launch) {
   return 0;
 }
 
-const bool installed = [] {
+const bool kInstalled = [] {
   FakeCuda* fake = fake_cuda();
   fake->execute = Launch;
   fake->keeps_launches = false;
