@@ -51,6 +51,13 @@ def table(rows, rotary_dim, device, dtype=torch.float32, base=1e4):
     return torch.from_numpy(np.concatenate([np.cos(angles), np.sin(angles)], -1)).to(dtype).to(device)
 
 
+def turned(part, cos, sin, halves):
+    """The rotation of all of `part`, in the dtype of its arguments."""
+    a, b = part.chunk(2, -1) if halves else (part[..., 0::2], part[..., 1::2])
+    pair = a * cos - b * sin, b * cos + a * sin
+    return torch.cat(pair, -1) if halves else torch.stack(pair, -1).flatten(-2)
+
+
 def rows_of(cache, positions):
     return [t.cpu().float() for t in cache[positions.long()].chunk(2, -1)]
 

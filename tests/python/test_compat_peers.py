@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from ropewalk.compat import diffusers, flash_attn, flashinfer, liger, transformers, vllm
-from test_compat import DEVICES, DTYPES, draw, table
+from test_compat import DEVICES, DTYPES, draw, table, turned
 
 UNIT = {torch.float32: 2.0**-22, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
 
@@ -21,10 +21,7 @@ def rotated(x, cos, sin, halves, offset=0, sign=1):
     """x [.., tokens, heads, head_dim] in float32, cos and sin [.., tokens, rotary_dim/2]; autograd goes through it."""
     width = 2 * cos.shape[-1]
     cos, sin = cos.float().unsqueeze(-2), sign * sin.float().unsqueeze(-2)
-    part = x[..., offset : offset + width].float()
-    a, b = part.chunk(2, -1) if halves else (part[..., 0::2], part[..., 1::2])
-    pair = a * cos - b * sin, b * cos + a * sin
-    part = torch.cat(pair, -1) if halves else torch.stack(pair, -1).flatten(-2)
+    part = turned(x[..., offset : offset + width].float(), cos, sin, halves)
     return torch.cat([x[..., :offset], part.to(x.dtype), x[..., offset + width :]], -1)
 
 

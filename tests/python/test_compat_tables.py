@@ -11,7 +11,7 @@ import pytest
 import ropewalk
 import torch
 from ropewalk.compat import sgl_kernel, sgl_kernel_xpu, sglang_jit
-from test_compat import DEVICES, DTYPES, GOOD, draw, formula, table
+from test_compat import DEVICES, DTYPES, GOOD, draw, formula, table, turned
 
 fused = sgl_kernel.fused_qk_rope_with_cos_sin_cache_inplace
 UNIT = {torch.float32: 2.0**-23, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
@@ -28,10 +28,7 @@ def rotated(x, cache, positions, is_neox, rope_dim, products=False):
     x = x.cpu()
     calculated = x.dtype if products else torch.float32
     cos, sin = cache.cpu().to(calculated)[positions.cpu().long().flatten()].unsqueeze(1).chunk(2, -1)
-    part = x[..., :rope_dim].to(calculated)
-    a, b = part.chunk(2, -1) if is_neox else (part[..., 0::2], part[..., 1::2])
-    pair = a * cos - b * sin, b * cos + a * sin
-    part = torch.cat(pair, -1) if is_neox else torch.stack(pair, -1).flatten(-2)
+    part = turned(x[..., :rope_dim].to(calculated), cos, sin, is_neox)
     return torch.cat([part.to(x.dtype), x[..., rope_dim:]], -1)
 
 

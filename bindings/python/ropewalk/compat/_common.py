@@ -110,6 +110,12 @@ def rotate(
     rope(function, for_k, k, None, **options)
 
 
+def heads_apart(function: str, q: Any) -> None:
+    tensors(function, q=q)
+    if q.dim() != 3:
+        raise ValueError(f"{function}: q must be [tokens, heads, head_dim], but is {list(q.shape)}")
+
+
 def rotate_3d(
     function: str,
     q: Any,
@@ -122,9 +128,7 @@ def rotate_3d(
     **options: Any,
 ) -> None:
     """As `rotate`, for functions that know no batch."""
-    tensors(function, q=q)
-    if q.dim() != 3:
-        raise ValueError(f"{function}: q must be [tokens, heads, head_dim], but is {list(q.shape)}")
+    heads_apart(function, q)
     names = {**PARTIAL, **(names or {})}
     rotate(function, names, q, k, cos_sin_cache, positions, is_neox, rope_dim, **options)
 
@@ -228,17 +232,18 @@ class _Rotation(torch.autograd.Function):
         ctx.call = function, names, options
         if inplace:
             ctx.mark_dirty(*(x for x in (q, k) if x is not None))
-        return _rotated(function, names, options, inplace, q, k)
+        return rotated(function, names, options, inplace, q, k)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
         function, names, options = ctx.call
         dense = [g if g is None or g.stride(-1) == 1 else g.contiguous() for g in gradients]
         options = {**options, "inverse": not options.get("inverse", False)}
-        return None, None, None, None, *_rotated(function, names, options, False, *dense)
+        return None, None, None, None, *rotated(function, names, options, False, *dense)
 
 
-def _rotated(function: str, names: Any, options: dict[str, Any], inplace: bool, q: Any, k: Any) -> tuple[Any, Any]:
+def rotated(function: str, names: Any, options: dict[str, Any], inplace: bool, q: Any, k: Any) -> tuple[Any, Any]:
+    """`rope` into new tensors, or in place; returns what was written."""
     out = (q, k)
     if not inplace:
         out = torch.empty_like(q), None if k is None else torch.empty_like(k)
@@ -248,18 +253,36 @@ def _rotated(function: str, names: Any, options: dict[str, Any], inplace: bool, 
 
 
 def differentiable(
-    function: str, names: Mapping[str, str], q: Any, k: Any, inplace: bool = False, **options: Any
+    function: str,
+    names: Mapping[str, str],
+    q: Any,
+    k: Any,
+    inplace: bool = False,
+    heads_first: bool = False,
+    **options: Any,
 ) -> tuple[Any, Any]:
-    """As `rope`, without a norm and a store, into new tensors or in place; autograd goes through it."""
-    tensors(function, **{names.get("q", "q"): q}, **({} if k is None else {names.get("k", "k"): k}))
+    """As `rope`, without a norm and a store, into new tensors or in place; autograd goes through it. heads_first: q, k
+    and what is returned are [batch, heads, tokens, head_dim]."""
+
+    def turned(x: Any) -> Any:
+        return x.transpose(1, 2) if heads_first and x is not None else x
+
+    q, k = turned(q), turned(k)
     if torch.is_grad_enabled() and (q.requires_grad or (k is not None and k.requires_grad)):
-        return _Rotation.apply(function, names, options, inplace, q, k)
-    return _rotated(function, names, options, inplace, q, k)
+        new = _Rotation.apply(function, names, options, inplace, q, k)
+    else:
+        new = rotated(function, names, options, inplace, q, k)
+    return turned(new[0]), turned(new[1])
+
+
+def of_all_batches(table: Any) -> Any:
+    """A table of one batch serves all."""
+    return table[0] if table.dim() == 3 and table.shape[0] == 1 else table
 
 
 def half_tables(function: str, cos: Any, sin: Any, neighbours: bool = False) -> dict[str, Any]:
     """Of tables as wide as what is rotated, in which each pair's entry stands twice: the first half, or, of pairs of
-    neighbours, every second one. Those of one batch serve all."""
+    neighbours, every second one."""
     tensors(function, cos=cos, sin=sin)
     made = {}
     for name, table in (("cos", cos), ("sin", sin)):
@@ -268,7 +291,7 @@ def half_tables(function: str, cos: Any, sin: Any, neighbours: bool = False) -> 
                 f"{function}: {name} must be [batch?, tokens, rotary_dim] with an even rotary_dim, "
                 f"but is {list(table.shape)}"
             )
-        table = table[0] if table.dim() == 3 and table.shape[0] == 1 else table
+        table = of_all_batches(table)
         made[name] = table[..., 0::2] if neighbours else table[..., : table.shape[-1] // 2]
     return made
 
@@ -303,10 +326,25 @@ def norm_rope(
     q, k = packed(function, qkv, *heads_of, head_dim)
     tensors(function, position_ids=position_ids)
     frequencies = frequencies_of(function, (head_dim if rotary_dim is None else rotary_dim, *numbers, intel))
-    names = {"positions": "position_ids", "q": "qkv", "k": "qkv"}
-    weights = unrecorded(*weights)
-    call(function, names, q, k, positions=position_ids, frequencies=frequencies, pairing=pairing(is_neox), norm="rms",
-         q_weight=weights[0], k_weight=weights[1] if k is not None else None, eps=eps)  # fmt: skip
+    norm_rope_heads(function, {"positions": "position_ids"}, q, k, weights, eps, is_neox, call,
+                    positions=position_ids, frequencies=frequencies)  # fmt: skip
+
+
+def norm_rope_heads(
+    function: str,
+    names: Mapping[str, str],
+    q: Any,
+    k: Any,
+    weights: tuple[Any, Any],
+    eps: float,
+    is_neox: bool,
+    call: Any = rope,
+    **options: Any,
+) -> None:
+    """The norm and the rotation of heads that `packed` made. names: others than qkv."""
+    q_weight, k_weight = unrecorded(*weights)
+    call(function, {"q": "qkv", "k": "qkv", **names}, q, k, norm="rms", q_weight=q_weight,
+         k_weight=k_weight if k is not None else None, eps=eps, pairing=pairing(is_neox), **options)  # fmt: skip
 
 
 def inplace_norm_rope(

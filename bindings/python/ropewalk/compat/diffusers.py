@@ -50,10 +50,7 @@ def apply_rotary_emb(
         _common.tensors(function, freqs_cis=freqs_cis)
         if not freqs_cis.is_complex():
             raise ValueError(f"{function}: freqs_cis must be complex without use_real, but is {freqs_cis.dtype}")
-        whole = freqs_cis[0] if freqs_cis.dim() == 3 and freqs_cis.shape[0] == 1 else freqs_cis
-        tables = {"cos": whole.real, "sin": whole.imag}
-    behind = use_real and sequence_dim == 2
-    heads = x.transpose(1, 2) if behind else x
-    new = _common.differentiable(function, {"q": "x"}, heads, None, pairing=_common.pairing(not neighbours),
-                                 **tables)[0]  # fmt: skip
-    return new.transpose(1, 2) if behind else new
+        table = _common.of_all_batches(freqs_cis)
+        tables = {"cos": table.real, "sin": table.imag}
+    return _common.differentiable(function, {"q": "x"}, x, None, heads_first=use_real and sequence_dim == 2,
+                                  pairing=_common.pairing(not neighbours), **tables)[0]  # fmt: skip

@@ -47,15 +47,14 @@ def _rotate(
     function: str, q: Any, k: Any, positions: Any, rotary_dim: int | None, interleave: bool, theta: float,
     scaling: tuple[tuple[str, Any], ...], inplace: bool,
 ) -> Any:  # fmt: skip
-    _common.tensors(function, q=q, k=k)
-    if q.dim() != 3:
-        raise ValueError(f"{function}: q must be [tokens, heads, head_dim], but is {list(q.shape)}")
+    _common.heads_apart(function, q)
+    _common.tensors(function, k=k)
     width = q.shape[-1] if rotary_dim is None else rotary_dim
     _common.whole(function, "rotary_dim", width, 2)
-    out = {} if inplace else {"q_out": torch.empty_like(q), "k_out": torch.empty_like(k)}
-    _common.rope(function, {"positions": "pos_ids"}, q, k, positions=positions, pairing=_common.pairing(not interleave),
-                 frequencies=_frequencies(function, width, theta, scaling), **out)  # fmt: skip
-    return None if inplace else (out["q_out"], out["k_out"])
+    options = {"positions": positions, "pairing": _common.pairing(not interleave),
+               "frequencies": _frequencies(function, width, theta, scaling)}  # fmt: skip
+    new = _common.rotated(function, {"positions": "pos_ids"}, options, inplace, q, k)
+    return None if inplace else new
 
 
 def _ragged(function: str, q: Any, indptr: Any, offsets: Any) -> Any:

@@ -39,6 +39,4 @@ def liger_rotary_pos_emb(
         raise ValueError(
             f"{function}: q and k must be [batch, heads, tokens, head_dim], but are {list(q.shape)} and {list(k.shape)}"
         )
-    new = _common.differentiable(function, {}, q.transpose(1, 2), k.transpose(1, 2),
-                                 **_common.half_tables(function, cos, sin))  # fmt: skip
-    return new[0].transpose(1, 2), new[1].transpose(1, 2)
+    return _common.differentiable(function, {}, q, k, heads_first=True, **_common.half_tables(function, cos, sin))

@@ -35,6 +35,5 @@ def apply_rotary_pos_emb(
         raise ValueError(f"{function}: unsqueeze_dim must be 1 or 2, but is {unsqueeze_dim}")
     if q.dim() != 4 or k.dim() != 4:
         raise ValueError(f"{function}: q and k must have 4 dimensions, but are {list(q.shape)} and {list(k.shape)}")
-    lies = [x.transpose(1, 2) if unsqueeze_dim == 1 else x for x in (q, k)]
-    new = _common.differentiable(function, {}, *lies, rounding="reference", **_common.half_tables(function, cos, sin))
-    return tuple(x.transpose(1, 2) if unsqueeze_dim == 1 else x for x in new)  # type: ignore[return-value]
+    return _common.differentiable(function, {}, q, k, heads_first=unsqueeze_dim == 1, rounding="reference",
+                                  **_common.half_tables(function, cos, sin))  # fmt: skip

@@ -6,8 +6,6 @@ Errors of an argument are ValueErrors (TypeErrors where its type is wrong); noth
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from . import _common
@@ -73,8 +71,11 @@ def fused_qk_norm_rope(
     Raises:
         ValueError: an argument does not fit. Nothing was written.
     """
-    q, k = _common.packed("fused_qk_norm_rope", qkv, num_heads_q, num_heads_k, num_heads_v, head_dim)
-    _norm_rope("fused_qk_norm_rope", q, k, (q_weight, k_weight), eps, cos_sin_cache, is_neox, position_ids, {})
+    function = "fused_qk_norm_rope"
+    q, k = _common.packed(function, qkv, num_heads_q, num_heads_k, num_heads_v, head_dim)
+    _common.tensors(function, cos_sin_cache=cos_sin_cache, position_ids=position_ids)
+    _common.norm_rope_heads(function, {"positions": "position_ids"}, q, k, (q_weight, k_weight), eps, is_neox,
+                            positions=position_ids, cos_sin=cos_sin_cache)  # fmt: skip
 
 
 def fused_qk_norm_rope_kvcache(
@@ -109,7 +110,8 @@ def fused_qk_norm_rope_kvcache(
     """
     function = "fused_qk_norm_rope_kvcache"
     q, k = _common.packed(function, qkv, num_heads_q, num_heads_k, num_heads_v, head_dim)
-    _common.tensors(function, q_out=q_out, k_out=k_out, key_cache=key_cache, value_cache=value_cache, slots=slots)
+    _common.tensors(function, q_out=q_out, k_out=k_out, cos_sin_cache=cos_sin_cache, positions=positions,
+                    key_cache=key_cache, value_cache=value_cache, slots=slots)  # fmt: skip
     if num_heads_v != num_heads_k:
         raise ValueError(f"{function}: num_heads_v must be num_heads_k, {num_heads_k}, but is {num_heads_v}")
     v = qkv.view(qkv.shape[0], -1, head_dim)[:, num_heads_q + num_heads_k :]
@@ -118,18 +120,7 @@ def fused_qk_norm_rope_kvcache(
         slots = torch.nn.functional.pad(slots, (0, missing), value=-1)
     outputs = [x.unflatten(-1, (-1, head_dim)) if x.dim() == 2 and x.shape[1] % head_dim == 0 else x
                for x in (q_out, k_out)]  # fmt: skip
-    store = {"q_out": outputs[0], "k_out": outputs[1], "v": v, "k_cache": key_cache, "v_cache": value_cache,
-             "slots": slots}  # fmt: skip
-    _norm_rope(function, q, k, (q_weight, k_weight), eps, cos_sin_cache, is_neox, positions, store)
-
-
-def _norm_rope(
-    function: str, q: Any, k: Any, weights: tuple[Any, Any], eps: float, cos_sin_cache: Any, is_neox: bool,
-    positions: Any, others: dict[str, Any],
-) -> None:  # fmt: skip
-    _common.tensors(function, cos_sin_cache=cos_sin_cache, positions=positions)
-    names = {"q": "qkv", "k": "qkv", "v": "qkv", "k_cache": "key_cache", "v_cache": "value_cache"}
-    q_weight, k_weight = _common.unrecorded(*weights)
-    _common.rope(function, names, q, k, positions=positions, cos_sin=cos_sin_cache, norm="rms", q_weight=q_weight,
-                 k_weight=None if k is None else k_weight, eps=eps, pairing=_common.pairing(is_neox),
-                 **others)  # fmt: skip
+    names = {"v": "qkv", "k_cache": "key_cache", "v_cache": "value_cache"}
+    _common.norm_rope_heads(function, names, q, k, (q_weight, k_weight), eps, is_neox, positions=positions,
+                            cos_sin=cos_sin_cache, q_out=outputs[0], k_out=outputs[1], v=v, k_cache=key_cache,
+                            v_cache=value_cache, slots=slots)  # fmt: skip
