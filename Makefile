@@ -40,7 +40,7 @@ test-arm:  ## the C++ tests and the conformance cases for aarch64, under qemu
 	@$(setup) system arm base
 	@scripts/test.sh arm
 
-test-emulated:  ## all cases with the CUDA kernel run on the processor, in both layouts; results in build/
+test-emulated:  ## all cases with the CUDA kernel run on the processor, in both layouts; report in build/
 	@$(setup) system base
 	@scripts/test.sh emulated
 

@@ -64,7 +64,8 @@ python_tests() {
 {
   echo "# Tests on a GPU"
   echo
-  echo "$(date -u +%F), $(nvidia-smi --query-gpu=name,driver_version --format=csv,noheader | head -1), Ropewalk $("$ropewalk" --version | awk '{print $NF}')"
+  gpu=$(nvidia-smi --query-gpu=name,driver_version --format=csv,noheader 2>/dev/null | head -1)
+  echo "$(date -u +%F), ${gpu:-no nvidia-smi}, Ropewalk $("$ropewalk" --version | awk '{print $NF}')"
   echo
   if [[ $parts == *" conformance "* ]]; then
     echo '## Conformance: every case against the double-precision reference'
@@ -88,7 +89,8 @@ python_tests() {
   if [[ $parts == *" python "* ]]; then
     echo '## Python tests on CUDA tensors'
     echo '```'
-    python_tests tests/python/test_cuda.py tests/python/test_compat.py tests/python/test_compat_tables.py
+    python_tests tests/python/test_cuda.py tests/python/test_compat.py tests/python/test_compat_tables.py \
+      tests/python/test_compat_peers.py
     echo '```'
   fi
   if [[ -e $work/failed ]]; then echo 'Result: FAILED'; else echo 'Result: held'; fi

@@ -31,11 +31,12 @@ summary() {
   ((failed == 0))
 }
 
-# cpp PRESET [OPTION..]: configure, build, run.
-cpp() {
+# build PRESET [OPTION..]: configure, build. cpp: run the tests too.
+build() {
   local preset=$1; shift
-  cmake --preset "$preset" "$@" && cmake --build --preset "$preset" && ctest --preset "$preset"
+  cmake --preset "$preset" "$@" && cmake --build --preset "$preset"
 }
+cpp() { build "$@" && ctest --preset "$1"; }
 
 # Intel's OpenCL run-time for CPUs in .venv stands in for a GPU: each of the two loaders has its own variable for it.
 # Which cases ran on which device is told at the end.
@@ -78,26 +79,14 @@ case $mode in
     ;;
   emulated)
     choose_compiler
-    part "build/dev" bash -c "cmake --preset dev && cmake --build --preset dev"
-    # check LAYOUT: shared among processes, each with its own kernels; the cache is theirs together.
-    check() {
-      local i shards processes=() failed=0
-      shards=$(nproc)
-      for ((i = 0; i < shards; i++)); do
-        env ROPEWALK_LIBCUDA="$root/build/dev/tests/libemulated_libcuda.so" FAKE_CUDA_LEGACY_STREAM=1 \
-          ROPEWALK_LIBNVRTC="$root/build/dev/tests/libemulated_nvrtc.so" ROPEWALK_CACHE_DIR="$root/build/emulated-cache" \
-          build/dev/bin/ropewalk check --backend "cuda:$1" --shard "$i/$shards" >"build/emulated-$1-$i.txt" &
-        processes+=($!)
-      done
-      for i in "${processes[@]}"; do wait "$i" || failed=1; done
-      tail -qn1 "build/emulated-$1-"*.txt
-      return $failed
-    }
-    for layout in few many; do
-      rm -rf build/emulated-"$layout"-*.txt build/emulated-cache
-      part "CUDA kernels on the processor, layout for $layout tokens (build/emulated-$layout-*.txt)" check "$layout"
-    done
+    part "build/dev" build dev
     rm -rf build/emulated-cache
+    part "every case with the CUDA kernel run on the processor (build/emulated.md)" env FAKE_CUDA_LEGACY_STREAM=1 \
+      ROPEWALK_LIBCUDA="$root/build/dev/tests/libemulated_libcuda.so" \
+      ROPEWALK_LIBNVRTC="$root/build/dev/tests/libemulated_nvrtc.so" ROPEWALK_CACHE_DIR="$root/build/emulated-cache" \
+      scripts/gpu_test.sh build/emulated.md conformance
+    rm -rf build/emulated-cache
+    cat build/emulated.md
     ;;
   tsan)
     choose_compiler

@@ -26,6 +26,8 @@
 
 namespace {
 
+using Kernel = void(const rope_cuda_args*);
+
 constexpr int kLanes = 32;
 constexpr size_t kStackBytes = 256 * 1024;
 
@@ -112,7 +114,7 @@ struct Gpu : EmulatedMachine {
   unsigned meetings = 0;
   int current = 0;
   bool late_copies = false;
-  void (*kernel)(const rope_cuda_args*) = nullptr;
+  Kernel* kernel = nullptr;
   const rope_cuda_args* args = nullptr;
 };
 
@@ -269,13 +271,9 @@ void Ptx(EmulatedMachine* machine, const char* whole, const EmulatedOperand* ope
 // ---------------------------------------------------------------------------------------------------------------------
 // A launch
 
-struct Loaded {
-  void (*kernel)(const rope_cuda_args*);
-};
-
 // The kernel of an image, opened once and never closed.
-Loaded Open(const std::string& image) {
-  static auto* const all = new std::map<std::string, Loaded>;
+Kernel* Open(const std::string& image) {
+  static auto* const all = new std::map<std::string, Kernel*>;
   if (const auto known = all->find(image); known != all->end()) return known->second;
   std::string path = (std::filesystem::temp_directory_path() / "emulated-XXXXXX").string();
   const int file = mkstemp(path.data());
@@ -284,12 +282,12 @@ Loaded Open(const std::string& image) {
   void* library = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
   if (!library) Die(dlerror());
   unlink(path.c_str());
-  Loaded loaded = {reinterpret_cast<void (*)(const rope_cuda_args*)>(dlsym(library, "emulated_kernel"))};
+  auto* kernel = reinterpret_cast<Kernel*>(dlsym(library, "emulated_kernel"));
   auto* machine = static_cast<EmulatedMachine**>(dlsym(library, "emulated_machine"));
-  if (!loaded.kernel || !machine) Die("an image that emulated_nvrtc.cc did not make");
+  if (!kernel || !machine) Die("an image that emulated_nvrtc.cc did not make");
   *machine = &TheGpu();
-  (*all)[image] = loaded;
-  return loaded;
+  (*all)[image] = kernel;
+  return kernel;
 }
 
 double Launch(const FakeLaunch& launch) {
@@ -298,7 +296,7 @@ double Launch(const FakeLaunch& launch) {
   gpu.ptx = Ptx;
   gpu.check_aligned = CheckAligned;
   gpu.shared_address = SharedAddress;
-  gpu.kernel = Open(launch.image).kernel;
+  gpu.kernel = Open(launch.image);
   gpu.args = &launch.args;
   gpu.grid = {launch.grid_x, launch.grid_y, launch.grid_z};
   if (launch.block_x % kLanes != 0 || launch.block_y != 1 || launch.block_z != 1) Die("blocks of whole warps only");

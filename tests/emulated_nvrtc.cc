@@ -1,4 +1,4 @@
-// A library that stands in for NVRTC and compiles a kernel for the processor instead, by the C++ compiler: its "cubin"
+// Behind the calls of NVRTC (fake_nvrtc.cc), compiles a kernel for the processor, by the C++ compiler: a "cubin"
 // is a shared object, which fake_libcuda.cc with emulated_gpu.cc runs. Statements of inline PTX become calls. Undefined
 // behaviour (an index outside an array, a shift too far, ..) ends the process with an illegal instruction.
 // Environment: EMULATED_REPLACE and EMULATED_BY (a text in the kernel's headers, and another one in its place: what a
@@ -16,16 +16,11 @@
 #include <string>
 #include <vector>
 
-#define EMULATED_API extern "C" __attribute__((visibility("default")))
+#include "tests/fake_nvrtc.h"
 
 namespace {
 
 namespace fs = std::filesystem;
-
-struct Program {
-  std::string source, object, log;
-  std::vector<std::pair<std::string, std::string>> headers;  // name, text
-};
 
 std::string Read(const fs::path& path) {
   std::ifstream file(path, std::ios::binary);
@@ -110,24 +105,7 @@ std::string Replaced(std::string text) {
 
 }  // namespace
 
-EMULATED_API const char* nvrtcGetErrorString(int result) {
-  return result == 6 ? "NVRTC_ERROR_COMPILATION" : "NVRTC_ERROR";
-}
-EMULATED_API int nvrtcVersion(int* major, int* minor) { return *major = 13, *minor = 0, 0; }
-EMULATED_API int nvrtcGetNumSupportedArchs(int* count) { return *count = 1, 0; }
-EMULATED_API int nvrtcGetSupportedArchs(int* archs) { return *archs = 90, 0; }
-EMULATED_API int nvrtcCreateProgram(Program** program, const char* source, const char*, int count,
-                                    const char* const* texts, const char* const* names) {
-  *program = new Program{source, {}, {}, {}};
-  for (int i = 0; i < count; ++i) (*program)->headers.emplace_back(names[i], texts[i]);
-  return 0;
-}
-EMULATED_API int nvrtcDestroyProgram(Program** program) {
-  delete *program;
-  *program = nullptr;
-  return 0;
-}
-EMULATED_API int nvrtcCompileProgram(Program* program, int, const char* const*) {
+int Compile(FakeProgram* program, const std::vector<std::string>&) {
   std::string pattern = (fs::temp_directory_path() / "emulated-XXXXXX").string();
   if (!mkdtemp(pattern.data())) return 1;
   const fs::path folder = pattern;
@@ -146,19 +124,9 @@ EMULATED_API int nvrtcCompileProgram(Program* program, int, const char* const*) 
       quoted(folder / "rope_kernel.so") + " 2>" + quoted(folder / "log");
   const int status = std::system(command.c_str());
   const bool compiled = WIFEXITED(status) && WEXITSTATUS(status) == 0;
-  if (compiled) program->object = Read(folder / "rope_kernel.so");
+  if (compiled) program->cubin = Read(folder / "rope_kernel.so");
   program->log = compiled ? "" : command + "\n" + Read(folder / "log").substr(0, 4000);
   std::error_code ignored;
   fs::remove_all(folder, ignored);
   return compiled ? 0 : 6;
-}
-EMULATED_API int nvrtcGetProgramLogSize(Program* program, size_t* size) { return *size = program->log.size() + 1, 0; }
-EMULATED_API int nvrtcGetProgramLog(Program* program, char* log) {
-  std::memcpy(log, program->log.c_str(), program->log.size() + 1);
-  return 0;
-}
-EMULATED_API int nvrtcGetCUBINSize(Program* program, size_t* size) { return *size = program->object.size(), 0; }
-EMULATED_API int nvrtcGetCUBIN(Program* program, char* cubin) {
-  std::memcpy(cubin, program->object.data(), program->object.size());
-  return 0;
 }

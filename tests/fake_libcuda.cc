@@ -59,9 +59,9 @@ struct State {
   std::vector<int> retained;
   std::vector<Range> arenas;
   std::vector<uintptr_t> used;
-  std::map<cu::DevicePtr, size_t> sizes;  // of what was allocated
-  std::multimap<std::pair<int, size_t>, uintptr_t> freed;
-  double microseconds = 0;  // the clock
+  std::map<cu::DevicePtr, size_t> sizes;                   // of what was allocated
+  std::multimap<std::pair<int, size_t>, uintptr_t> freed;  // by device and what they took
+  double microseconds = 0;                                 // the clock
   unsigned long long next_id = 1;
   bool initialised = false;
   bool legacy_stream = false;
@@ -86,10 +86,13 @@ std::unique_lock<std::mutex> Enter(const char* name) {
 
 cu::Result Lost() { return Current() && Current()->device == state().face.lost_device ? 700 : 0; }
 
+// What an allocation takes.
+size_t WholeUnits(size_t bytes) { return (bytes + 255) / 256 * 256; }
+
 void* AllocateLocked(int device, size_t bytes) {
   State& s = state();
   const auto d = static_cast<size_t>(device);
-  bytes = (bytes + 255) / 256 * 256;
+  bytes = WholeUnits(bytes);
   if (const auto freed = s.freed.find({device, bytes}); freed != s.freed.end()) {
     void* out = reinterpret_cast<void*>(freed->second);
     s.freed.erase(freed);
@@ -286,9 +289,7 @@ bool Forbidden() {
   }
   return false;
 }
-}  // namespace
 
-namespace {
 // A shared object (emulated_gpu.cc) ends with its table of sections; what fake_nvrtc.cc makes is text.
 size_t ImageBytes(const void* image) {
   Elf64_Ehdr header;
@@ -349,7 +350,7 @@ FAKE_API int cuMemFree_v2(cu::DevicePtr pointer) {
   const auto size = state().sizes.find(pointer);
   if (!Current() || size == state().sizes.end()) return cu::kInvalidValue;
   state().face.allocated -= static_cast<int64_t>(size->second);
-  state().freed.emplace(std::pair(Current()->device, (size->second + 255) / 256 * 256), size->first);
+  state().freed.emplace(std::pair(Current()->device, WholeUnits(size->second)), size->first);
   state().sizes.erase(size);
   return 0;
 }

@@ -46,7 +46,7 @@ void PlanOdd(int64_t heads, int64_t per_warp, int64_t head_bytes, RopeCudaKey* k
   // Else the heads of a warp end within a sector: two rounds of them do not.
   key->flat = regular ? 1 : 2;
   const int64_t stages = Ceil(heads, per_warp * key->flat);
-  const int64_t turns = store == regular ? (store ? 3 : 1) : 5, most = store && regular ? 2 : 3;
+  const int64_t turns = store && regular ? 3 : store || regular ? 5 : 1, most = store && regular ? 2 : 3;
   const int64_t warps = std::min<int64_t>(Ceil(stages, turns), 8);
   const int64_t stage_bytes = warps * per_warp * key->flat * head_bytes;
   const int64_t codes_bytes = StoresFp8(key->variant) ? stage_bytes / 2 : 0;

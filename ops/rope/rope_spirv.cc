@@ -32,11 +32,6 @@ int AccessBytes(const RopeVariant& v, int register_bytes) {
   if (register_bytes >= 64) return v.norm && fp8 && rounds ? 8 : 16;
   return v.norm && (fp8 || (stores && rounds)) ? 4 : 8;
 }
-// Where units are too many for registers and taken in a loop, an access of 8 bytes is too much for these.
-bool SpillsInALoop(const RopeVariant& v, int register_bytes) {
-  return register_bytes < 64 && v.dtype != kRopeF32 && v.pairing == ROPEWALK_INTERLEAVED && v.norm &&
-         v.cache_dtype != kRopeNoDtype;
-}
 int MostUnits(const RopeVariant& v, int access_bytes, int register_bytes) {
   const bool fp8 = v.cache_dtype == kRopeE4M3 || v.cache_dtype == kRopeE5M2;
   const bool rounds = v.rounding == kRopeRoundReference;
@@ -46,6 +41,11 @@ int MostUnits(const RopeVariant& v, int access_bytes, int register_bytes) {
   }
   const bool plain = !v.norm && v.cache_dtype == kRopeNoDtype && !rounds;
   return plain && access_bytes < 8 ? 2 : 1;
+}
+// Where units are too many for registers and taken in a loop, an access of 8 bytes is too much for these.
+bool SpillsInALoop(const RopeVariant& v, int register_bytes) {
+  return register_bytes < 64 && v.dtype != kRopeF32 && v.pairing == ROPEWALK_INTERLEAVED && v.norm &&
+         v.cache_dtype != kRopeNoDtype;
 }
 
 // Lanes for a head, and units of each that stay in registers, up to `most` (0: they are too many for that): as few idle
