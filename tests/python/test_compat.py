@@ -498,6 +498,60 @@ def test_out_of_place_refuses():
     assert (q == 1).all() and (k == 1).all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("is_neox", [True, False])
+@pytest.mark.parametrize("round_norm", [True, False])
+@pytest.mark.parametrize("prefix", [3, 0])
+def test_pack_kv_has_the_bits_of_its_parts(device, dtype, is_neox, round_norm, prefix):
+    """Views of packed rows in; of those only q is written."""
+    batch, tokens, cache = 2, 3, table(16, 96, device)
+    rows = draw(batch, tokens, 8, 128, dtype=dtype, device=device)  # four heads of q, two of k, two of v
+    prefix_rows = draw(batch, prefix, 8, 128, dtype=dtype, device=device, seed=1)
+    weights = [1 + draw(128, dtype=dtype, device=device, seed=s) / 4 for s in (2, 3)]
+    positions = torch.tensor([5, 0, 15, 3, 3, 2], dtype=torch.int32, device=device)
+    options = {"is_neox": is_neox, "eps": 1e-5, "rope_dim": 96, "round_norm_before_rope": round_norm}
+    parts = slice(0, 4), slice(4, 6), slice(6, 8)
+    want = rows.clone()
+    sglang_jit.fused_inplace_qknorm_rope(want[:, :, parts[0]], want[:, :, parts[1]], *weights, cache, positions,
+                                         **options)  # fmt: skip
+    before = rows.clone(), prefix_rows.clone()
+    packed_kv = torch.full((2, batch, prefix + tokens, 2, 128), 7.0, dtype=dtype, device=device)
+    sglang_jit.fused_qknorm_rope_pack_kv(*(rows[:, :, part] for part in parts),
+                                         *(prefix_rows[:, :, part] for part in parts[1:]), packed_kv, *weights, cache,
+                                         positions, **options)  # fmt: skip
+    assert torch.equal(rows[:, :, :4], want[:, :, :4])
+    assert torch.equal(rows[:, :, 4:], before[0][:, :, 4:]) and torch.equal(prefix_rows, before[1])
+    for one, part in zip(packed_kv, parts[1:], strict=True):
+        assert torch.equal(one, torch.cat([prefix_rows[:, :, part], want[:, :, part]], 1))
+
+
+def test_pack_kv_refuses():
+    def ones(*shape, dtype=torch.float32):
+        return torch.ones(shape, dtype=dtype)
+
+    for change, error, match in (
+        ({"k": ones(3, 1, 64)}, ValueError, r"k must be \[batch, tokens, heads, head_dim\], but is \[3, 1, 64\]"),
+        ({"v": ones(1, 2, 1, 64)}, ValueError, r"v must be \[1, 3, 1, 64\], but is \[1, 2, 1, 64\]"),
+        ({"k_prefix": ones(2, 1, 64)}, ValueError, r"k_prefix must be \[batch, prefix_tokens, k_heads, head_dim\]"),
+        ({"v_prefix": ones(1, 4, 1, 64)}, ValueError, r"v_prefix must be \[1, 2, 1, 64\], but is"),
+        ({"packed_kv": ones(2, 1, 4, 1, 64)}, ValueError, r"packed_kv must be \[2, 1, 5, 1, 64\], but is"),
+        ({"packed_kv": ones(2, 1, 5, 1, 128)[..., ::2]}, ValueError, "packed_kv must be contiguous in its last"),
+        ({"v": ones(1, 3, 1, 64, dtype=torch.float16)}, ValueError, "v must be torch.float32 on cpu, but is"),
+        ({"packed_kv": None}, TypeError, "packed_kv must be a torch.Tensor"),
+        ({"cos_sin_cache": table(8, 64, "cpu").double()}, ValueError, "cos_sin_cache must be"),
+    ):
+        for round_norm in (False, True):
+            arguments = {"q": ones(1, 3, 2, 64), "k": ones(1, 3, 1, 64), "v": ones(1, 3, 1, 64),
+                         "k_prefix": ones(1, 2, 1, 64), "v_prefix": ones(1, 2, 1, 64),
+                         "packed_kv": ones(2, 1, 5, 1, 64), "q_weight": ones(64) * 2, "k_weight": ones(64) * 2,
+                         "cos_sin_cache": table(8, 64, "cpu"), "positions": torch.arange(3), "is_neox": True,
+                         "round_norm_before_rope": round_norm, **change}  # fmt: skip
+            with pytest.raises(error, match=f"^fused_qknorm_rope_pack_kv: {match}"):
+                sglang_jit.fused_qknorm_rope_pack_kv(**arguments)
+            for name in ("q", "k", "packed_kv"):
+                assert arguments[name] is None or (arguments[name] == 1).all()
+
+
 def test_can_use_fused_inplace_qknorm_rope(device):
     can = sglang_jit.can_use_fused_inplace_qknorm_rope
     for dtype in DTYPES:
@@ -505,7 +559,9 @@ def test_can_use_fused_inplace_qknorm_rope(device):
             assert can(128, 96, is_neox, dtype, torch.float32, device=device)
             assert can(64, 64, is_neox, dtype, dtype, True, False, True, device=device)
     assert can(80, 80, False, torch.bfloat16, device=device)
-    assert not can(128, 96, True, torch.bfloat16, pack_kv=True, device=device)
+    assert can(128, 96, True, torch.bfloat16, pack_kv=True, device=device)
+    assert can(80, 80, False, torch.float32, torch.float32, True, True, device=device)
+    assert not can(128, 96, True, torch.bfloat16, pack_kv=True, cache_has_full_width=True, device=device)
     for bad in ((128, 130, True, torch.bfloat16), (128, 0, True, torch.bfloat16), (128, 63, True, torch.bfloat16),
                 (128, 64, True, torch.int32), (128, 64, True, "bfloat16"), (0, 0, True, torch.bfloat16),
                 (128, 64, True, torch.bfloat16, torch.float64)):  # fmt: skip
@@ -603,7 +659,10 @@ def test_compiles(device, backend):
     def flat(qkv, q):
         sglang_jit.fused_qk_norm_rope(qkv, 2, 1, 1, 64, 1e-6, weight, weight, 1e4, True, positions, *YARN)
         sglang_jit.apply_rope_inplace(q, None, cache, positions, is_neox=True)
-        return qkv * 2 + q.flatten(1)
+        k, v, both = q[None, :, :2] + 1, q[None, :, 2:] + 2, torch.zeros(2, 1, 7, 2, 64, device=q.device)
+        sglang_jit.fused_qknorm_rope_pack_kv(q[None], k, v, k[:, :3], v[:, :3], both, weight, weight, cache, positions,
+                                             is_neox=True)  # fmt: skip
+        return qkv * 2 + q.flatten(1) + both.sum()
 
     want = run(flat, *(x.clone() for x in inputs))
     torch._dynamo.reset()

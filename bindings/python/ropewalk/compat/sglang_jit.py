@@ -26,6 +26,7 @@ __all__ = [
     "fused_inplace_qknorm_rope",
     "fused_qk_norm_rope",
     "fused_qknorm_rope_out_of_place",
+    "fused_qknorm_rope_pack_kv",
     "rotary_embedding",
 ]
 
@@ -273,23 +274,23 @@ def can_use_fused_inplace_qknorm_rope(
     position_dtype: torch.dtype = torch.int64,
     device: torch.device | str | None = None,
 ) -> bool:
-    """Whether `fused_inplace_qknorm_rope` serves such calls here. Never raises.
+    """Whether `fused_inplace_qknorm_rope`, or with pack_kv `fused_qknorm_rope_pack_kv`, serves such calls here. Never
+    raises.
 
     On a GPU it compiles and loads the kernels, as `can_use_fused_qk_norm_rope` does; what the call will have is given
     by the arguments from num_heads_q on.
 
     Args:
         cache_dtype: of cos_sin_cache.
-        pack_kv: also pack k and v into other tensors; False is answered, since nothing here does that.
         device: as for `can_use_fused_qk_norm_rope`.
 
     Returns:
         True if the call would be served.
     """
     try:
-        if pack_kv or not (isinstance(dtype, torch.dtype) and isinstance(cache_dtype, torch.dtype)):
+        if not (isinstance(dtype, torch.dtype) and isinstance(cache_dtype, torch.dtype)):
             return False
-        if not 0 < rope_dim <= head_dim:
+        if not 0 < rope_dim <= head_dim or (pack_kv and cache_has_full_width):
             return False
         width = 2 * rope_dim if cache_has_full_width else rope_dim
         for on in _devices(device):
@@ -298,8 +299,12 @@ def can_use_fused_inplace_qknorm_rope(
             weight = torch.empty(head_dim, dtype=dtype, device=on)
             cache = torch.empty((num_tokens, width), dtype=cache_dtype, device=on)
             positions = torch.zeros(num_tokens, dtype=position_dtype, device=on)
-            _common.inplace_norm_rope(q, k, weight, weight, cache, positions, is_neox, 1e-6, head_dim, rope_dim,
-                                      round_norm_before_rope, cache_has_full_width, only_check=True)  # fmt: skip
+            others = (weight, weight, cache, positions, is_neox, 1e-6, head_dim, rope_dim, round_norm_before_rope)
+            if pack_kv:
+                q, k = q[None], k[None]
+                _common.pack_kv(q, k, k, k[:, :0], k[:, :0], torch.stack((k, k)), *others, only_check=True)
+            else:
+                _common.inplace_norm_rope(q, k, *others, cache_has_full_width, only_check=True)
         return True
     except Exception:  # it promises an answer
         return False
@@ -335,6 +340,40 @@ def fused_qknorm_rope_out_of_place(
     _common.inplace_norm_rope(q, k, q_weight, k_weight, cos_sin_cache, positions, is_neox, eps, head_dim, rope_dim,
                               round_norm_before_rope, cache_has_full_width, function=function,
                               outputs=(q_out, k_out))  # fmt: skip
+
+
+def fused_qknorm_rope_pack_kv(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_prefix: torch.Tensor,
+    v_prefix: torch.Tensor,
+    packed_kv: torch.Tensor,
+    q_weight: torch.Tensor,
+    k_weight: torch.Tensor,
+    cos_sin_cache: torch.Tensor,
+    positions: torch.Tensor,
+    *,
+    is_neox: bool,
+    eps: float = 1e-6,
+    head_dim: int = 0,
+    rope_dim: int = 0,
+    round_norm_before_rope: bool = False,
+) -> None:
+    """`fused_inplace_qknorm_rope`, but k goes behind a prefix into one tensor with v; k itself stays as it is.
+
+    Args:
+        q: [batch, tokens, q_heads, head_dim], rotated in place; k, v: [batch, tokens, k_heads, head_dim].
+        k_prefix, v_prefix: [batch, prefix_tokens, k_heads, head_dim], k's dtype; copied as they are.
+        packed_kv: [2, batch, prefix_tokens + tokens, k_heads, head_dim], k's dtype; written: k_prefix and the rotated
+            k, then v_prefix and v.
+        positions: [tokens], [batch, tokens] or [batch * tokens] int32 or int64.
+
+    Raises:
+        ValueError: an argument does not fit. Nothing was written.
+    """
+    _common.pack_kv(q, k, v, k_prefix, v_prefix, packed_kv, q_weight, k_weight, cos_sin_cache, positions, is_neox, eps,
+                    head_dim, rope_dim, round_norm_before_rope)  # fmt: skip
 
 
 def rotary_embedding(
