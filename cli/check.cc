@@ -15,14 +15,16 @@ namespace {
 struct Options {
   std::string backend = "cpu", pattern;
   std::vector<std::string> models;
-  int64_t max_failures = 0;
+  int64_t max_failures = 0, random = 0;
+  uint64_t seed = 1;
   int32_t threads = 1;
   std::string shard;
   bool list = false, json = false;
 };
 
-// The cases of the list, or those of the models named.
+// The cases of the list, those of the models named, or random ones.
 std::vector<RopeCase> Cases(const Options& options) {
+  if (options.random) return RandomRopeCases(options.seed, options.random);
   if (options.models.empty()) return RopeCases();
   std::vector<RopeCase> cases;
   for (const Model& model : LoadModels(options.models)) {
@@ -126,6 +128,7 @@ int Check(const Options& options) {
   // What the list alone does not say.
   for (CaseResult& failure : summary.failures) {
     for (const std::string& model : options.models) failure.rerun += fmt::format(" --model '{}'", model);
+    if (options.random) failure.rerun += fmt::format(" --random {} --seed {}", options.random, options.seed);
     if (options.threads != 1) failure.rerun += fmt::format(" --threads {}", options.threads);
   }
   if (options.json) {
@@ -162,6 +165,12 @@ void AddCheck(CLI::App* app, int* exit_code) {
   command->add_option("--shard", options->shard, "only every N-th case from the K-th on, to share them among processes")
       ->type_name("K/N");
   AddModelOption(command, &options->models);
+  command->add_option("--random", options->random, "so many cases drawn at random instead of those of the list")
+      ->check(Above0())
+      ->excludes("--model");
+  command->add_option("--seed", options->seed, "other random cases for another number")
+      ->needs("--random")
+      ->capture_default_str();
   command->add_option("--threads", options->threads, "threads of the CPU backend")
       ->check(Above0())
       ->capture_default_str();
@@ -173,7 +182,8 @@ void AddCheck(CLI::App* app, int* exit_code) {
       "  ropewalk check                            all cases\n"
       "  ropewalk check --backend cpu:avx2         on one target of the CPU\n"
       "  ropewalk check --case 'norm*' --list      which cases a pattern means\n"
-      "  ropewalk check --model my/config.json     one model's shapes, in three dtypes\n\n"
+      "  ropewalk check --model my/config.json     one model's shapes, in three dtypes\n"
+      "  ropewalk check --random 1000 --seed 7     a thousand cases that no list has\n\n"
       "A tolerance is half a unit in the last place of the output and 2^-20 of the pair's length (2^-21 in float32).\n"
       "Exit code 1 if a case fails or none ran.");
   command->callback([options, exit_code] { *exit_code = Check(*options); });

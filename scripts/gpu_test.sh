@@ -18,13 +18,14 @@ jobs=$(nproc)
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT  # a file `failed` in it: something did not hold
 
-# check BACKEND COMMAND..: the conformance suite on the backend, shared among processes, since most of the time goes into
-# compiling; COMMAND runs it.
+# check BACKEND COMMAND..: the conformance suite on the backend, or the cases that the options in `cases` name, shared
+# among processes, since most of the time goes into compiling; COMMAND runs it.
+cases=()
 check() {
   local backend=$1 i; shift
   rm -f "$work"/check.*
   for ((i = 0; i < jobs; i++)); do
-    "$@" check --backend "$backend" --shard "$i/$jobs" >"$work/check.$i" 2>&1 || touch "$work/failed" &
+    "$@" check --backend "$backend" "${cases[@]}" --shard "$i/$jobs" >"$work/check.$i" 2>&1 || touch "$work/failed" &
   done
   wait
   awk '/cases ran/ { for (i = 1; i < NF; i++) { if ($(i + 1) == "cases") run += $i; if ($(i + 1) ~ /^failed/) bad += $i; if ($(i + 1) == "elements") n += $i } shards++ }
@@ -75,6 +76,15 @@ python_tests() {
       check "$backend" "$ropewalk"
     done
     echo '```'
+    cases=(--random 1000 --seed "$(date -u +%Y%m%d)")
+    echo "Others: \`ropewalk check ${cases[*]}\`"
+    echo '```'
+    for backend in cuda:few cuda:many; do
+      printf '%-9s ' "$backend"
+      check "$backend" "$ropewalk"
+    done
+    echo '```'
+    cases=()
   fi
   if [[ $parts == *" sanitizer "* ]]; then
     echo '## compute-sanitizer, over every case'

@@ -73,6 +73,8 @@ TEST_P(Conformance, AllCases) {
   ExpectAllPass(some, GetParam());
 }
 
+TEST_P(Conformance, RandomCases) { ExpectAllPass(RandomRopeCases(20261123, kSlow ? 40 : 300), GetParam()); }
+
 TEST_P(Conformance, ManyTokensOfOneShape) {
   std::vector<RopeCase> cases;
   for (const int32_t pairing : {ROPEWALK_NEOX, ROPEWALK_INTERLEAVED}) {
@@ -122,6 +124,23 @@ TEST(Cases, AreManyAndNamedOnce) {
   for (const RopeCase& c : RopeCases()) EXPECT_TRUE(names.insert(c.name).second) << c.name;
   EXPECT_GE(names.size(), 1500u);
   EXPECT_LE(names.size(), 4000u);
+}
+
+TEST(Cases, RandomOnesAreOthersAndTheSameAgain) {
+  std::set<std::string> names, listed;
+  for (const RopeCase& c : RopeCases()) listed.insert(c.name);
+  const std::vector<RopeCase> cases = RandomRopeCases(7, 200), again = RandomRopeCases(7, 100);
+  ASSERT_EQ(cases.size(), 200u);
+  size_t known = 0;
+  for (size_t i = 0; i < cases.size(); ++i) {
+    EXPECT_TRUE(names.insert(cases[i].name).second) << cases[i].name;
+    known += listed.contains(cases[i].name);
+    if (i < again.size()) {
+      EXPECT_EQ(cases[i].name, again[i].name);
+    }
+  }
+  EXPECT_LE(known, 2u);
+  EXPECT_FALSE(names.contains(RandomRopeCases(8, 1).front().name));
 }
 
 TEST(Cases, EveryOptionOccurs) {

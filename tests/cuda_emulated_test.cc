@@ -77,6 +77,12 @@ TEST(CudaEmulated, ManyTokens) {
     ExpectAllPass(cases, "cuda", "those of a thousand tokens and more");
   });
 }
+TEST(CudaEmulated, RandomCases) {
+  OnEmulatedGpu("random", {}, [] {
+    for (const char* layout : {"cuda:few", "cuda:many"})
+      ExpectAllPass(RandomRopeCases(20261123, 30), layout, Text("random ones, ", layout));
+  });
+}
 
 // ---------------------------------------------------------------------------------------------------------------------
 // What the emulation is to see: each text is left out of the kernel's sources, or put for another one.

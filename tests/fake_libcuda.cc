@@ -47,7 +47,7 @@ struct Range {
 };
 
 constexpr int kL2CacheBytes = 38;  // an attribute of a device
-constexpr size_t kArenaBytes = size_t{1} << 30, kPage = size_t{2} << 20;
+constexpr size_t kArenaBytes = size_t{1} << 33, kPage = size_t{2} << 20;
 
 struct State {
   FakeCuda face;

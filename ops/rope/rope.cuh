@@ -492,8 +492,9 @@ __device__ __forceinline__ HeadPlace PlaceOf(const rope_cuda_args& a, const Toke
   if constexpr (K::kStoreK || kOfV) {
     place.stored = (of_v || (K::kStoreK && !of_q)) && t.slot >= 0;
     if (K::kFewTokens || place.stored) {
-      place.cache = static_cast<char*>(of_v ? a.v_cache : a.k_cache) +
-                    (CacheOffset<K>(p, of_v ? p.v_cache : p.k_cache, t.slot, in_cache) -
+      const bool to_v = of_v || !K::kStoreK;  // what goes nowhere has its place in a cache that is there
+      place.cache = static_cast<char*>(to_v ? a.v_cache : a.k_cache) +
+                    (CacheOffset<K>(p, to_v ? p.v_cache : p.k_cache, t.slot, in_cache) -
                      (of_v ? K::kRotaryOffset : 0)) * kBytes<K::kCacheDtype>;
       place.inverse_scale =
           InverseScale<K>(of_v ? a.v_scale : a.k_scale, of_v ? a.v_inverse_scale : a.k_inverse_scale,

@@ -67,6 +67,9 @@ class Draw {
   T Of(const T (&choices)[n]) {
     return choices[Next() % n];
   }
+  int64_t From(int64_t low, int64_t high) {
+    return low + static_cast<int64_t>(Next() % static_cast<uint64_t>(high - low + 1));
+  }
   bool OneIn(uint64_t n) { return Next() % n == 0; }
 
  private:
@@ -166,6 +169,7 @@ class List {
     c.name = CaseName(c);
     if (names_.insert(c.name).second) cases_.push_back(std::move(c));
   }
+  int64_t size() const { return static_cast<int64_t>(cases_.size()); }
   std::vector<RopeCase> Take() { return std::move(cases_); }
 
  private:
@@ -501,8 +505,8 @@ void AddData(List* list) {
   }
 }
 
-// Draws from the whole product, so that options meet which no list above brings together.
-void AddMixed(List* list) {
+// One of the whole product of options.
+RopeCase Drawn(Draw& draw) {
   constexpr Layout kAnyLayout[] = {Layout::kSeparate, Layout::kPacked,     Layout::kTransposed,
                                    Layout::kPadded,   Layout::kMisaligned, Layout::kReversed};
   constexpr Angles kAnyAngles[] = {Angles::kFrequencies, Angles::kFrequencies, Angles::kFrequencies,
@@ -521,51 +525,82 @@ void AddMixed(List* list) {
   constexpr int64_t kHeads[] = {1, 2, 3, 4, 7};
   constexpr int64_t kFewTokens[] = {1, 2, 3, 5, 8, 17};
   constexpr int64_t kPageSizes[] = {1, 3, 4, 16, 24};
-  Draw draw(2026);
-  for (int i = 0; i < 1100; ++i) {
-    RopeCase c;
-    c.dtype = draw.Of(kDtypes);
-    c.pairing = draw.Of(kPairings);
-    c.batch = draw.OneIn(3) ? 2 : 0;
-    c.tokens = draw.Of(kFewTokens);
-    c.q_heads = draw.Of(kHeads);
-    c.k_heads = draw.OneIn(6) ? 0 : draw.Of(kHeads);
-    c.head_dim = draw.Of(kHeadDims);
-    if (draw.OneIn(3)) c.rotary_dim = 2 * static_cast<int64_t>(1 + draw.Next() % static_cast<uint64_t>(c.head_dim / 2));
-    if (c.rotary_dim && draw.OneIn(2)) {
-      c.rotary_offset = static_cast<int64_t>(draw.Next() % static_cast<uint64_t>(c.head_dim - c.rotary_dim + 1));
-    }
-    c.layout = draw.Of(kAnyLayout);
-    c.out_of_place = draw.OneIn(3);
-    c.inverse = draw.OneIn(5);
-    c.rounding = draw.OneIn(3) ? ROPEWALK_ROUND_REFERENCE : ROPEWALK_ROUND_FUSED;
-    c.norm = draw.OneIn(2);
-    if (c.norm) {
-      c.weight = draw.Of(kAnyWeight);
-      c.weight_dtype = draw.Of(kAnyWeightDtype);
-    }
-    c.angles = draw.Of(kAnyAngles);
-    c.table_dtype = draw.Of(kDtypes);
-    c.positions = draw.Of(kAnyPositions);
-    c.positions_dtype = draw.Of(kInt);
-    c.positions_broadcast = draw.OneIn(2);
-    if (draw.OneIn(4)) c.offsets_dtype = draw.Of(kInt);
-    if (draw.OneIn(5)) {
-      c.axes = draw.Of(kAnyAxes);
-      c.axes_dtype = draw.OneIn(2) ? static_cast<uint32_t>(kI32) : 0;
-    }
-    if (draw.OneIn(2)) {
-      c.cache = draw.Of(kAnyCache);
-      c.cache_dtype = draw.Of(kAnyCacheDtype);
-      if (c.cache_dtype) c.scale = draw.Of(kAnyScale);
-      c.page_size = c.cache == Cache::kFlat ? 16 : draw.Of(kPageSizes);
-      c.slots = draw.Of(kAnySlots);
-      c.slots_dtype = draw.Of(kInt);
-      c.store_v = !draw.OneIn(4);
-      if (draw.OneIn(3)) c.v_dim = draw.Of(kHeadDims);
-    }
-    list->Add(c);
+  RopeCase c;
+  c.dtype = draw.Of(kDtypes);
+  c.pairing = draw.Of(kPairings);
+  c.batch = draw.OneIn(3) ? 2 : 0;
+  c.tokens = draw.Of(kFewTokens);
+  c.q_heads = draw.Of(kHeads);
+  c.k_heads = draw.OneIn(6) ? 0 : draw.Of(kHeads);
+  c.head_dim = draw.Of(kHeadDims);
+  if (draw.OneIn(3)) c.rotary_dim = 2 * draw.From(1, c.head_dim / 2);
+  if (c.rotary_dim && draw.OneIn(2)) c.rotary_offset = draw.From(0, c.head_dim - c.rotary_dim);
+  c.layout = draw.Of(kAnyLayout);
+  c.out_of_place = draw.OneIn(3);
+  c.inverse = draw.OneIn(5);
+  c.rounding = draw.OneIn(3) ? ROPEWALK_ROUND_REFERENCE : ROPEWALK_ROUND_FUSED;
+  c.norm = draw.OneIn(2);
+  if (c.norm) {
+    c.weight = draw.Of(kAnyWeight);
+    c.weight_dtype = draw.Of(kAnyWeightDtype);
   }
+  c.angles = draw.Of(kAnyAngles);
+  c.table_dtype = draw.Of(kDtypes);
+  c.positions = draw.Of(kAnyPositions);
+  c.positions_dtype = draw.Of(kInt);
+  c.positions_broadcast = draw.OneIn(2);
+  if (draw.OneIn(4)) c.offsets_dtype = draw.Of(kInt);
+  if (draw.OneIn(5)) {
+    c.axes = draw.Of(kAnyAxes);
+    c.axes_dtype = draw.OneIn(2) ? static_cast<uint32_t>(kI32) : 0;
+  }
+  if (draw.OneIn(2)) {
+    c.cache = draw.Of(kAnyCache);
+    c.cache_dtype = draw.Of(kAnyCacheDtype);
+    if (c.cache_dtype) c.scale = draw.Of(kAnyScale);
+    c.page_size = c.cache == Cache::kFlat ? 16 : draw.Of(kPageSizes);
+    c.slots = draw.Of(kAnySlots);
+    c.slots_dtype = draw.Of(kInt);
+    c.store_v = !draw.OneIn(4);
+    if (draw.OneIn(3)) c.v_dim = draw.Of(kHeadDims);
+  }
+  return c;
+}
+
+// So that options meet which no list above brings together.
+void AddMixed(List* list) {
+  Draw draw(2026);
+  for (int i = 0; i < 1100; ++i) list->Add(Drawn(draw));
+}
+
+// Beyond what the lists hold: any even head size and part of it, more heads and tokens, any data, faults.
+RopeCase DrawnWide(Draw& draw) {
+  constexpr int64_t kWideTokens[] = {1, 4, 6, 7, 33, 79, 80, 300, 800, 1100, 1536, 2500, 3100};
+  constexpr Data kAnyData[] = {Data::kLarge, Data::kTiny, Data::kNonFinite, Data::kMixed};
+  constexpr Bad kAnyBad[] = {Bad::kPosition, Bad::kSlot, Bad::kAxis, Bad::kPaddedPosition};
+  constexpr double kThetas[] = {1e4, 5e5, 1e6};
+  RopeCase c = Drawn(draw);
+  if (draw.OneIn(2)) {
+    const int64_t unit = draw.OneIn(2) ? 2 : 16;
+    c.head_dim = unit * draw.From(1, 320 / unit);
+    c.rotary_dim = draw.OneIn(3) ? 2 * draw.From(1, c.head_dim / 2) : c.head_dim;
+    const int64_t rest = c.head_dim - c.rotary_dim;
+    c.rotary_offset = draw.OneIn(2) ? 0 : draw.OneIn(2) ? rest : draw.From(0, rest);
+  }
+  if (draw.OneIn(3)) c.q_heads = draw.From(1, 40);
+  if (c.k_heads && draw.OneIn(3)) c.k_heads = draw.From(1, 12);
+  if (draw.OneIn(3)) c.tokens = draw.Of(kWideTokens);
+  if (c.tokens > 300) {
+    c.batch = 0;
+    c.q_heads = std::min<int64_t>(c.q_heads, 6);
+  }
+  if (c.v_dim && draw.OneIn(2)) c.v_dim = 2 * draw.From(1, 160);
+  if (draw.OneIn(3)) c.data = draw.Of(kAnyData);
+  if (c.cache != Cache::kNone && draw.OneIn(6)) c.store_k = false;
+  if (draw.OneIn(8)) c.slots = Slots::kNothing;
+  if (draw.OneIn(8)) c.bad = draw.Of(kAnyBad);
+  c.theta = draw.Of(kThetas);
+  return c;
 }
 
 // Real models' shapes, with their rotation as far as `theta` and `scaling` say it.
@@ -807,6 +842,13 @@ const std::vector<RopeCase>& RopeCases() {
     return list.Take();
   }();
   return cases;
+}
+
+std::vector<RopeCase> RandomRopeCases(uint64_t seed, int64_t count) {
+  Draw draw(seed);
+  List list;
+  while (list.size() < count) list.Add(DrawnWide(draw));
+  return list.Take();
 }
 
 std::vector<RopeCase> CasesOfModel(const ModelConfig& model, std::string_view json, int64_t tokens, uint32_t dtype) {

@@ -121,6 +121,9 @@ struct RopeCase {
 // All cases, in one order, with unique names.
 const std::vector<RopeCase>& RopeCases();
 
+// So many others, drawn from all that a case can say; the same for the same seed everywhere.
+std::vector<RopeCase> RandomRopeCases(uint64_t seed, int64_t count);
+
 // "pairing=neox", "cache=hnd", ..: stages and options that the case exercises.
 std::vector<std::string> CaseTags(const RopeCase& c);
 

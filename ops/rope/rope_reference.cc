@@ -276,9 +276,9 @@ class Reference {
         element = {value, value, value};
         continue;
       }
-      // The order of the float32 sum is free: the normalised number may differ by some last bits.
-      const double normal = F32(element.value * chain_scale);
-      element = Around(Chain(normal, weight, w), Chain(F32(normal * (1 - 0x1p-21)), weight, w),
+      // The order of the float32 sum is free: what the number is multiplied by may differ by some last bits.
+      const double normal = element.value * chain_scale;
+      element = Around(Chain(F32(normal), weight, w), Chain(F32(normal * (1 - 0x1p-21)), weight, w),
                        Chain(F32(normal * (1 + 0x1p-21)), weight, w));
     }
   }
@@ -320,9 +320,11 @@ class Reference {
     return out;
   }
 
-  static Range WithError(double value, double error) {
+  // Roundings among the subnormal numbers of float32, whose distance of 2^-149 is no part of a length: two of the
+  // rotation, and of both its terms two of the norm, the first of them multiplied by the weight.
+  Range WithError(double value, double error) const {
     if (!std::isfinite(value)) return {value, value, value};
-    error += 0x1p-148;  // two roundings among the subnormal numbers of float32, whose distance is no part of a length
+    error += norm_ ? 0x1p-147 : 0x1p-148;
     return {value, value - error, value + error};
   }
 
