@@ -18,14 +18,13 @@ jobs=$(nproc)
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT  # a file `failed` in it: something did not hold
 
-# check BACKEND COMMAND..: the conformance suite on the backend, or the cases that the options in `cases` name, shared
-# among processes, since most of the time goes into compiling; COMMAND runs it.
-cases=()
+# check BACKEND COMMAND..: cases on the backend, shared among processes, since most of the time goes into compiling.
+# COMMAND: `ropewalk check` and which cases, or a tool that runs it.
 check() {
   local backend=$1 i; shift
   rm -f "$work"/check.*
   for ((i = 0; i < jobs; i++)); do
-    "$@" check --backend "$backend" "${cases[@]}" --shard "$i/$jobs" >"$work/check.$i" 2>&1 || touch "$work/failed" &
+    "$@" --backend "$backend" --shard "$i/$jobs" >"$work/check.$i" 2>&1 || touch "$work/failed" &
   done
   wait
   awk '/cases ran/ { for (i = 1; i < NF; i++) { if ($(i + 1) == "cases") run += $i; if ($(i + 1) ~ /^failed/) bad += $i; if ($(i + 1) == "elements") n += $i } shards++ }
@@ -73,18 +72,17 @@ python_tests() {
     echo '```'
     for backend in cuda cuda:few cuda:many; do
       printf '%-9s ' "$backend"
-      check "$backend" "$ropewalk"
+      check "$backend" "$ropewalk" check
     done
     echo '```'
-    cases=(--random 1000 --seed "$(date -u +%Y%m%d)")
-    echo "Others: \`ropewalk check ${cases[*]}\`"
+    random=(--random 1000 --seed "$(date -u +%Y%m%d)")
+    echo "Others: \`ropewalk check ${random[*]}\`"
     echo '```'
     for backend in cuda:few cuda:many; do
       printf '%-9s ' "$backend"
-      check "$backend" "$ropewalk"
+      check "$backend" "$ropewalk" check "${random[@]}"
     done
     echo '```'
-    cases=()
   fi
   if [[ $parts == *" sanitizer "* ]]; then
     echo '## compute-sanitizer, over every case'
@@ -92,7 +90,7 @@ python_tests() {
     for run in memcheck:cuda memcheck:cuda:many racecheck:cuda:many initcheck:cuda; do
       IFS=: read -r tool backend <<<"$run"
       printf '%-9s %-9s ' "$tool" "$backend"
-      check "$backend" compute-sanitizer --tool "$tool" --error-exitcode 9 "$ropewalk"
+      check "$backend" compute-sanitizer --tool "$tool" --error-exitcode 9 "$ropewalk" check
     done
     echo '```'
   fi

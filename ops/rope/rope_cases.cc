@@ -507,8 +507,6 @@ void AddData(List* list) {
 
 // One of the whole product of options.
 RopeCase Drawn(Draw& draw) {
-  constexpr Layout kAnyLayout[] = {Layout::kSeparate, Layout::kPacked,     Layout::kTransposed,
-                                   Layout::kPadded,   Layout::kMisaligned, Layout::kReversed};
   constexpr Angles kAnyAngles[] = {Angles::kFrequencies, Angles::kFrequencies, Angles::kFrequencies,
                                    Angles::kTable,       Angles::kPacked,      Angles::kFullWidth,
                                    Angles::kRepeated,    Angles::kTransposed,  Angles::kPerBatch};
@@ -535,7 +533,7 @@ RopeCase Drawn(Draw& draw) {
   c.head_dim = draw.Of(kHeadDims);
   if (draw.OneIn(3)) c.rotary_dim = 2 * draw.From(1, c.head_dim / 2);
   if (c.rotary_dim && draw.OneIn(2)) c.rotary_offset = draw.From(0, c.head_dim - c.rotary_dim);
-  c.layout = draw.Of(kAnyLayout);
+  c.layout = draw.Of(kLayouts);
   c.out_of_place = draw.OneIn(3);
   c.inverse = draw.OneIn(5);
   c.rounding = draw.OneIn(3) ? ROPEWALK_ROUND_REFERENCE : ROPEWALK_ROUND_FUSED;

@@ -417,48 +417,6 @@ def inplace_norm_rope(
             x[..., seconds] = other[..., seconds]
 
 
-def pack_kv(
-    q: Any,
-    k: Any,
-    v: Any,
-    k_prefix: Any,
-    v_prefix: Any,
-    packed_kv: Any,
-    *others: Any,
-    only_check: bool = False,
-) -> None:
-    """`fused_qknorm_rope_pack_kv`; others: the arguments of `inplace_norm_rope` from q_weight on."""
-    function = "fused_qknorm_rope_pack_kv"
-    tensors(function, q=q, k=k, v=v, k_prefix=k_prefix, v_prefix=v_prefix, packed_kv=packed_kv)
-    for name, x in (("q", q), ("k", k)):
-        if x.dim() != 4:
-            raise ValueError(f"{function}: {name} must be [batch, tokens, heads, head_dim], but is {list(x.shape)}")
-    if k_prefix.dim() != 4:
-        raise ValueError(
-            f"{function}: k_prefix must be [batch, prefix_tokens, k_heads, head_dim], but is {list(k_prefix.shape)}"
-        )
-    batch, tokens, *head = k.shape
-    prefix = k_prefix.shape[1]
-    shapes = {
-        "v": (v, [batch, tokens, *head]),
-        "k_prefix": (k_prefix, [batch, prefix, *head]),
-        "v_prefix": (v_prefix, [batch, prefix, *head]),
-        "packed_kv": (packed_kv, [2, batch, prefix + tokens, *head]),
-    }
-    for name, (x, shape) in shapes.items():
-        if list(x.shape) != shape:
-            raise ValueError(f"{function}: {name} must be {shape}, but is {list(x.shape)}")
-        if x.dtype != k.dtype or x.device != k.device:
-            raise ValueError(f"{function}: {name} must be {k.dtype} on {k.device}, but is {x.dtype} on {x.device}")
-    keys, values = packed_kv.unbind()
-    inplace_norm_rope(q, k, *others, function=function, outputs=(q, keys[:, prefix:]), only_check=only_check,
-                      output_names={"q_out": "q", "k_out": "packed_kv"})  # fmt: skip
-    if not only_check:
-        keys[:, :prefix] = k_prefix
-        values[:, :prefix] = v_prefix
-        values[:, prefix:] = v
-
-
 def packed(function: str, qkv: Any, q_heads: int, k_heads: int, v_heads: int, head_dim: int) -> tuple[Any, Any]:
     """Views [tokens, heads, head_dim] of q and k in packed rows; None for no k."""
     try:

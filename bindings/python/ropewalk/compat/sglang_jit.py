@@ -302,7 +302,7 @@ def can_use_fused_inplace_qknorm_rope(
             others = (weight, weight, cache, positions, is_neox, 1e-6, head_dim, rope_dim, round_norm_before_rope)
             if pack_kv:
                 q, k = q[None], k[None]
-                _common.pack_kv(q, k, k, k[:, :0], k[:, :0], torch.stack((k, k)), *others, only_check=True)
+                _pack_kv(q, k, k, k[:, :0], k[:, :0], torch.stack((k, k)), *others, only_check=True)
             else:
                 _common.inplace_norm_rope(q, k, *others, cache_has_full_width, only_check=True)
         return True
@@ -372,8 +372,50 @@ def fused_qknorm_rope_pack_kv(
     Raises:
         ValueError: an argument does not fit. Nothing was written.
     """
-    _common.pack_kv(q, k, v, k_prefix, v_prefix, packed_kv, q_weight, k_weight, cos_sin_cache, positions, is_neox, eps,
-                    head_dim, rope_dim, round_norm_before_rope)  # fmt: skip
+    _pack_kv(q, k, v, k_prefix, v_prefix, packed_kv, q_weight, k_weight, cos_sin_cache, positions, is_neox, eps,
+             head_dim, rope_dim, round_norm_before_rope)  # fmt: skip
+
+
+def _pack_kv(
+    q: Any,
+    k: Any,
+    v: Any,
+    k_prefix: Any,
+    v_prefix: Any,
+    packed_kv: Any,
+    *others: Any,
+    only_check: bool = False,
+) -> None:
+    """`fused_qknorm_rope_pack_kv`; others: the arguments of `fused_inplace_qknorm_rope` from q_weight on."""
+    function = "fused_qknorm_rope_pack_kv"
+    _common.tensors(function, q=q, k=k, v=v, k_prefix=k_prefix, v_prefix=v_prefix, packed_kv=packed_kv)
+    for name, x in (("q", q), ("k", k)):
+        if x.dim() != 4:
+            raise ValueError(f"{function}: {name} must be [batch, tokens, heads, head_dim], but is {list(x.shape)}")
+    if k_prefix.dim() != 4:
+        raise ValueError(
+            f"{function}: k_prefix must be [batch, prefix_tokens, k_heads, head_dim], but is {list(k_prefix.shape)}"
+        )
+    batch, tokens, *head = k.shape
+    prefix = k_prefix.shape[1]
+    shapes = {
+        "v": (v, [batch, tokens, *head]),
+        "k_prefix": (k_prefix, [batch, prefix, *head]),
+        "v_prefix": (v_prefix, [batch, prefix, *head]),
+        "packed_kv": (packed_kv, [2, batch, prefix + tokens, *head]),
+    }
+    for name, (x, shape) in shapes.items():
+        if list(x.shape) != shape:
+            raise ValueError(f"{function}: {name} must be {shape}, but is {list(x.shape)}")
+        if x.dtype != k.dtype or x.device != k.device:
+            raise ValueError(f"{function}: {name} must be {k.dtype} on {k.device}, but is {x.dtype} on {x.device}")
+    keys, values = packed_kv.unbind()
+    _common.inplace_norm_rope(q, k, *others, function=function, outputs=(q, keys[:, prefix:]), only_check=only_check,
+                              output_names={"q_out": "q", "k_out": "packed_kv"})  # fmt: skip
+    if not only_check:
+        keys[:, :prefix] = k_prefix
+        values[:, :prefix] = v_prefix
+        values[:, prefix:] = v
 
 
 def rotary_embedding(
