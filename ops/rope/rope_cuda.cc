@@ -208,11 +208,11 @@ Status PlanRopeCuda(const RopeCall& call, const CudaDevice& device, RopeCudaOpti
   if (few) {
     const bool v_rides = !v.store_v || p.v_dim == p.rotary_dim;
     key.in_flight = static_cast<uint8_t>(Ceil(units, lanes) <= 2 && v_rides ? shape.heads : 1);
-    // About so many warps a block that none is without a head.
+    // About so many warps a block that none is without a head; no more blocks than those leave heads for.
     const int64_t warps = Ceil(all_heads, per_warp * key.in_flight);
-    const int64_t blocks = std::max<int64_t>(1, (warps + shape.warps / 2) / shape.warps);
-    key.threads = static_cast<uint16_t>(Ceil(warps, blocks) * 32);
-    plan->grid_y = static_cast<uint32_t>(blocks);
+    const int64_t block_warps = Ceil(warps, std::max<int64_t>(1, (warps + shape.warps / 2) / shape.warps));
+    key.threads = static_cast<uint16_t>(block_warps * 32);
+    plan->grid_y = static_cast<uint32_t>(Ceil(warps, block_warps));
     plan->why = "few tokens: the heads of a token are spread over blocks";
   } else {
     const int span = rest_matters ? p.head_dim : p.rotary_dim;
