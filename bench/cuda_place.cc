@@ -10,6 +10,7 @@
 #include <utility>
 
 #include "backends/cuda/context.h"
+#include "bench/cuda_copies.h"
 #include "bench/cuda_floor.h"
 #include "bench/cuda_graphs.h"
 #include "bench/place.h"
@@ -19,148 +20,9 @@
 namespace ropewalk::bench {
 namespace {
 
-constexpr int64_t kColdTokens = 1024;
-constexpr int64_t kWarmCopies = 8;
 constexpr double kGraphSeconds = 2e-3;  // a graph shall take about so long
 constexpr int64_t kMaxGraphCalls = 1600;
 constexpr size_t kFinalists = 3;    // floors that are timed beside ours
-constexpr size_t kAlignment = 256;  // of device memory
-
-// Memory of the device that frees itself.
-class Block {
- public:
-  explicit Block(DeviceMemory& memory) : memory_(&memory) {}
-  Block(Block&& other) noexcept : memory_(other.memory_), data_(std::exchange(other.data_, nullptr)) {}
-  Block& operator=(Block&&) = delete;
-  ~Block() {
-    if (data_) memory_->Free(data_);
-  }
-  Status Allocate(size_t bytes) { return memory_->Allocate(bytes, &data_); }
-  char* data() const { return static_cast<char*>(data_); }
-
- private:
-  DeviceMemory* memory_;
-  void* data_ = nullptr;
-};
-
-// So many copies of what a call works on in place, each as the first call finds it, and its arguments.
-class Copies {
- public:
-  Copies(DeviceMemory& memory, CudaGraphs& graphs) : memory_(memory), graphs_(graphs) {}
-
-  Status Make(CaseCall& call, int64_t rotary_dim, int64_t count) {
-    const ropewalk_rope_args& args = call.args();
-    const ropewalk_rope_args& host = call.host_args();
-    for (const auto& [device_tensor, host_tensor] : {std::pair{args.q, host.q}, {args.k, host.k}}) {
-      if (device_tensor) Add(SpanOf(*device_tensor), SpanOf(*host_tensor));
-    }
-    for (Part& part : parts_) {
-      const size_t lead = reinterpret_cast<uintptr_t>(part.device.begin) % kAlignment + kAlignment;
-      part.first = lead;
-      part.stride = (lead + part.device.bytes + kAlignment - 1) / kAlignment * kAlignment;
-      const size_t bytes = part.stride * static_cast<size_t>(count);
-      ROPEWALK_TRY(part.block.Allocate(bytes));
-      ROPEWALK_TRY(part.untouched.Allocate(bytes));
-      ROPEWALK_TRY(memory_.CopyIn(part.untouched.data() + lead, part.host.begin, part.host.bytes));
-      for (int64_t i = 1; i < count; ++i) {
-        ROPEWALK_TRY(graphs_.Copy(part.untouched.data() + static_cast<size_t>(i) * part.stride + lead,
-                                  part.untouched.data() + lead, part.host.bytes));
-      }
-      part.bytes = bytes;
-    }
-    ROPEWALK_TRY(Restore());
-    ROPEWALK_TRY(graphs_.Wait());
-    calls_.resize(static_cast<size_t>(count));
-    for (size_t i = 0; i < calls_.size(); ++i) {
-      Call& copy = calls_[i];
-      copy.args = args;
-      for (const auto& [tensor, field] : {std::pair{&copy.q, &copy.args.q}, {&copy.k, &copy.args.k}}) {
-        if (!*field) continue;
-        *tensor = **field;
-        tensor->data = At(i, DataOf(*tensor));
-        tensor->byte_offset = 0;
-        *field = tensor;
-      }
-      copy.regions = RegionsOf(copy.args, rotary_dim);
-      copy.floor = FloorDataOf(copy.regions);
-    }
-    return {};
-  }
-
-  // Puts the first data back, in the stream's order.
-  Status Restore() {
-    for (const Part& part : parts_) ROPEWALK_TRY(graphs_.Copy(part.block.data(), part.untouched.data(), part.bytes));
-    return {};
-  }
-
-  struct Call {
-    DLTensor q = {}, k = {};
-    ropewalk_rope_args args;
-    std::vector<FloorRegion> regions;
-    CudaFloorData floor;
-  };
-  const std::vector<Call>& calls() const { return calls_; }
-
-  // Whether the first copy is what the floor makes of the first data.
-  Status CheckFloor(bool* right) {
-    *right = true;
-    std::vector<std::vector<unsigned char>> now, expected;
-    for (const Part& part : parts_) {
-      now.emplace_back(part.host.bytes);
-      ROPEWALK_TRY(memory_.CopyOut(now.back().data(), part.block.data() + part.first, part.host.bytes));
-      expected.emplace_back(part.host.begin, part.host.begin + part.host.bytes);
-    }
-    for (FloorRegion region : calls_[0].regions) {
-      for (size_t i = 0; i < parts_.size(); ++i) {
-        const ptrdiff_t at = reinterpret_cast<char*>(region.data) - (parts_[i].block.data() + parts_[i].first);
-        if (at < 0 || at >= static_cast<ptrdiff_t>(parts_[i].host.bytes)) continue;
-        region.data = expected[i].data() + at;
-        FloorRows(0, {&region, 1}, 0, region.rows);
-        break;
-      }
-    }
-    *right = now == expected;
-    return {};
-  }
-
- private:
-  // What several tensors lie in, as in packed rows, is copied as one.
-  struct Part {
-    Part(Span on_device, Span on_host, DeviceMemory& memory)
-        : device(on_device), host(on_host), block(memory), untouched(memory) {}
-    Span device, host;
-    Block block, untouched;
-    size_t first = 0, stride = 0, bytes = 0;
-  };
-
-  void Add(Span device, Span host) {
-    for (Part& part : parts_) {
-      if (device.begin >= part.device.end() || part.device.begin >= device.end()) continue;
-      const char* begin = std::min(part.device.begin, device.begin);
-      const size_t before = static_cast<size_t>(part.device.begin - begin);
-      const size_t bytes = static_cast<size_t>(std::max(part.device.end(), device.end()) - begin);
-      part.device = {begin, bytes};
-      part.host = {part.host.begin - before, bytes};
-      return;
-    }
-    parts_.emplace_back(device, host, memory_);
-  }
-
-  // The place in copy `i` of an address in the call's own data.
-  void* At(size_t i, const void* address) const {
-    for (const Part& part : parts_) {
-      const char* at = static_cast<const char*>(address);
-      if (at < part.device.begin || at >= part.device.end()) continue;
-      return part.block.data() + i * part.stride + part.first + (at - part.device.begin);
-    }
-    return nullptr;
-  }
-
-  DeviceMemory& memory_;
-  CudaGraphs& graphs_;
-  std::vector<Part> parts_;
-  std::vector<Call> calls_;
-};
 
 // Ours or a floor, in a graph.
 struct Contender {
@@ -198,7 +60,7 @@ class Cuda final : public Place {
     std::unique_ptr<CudaGraphs> graphs;
     ROPEWALK_TRY(CudaGraphs::Open(driver_, &graphs));
     Copies copies(memory(), *graphs);
-    ROPEWALK_TRY(copies.Make(call, RotaryDim(call), CopyCount(call.test_case(), options.cold_bytes)));
+    ROPEWALK_TRY(copies.Make(call, CopyCount(call.test_case(), l2_bytes_, options.cold_bytes)));
     Race race{*graphs, copies, Cold(call.test_case())};
 
     Search* search = nullptr;
@@ -292,19 +154,11 @@ class Cuda final : public Place {
   };
 
   const CudaDeviceInfo& info() const { return driver_.devices.front(); }
-  int64_t Warm() const { return l2_bytes_ * 7 / 10; }  // bytes that stay in the L2
-  bool Cold(const RopeCase& c) const {
-    return std::max<int64_t>(c.batch, 1) * c.tokens >= kColdTokens || BytesOf(c) > Warm();
-  }
-  int64_t CopyCount(const RopeCase& c, int64_t cold_bytes) const {
-    const int64_t bytes = std::max<int64_t>(BytesOf(c), 1);
-    if (Cold(c)) return std::max<int64_t>(2, (cold_bytes + bytes - 1) / bytes);
-    return std::clamp<int64_t>(Warm() / bytes, 1, kWarmCopies);
-  }
+  bool Cold(const RopeCase& c) const { return RunsCold(c, l2_bytes_); }
 
   static Contender FloorOf(Race& race, const Search& search, const CudaFloorShape& shape) {
     return {[&race, &search, shape](size_t i) {
-      return search.floor->Launch(shape, race.copies.calls()[i].floor, search.positions.data(), search.weight.data(),
+      return search.floor->Launch(shape, FloorDataOf(race.copies.calls()[i].regions), search.positions.data(), search.weight.data(),
                                   race.graphs.stream());
     }};
   }

@@ -13,96 +13,13 @@
 #include <string>
 
 #include "bench/team.h"
+#include "bench/token_check.h"
 #include "core/op.h"
 #include "core/text.h"
 #include "ops/rope/rope_reference.h"
 
 namespace ropewalk::bench {
 namespace {
-
-// How far `got` is from what is expected, in units of the tolerance on its side.
-double Units(const Expected& want, double got) {
-  if (want.want == Expected::Want::kNan) return std::isnan(got) ? 0 : HUGE_VAL;
-  const double off = got - want.value;
-  if (off == 0) return 0;
-  const double allowed = off > 0 ? want.high - want.value : want.value - want.low;
-  return allowed > 0 && std::isfinite(got) ? std::abs(off) / allowed : HUGE_VAL;
-}
-
-uint32_t BitsAt(const void* at, int64_t bytes) {
-  uint32_t bits = 0;
-  std::memcpy(&bits, at, static_cast<size_t>(bytes));
-  return bits;
-}
-
-// What a tensor on a device holds now, on the host.
-struct Fetched {
-  DLTensor tensor;
-  std::vector<char> bytes;
-};
-
-Status Fetch(DeviceMemory& memory, const DLTensor& tensor, Fetched* out) {
-  out->tensor = tensor;
-  if (memory.device().device_type == kDLCPU) return {};
-  const Span span = SpanOf(tensor);
-  out->bytes.resize(span.bytes);
-  ROPEWALK_TRY(memory.CopyOut(out->bytes.data(), span.begin, span.bytes));
-  out->tensor.data = out->bytes.data() + (static_cast<const char*>(DataOf(tensor)) - span.begin);
-  out->tensor.byte_offset = 0;
-  return {};
-}
-
-// Compares some tokens, the first and the last among them, with the reference.
-Status CheckTokens(CaseCall& call, DeviceMemory& memory, int64_t samples, TimedCase* out) {
-  const ropewalk_rope_args& args = call.args();
-  const ropewalk_rope_args& before = call.host_args();
-  const int64_t batch = args.q->ndim == 4 ? args.q->shape[0] : 1;
-  const int64_t tokens = args.q->shape[args.q->ndim - 3];
-  std::map<RopeOutput, Fetched> outputs;
-  for (const RopeOutput output : {RopeOutput::kQ, RopeOutput::kK, RopeOutput::kKCache, RopeOutput::kVCache}) {
-    const DLTensor* tensor = OutputTensor(args, output);
-    if (tensor) ROPEWALK_TRY(Fetch(memory, *tensor, &outputs[output]));
-  }
-  samples = std::min(samples, tokens);
-  out->held = true;
-  out->checked_tokens = 0;
-  for (int64_t b = 0; b < batch; ++b) {
-    for (int64_t i = 0; i < samples; ++i) {
-      const int64_t token = samples > 1 ? i * (tokens - 1) / (samples - 1) : 0;
-      ++out->checked_tokens;
-      RopeReferenceToken(before, b, token, [&](const ExpectedRow& row) {
-        const DLTensor& tensor = outputs.at(row.output).tensor;
-        const DLTensor& original = *OutputTensor(before, row.output);
-        const uint32_t dtype = DtypeOf(tensor.dtype);
-        const int64_t bytes = DtypeBytes(dtype);
-        const int64_t offset = RowOffset(tensor, row.outer, row.token, row.head) * bytes;
-        const int64_t offset_before = RowOffset(original, row.outer, row.token, row.head) * bytes;
-        const char* data = static_cast<const char*>(DataOf(tensor)) + offset;
-        const char* data_before = static_cast<const char*>(DataOf(original)) + offset_before;
-        for (size_t e = 0; e < row.elements.size(); ++e) {
-          const Expected& want = row.elements[e];
-          const auto at = static_cast<int64_t>(e) * bytes;
-          double units = 0;
-          if (want.want == Expected::Want::kSame) {
-            units = BitsAt(data + at, bytes) == BitsAt(data_before + at, bytes) ? 0 : HUGE_VAL;
-          } else if (want.want == Expected::Want::kBits) {
-            units = BitsAt(data + at, bytes) == want.bits ? 0 : HUGE_VAL;
-          } else {
-            units = Units(want, LoadNumber(dtype, data + at));
-          }
-          out->worst = std::max(out->worst, units);
-          if (units > 1 && out->held) {
-            out->held = false;
-            out->message = Text(OutputName(args, row.output), " of token ", token, ", head ", row.head, ", element ", e,
-                                " is ", LoadNumber(dtype, data + at), ", but must be ", want.value, " (", want.low,
-                                " to ", want.high, ")");
-          }
-        }
-      });
-    }
-  }
-  return {};
-}
 
 void Flatten(const DLTensor* tensor, int64_t first, int64_t count, std::vector<FloorRegion>* out) {
   if (!tensor) return;
@@ -199,7 +116,11 @@ Status TimeCase(const RopeCase& c, const TimingOptions& options, TimedCase* out,
     out->held = out->message.empty();
     out->checked_tokens = out->tokens;
   } else {
-    ROPEWALK_TRY(CheckTokens(*call, place.memory(), options.sampled_tokens, out));
+    TokenCheck check;
+    check.Choose(*call, options.sampled_tokens);
+    ROPEWALK_TRY(check.Run(args, place.memory(), &out->message, &out->worst));
+    out->held = out->message.empty();
+    out->checked_tokens = check.tokens();
   }
   return out->held && options.seconds > 0 ? place.Time(options, *call, out) : Status();
 }

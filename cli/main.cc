@@ -30,6 +30,7 @@ int Main(int argc, char** argv) {
   AddBench(&app, &exit_code);
   AddExplain(&app, &exit_code);
   AddCompile(&app, &exit_code);
+  AddTune(&app, &exit_code);
   AddDescribe(&app, &exit_code);
   try {
     app.parse(argc, argv);

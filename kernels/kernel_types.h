@@ -13,4 +13,11 @@ typedef long long rw_i64;
 typedef unsigned long long rw_u64;
 #endif
 
+// Functions that the host and a CUDA device both call.
+#if defined(__CUDACC__)
+#define ROPEWALK_HOST_DEVICE __host__ __device__ __forceinline__
+#else
+#define ROPEWALK_HOST_DEVICE inline
+#endif
+
 #endif  // ROPEWALK_KERNELS_KERNEL_TYPES_H_

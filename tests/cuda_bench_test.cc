@@ -58,7 +58,7 @@ class CudaBench : public ::testing::Test {
 // What kernels do
 
 bool IsRope(const FakeLaunch& launch) { return launch.function == "rope_kernel"; }
-bool InGraph(const FakeLaunch& launch) { return launch.image.empty(); }
+bool InGraph(const FakeLaunch& launch) { return launch.in_graph; }
 
 // The rotation of a kernel's arguments, by the CPU backend.
 void Rotate(const rope_cuda_args& cuda, const ropewalk_frequencies* frequencies, const RopeCase& c) {

@@ -445,7 +445,8 @@ FAKE_API int cuLaunchKernelEx(const cu::LaunchConfig* config, FakeModule* functi
                        config->block_z,
                        config->shared_bytes,
                        false,
-                       stream && stream->graph ? "" : function->image,
+                       stream && stream->graph,
+                       function->image,
                        {},
                        function->function};
   if (function->function == "rope_kernel") {

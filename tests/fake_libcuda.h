@@ -24,7 +24,8 @@ struct FakeLaunch {
   void* context;
   unsigned grid_x, grid_y, grid_z, block_x, block_y, block_z, shared_bytes;
   bool dependent;     // programmatic stream serialization
-  std::string image;  // of the function's module; "" in a graph
+  bool in_graph;      // replayed by one
+  std::string image;  // of the function's module
   rope_cuda_args args;
   std::string function = {};  // its name
   void* pointers[4] = {};     // what the argument of another function than rope_kernel begins with

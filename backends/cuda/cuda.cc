@@ -5,6 +5,7 @@
 #include <atomic>
 #include <cstddef>
 #include <cstdlib>
+#include <optional>
 #include <string_view>
 
 #include "backends/contexts.h"
@@ -23,6 +24,7 @@ namespace {
 constexpr int kOldestMajor = 8;  // sm_80
 
 std::atomic<RopeCudaLayout> forced_layout{RopeCudaLayout::kAny};
+constinit thread_local std::optional<RopeCudaShape> tried_shape;
 
 // ROPEWALK_PDL=0 turns programmatic dependent launch off.
 bool DependentLaunchAllowed() {
@@ -56,8 +58,13 @@ Status Usable(const CudaDriver& driver, const RopeCall& call) {
 
 Status Plan(const CudaDriver& driver, const RopeCall& call, RopeCudaLayout layout, RopeCudaPlan* plan) {
   ROPEWALK_TRY(Usable(driver, call));
-  const CudaDeviceInfo& info = driver.devices[static_cast<size_t>(call.device.device_id)];
-  return PlanRopeCuda(call, info.properties, {DependentLaunchAllowed() && !call.disable_pdl, layout}, plan);
+  const CudaDevice& device = driver.devices[static_cast<size_t>(call.device.device_id)].properties;
+  RopeCudaOptions options = {DependentLaunchAllowed() && !call.disable_pdl, layout};
+  const std::optional<RopeCudaShape> tried = tried_shape;
+  if (tried) options.shape = &*tried;
+  ROPEWALK_TRY(PlanRopeCuda(call, device, options, plan));
+  // 0.2 us, and only for calls of a new shape: a plan that is wrong is refused, never launched.
+  return CheckRopeCudaPlan(call, device, *plan);
 }
 
 // What a launch needs and prepare() makes.
@@ -319,6 +326,7 @@ Status Explain(const RopeCall& call, Explanation* explanation) {
                           : DependentLaunchAllowed() ? "no"
                                                      : "no (ROPEWALK_PDL=0)");
   add("why", plan.why);
+  add("plan", plan.origin);
   return {};
 }
 
@@ -346,6 +354,11 @@ void Counters(std::vector<std::pair<std::string, int64_t>>* counters) {
 }
 
 }  // namespace
+
+void TryRopeCudaShape(const std::optional<RopeCudaShape>& shape) {
+  tried_shape = shape;
+  prepared_shapes = {};
+}
 
 const Backend kCudaBackend = {"cuda", Serves, Available, Launch, Prepare, Explain, CheckFaults, Force, Counters};
 

@@ -2,10 +2,16 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <optional>
+
 #include "core/backend.h"
+#include "ops/rope/rope_cuda.h"
 
 namespace ropewalk {
 
 extern const Backend kCudaBackend;
+
+// The shape of this thread's next plans, for `ropewalk tune` to try; none: as it is chosen.
+void TryRopeCudaShape(const std::optional<RopeCudaShape>& shape);
 
 }  // namespace ropewalk

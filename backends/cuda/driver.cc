@@ -40,6 +40,7 @@ Status Load(CudaDriver* driver) {
     ROPEWALK_TRY(driver->Check(driver->DeviceGet(&info.handle, i), "cuDeviceGet"));
     ROPEWALK_TRY(driver->Check(driver->DeviceGetName(name, sizeof(name), info.handle), "cuDeviceGetName"));
     info.name = name;
+    info.properties.measured = info.name.find("H200") != std::string::npos;
     for (const auto& [attribute, value] : {std::pair{cu::kMultiprocessorCount, &info.properties.sm_count},
                                            {cu::kComputeCapabilityMajor, &info.properties.major},
                                            {cu::kComputeCapabilityMinor, &info.properties.minor}}) {

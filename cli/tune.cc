@@ -1,0 +1,212 @@
+// ropewalk tune: the fastest shapes of the CUDA kernel for models or shapes, searched on this machine's GPU.
+// SPDX-License-Identifier: Apache-2.0
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <string>
+
+#include "bench/cuda_tune.h"
+#include "bench/timed_case.h"
+#include "cli/common.h"
+#include "cli/model_cases.h"
+
+namespace ropewalk::cli {
+namespace {
+
+struct Options {
+  std::vector<std::string> models, shapes;
+  std::vector<int64_t> tokens;
+  std::string dtype = "bf16", json;
+  std::vector<std::string> pairings = {"neox"};
+  std::vector<std::string> ops = {"rope", "norm+rope", "norm+rope+store", "norm+rope+store:fp8"};
+  std::vector<std::string> angles = {"frequencies", "table"};
+  double seconds = 0;
+  bool all = false;
+};
+
+// A shape with every op, pairing and angle source asked for.
+void AddVariants(const Options& options, RopeCase c, std::vector<RopeCase>* cases) {
+  for (const std::string& op : options.ops) {
+    for (const std::string& pairing : options.pairings) {
+      for (const std::string& angles : options.angles) {
+        if (op.find("store") != std::string::npos && angles == "table" && options.angles.size() > 1) continue;
+        RopeCase one = c;
+        one.layout = Layout::kPacked;
+        one.norm = op.starts_with("norm");
+        one.weight = one.norm ? Weight::kPlain : Weight::kNone;
+        one.pairing = pairing == "neox" ? ROPEWALK_NEOX : ROPEWALK_INTERLEAVED;
+        one.angles = angles == "table" ? Angles::kPacked : Angles::kFrequencies;
+        if (op.find("store") != std::string::npos) {
+          one.cache = Cache::kNhd;
+          one.cache_dtype = op.ends_with("fp8") ? static_cast<uint32_t>(kE4M3) : 0;
+        }
+        bench::Complete(&one);
+        cases->push_back(one);
+      }
+    }
+  }
+}
+
+std::vector<RopeCase> Cases(const Options& options) {
+  std::vector<int64_t> tokens = options.tokens;
+  std::vector<RopeCase> cases;
+  const uint32_t dtype = ParseDtype(options.dtype);
+  std::vector<RopeCase> bases;
+  for (const std::string& text : options.shapes) {
+    std::vector<int64_t> numbers;
+    for (const std::string& part : CLI::detail::split(text, ',')) {
+      int64_t number = 0;
+      if (!CLI::detail::lexical_cast(part, number) || number < 0) numbers.clear();
+      numbers.push_back(number);
+    }
+    if (numbers.size() != 4 && numbers.size() != 5) {
+      throw Failure(fmt::format("--shape must be tokens,q_heads,k_heads,head_dim[,rotary_dim], but is {}", text));
+    }
+    bases.push_back(bench::ShapeCase(numbers[0], numbers[1], numbers[2], numbers[3], dtype));
+    if (numbers.size() == 5) bases.back().rotary_dim = numbers[4];
+  }
+  for (const int64_t count : tokens.empty() ? std::vector<int64_t>{0} : tokens) {
+    for (const RopeCase& base : bases) {
+      RopeCase c = bench::ShapeCase(count ? count : base.tokens, base.q_heads, base.k_heads, base.head_dim, dtype);
+      c.rotary_dim = base.rotary_dim;
+      AddVariants(options, c, &cases);
+    }
+  }
+  if (options.shapes.empty()) {
+    if (tokens.empty()) tokens = {1, 8, 64, 256, 512, 1024, 2048, 4096};
+    for (const Model& model : LoadModels(options.models)) {
+      for (const int64_t count : tokens) {
+        for (const RopeCase& base : ModelCases(model, count, dtype)) {
+          cases.push_back(base);
+          for (const uint32_t cache : {uint32_t{0}, static_cast<uint32_t>(kE4M3)}) {
+            RopeCase stored = base;
+            stored.cache = Cache::kNhd;
+            stored.cache_dtype = cache;
+            bench::Complete(&stored);
+            if (base.k_heads > 0) cases.push_back(stored);
+          }
+        }
+      }
+    }
+  }
+  return cases;
+}
+
+Json ToJson(const RopeCudaShape& s) {
+  return Json::array({int{s.few}, int{s.vector}, int{s.in_flight}, int{s.flat}, int{s.cut}, int{s.warp_tokens},
+                      int{s.tokens}, int{s.resident}});
+}
+
+std::string ShapeText(const RopeCudaShape& s) {
+  return s.few ? fmt::format("few: {} elements, {} heads, {} warps{}", s.vector, s.in_flight, s.cut,
+                             s.tokens > 1 ? fmt::format(", {} tokens", s.tokens) : "")
+               : fmt::format("many: {} elements{}, {} stages, {} turns, {} tokens{}{}", s.vector,
+                             s.flat ? fmt::format(" flat {}", s.flat) : "", s.in_flight, s.cut, s.tokens,
+                             s.warp_tokens > 1 ? fmt::format(", {} a warp", s.warp_tokens) : "",
+                             s.resident ? fmt::format(", {} resident", s.resident) : "");
+}
+
+int Tune(const Options& options) {
+  const std::vector<RopeCase> cases = Cases(options);
+  std::unique_ptr<bench::CudaTuner> tuner;
+  if (const Status status = bench::CudaTuner::Make(&tuner); !status.ok()) throw Failure(status.text());
+  Table table({"shape", ">tokens", "stages", ">before us", ">best us", ">gain", "plan", "before from"});
+  std::vector<std::string> failures;
+  std::string lines;
+  double most = 1;
+  size_t done = 0;
+  const auto start = std::chrono::steady_clock::now();
+  {
+    Progress progress("tune", static_cast<int64_t>(cases.size()));
+    const auto visit = [&](const RopeCase& c, const Status& status, const bench::TunedCase& tuned) {
+      progress.Step(c.name);
+      const double spent = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+      const bool go_on = options.seconds <= 0 || spent < options.seconds;
+      if (!status.ok()) {
+        failures.push_back(c.name + ": " + status.text());
+        return go_on;
+      }
+      ++done;
+      for (const bench::TriedShape& tried : tuned.tried) {
+        if (!tried.wrong.empty()) failures.push_back(c.name + ", " + ShapeText(tried.shape) + ": " + tried.wrong);
+      }
+      if (tuned.tried.empty() || !tuned.tried[0].wrong.empty()) return go_on;
+      const bench::TriedShape& best = tuned.tried[0];
+      const double gain = tuned.before / best.seconds;
+      most = std::max(most, gain);
+      const std::string stages = fmt::format("{}{}{}", bench::OpName(c), c.angles == Angles::kFrequencies ? "" : " table",
+                                             c.cache == Cache::kNone ? "" : c.cache_dtype & kFp8 ? " + fp8 store" : " + store");
+      table.Add({fmt::format("{}/{}x{}", c.q_heads, c.k_heads, c.head_dim), std::to_string(c.tokens), stages,
+                 fmt::format("{:.2f}", tuned.before * 1e6), fmt::format("{:.2f}", best.seconds * 1e6),
+                 fmt::format("{:.3f}", gain), ShapeText(best.shape), tuned.origin});
+      Json tried = Json::array();
+      for (const bench::TriedShape& one : tuned.tried) {
+        if (!one.wrong.empty() || (!options.all && !one.compared)) continue;
+        tried.push_back({ToJson(one.shape), std::round(one.seconds * 1e10) / 1e4});
+      }
+      lines += Json{{"case", c.name},
+                    {"tokens", c.tokens},
+                    {"q_heads", c.q_heads},
+                    {"k_heads", c.k_heads},
+                    {"head_dim", c.head_dim},
+                    {"rotary_dim", c.rotary_dim},
+                    {"norm", c.norm},
+                    {"table", c.angles != Angles::kFrequencies},
+                    {"interleaved", c.pairing != ROPEWALK_NEOX},
+                    {"cache", c.cache == Cache::kNone ? 0 : c.cache_dtype & kFp8 ? 2 : 1},
+                    {"before_us", tuned.before * 1e6},
+                    {"tried", tried}}
+                   .dump() +
+               "\n";
+      if (!options.json.empty()) WriteText(options.json, lines);
+      return go_on;
+    };
+    if (const Status status = tuner->Tune(cases, {}, visit); !status.ok()) throw Failure(status.text());
+  }
+  table.Print();
+  fmt::print("\n{} of {} shapes searched; the most that one gained: {:.3f} times.\n", done, cases.size(), most);
+  for (const std::string& failure : failures) fmt::print(stderr, "{}  {}\n", Verdict(false), failure);
+  return failures.empty() && done > 0 ? kHeld : kNotHeld;
+}
+
+}  // namespace
+
+void AddTune(CLI::App* app, int* exit_code) {
+  auto options = std::make_shared<Options>();
+  CLI::App* command = app->add_subcommand("tune", "searches the fastest CUDA kernels for models or shapes on this GPU");
+  AddModelOption(command, &options->models);
+  command->add_option("--shape", options->shapes, "a shape of your own instead of models; may be repeated")
+      ->type_name("tokens,q_heads,k_heads,head_dim[,rotary_dim]")
+      ->delimiter(';');
+  command->add_option("--tokens", options->tokens, "tokens in a call (default: of models, 1 to 4096 in 8 steps)")
+      ->delimiter(',')
+      ->check(Above0());
+  AddDtypeOption(command, &options->dtype);
+  command->add_option("--pairing", options->pairings, "of shapes: neox, interleaved (default: neox)")
+      ->delimiter(',')
+      ->check(CLI::IsMember({"neox", "interleaved"}))
+      ->type_name("PAIRING");
+  command->add_option("--op", options->ops, "of shapes: rope, norm+rope, either with +store or +store:fp8")
+      ->delimiter(',')
+      ->check(CLI::IsMember({"rope", "norm+rope", "rope+store", "norm+rope+store", "rope+store:fp8", "norm+rope+store:fp8"}))
+      ->type_name("OP");
+  command->add_option("--angles", options->angles, "of shapes: frequencies, table (default: both; stores: frequencies)")
+      ->delimiter(',')
+      ->check(CLI::IsMember({"frequencies", "table"}))
+      ->type_name("SOURCE");
+  command->add_option("--seconds", options->seconds, "begin no new search after so many; 0: search all")
+      ->capture_default_str();
+  command->add_option("--json", options->json, "write a line of JSON for each shape to this file")->type_name("FILE");
+  command->add_flag("--all", options->all, "with all that were tried in the JSON, not only the best few");
+  command->footer(
+      "Examples:\n"
+      "  ropewalk tune --model qwen3-8b                   a model's shapes at 1 to 4096 tokens\n"
+      "  ropewalk tune --shape 512,28,4,128               one shape, every stage\n\n"
+      "Each candidate's result is compared with the reference before it is timed.\n"
+      "Exit code 0 only if every candidate was right.");
+  command->callback([options, exit_code] { *exit_code = Tune(*options); });
+}
+
+}  // namespace ropewalk::cli

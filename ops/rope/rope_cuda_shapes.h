@@ -1,0 +1,44 @@
+// Which shape of the CUDA kernel is fast for a call.
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <vector>
+
+#include "ops/rope/rope_cuda.h"
+
+namespace ropewalk {
+
+// What of a call its shape depends on. Logarithms to base 2.
+struct RopeCudaFeatures {
+  uint8_t norm = 0, table = 0, store = 0, regular = 0;  // store: 1 of the same dtype, 2 of fp8; a power of two of lanes
+  float lanes = 0;   // of a head, with the widest accesses
+  float bytes = 0;   // of q and k for each multiprocessor
+  float turns = 0;   // of a warp for all heads of a token
+  float tokens = 0;  // as many as an H200 would have for each multiprocessor
+};
+RopeCudaFeatures FeaturesOf(const RopeCall& call, const CudaDevice& device);
+
+// The shape of a call, and where it comes from: "table", a search on such a device; "model", the nearest call of the table,
+// or rules where it has none.
+RopeCudaShape ChooseRopeCudaShape(const RopeCall& call, const CudaDevice& device, RopeCudaLayout layout,
+                                  const char** origin);
+
+// Shapes that may be fast for a call, for a search on its device: the one that is chosen first, then those that differ
+// from it in what matters most. `near`: instead those that differ from that shape in one thing.
+std::vector<RopeCudaShape> RopeCudaCandidates(const RopeCall& call, const CudaDevice& device,
+                                              const RopeCudaShape* near = nullptr);
+
+// How a head is dealt to threads by accesses of so many elements.
+struct HeadDeal {
+  int vector = 0, lanes = 0, units = 0, rest = 0;
+  int per_warp() const { return 32 / lanes; }
+  bool regular() const { return (lanes & (lanes - 1)) == 0; }
+};
+HeadDeal DealHead(const RopeCall& call, int vector);
+
+// The elements of a vector for `vector` wanted of a shape (0: the widest) where accesses are of a thread's own.
+int PlainVector(const RopeCall& call, int wanted);
+// Whether heads fetched side by side may be worked on in vectors of so many elements.
+bool FlatVectorFits(const RopeCall& call, int vector);
+
+}  // namespace ropewalk
