@@ -82,7 +82,6 @@ class Copies {
         *field = tensor;
       }
       copy.regions = RegionsOf(copy.args, rotary_dim);
-      copy.floor = FloorDataOf(copy.regions);
     }
     return {};
   }
@@ -97,7 +96,6 @@ class Copies {
     DLTensor q = {}, k = {};
     ropewalk_rope_args args;
     std::vector<FloorRegion> regions;
-    CudaFloorData floor;
   };
   const std::vector<Call>& calls() const { return calls_; }
 
@@ -203,7 +201,7 @@ class Cuda final : public Place {
 
     Search* search = nullptr;
     ROPEWALK_TRY(FindFloors(race, &search));
-    out->bytes = 2 * search->rows.bytes();
+    out->bytes = search->rows.read_bytes() + search->rows.written_bytes();
     std::vector<Contender> contenders;
     contenders.push_back({[&](size_t i) -> Status {
       if (ropewalk_rope(&copies.calls()[i].args, graphs->stream()) == ROPEWALK_OK) return {};
@@ -219,7 +217,7 @@ class Cuda final : public Place {
     }
     const std::vector<double>&ours = contenders[0].seconds, &floor = contenders[best].seconds;
     std::vector<double> ratios;
-    for (size_t i = 0; i < ours.size(); ++i) ratios.push_back(floor[i] / ours[i]);
+    for (size_t i = 0; i < ours.size(); ++i) ratios.push_back(ours[i] / floor[i]);
     out->floor_shape = ShapeName(search->finalists[best - 1]);
     out->time = {Median(ours), Median(floor), Median(ratios), static_cast<int>(ours.size()), contenders[0].calls};
     return {};
@@ -304,15 +302,17 @@ class Cuda final : public Place {
 
   static Contender FloorOf(Race& race, const Search& search, const CudaFloorShape& shape) {
     return {[&race, &search, shape](size_t i) {
-      return search.floor->Launch(shape, race.copies.calls()[i].floor, search.positions.data(), search.weight.data(),
-                                  race.graphs.stream());
+      CudaFloorData data = FloorDataOf(InPlace(race.copies.calls()[i].regions));
+      data.pointers[kFloorPositions] = search.positions.data();
+      data.pointers[kFloorWeight] = search.weight.data();
+      return search.floor->Launch(shape, data, race.graphs.stream());
     }};
   }
 
   // The best few shapes for such rows, searched at the first time.
   Status FindFloors(Race& race, Search** out) {
     CudaFloorRows rows;
-    ROPEWALK_TRY(RowsOf(race.copies.calls()[0].regions, !race.cold, &rows));
+    ROPEWALK_TRY(RowsOf(InPlace(race.copies.calls()[0].regions), !race.cold, &rows));
     const auto [entry, fresh] = searches_.try_emplace(CudaFloorSource(rows), nullptr);
     *out = entry->second.get();
     if (!fresh) return {};

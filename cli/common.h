@@ -108,5 +108,6 @@ void AddBench(CLI::App* app, int* exit_code);
 void AddExplain(CLI::App* app, int* exit_code);
 void AddCompile(CLI::App* app, int* exit_code);
 void AddDescribe(CLI::App* app, int* exit_code);
+void AddFloor(CLI::App* app, int* exit_code);
 
 }  // namespace ropewalk::cli

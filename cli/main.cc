@@ -31,6 +31,7 @@ int Main(int argc, char** argv) {
   AddExplain(&app, &exit_code);
   AddCompile(&app, &exit_code);
   AddDescribe(&app, &exit_code);
+  AddFloor(&app, &exit_code);
   try {
     app.parse(argc, argv);
     if (app.get_subcommands().empty()) {
