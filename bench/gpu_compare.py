@@ -4,8 +4,8 @@
 
 Floor: an in-place read-modify-write of the same bytes, the best of a search over the kernels of bench/cuda_floor.cc.
 Below 1,024 tokens it also reads what a rotation must read, a position and a weight; for a store it reads the slots and
-writes the caches. "Of floor" is time over the floor's. Peers: torch eager and torch.compile (static shapes) of the chain
-that transformers models run, and FlashInfer, Liger, flash-attn, sgl_kernel and vLLM if they are installed.
+writes the caches. "Of floor" is time over the floor's. Peers: torch eager and torch.compile (static shapes) of the
+chain that transformers models run, and FlashInfer, Liger, flash-attn, sgl_kernel and vLLM if they are installed.
 
 How it is timed: each contender is captured in a CUDA graph of many calls. From 1,024 tokens on the calls go round
 buffers of 0.8 GB in all, so that nothing is left in the L2 cache; below, they go round eight buffers, which stay there
@@ -34,8 +34,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import gpu_floor
+import numpy as np
 import ropewalk
 import torch
 
@@ -1055,6 +1055,7 @@ def main() -> int:
                     return 1
                 restart("--resume")
             torch.cuda.empty_cache()
+    compiler.close()
     aims = [row for row in out["results"] if "aim" in row]
     fused = {(r["shape"], r["pairing"]): r["us"] for r in out["results"]
              if r["contender"] == "ropewalk" and r["op"] == "norm+rope" and r["angles"] == "frequencies"}  # fmt: skip

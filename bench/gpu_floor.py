@@ -56,9 +56,8 @@ class Rows:
 def command() -> str:
     """The `ropewalk` command that came with the package; $ROPEWALK_COMMAND names another."""
     beside = Path(ropewalk.__file__).resolve().parent.parent / "bin" / "ropewalk"  # pip install --target
-    places = [os.environ.get("ROPEWALK_COMMAND", ""), str(beside), str(Path(sysconfig.get_path("scripts")) / "ropewalk"),
-              shutil.which("ropewalk") or ""]  # fmt: skip
-    for place in places:
+    script = Path(sysconfig.get_path("scripts")) / "ropewalk"
+    for place in (os.environ.get("ROPEWALK_COMMAND"), str(beside), str(script), shutil.which("ropewalk")):
         if not place or not os.path.isfile(place):
             continue
         if os.access(place, os.X_OK):
@@ -114,6 +113,9 @@ class Compiler:
 
     def forget(self, rows: Rows) -> None:
         self.made.pop(rows, None)
+
+    def close(self) -> None:
+        self.pool.shutdown(wait=False, cancel_futures=True)
 
 
 @functools.cache

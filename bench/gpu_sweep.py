@@ -165,12 +165,12 @@ def summary(out: dict[str, Any]) -> str:
     lines = [
         f"# Time over the floor: {out['gpu'].get('name', '?')}, {out['date'][:10]}",
         "",
-        f"Ropewalk {out['ropewalk']}; bfloat16, packed rows, graph replay, cold L2 from {compare.COLD_FROM} tokens on; each "
-        "result checked first. `bench/gpu_sweep.py`.",
+        f"Ropewalk {out['ropewalk']}; bfloat16, packed rows, graph replay, cold L2 from {compare.COLD_FROM} tokens on; "
+        "each result checked first. `bench/gpu_sweep.py`.",
         "",
         f"{len(timed)} figures, {len(above)} above their aim (bold), {len(failed)} wrong or failed (-), "
-        f"{out['left']} of {out['shapes']} shapes not reached. Aims: rope and norm + rope 1.10, from 4,096 tokens on 1.05; "
-        "stores 1.10, in fp8 1.15.",
+        f"{out['left']} of {out['shapes']} shapes not reached. Aims: rope and norm + rope 1.10, from 4,096 tokens on "
+        "1.05; stores 1.10, in fp8 1.15.",
     ]  # fmt: skip
     modes = list(dict.fromkeys((r["op"], r["angles"], r["pairing"]) for r in rows))
     for op, angles, pairing in modes:
@@ -299,6 +299,7 @@ def main() -> int:
                 out["lost"].append(f"{shape.name} @ {shape.tokens}")
                 write(out, path)
                 compare.restart("--resume", f"--until={until}")
+    compiler.close()
     write(out, path)
     print(summary(out).split("##")[0])
     return 1 if any("failure" in row for row in out["results"]) else 0

@@ -1,5 +1,5 @@
-"""bench/gpu_compare.py and bench/gpu_sweep.py without a GPU: what they check, write, skip and tell, on CPU tensors. Graphs
-and clocks are stand-ins; the floor's kernels are those of `ropewalk floor`, done by numpy."""
+"""bench/gpu_compare.py and bench/gpu_sweep.py without a GPU: what they check, write, skip and tell, on CPU tensors.
+Graphs and clocks are stand-ins; the floor's kernels are those of `ropewalk floor`, done by numpy."""
 
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
