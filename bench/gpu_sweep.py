@@ -45,13 +45,6 @@ ROUNDS = 7
 RESERVE = 15.0  # seconds to leave for the summary
 
 
-def aim(op: str, tokens: int) -> float:
-    """The highest time over the floor that is asked for."""
-    if "+kv" in op:
-        return 1.15 if "fp8" in op else 1.10
-    return 1.05 if tokens >= 4096 else 1.10
-
-
 def parse_heads(text: str) -> tuple[int, int, int]:
     match = re.fullmatch(r"(\d+)/(\d+)x(\d+)", text)
     if not match or not all(int(n) for n in match.groups()) or int(match[3]) % 2:
@@ -128,7 +121,7 @@ def time_shape(
     for contender in contenders:
         row: dict[str, Any] = {
             "heads": shape.name, "tokens": shape.tokens, "op": contender.op, "angles": contender.angles,
-            "pairing": contender.pairing, "us": contender.us, "aim": aim(contender.op, shape.tokens),
+            "pairing": contender.pairing, "us": contender.us, "aim": compare.general_aim(contender.op, shape.tokens),
             "kernel": contender.detail,
         }  # fmt: skip
         lowest = floor.get(contender.op)
@@ -280,7 +273,7 @@ def main() -> int:
             except Exception as error:  # that of one shape is not the others'
                 text = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:300]
                 rows = [{"heads": shape.name, "tokens": shape.tokens, "op": op, "angles": angles, "pairing": pairing,
-                         "us": None, "aim": aim(op, shape.tokens), "kernel": "", "failure": text}
+                         "us": None, "aim": compare.general_aim(op, shape.tokens), "kernel": "", "failure": text}
                         for op, angles, pairing in modes]  # fmt: skip
             slowest = max(slowest, time.time() - start)
             for row in rows:

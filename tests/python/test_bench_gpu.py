@@ -218,7 +218,7 @@ def test_a_lost_context_goes_on_in_a_new_process(monkeypatch, tmp_path):
      (1.16, "norm+rope+kv fp8", 1, "**1.16**")],
 )  # fmt: skip
 def test_marks(of_floor, op, tokens, text):
-    assert sweep.mark({"of_floor": of_floor, "aim": sweep.aim(op, tokens)}) == text
+    assert sweep.mark({"of_floor": of_floor, "aim": compare.general_aim(op, tokens)}) == text
     assert sweep.mark({"failure": "wrong", "aim": 1.0}) == "-"
     assert sweep.mark(None) == ""
 
@@ -238,7 +238,7 @@ def test_one_shape_beside_its_peers(monkeypatch):
     rows = compare.compare(shape, options, {"broken": "1.0"}, False, gpu_floor.Compiler("sm_90a", 2))
     assert not [row for row in rows if "failure" in row]
     ours = [row for row in rows if row["contender"] == "ropewalk"]
-    assert len(ours) == 8 + len(compare.STORES) and all("of_floor" in row for row in ours)
+    assert len(ours) == 8 + 2 * len(compare.STORES) and all("of_floor" in row for row in ours)
     floors = {row["op"]: row["bytes"] for row in rows if row["contender"] == "floor"}
     # Part of each head by rope, whole heads by norm + rope, v and the caches besides.
     assert floors["rope"] == 2 * 4 * 6 * 32 * 2
