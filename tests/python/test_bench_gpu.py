@@ -247,3 +247,56 @@ def test_one_shape_beside_its_peers(monkeypatch):
     for row in ours:
         assert row["bytes"] == floors[row["op"]], row["op"]
     assert {row["contender"] for row in rows} == {"ropewalk", "floor", "torch eager"}
+
+
+def append(s: Any, qkv: Any, table: Any, lengths: Any, indptr: Any, pages: Any, caches: Any, q_out: Any,
+           weights: Any) -> Any:  # fmt: skip
+    """What FlashInfer documents of its generated kernels: the position of row r of request b is r + its length - the
+    end of its rows, and its k and v go to that position's place in the page table."""
+    q, k, v = qkv.view(s.tokens, -1, 128).split([s.q_heads, s.k_heads, s.v_heads], 1)
+    for b in range(len(lengths)):
+        for row in range(int(indptr[b]), int(indptr[b + 1])):
+            position = row + int(lengths[b]) - int(indptr[b + 1])
+            cos, sin = table[position].double().chunk(2)
+            angles = torch.atan2(sin, cos)[None]
+            for x, weight, out in ((q, weights[0], q_out), (k, weights[1], None)):
+                done = compare.reference(x[row : row + 1], angles, "neox", weight)[0]
+                if out is not None:
+                    out[row] = done.to(out.dtype)
+                else:
+                    page, place = int(pages[b, position // 16]), position % 16
+                    caches[0][page, place] = done.to(caches[0].dtype)
+                    caches[1][page, place] = v[row].to(caches[1].dtype)
+    return q_out
+
+
+@pytest.mark.parametrize("tokens", [8, 320])
+def test_cake_is_given_its_positions_and_pages(monkeypatch, tokens):
+    shape = compare.Shape("cake", tokens, 8, 1, 1, 128, 128)
+    problem = compare.Problem(shape, buffers=2)
+
+    def bf16(qkv, table, lengths, indptr, pages, k_cache, v_cache, *, out_q, q_norm_weight, k_norm_weight, **options):
+        assert options["clear_unused_last_page_rows"] is False and options["qk_norm_policy"] == 2
+        return append(shape, qkv, table, lengths, indptr, pages, (k_cache, v_cache), out_q,
+                      (q_norm_weight, k_norm_weight))  # fmt: skip
+
+    def fp8(qkv, table, lengths, indptr, pages, caches, prefill, k_scale, v_scale, policy, longest, *, out_q,
+            q_norm_weight, k_norm_weight, **options):  # fmt: skip
+        assert prefill == (tokens > 256) and policy == 2 and longest == tokens // len(lengths)
+        assert not (lengths % 16).any()  # nothing is left to clear
+        made = append(shape, qkv, table, lengths, indptr, pages, caches, out_q, (q_norm_weight, k_norm_weight))
+        return made, options["q_scale"], options["split_k_flag"]
+
+    modules = {
+        "cake_fused_qk_rope_append": {"cake_fused_qk_rmsnorm_rope_append_paged_kv_cache": bf16},
+        "cake_fused_qk_rope_fp8_append": {"cake_fused_qk_rmsnorm_rope_quantize_fp8_append_paged_kv_cache": fp8},
+    }
+    for name, members in modules.items():
+        monkeypatch.setitem(sys.modules, f"flashinfer.{name}", type(name, (), members))
+    monkeypatch.setitem(sys.modules, "flashinfer", type("flashinfer", (), {}))
+    contenders = compare.cake(problem)
+    assert [c.op for c in contenders] == ["norm+rope+kv bf16, k only", "norm+rope+kv fp8, q fp8"]
+    for contender in contenders:
+        compare.check(problem, contender, {})
+        assert not contender.failure, contender.failure
+    assert compare.cake(compare.Problem(compare.Shape("other", 8, 8, 2, 2, 128, 128), buffers=2)) == []
