@@ -100,14 +100,15 @@ HEAD_SIZES = [Shape(f"head_{d}", 4096, *((32, 8, 8) if d <= 128 else (16, 4, 4) 
 # Those of FlashInfer's generated kernels (Cake): decode to 256 tokens, then prefill of four requests.
 CAKE = [Shape(f"cake_{q}_{n}", n, q, k, k, 128, 128) for q, k in ((64, 8), (8, 1))
         for n in (1, 8, 32, 128, 256, 1024, 4096)]  # fmt: skip
-# SOL-ExecBench L1_018, fused_rope_with_qk_norm_and_kv_cache_update: batch and tokens of its workloads.
-SOL = [Shape(f"sol_018_{b}x{n}", b * n, 96, 8, 8, 128, 128)
-       for b, n in ((1, 1), (1, 256), (4, 1), (1, 128), (2, 512), (2, 128), (1, 1024), (1, 4096), (1, 2048), (1, 293),
-                    (8, 128), (8, 256), (1, 541))]  # fmt: skip
+# SOL-ExecBench L1_018, fused_rope_with_qk_norm_and_kv_cache_update: batch, tokens and tokens in the cache before.
+SOL_WORKLOADS = [(1, 1, 0), (1, 256, 128), (4, 1, 2048), (1, 128, 0), (2, 512, 256), (2, 128, 0), (1, 1024, 512),
+                 (1, 4096, 2048), (1, 2048, 0), (1, 293, 131), (8, 128, 0), (8, 256, 1024), (1, 541, 0)]  # fmt: skip
+SOL_OP, SOL_CACHE, SOL_THETA = "norm+rope+kv bf16, L1_018", 262_144, 1e7
+SOL = {f"sol_018_{b}x{n}": Shape(f"sol_018_{b}x{n}", b * n, 96, 8, 8, 128, 128) for b, n, _ in SOL_WORKLOADS}
 # Helion's pretuned_kernels/fused_qk_norm_rope.
 HELION = [Shape(f"helion_{q}_{n}", n, q, 8, 8, 128, 128) for q in (16, 32, 64)
           for n in (1, 8, 32, 128, 512, 2048, 8192)]  # fmt: skip
-GROUPS = {"production": PRODUCTION, "language": LANGUAGE, "heads": HEAD_SIZES, "cake": CAKE, "sol": SOL,
+GROUPS = {"production": PRODUCTION, "language": LANGUAGE, "heads": HEAD_SIZES, "cake": CAKE, "sol": list(SOL.values()),
           "helion": HELION}  # fmt: skip
 DEFAULT = PRODUCTION + LANGUAGE + HEAD_SIZES
 SHAPES = {shape.name: shape for shapes in GROUPS.values() for shape in shapes}
@@ -121,7 +122,7 @@ WITH_STORE = [
     "decode_256",
     "prefill_1024",
     "prefill_8192",
-    *(s.name for s in HEAD_SIZES + CAKE + SOL),
+    *(s.name for s in HEAD_SIZES + CAKE + list(SOL.values())),
 ]
 
 
@@ -153,6 +154,7 @@ class Problem:
         self.floor_positions = torch.full((shape.tokens,), 0x80008000 - 2**32, dtype=torch.int32, device=device)
         self.floor_weight = torch.zeros(shape.head_dim, dtype=torch.bfloat16, device=device)
         self.cos_sin = torch.cat([self.angles.cos(), self.angles.sin()], -1).float()
+        self.sol: Any = None  # where the shape is one of those
         self.caches: dict[Any, list[tuple[torch.Tensor, torch.Tensor]]] = {}
         page = torch.randperm(shape.slots // 16, generator=generator, device=device)
         self.slots = page[self.positions.long() // 16] * 16 + self.positions.long() % 16
@@ -256,6 +258,7 @@ class Contender:
     us: float | None = None
     failure: str = ""
     result: Callable[[Any], tuple[torch.Tensor, ...]] | None = None  # q, k and maybe v, of what the call returns
+    verify: Callable[[], tuple[float, str]] | None = None  # instead: the error, and what else is wrong
     graph: Any = None
     calls: int = 0
     samples: list[float] = field(default_factory=list)
@@ -300,7 +303,94 @@ def ours(problem: Problem, op: str, pairing: str, angles: str) -> Contender:
     return Contender("ropewalk", op, pairing, make, angles, OUR_BOUND, bytes=problem.bytes(op), detail=detail)
 
 
+class Sol:
+    """The tensors of SOL-ExecBench L1_018 in the memory of a problem: q, k and v [batch, heads, tokens, 128], q and k
+    written to tensors of their own, caches [batch, 8, 262144, 128], each buffer's tokens at another place there."""
+
+    def __init__(self, problem: Problem) -> None:
+        s = problem.shape
+        self.problem = problem
+        self.batch, self.tokens, self.past = SOL_WORKLOADS[list(SOL).index(s.name)]
+        self.outs = torch.empty_like(problem.packed)
+        self.caches = [
+            torch.zeros(self.batch, s.k_heads, SOL_CACHE, s.head_dim, dtype=torch.bfloat16, device=DEVICE)
+            for _ in range(2)
+        ]
+        self.frequencies = ropewalk.Frequencies(theta=SOL_THETA, rotary_dim=s.rotary_dim)
+        self.floor_slots = torch.arange(s.tokens, device=DEVICE)
+
+    def heads(self, memory: torch.Tensor) -> list[torch.Tensor]:
+        """q, k and v [batch, heads, tokens, head_dim], one behind the other."""
+        s = self.problem.shape
+        parts = memory.view(-1).split([s.tokens * n * s.head_dim for n in (s.q_heads, s.k_heads, s.v_heads)])
+        return [part.view(self.batch, -1, self.tokens, s.head_dim) for part in parts]
+
+    def first_position(self, index: int) -> int:
+        return (self.past + index * self.tokens) % (SOL_CACHE - self.tokens)
+
+    def ours(self) -> Contender:
+        def make(index: int) -> Callable[[], Any]:
+            q, k, v = (x.transpose(1, 2) for x in self.heads(self.problem.packed[index]))
+            q_out, k_out, _ = (x.transpose(1, 2) for x in self.heads(self.outs[index]))
+            k_cache, v_cache = (cache.transpose(1, 2) for cache in self.caches)
+            first = self.first_position(index)
+            positions = torch.arange(first, first + self.tokens, device=DEVICE)
+            slots = torch.arange(self.batch, device=DEVICE)[:, None] * SOL_CACHE + positions
+            options = {
+                "positions": positions, "frequencies": self.frequencies, "q_weight": self.problem.weights[0],
+                "k_weight": self.problem.weights[1], "eps": EPS, "q_out": q_out, "k_out": k_out, "v": v,
+                "k_cache": k_cache, "v_cache": v_cache, "slots": slots,
+            }  # fmt: skip
+
+            def call() -> None:
+                ropewalk.rope_(q, k, **options)
+
+            return call
+
+        moved = self.problem.bytes("norm+rope+kv bf16")
+        return Contender("ropewalk", SOL_OP, "neox", make, "frequencies", OUR_BOUND, bytes=moved, verify=self.verify)
+
+    def verify(self) -> tuple[float, str]:
+        """After a call on the first buffer: the largest error, and what else is wrong."""
+        first = self.first_position(0)
+        angles = exact_angles(range(first, first + self.tokens), self.problem.shape.rotary_dim, SOL_THETA).to(DEVICE)
+        original, written, worst = self.heads(self.problem.first), self.heads(self.outs[0]), 0.0
+        for b in range(self.batch):
+            for x, out, weight in zip(original, written, self.problem.weights, strict=False):
+                want = reference(x[b].transpose(0, 1), angles, "neox", weight, self.problem.exact)
+                worst = max(worst, relative_error(out[b].transpose(0, 1), want))
+        stored = [cache[:, :, first : first + self.tokens] for cache in self.caches]
+        if not (torch.equal(stored[0], written[1]) and torch.equal(stored[1], original[2])):
+            return worst, "wrong: the caches do not hold k and v"
+        if not torch.equal(self.problem.packed[0], self.problem.first):
+            return worst, "wrong: q, k or v was changed"
+        return worst, ""
+
+    def floor_pointers(self, index: int) -> dict[str, int]:
+        """The same memory, a row for each token."""
+        s = self.problem.shape
+        place = index * s.tokens % (self.batch * SOL_CACHE - s.tokens + 1)
+        k_cache, v_cache = (cache.view(-1)[place * s.k_heads * s.head_dim :] for cache in self.caches)
+        named = {"slots": self.floor_slots, "cache1": k_cache, "cache2": v_cache}
+        for i in range(3):
+            named[f"rows{i}"] = self.heads(self.problem.packed[index])[i]
+            named[f"out{i}"] = self.heads(self.outs[index])[i]
+        return {name: tensor.data_ptr() for name, tensor in named.items()}
+
+    def floor_right(self) -> bool:
+        flipped = [x.view(torch.int16) ^ -0x8000 for x in self.heads(self.problem.first)]
+        outs = [x.view(torch.int16) for x in self.heads(self.outs[0])]
+        caches = [cache.view(-1)[: flipped[1].numel()].view(torch.int16) for cache in self.caches]
+        return all(
+            torch.equal(got, want.view(got.shape))
+            for got, want in zip([*outs[:2], *caches], [*flipped[:2], *flipped[1:]], strict=True)
+        )
+
+
 def floor_rows(s: Shape, op: str) -> gpu_floor.Rows:
+    if op == SOL_OP:
+        return gpu_floor.Rows(tokens=s.tokens, heads=(s.q_heads, s.k_heads, s.v_heads), head_dim=s.head_dim,
+                              few=not s.cold, cache="same", slots=s.tokens, apart=True, out_of_place=True)  # fmt: skip
     store = "+kv" in op
     return gpu_floor.Rows(
         tokens=s.tokens, heads=(s.q_heads, s.k_heads, s.v_heads), head_dim=s.head_dim, few=not s.cold,
@@ -318,7 +408,9 @@ def floors(problem: Problem, op: str, floor: gpu_floor.Floor) -> list[Contender]
             pointers = {"rows0": problem.packed[index].data_ptr(), "slots": problem.slots.data_ptr(),
                         "positions": problem.floor_positions.data_ptr(),
                         "weight": problem.floor_weight.data_ptr()}  # fmt: skip
-            if "+kv" in op:
+            if op == SOL_OP:
+                pointers |= problem.sol.floor_pointers(index)
+            elif "+kv" in op:
                 k_cache, v_cache = problem.cache(index, cache_dtype(op))
                 pointers |= {"cache1": k_cache.data_ptr(), "cache2": v_cache.data_ptr()}
             return floor.call(shape, pointers, lambda: torch.cuda.current_stream().cuda_stream)
@@ -332,11 +424,15 @@ def check_floor(problem: Problem, contender: Contender) -> None:
     s, op = problem.shape, contender.op
     try:
         problem.packed[0].copy_(problem.first)
-        caches = problem.cache(0, cache_dtype(op)) if "+kv" in op else ()
+        caches = problem.cache(0, cache_dtype(op)) if "+kv" in op and op != SOL_OP else ()
         for cache in caches:
             cache.zero_()
         contender.make(0)()
         torch.cuda.synchronize()
+        if op == SOL_OP:
+            if not problem.sol.floor_right():
+                contender.failure = "wrong: it does not move the bytes of the operation"
+            return
         flipped = problem.first.view(torch.int16) ^ -0x8000
         want = problem.first.view(torch.int16).clone()
         wanted, parts = problem.heads(want), problem.heads(flipped)
@@ -604,7 +700,7 @@ def check(problem: Problem, contender: Contender, wanted: dict[tuple[str, str], 
     """Runs the contender once, and compares with the reference. Leaves `failure` if that went wrong."""
     try:
         problem.packed[:2].copy_(problem.first[None].expand_as(problem.packed[:2]))
-        ropewalk_store = "+kv" in contender.op and contender.name == "ropewalk"
+        ropewalk_store = "+kv" in contender.op and contender.name == "ropewalk" and not contender.verify
         caches = problem.cache(0, cache_dtype(contender.op)) if ropewalk_store else ()
         for cache in caches:
             cache.zero_()
@@ -612,6 +708,11 @@ def check(problem: Problem, contender: Contender, wanted: dict[tuple[str, str], 
         result = call()
         torch.cuda.synchronize()
         if not contender.checked:
+            return
+        if contender.verify:
+            contender.error, contender.failure = contender.verify()
+            if contender.error > contender.bound:
+                contender.failure = f"wrong: relative error {contender.error:.3g}, bound {contender.bound:.3g}"
             return
         op = "norm+rope" if contender.op.startswith("norm") else "rope"
         want = wanted.get((op, contender.pairing))
@@ -773,6 +874,9 @@ def compare(
                   for op in OPS for pairing in PAIRINGS for angles in ("frequencies", "table")]  # fmt: skip
     if with_store:
         contenders += [ours(problem, op, "neox", angles) for op in STORES for angles in ("frequencies", "table")]
+    if shape.name in SOL:
+        problem.sol = Sol(problem)
+        contenders.append(problem.sol.ours())
     served = floor_ops(shape, list(dict.fromkeys(c.op for c in contenders)))
     for op in set(served.values()):
         compiler.want(floor_rows(shape, op))
@@ -1064,6 +1168,7 @@ def main() -> int:
                     print("gpu_compare: the context was lost; with --json the rest would go on", file=sys.stderr)
                     return 1
                 restart("--resume")
+            gc.collect()
             torch.cuda.empty_cache()
     compiler.close()
     aims = [row for row in out["results"] if "aim" in row]

@@ -17,7 +17,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "bench"))
-compare = pytest.importorskip("gpu_compare")
+import gpu_compare as compare  # noqa: E402
 import gpu_floor  # noqa: E402
 import gpu_sweep as sweep  # noqa: E402
 import ropewalk  # noqa: E402
@@ -42,6 +42,14 @@ class HostFloor(gpu_floor.Floor):
         q, k, v = rows.heads
 
         def call() -> None:
+            if rows.apart:  # out of place, with a store of k and v as they are
+                parts = [array(at[f"rows{i}"], ctypes.c_uint16, rows.tokens, n, rows.head_dim) ^ 0x8000
+                         for i, n in enumerate(rows.heads)]  # fmt: skip
+                for i in range(2):
+                    array(at[f"out{i}"], ctypes.c_uint16, *parts[i].shape)[:] = parts[i]
+                    array(at[f"cache{i + 1}"], ctypes.c_uint16, *parts[1].shape)[
+                        array(at["slots"], ctypes.c_int64, rows.tokens)] = parts[i + 1]  # fmt: skip
+                return
             data = array(at["rows0"], ctypes.c_uint16, rows.tokens, q + k + v, rows.head_dim)
             flipped = data ^ 0x8000
             part = slice(0, rows.rotary_dim or rows.head_dim)
@@ -300,3 +308,35 @@ def test_cake_is_given_its_positions_and_pages(monkeypatch, tokens):
         compare.check(problem, contender, {})
         assert not contender.failure, contender.failure
     assert compare.cake(compare.Problem(compare.Shape("other", 8, 8, 2, 2, 128, 128), buffers=2)) == []
+
+
+def test_a_workload_of_sol_as_it_is_defined(monkeypatch):
+    monkeypatch.setattr(compare, "PEERS", {})
+    monkeypatch.setattr(compare, "SOL_CACHE", 40)
+    monkeypatch.setattr(compare, "SOL_WORKLOADS", [(2, 5, 3)])
+    shape = compare.Shape("sol", 10, 4, 2, 2, 64, 64)
+    monkeypatch.setattr(compare, "SOL", {"sol": shape})
+    options = type("Options", (), {"quick": True})
+    rows = compare.compare(shape, options, {}, False, gpu_floor.Compiler("sm_90a", 2))
+    assert not [row for row in rows if "failure" in row]
+    (ours,) = (row for row in rows if row["op"] == compare.SOL_OP and row["contender"] == "ropewalk")
+    (floor,) = (row for row in rows if row["op"] == compare.SOL_OP and row["contender"] == "floor")
+    assert ours["of_floor"] == pytest.approx(1) and ours["bytes"] == floor["bytes"]
+
+    problem = compare.Problem(shape)
+    problem.sol = compare.Sol(problem)
+    contender = problem.sol.ours()
+    make = contender.make
+    for where, text in (("caches", "the caches do not hold"), ("packed", "was changed"), ("outs", "relative error")):
+
+        def wrong(index: int, where: str = where) -> Any:
+            def call() -> None:
+                make(index)()
+                tensors = {"caches": problem.sol.caches[1], "packed": problem.packed[0], "outs": problem.sol.outs[0]}
+                tensors[where].view(-1)[64 * 3] += 9
+
+            return call
+
+        contender.make = wrong
+        compare.check(problem, contender, {})
+        assert text in contender.failure, where
