@@ -65,7 +65,7 @@ class Cuda final : public Place {
 
     Search* search = nullptr;
     ROPEWALK_TRY(FindFloors(race, &search));
-    out->bytes = 2 * search->rows.bytes();
+    out->bytes = search->rows.read_bytes() + search->rows.written_bytes();
     std::vector<Contender> contenders;
     contenders.push_back({[&](size_t i) -> Status {
       if (ropewalk_rope(&copies.calls()[i].args, graphs->stream()) == ROPEWALK_OK) return {};
@@ -81,7 +81,7 @@ class Cuda final : public Place {
     }
     const std::vector<double>&ours = contenders[0].seconds, &floor = contenders[best].seconds;
     std::vector<double> ratios;
-    for (size_t i = 0; i < ours.size(); ++i) ratios.push_back(floor[i] / ours[i]);
+    for (size_t i = 0; i < ours.size(); ++i) ratios.push_back(ours[i] / floor[i]);
     out->floor_shape = ShapeName(search->finalists[best - 1]);
     out->time = {Median(ours), Median(floor), Median(ratios), static_cast<int>(ours.size()), contenders[0].calls};
     return {};
@@ -166,7 +166,7 @@ class Cuda final : public Place {
   // The best few shapes for such rows, searched at the first time.
   Status FindFloors(Race& race, Search** out) {
     CudaFloorRows rows;
-    ROPEWALK_TRY(RowsOf(race.copies.calls()[0].regions, !race.cold, &rows));
+    ROPEWALK_TRY(RowsOf(InPlace(race.copies.calls()[0].regions), !race.cold, &rows));
     const auto [entry, fresh] = searches_.try_emplace(CudaFloorSource(rows), nullptr);
     *out = entry->second.get();
     if (!fresh) return {};

@@ -1,4 +1,5 @@
-// Timing on a noisy machine: ours and the floor take turns (A B B A), and the ratio is the median of paired ratios.
+// Timing on a noisy machine: ours and the floor take turns (A B B A). "Of floor" is our time over the
+// floor's, the median of pairs.
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
@@ -26,7 +27,7 @@ inline double Median(std::vector<double> values) {
 
 struct Paired {
   double ours = 0, floor = 0;  // median seconds of one call
-  double ratio = 0;            // median of floor / ours, pair by pair: 1 is the floor's speed
+  double of_floor = 0;         // median of ours / floor, pair by pair: 1 is the floor's speed
   int pairs = 0;
   int64_t calls = 0;  // in each of a pair's halves
 };
@@ -49,7 +50,7 @@ Paired MeasurePaired(Ours&& ours, FloorCall&& floor, RestoreCall&& restore, doub
            }) /
            static_cast<double>(out.calls);
   };
-  std::vector<double> ours_seconds, floor_seconds, ratios;
+  std::vector<double> ours_seconds, floor_seconds, figures;
   int64_t since_restore = 2;
   const auto start = std::chrono::steady_clock::now();
   const auto elapsed = [&] { return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count(); };
@@ -72,12 +73,12 @@ Paired MeasurePaired(Ours&& ours, FloorCall&& floor, RestoreCall&& restore, doub
     since_restore += out.calls;
     ours_seconds.push_back(a);
     floor_seconds.push_back(b);
-    ratios.push_back(b / a);
+    figures.push_back(a / b);
     ++out.pairs;
   }
   out.ours = Median(ours_seconds);
   out.floor = Median(floor_seconds);
-  out.ratio = Median(ratios);
+  out.of_floor = Median(figures);
   return out;
 }
 

@@ -1,4 +1,5 @@
-// ropewalk bench: the operation against the floor of the same bytes, from the caches to DRAM; medians, GB/s, ratio.
+// ropewalk bench: the operation against the floor of the same bytes, from the caches to DRAM; medians, GB/s, time over
+// the floor.
 // SPDX-License-Identifier: Apache-2.0
 #include <fmt/chrono.h>
 #include <fmt/format.h>
@@ -121,7 +122,7 @@ Json ToJson(const Item& item, const bench::Place& place, const bench::TimedCase&
           {"bytes", timed.bytes},
           {"us", timed.time.ours * 1e6},
           {"floor_us", timed.time.floor * 1e6},
-          {"ratio", timed.time.ratio},
+          {"of_floor", timed.time.of_floor},
           {"gb_per_s", timed.gigabytes_per_second()},
           {"pairs", timed.time.pairs},
           {"calls", timed.time.calls},
@@ -191,7 +192,7 @@ int Bench(const Options& options) {
                  timed.held ? fmt::format("{:.2f}", timed.time.floor * 1e6) : "-",
                  timed.held ? fmt::format("{:.2f}", timed.time.ours * 1e6) : Verdict(false),
                  timed.held ? fmt::format("{:.1f}", timed.gigabytes_per_second()) : "-",
-                 timed.held ? fmt::format("{:.3f}", timed.time.ratio) : "-", timed.kernel});
+                 timed.held ? fmt::format("{:.3f}", timed.time.of_floor) : "-", timed.kernel});
     }
   }
   const bool held = failures.empty();
@@ -202,7 +203,7 @@ int Bench(const Options& options) {
     table.Print();
     fmt::print(
         "\n{}; load {:.1f}. Each result was checked before it was timed.\n"
-        "of floor: the time of an in-place read-modify-write of the same bytes over ours, median of pairs taken in "
+        "of floor: our time over that of an in-place read-modify-write of the same bytes, median of pairs taken in "
         "turns;\n"
         "          {}.\n"
         "GB/s:     bytes read and written over our median.\n",
@@ -216,7 +217,8 @@ int Bench(const Options& options) {
 
 void AddBench(CLI::App* app, int* exit_code) {
   auto options = std::make_shared<Options>();
-  CLI::App* command = app->add_subcommand("bench", "ours against the floor of the same bytes: medians, GB/s, ratio");
+  CLI::App* command =
+      app->add_subcommand("bench", "ours against the floor of the same bytes: medians, GB/s, time over the floor");
   AddModelOption(command, &options->models);
   command->add_option("--shape", options->shapes, "a shape of your own; may be repeated")
       ->type_name("tokens,q_heads,k_heads,head_dim[,rotary_dim]")

@@ -109,5 +109,6 @@ void AddExplain(CLI::App* app, int* exit_code);
 void AddCompile(CLI::App* app, int* exit_code);
 void AddDescribe(CLI::App* app, int* exit_code);
 void AddTune(CLI::App* app, int* exit_code);
+void AddFloor(CLI::App* app, int* exit_code);
 
 }  // namespace ropewalk::cli

@@ -32,6 +32,7 @@ int Main(int argc, char** argv) {
   AddCompile(&app, &exit_code);
   AddTune(&app, &exit_code);
   AddDescribe(&app, &exit_code);
+  AddFloor(&app, &exit_code);
   try {
     app.parse(argc, argv);
     if (app.get_subcommands().empty()) {

@@ -59,7 +59,7 @@ Json ToJson(const Item& item, const bench::TimedCase& timed) {
           {"checked_tokens", timed.checked_tokens},
           {"us", timed.time.ours * 1e6},
           {"floor_us", timed.time.floor * 1e6},
-          {"ratio", timed.time.ratio},
+          {"of_floor", timed.time.of_floor},
           {"bytes", timed.bytes},
           {"gb_per_s", timed.gigabytes_per_second()},
           {"floor_kernel", timed.floor_shape},
@@ -109,7 +109,7 @@ int Run(const Options& options) {
            c.rotary_dim == c.head_dim ? std::to_string(c.head_dim) : fmt::format("{} of {}", c.rotary_dim, c.head_dim),
            bench::OpName(c), Checked(timed), timed.held ? fmt::format("{:.2f}", timed.time.ours * 1e6) : "-",
            timed.held ? fmt::format("{:.1f}", timed.gigabytes_per_second()) : "-",
-           timed.held ? fmt::format("{:.2f}", timed.time.ratio) : "-", timed.kernel});
+           timed.held ? fmt::format("{:.2f}", timed.time.of_floor) : "-", timed.kernel});
     }
   }
   const bool held = failures.empty();
@@ -130,7 +130,7 @@ int Run(const Options& options) {
       "checked:  largest error, in units of the tolerance, against the double-precision reference; the rounding to the "
       "dtype\n"
       "          is within it, so that 16-bit dtypes come near 1.\n"
-      "of floor: time of an in-place read-modify-write of the same bytes in the same run over ours; at few tokens, "
+      "of floor: our time over that of an in-place read-modify-write of the same bytes in the same run; at few tokens, "
       "which\n"
       "          lie in the caches, the arithmetic and the call itself show. The floor is {}.\n\n",
       DeviceText(place), ThreadsText(threads), options.dtype, place.FloorText());

@@ -1,9 +1,12 @@
 // Timing on CUDA without a GPU: what is captured, replayed, put back and told, against a driver that stands in for
 // libcuda, whose kernels are done on the host and whose clock each launch moves. The floor's kernels compile for real.
 // SPDX-License-Identifier: Apache-2.0
+#include <dlfcn.h>
 #include <gtest/gtest.h>
 #include <stdlib.h>
 
+#include <algorithm>
+#include <cstdlib>
 #include <filesystem>
 #include <fstream>
 #include <functional>
@@ -161,7 +164,7 @@ TEST_F(CudaBench, FewTokensStayInTheCache) {
       EXPECT_EQ(timed.checked_tokens, 64);
       EXPECT_NEAR(timed.time.ours, 3e-6, 1e-9);
       EXPECT_NEAR(timed.time.floor, 1.5e-6, 1e-9);
-      EXPECT_NEAR(timed.time.ratio, 0.5, 1e-3);
+      EXPECT_NEAR(timed.time.of_floor, 2, 1e-3);
       EXPECT_GE(timed.time.pairs, 9);
       EXPECT_EQ(timed.time.calls, 680);  // 17 rounds of 5 x 8 calls: 2 ms of 3 us
       EXPECT_EQ(timed.bytes, 2 * 64 * 6 * 64 * 2);
@@ -194,7 +197,7 @@ TEST_F(CudaBench, FromKTokensOnTheCacheIsCold) {
     ASSERT_TRUE(status.ok()) << status.text();
     EXPECT_TRUE(timed.held) << timed.message;
     EXPECT_EQ(timed.checked_tokens, 128);
-    EXPECT_NEAR(timed.time.ratio, 0.5, 1e-3);
+    EXPECT_NEAR(timed.time.of_floor, 2, 1e-3);
     EXPECT_EQ(timed.floor_shape, "row, 16 B x1, 256 threads");
     const std::set<const void*> copies(kernels.replayed.begin(), kernels.replayed.end());
     EXPECT_EQ(copies.size(), 21u);  // 16 MB of 786,432 bytes
@@ -251,40 +254,234 @@ FloorRegion Region(uintptr_t at, int64_t rows, int64_t row_stride, int64_t runs,
 TEST_F(CudaBench, RowsOfTheFloor) {
   CudaFloorRows rows;
   // k behind q in a packed row is one part with it.
-  FloorRegion packed[] = {Region(0x1000, 8, 640, 3, 128, 128), Region(0x1180, 8, 640, 2, 128, 128)};
-  ASSERT_TRUE(RowsOf(packed, false, &rows).ok());
+  const FloorRegion packed[] = {Region(0x1000, 8, 640, 3, 128, 128), Region(0x1180, 8, 640, 2, 128, 128)};
+  ASSERT_TRUE(RowsOf(InPlace(packed), false, &rows).ok());
   EXPECT_EQ(rows.parts[0].runs, 5);
   EXPECT_EQ(rows.parts[1].runs, 0);
   EXPECT_EQ(rows.access_bytes, 16);
-  EXPECT_EQ(rows.bytes(), 8 * 640);
+  EXPECT_EQ(rows.read_bytes(), 8 * 640);
+  EXPECT_EQ(rows.written_bytes(), 8 * 640);
   // Apart, and only the rotated part of each head, which begins 24 bytes into it.
-  FloorRegion apart[] = {Region(0x1018, 8, 384, 3, 128, 64), Region(0x4018, 8, 256, 2, 128, 64)};
-  ASSERT_TRUE(RowsOf(apart, true, &rows).ok());
+  const FloorRegion apart[] = {Region(0x1018, 8, 384, 3, 128, 64), Region(0x4018, 8, 256, 2, 128, 64)};
+  ASSERT_TRUE(RowsOf(InPlace(apart), true, &rows).ok());
   EXPECT_EQ(rows.parts[1].runs, 2);
   EXPECT_EQ(rows.access_bytes, 8);
-  EXPECT_EQ(rows.bytes(), 8 * 5 * 64);
+  EXPECT_EQ(rows.read_bytes(), 8 * 5 * 64);
   // Batch entries that lie side by side.
-  FloorRegion batch[] = {Region(0x1000, 8, 128, 1, 128, 128), Region(0x1400, 8, 128, 1, 128, 128)};
-  ASSERT_TRUE(RowsOf(batch, false, &rows).ok());
+  const FloorRegion batch[] = {Region(0x1000, 8, 128, 1, 128, 128), Region(0x1400, 8, 128, 1, 128, 128)};
+  ASSERT_TRUE(RowsOf(InPlace(batch), false, &rows).ok());
   EXPECT_EQ(rows.rows, 16);
-  FloorRegion scattered[] = {Region(0x1000, 8, 128, 1, 128, 128), Region(0x2000, 8, 128, 1, 128, 128),
-                             Region(0x3000, 8, 128, 1, 128, 128)};
-  EXPECT_FALSE(RowsOf(scattered, false, &rows).ok());
+  const FloorRegion scattered[] = {Region(0x1000, 8, 128, 1, 128, 128), Region(0x2000, 8, 128, 1, 128, 128),
+                                   Region(0x3000, 8, 128, 1, 128, 128), Region(0x4000, 8, 128, 1, 128, 128)};
+  EXPECT_FALSE(RowsOf(InPlace(scattered), false, &rows).ok());
+}
+
+// A call of the floor in memory of the test, between guards: q, k and v in packed rows or apart.
+struct FloorCall {
+  static constexpr int64_t kGuard = 4096;
+  struct alignas(256) Block {
+    unsigned char bytes[256];
+    bool operator==(const Block& other) const { return std::ranges::equal(bytes, other.bytes); }
+  };
+  struct Memory {
+    std::vector<Block> blocks;
+    std::string name;
+  };
+  int64_t tokens, heads[3], head_bytes, part_bytes;
+  bool packed, few, store = false, narrow = false, k_only = false, out_of_place = false;
+  int64_t slots = 0;  // odd, so that tokens have different ones
+
+  std::vector<Memory> memory = {};
+  std::vector<int64_t> slot_of = {};
+  std::vector<CudaFloorTensor> tensors = {};
+
+  // Allocates, and fills with numbers that depend on the place.
+  void Make() {
+    const int64_t row = (heads[0] + heads[1] + heads[2]) * head_bytes;
+    const auto allocate = [&](const std::string& name, int64_t bytes) -> unsigned char* {
+      Memory& made = memory.emplace_back(Memory{{}, name});
+      made.blocks.resize(static_cast<size_t>((bytes + 2 * kGuard + 255) / 256));
+      unsigned seed = static_cast<unsigned>(memory.size()) * 977;
+      for (Block& block : made.blocks) {
+        for (unsigned char& byte : block.bytes)
+          byte = static_cast<unsigned char>((seed = seed * 1664525 + 1013904223) >> 24);
+      }
+      return made.blocks[0].bytes + kGuard;
+    };
+    unsigned char* const rows = packed ? allocate("rows", tokens * row) : nullptr;
+    int64_t before = 0;
+    for (int i = 0; i < 3; ++i) {
+      if (heads[i] == 0 || (i == 2 && !store)) continue;
+      CudaFloorTensor tensor;
+      const int64_t stride = packed ? row : heads[i] * head_bytes;
+      unsigned char* const data = packed ? rows + before : allocate(Text("tensor ", i), tokens * stride);
+      tensor.rows = {data, tokens, stride, heads[i], head_bytes, part_bytes};
+      before += heads[i] * head_bytes;
+      const bool written = i == 0 || (i == 1 && !k_only);
+      if (written) tensor.out = out_of_place ? allocate(Text("out ", i), tokens * stride) : tensor.rows.data;
+      if (store && i > 0) {
+        const int64_t bytes = narrow ? part_bytes / 2 : part_bytes;
+        tensor.cache = {
+            allocate(Text("cache ", i), slots * heads[i] * bytes), slots, heads[i] * bytes, heads[i], bytes, bytes};
+      }
+      tensors.push_back(tensor);
+    }
+    for (int64_t token = 0; token < tokens; ++token) slot_of.push_back((token * 2 + 3) % std::max<int64_t>(slots, 1));
+  }
+
+  // What the floor must do to the memory.
+  void Do() {
+    for (const CudaFloorTensor& tensor : tensors) {
+      for (int64_t token = 0; token < tokens; ++token) {
+        for (int64_t head = 0; head < tensor.rows.runs; ++head) {
+          const int64_t offset = token * tensor.rows.row_stride + head * tensor.rows.run_stride;
+          std::vector<unsigned char> run(tensor.rows.data + offset, tensor.rows.data + offset + part_bytes);
+          FlipBytes(run.data(), part_bytes);
+          if (tensor.out) std::ranges::copy(run, tensor.out + offset);
+          if (!tensor.cache.bytes) continue;
+          unsigned char* at = tensor.cache.data + slot_of[static_cast<size_t>(token)] * tensor.cache.row_stride +
+                              head * tensor.cache.bytes;
+          for (size_t i = narrow ? 1 : 0; i < run.size(); i += narrow ? 2 : 1) *at++ = run[i];
+        }
+      }
+    }
+  }
+
+  CudaFloorData Data(const std::vector<uint32_t>& positions, const std::vector<char>& weight) const {
+    CudaFloorData data = FloorDataOf(tensors);
+    data.pointers[kFloorSlots] = slot_of.data();
+    data.pointers[kFloorPositions] = positions.data();
+    data.pointers[kFloorWeight] = weight.data();
+    return data;
+  }
+};
+
+std::vector<FloorCall> FloorCalls() {
+  std::vector<FloorCall> calls;
+  for (const bool packed : {true, false}) {
+    for (const bool few : {true, false}) {
+      calls.push_back({5, {3, 2, 2}, 32, 32, packed, few});
+      calls.push_back({5, {3, 1, 1}, 32, 24, packed, few});  // of each head a part
+      calls.push_back({3, {1, 0, 0}, 10, 10, packed, few});  // accesses of 2 bytes
+      for (const bool narrow : {false, true}) {
+        calls.push_back({5, {3, 2, 2}, 32, 32, packed, few, true, narrow, false, false, 9});
+        calls.push_back({4, {2, 1, 1}, 48, 48, packed, few, true, narrow, true, false, 7});  // k stored only
+        calls.push_back({4, {2, 1, 1}, 20, 20, packed, few, true, narrow, false, true, 7});  // out of place
+      }
+    }
+  }
+  return calls;
+}
+
+// The kernels' walk over the rows, compiled for the host: lanes one after the other, whose accesses are those of
+// memory.
+TEST_F(CudaBench, TheFloorMovesTheBytesOfTheCall) {
+  constexpr const char* kHost = R"(
+#include <cstring>
+#define __device__
+#define __global__
+#define __launch_bounds__(N)
+static struct { unsigned x; } threadIdx, blockIdx, blockDim;
+template <int P> unsigned long long CachePolicy() { return 0; }
+template <int B, int P> void Load(unsigned inside, const char* at, unsigned long long, unsigned (&x)[4]) {
+  if (inside) { if ((unsigned long long)at % B) __builtin_trap(); std::memcpy(x, at, B); }
+}
+template <int B, int P> void Store(unsigned inside, char* at, unsigned long long, const unsigned (&x)[4]) {
+  if (inside) { if ((unsigned long long)at % B) __builtin_trap(); std::memcpy(at, x, B); }
+}
+template <class T> void LoadWord(unsigned inside, const T* at, T& x) { if (inside) x = *at; }
+)";
+  if (std::string(ROPEWALK_HOST_CXX).empty()) GTEST_SKIP() << "no compiler for the machine that runs this";
+  int number = 0;
+  fs::create_directories(Directory());
+  std::string source = kHost, table = "extern \"C\" void (*const kernels[])(const void*, unsigned, unsigned) = {";
+  std::vector<FloorCall> calls = FloorCalls();
+  std::vector<CudaFloorRows> all_rows;
+  for (const FloorCall& made : calls) {
+    FloorCall call = made;
+    call.Make();
+    CudaFloorRows& rows = all_rows.emplace_back();
+    const Status status = RowsOf(call.tensors, call.few, &rows);
+    ASSERT_TRUE(status.ok()) << status.text();
+    std::string walk = CudaFloorWalk(rows);
+    for (size_t at; (at = walk.find("extern \"C\" ")) != std::string::npos;) walk.erase(at, 11);
+    std::string undefined;  // the macros of one walk must not meet the next one
+    for (size_t at = 0; (at = walk.find("#define ", at)) != std::string::npos;) {
+      at += 8;
+      undefined += Text("#undef ", walk.substr(at, walk.find_first_of(" (", at) - at), "\n");
+    }
+    source += Text("namespace n", number, " {\n", walk, undefined);
+    for (const CudaFloorShape& shape : CudaFloorShapes(rows)) {
+      if (source.find(Text("void run", number, "_", shape.kernel, "(")) != std::string::npos) continue;
+      source += Text("void run", number, "_", shape.kernel,
+                     "(const void* args, unsigned blocks, unsigned threads) { blockDim.x = threads;\n"
+                     "for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x)\n"
+                     "for (threadIdx.x = 0; threadIdx.x < threads; ++threadIdx.x) f",
+                     shape.kernel, "(*(const Args*)args); }\n");
+      table += Text("n", number, "::run", number, "_", shape.kernel, ", ");
+    }
+    source += "}\n";
+    ++number;
+  }
+  const std::string base = Directory() + "/walk";
+  std::ofstream(base + ".cc") << source << table << "};\n";
+  const std::string command =
+      Text(ROPEWALK_HOST_CXX, " -std=c++17 -w -O0 -fPIC -shared ", base, ".cc -o ", base, ".so");
+  ASSERT_EQ(std::system(command.c_str()), 0);
+  void* const library = dlopen((base + ".so").c_str(), RTLD_NOW);
+  ASSERT_NE(library, nullptr) << dlerror();
+  auto* const kernels = static_cast<void (*const*)(const void*, unsigned, unsigned)>(dlsym(library, "kernels"));
+  ASSERT_NE(kernels, nullptr);
+
+  int first_kernel = 0;
+  for (size_t i = 0; i < calls.size(); ++i) {
+    const std::vector<CudaFloorShape> shapes = CudaFloorShapes(all_rows[i]);
+    for (const CudaFloorShape& shape : shapes) {
+      FloorCall want = calls[i], got = calls[i];
+      want.Make();
+      want.Do();
+      got.Make();
+      const CudaFloorRows& rows = all_rows[i];
+      const std::vector<uint32_t> positions(static_cast<size_t>(rows.rows), kFloorFlip);
+      const std::vector<char> weight(static_cast<size_t>(rows.run_bytes));
+      const CudaFloorData data = got.Data(positions, weight);
+      std::vector<const void*> args;
+      for (const int pointer : CudaFloorArguments(rows)) args.push_back(data.pointers[pointer]);
+      kernels[first_kernel + shape.kernel](args.data(), static_cast<unsigned>(CudaFloorBlocks(rows, shape)),
+                                           static_cast<unsigned>(shape.threads));
+      ASSERT_EQ(want.memory.size(), got.memory.size());
+      for (size_t m = 0; m < want.memory.size(); ++m) {
+        EXPECT_TRUE(want.memory[m].blocks == got.memory[m].blocks)
+            << "call " << i << ", " << want.memory[m].name << ", " << ShapeName(shape);
+      }
+      EXPECT_EQ(rows.stores(), calls[i].store);
+    }
+    first_kernel += shapes.back().kernel + 1;
+  }
 }
 
 TEST_F(CudaBench, FloorsCompile) {
   const Nvrtc* nvrtc = nullptr;
   if (const Status status = OpenNvrtc(&nvrtc); !status.ok()) GTEST_SKIP() << status.text();
-  FloorRegion dense[] = {Region(0x1000, 4096, 8192, 32, 256, 256), Region(0x9000000, 4096, 2048, 8, 256, 256)};
-  FloorRegion partial[] = {Region(0x1008, 64, 8192, 32, 256, 72)};
-  FloorRegion narrow[] = {Region(0x1002, 64, 30, 3, 10, 10)};
-  FloorRegion huge[] = {Region(0x1000, 1 << 20, 8192, 32, 256, 256)};
-  const std::span<const FloorRegion> all[] = {dense, partial, narrow, huge};
+  const FloorRegion dense[] = {Region(0x1000, 4096, 8192, 32, 256, 256), Region(0x9000000, 4096, 2048, 8, 256, 256)};
+  const FloorRegion partial[] = {Region(0x1008, 64, 8192, 32, 256, 72)};
+  const FloorRegion narrow[] = {Region(0x1002, 64, 30, 3, 10, 10)};
+  const FloorRegion huge[] = {Region(0x1000, 1 << 20, 8192, 32, 256, 256)};
+  std::vector<std::vector<CudaFloorTensor>> all = {InPlace(dense), InPlace(partial), InPlace(narrow), InPlace(huge)};
+  for (const bool fp8 : {false, true}) {
+    std::vector<CudaFloorTensor> store = InPlace(dense);
+    store.push_back({Region(0x19000000, 4096, 2048, 8, 256, 256)});
+    for (size_t i = 1; i < 3; ++i) {
+      const int64_t bytes = fp8 ? 128 : 256;
+      store[i].cache = Region(0x29000000 + i * 0x8000000, 4096, 8 * bytes, 8, bytes, bytes);
+    }
+    all.push_back(store);
+  }
   for (const std::string& arch : BundleArchs()) {
-    for (const auto& regions : all) {
+    for (const std::vector<CudaFloorTensor>& tensors : all) {
       for (const bool few : {false, true}) {
         CudaFloorRows rows;
-        ASSERT_TRUE(RowsOf(regions, few, &rows).ok());
+        ASSERT_TRUE(RowsOf(tensors, few, &rows).ok());
         Compilation compilation;
         const Status status = CompileCuda(*nvrtc, CudaFloorSource(rows), arch, /*verbose=*/true, &compilation);
         ASSERT_TRUE(status.ok()) << status.text();
@@ -356,6 +553,42 @@ TEST_F(CudaBenchCommand, RunTellsTheDeviceAndWrongResults) {
   EXPECT_EQ(ran.code, 1) << ran.text;
   EXPECT_NE(ran.text.find("Fake GPU, driver "), std::string::npos) << ran.text;
   EXPECT_EQ(ran.text.find("thread"), std::string::npos) << ran.text;
+}
+
+// The kernels for other programs. No GPU is asked for.
+TEST_F(CudaBenchCommand, FloorGivesItsKernels) {
+  const std::string cubin = Directory() + "/floor.cubin";
+  const Ran ran = Command(
+      "floor --tokens 64 --heads 4,2,2 --head-dim 64 --few --cache fp8 --slots 80 --k-store-only --arch sm_90a -o " +
+          cubin,
+      "FAKE_CUDA_DEVICES=none");
+  ASSERT_EQ(ran.code, 0) << ran.text;
+  const auto out = nlohmann::json::parse(ran.text);
+  EXPECT_EQ(out["arguments"].dump(), R"(["rows0","slots","positions","weight","cache1","cache2"])");
+  EXPECT_EQ(out["read_bytes"], 64 * 8 * 64 * 2);
+  EXPECT_EQ(out["written_bytes"], 64 * 4 * 64 * 2 + 64 * 4 * 64);
+  EXPECT_EQ(out["position"], kFloorFlip);
+  EXPECT_EQ(out["shapes"][0]["name"], "flat, 16 B x1, 32 threads");
+  EXPECT_EQ(out["shapes"][0]["blocks"], 64 * 8 * 64 * 2 / 16 / 32);
+  EXPECT_NE(out["source"].get<std::string>().find("void f0("), std::string::npos);
+  EXPECT_GT(fs::file_size(cubin), 0u);
+
+  const struct {
+    const char *arguments, *text;
+  } refused[] = {
+      {"", "give one of --few and --many"},
+      {"--few --heads 1,2", "--heads must be q,k,v heads"},
+      {"--few --rotary-dim 3", "--rotary-dim must be even and at most --head-dim"},
+      {"--few --k-store-only", "--k-store-only needs --cache"},
+      {"--few --cache fp8 --dtype f32", "--cache fp8 needs --dtype bf16 or f16"},
+      {"--few --cache same --heads 4,2,1", "--cache needs as many heads of v as of k"},
+      {"--few --cache same --rotary-dim 64", "--rotary-dim is for calls without --cache"},
+  };
+  for (const auto& [arguments, text] : refused) {
+    const Ran not_done = Command(Text("floor ", arguments));
+    EXPECT_EQ(not_done.code, 2) << arguments;
+    EXPECT_NE(not_done.text.find(text), std::string::npos) << not_done.text;
+  }
 }
 
 TEST_F(CudaBenchCommand, Refusals) {
