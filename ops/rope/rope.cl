@@ -83,7 +83,7 @@ typedef struct {
   rw_out cache;
   rw_in weight;
   float inverse_scale;  // of an fp8 cache
-  int stored;
+  int stored, written;  // to the cache; to `out`
 } rope_head;
 
 // The first element of the first vector of a unit, the distance to the second, and the pair of an element of the unit.
@@ -422,6 +422,7 @@ RW_INLINE rope_head rope_head_of(const __private rope_choices* k, const __privat
              : h < p->q_heads ? a->q_out + rope_offset(&p->q_out, t, h) * RW_SIZE
                               : a->k_out + rope_offset(&p->k_out, t, h - p->q_heads) * RW_SIZE;
   head.weight = h < p->q_heads ? a->q_weight : a->k_weight;
+  head.written = k->cache_dtype == kRopeNoDtype || h < a->s->written_heads;  // all, where there is no cache
   return head;
 }
 
@@ -449,7 +450,7 @@ RW_INLINE void rope_write_cache(const __private rope_choices* k, const __private
 
 RW_INLINE void rope_write(const __private rope_choices* k, const __private rope_head* head, int begin, rw_floats v) {
   const rw_words packed = rw_pack(v);
-  rw_store(head->out + begin * RW_SIZE, packed);
+  if (head->written) rw_store(head->out + begin * RW_SIZE, packed);
   if (k->cache_dtype != kRopeNoDtype && head->stored) rope_write_cache(k, head, begin, v, packed);
 }
 
@@ -462,7 +463,7 @@ RW_INLINE void rope_write_rest(const __private rope_choices* k, const __private 
     return;
   }
   // The same bits, untouched by any conversion.
-  if (k->out_of_place) rw_store(head->out + begin * RW_SIZE, words);
+  if (k->out_of_place && head->written) rw_store(head->out + begin * RW_SIZE, words);
   if (k->cache_dtype != kRopeNoDtype && head->stored) rope_write_cache(k, head, begin, rw_unpack(words), words);
 }
 
@@ -569,7 +570,7 @@ ROPE_KERNEL void rope_kernel(__global void* q, __global void* k_tensor, const __
   const rope_token t = rope_plan_token(k, a, batch, token, id == 0 && turn_first == 0);
   if (t.poisoned || t.left_out) {
     if (t.left_out && !k->out_of_place) return;
-    RW_ROLLED for (int h = first; h < heads; h += step) {
+    RW_ROLLED for (int h = first; h < s->written_heads; h += step) {
       const rope_head head = rope_head_of(k, a, &t, h);
       rope_fill_head(a, &head, t.poisoned, lane, lanes);
     }

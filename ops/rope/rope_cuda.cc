@@ -159,6 +159,9 @@ int MinBlocks(const RopeCudaKey& key, const CudaDevice& device, int64_t rows, in
 }  // namespace
 
 Status PlanRopeCuda(const RopeCall& call, const CudaDevice& device, RopeCudaOptions options, RopeCudaPlan* plan) {
+  // The kernel of rope.cuh writes k wherever it stores it.
+  if (call.variant.store_k == kRopeStoreOnly)
+    return Status::Unavailable("rope: k_store_only is not served on CUDA yet");
   const RopeVariant& v = call.variant;
   const rope_params& p = call.params;
   const RopeTensors& t = call.tensors;

@@ -135,11 +135,12 @@ Status PlanRopeSpirv(const RopeCall& call, const SpirvDevice& device, RopeSpirvP
   s.v_vectors = v.store_v ? p.v_dim / vector : 0;
   s.heads = heads;
   s.all_heads = all_heads;
+  s.written_heads = t.k_out ? heads : p.q_heads;
   s.positions_dtype = v.positions_dtype;
   s.offsets_dtype = v.offsets_dtype;
   s.slots_dtype = v.slots_dtype;
   s.check_axes = v.axes == 2;
-  s.store_k = v.store_k;
+  s.store_k = v.store_k != kRopeNoStore;
   s.store_v = v.store_v;
   s.zero_centered = v.weight == kRopeZeroCenteredWeight;
   s.sine_flip = v.inverse ? 0x80000000u : 0u;

@@ -36,6 +36,7 @@ typedef struct {
   rw_i32 rest, before;     // vectors outside the rotated part that matter, and how many of them lie before it
   rw_i32 head_vectors, v_vectors;
   rw_i32 heads, all_heads;                             // of q and k; with those of v
+  rw_i32 written_heads;                                // of q and k whose rows are written back: all, or those of q
   rw_i32 positions_dtype, offsets_dtype, slots_dtype;  // kRopeNoDtype: none
   rw_i32 check_axes;                                   // they are the caller's
   rw_i32 store_k, store_v, zero_centered;
