@@ -158,8 +158,10 @@ class Cuda final : public Place {
 
   static Contender FloorOf(Race& race, const Search& search, const CudaFloorShape& shape) {
     return {[&race, &search, shape](size_t i) {
-      return search.floor->Launch(shape, FloorDataOf(race.copies.calls()[i].regions), search.positions.data(), search.weight.data(),
-                                  race.graphs.stream());
+      CudaFloorData data = FloorDataOf(InPlace(race.copies.calls()[i].regions));
+      data.pointers[kFloorPositions] = search.positions.data();
+      data.pointers[kFloorWeight] = search.weight.data();
+      return search.floor->Launch(shape, data, race.graphs.stream());
     }};
   }
 

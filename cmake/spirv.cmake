@@ -38,7 +38,7 @@ function(ropewalk_spirv output)
 
   # In the order in which the text without includes must have them.
   set(sources kernels/kernel_types.h ops/rope/rope_params.h
-    ops/rope/rope_fault.h ops/rope/rope_spirv_args.h kernels/opencl/vector.clh kernels/opencl/angle.clh ops/rope/rope.cl)
+    ops/rope/rope_fault.h ops/rope/rope_spirv_args.h ops/rope/rope_spirv_index.h kernels/opencl/vector.clh kernels/opencl/angle.clh ops/rope/rope.cl)
   set(inputs ${sources})
   list(TRANSFORM inputs PREPEND ${PROJECT_SOURCE_DIR}/)
   # LLVM's own passes stay off: they leave what the translator refuses.

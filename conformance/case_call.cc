@@ -282,9 +282,10 @@ struct CaseCall::Builder {
     if (!c.out_of_place) return;
     for (Heads& h : wanted) h.name += "_out";
     if (v) wanted.pop_back();
+    if (c.k_store_only) wanted.pop_back();
     const std::vector<Tensor*> outputs = NewHeads(wanted);
     call.host_args_.q_out = &outputs[0]->on_host;
-    if (c.k_heads) call.host_args_.k_out = &outputs[1]->on_host;
+    if (c.k_heads && !c.k_store_only) call.host_args_.k_out = &outputs[1]->on_host;
   }
 
   void MakeWeights() {
@@ -523,6 +524,7 @@ struct CaseCall::Builder {
     ropewalk_rope_args& a = call.host_args_;
     a.pairing = c.pairing;
     a.inverse = c.inverse;
+    a.k_store_only = c.k_store_only;
     a.rounding = c.rounding;
     a.norm = c.norm ? ROPEWALK_NORM_RMS : ROPEWALK_NORM_NONE;
     a.zero_centered_weight = c.weight == Weight::kZeroCentered;
@@ -737,6 +739,7 @@ int64_t CaseCall::bytes_moved() const {
   const int64_t dim = whole ? case_.head_dim : case_.rotary_dim;
   int64_t bytes = 2 * tokens * (case_.q_heads + case_.k_heads) * dim * item;
   if (args_.k_cache) bytes += tokens * case_.k_heads * (case_.head_dim * cache_item + (case_.head_dim - dim) * item);
+  if (args_.k_store_only) bytes -= tokens * case_.k_heads * dim * item;
   if (args_.v_cache) bytes += tokens * case_.k_heads * case_.v_dim * (item + cache_item);
   if (args_.positions) bytes += tokens * DtypeBytes(case_.positions_dtype);
   if (args_.slots) bytes += tokens * DtypeBytes(case_.slots_dtype);

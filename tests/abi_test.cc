@@ -31,7 +31,8 @@ static_assert(offsetof(ropewalk_rope_args, q_out) == 128);
 static_assert(offsetof(ropewalk_rope_args, v_scale) == 184);
 static_assert(offsetof(ropewalk_rope_args, sycl_queue) == 192);
 static_assert(offsetof(ropewalk_rope_args, disable_pdl) == 200);
-static_assert(sizeof(ropewalk_rope_args) == 208);
+static_assert(offsetof(ropewalk_rope_args, k_store_only) == 208);
+static_assert(sizeof(ropewalk_rope_args) == 216);
 #endif
 
 struct Tensor {
@@ -138,8 +139,10 @@ TEST(Abi, DescriptionNamesEveryFieldOnce) {
     const size_t size = pointer ? sizeof(void*) : arg.kind == Kind::kDouble ? sizeof(double) : sizeof(int32_t);
     for (size_t i = arg.offset; i < arg.offset + size; ++i) EXPECT_EQ(covered[i]++, 0) << arg.name;
   }
-  for (size_t i = sizeof(uint32_t); i < offsetof(ropewalk_rope_args, reserved); ++i)
-    EXPECT_EQ(covered[i], 1) << "byte " << i;
+  for (const size_t reserved : {offsetof(ropewalk_rope_args, reserved), offsetof(ropewalk_rope_args, reserved_2)}) {
+    for (size_t i = reserved; i < reserved + sizeof(int32_t); ++i) EXPECT_EQ(covered[i]++, 0) << "byte " << i;
+  }
+  for (size_t i = sizeof(uint32_t); i < covered.size(); ++i) EXPECT_EQ(covered[i], 1) << "byte " << i;
 }
 
 TEST(Cpp, ServesAndRefuses) {

@@ -447,6 +447,42 @@ std::vector<Rule> Rules() {
          a->v_cache->dtype = {12, 8, 1};
        },
        {"v_cache must be float8_e4m3fn like k_cache, but is float8_e5m2"}},
+      {"KStoreOnlyWithoutK",
+       kF,
+       [](auto* a) {
+         a->k = a->k_out = a->k_cache = nullptr;
+         a->k_weight = a->k_scale = nullptr;
+         a->k_store_only = 1;
+       },
+       {"k_store_only is 1, but k is missing"}},
+      {"KStoreOnlyWithoutItsCache",
+       kF,
+       [](auto* a) {
+         a->k_out = a->k_cache = nullptr;
+         a->k_scale = nullptr;
+         a->k_store_only = 1;
+       },
+       {"k_store_only is 1, but k_cache is missing"}},
+      {"KStoreOnlyWithKOut",
+       kF,
+       [](auto* a) { a->k_store_only = 1; },
+       {"k_store_only is 1, but k_out is given: k goes to k_cache alone"}},
+      {"KStoreOnlyOverlapsTheQThatIsWritten",
+       kF,
+       [](auto* a) {
+         a->q_out = a->k_out = nullptr;
+         a->k->data = a->q->data;
+         a->k_store_only = 1;
+       },
+       {"k must not share memory with q"}},
+      {"KStoreOnlyOverlapsItsCache",
+       kF,
+       [](auto* a) {
+         a->k_out = nullptr;
+         a->k_cache->data = a->k->data;
+         a->k_store_only = 1;
+       },
+       {"k_cache must not share memory with k"}},
       {"OddRotaryDim", kT, [](auto* a) { a->rotary_dim = 23; }, {"rotary_dim must be even, but is 23"}},
       {"OddPackedTable",
        kP,

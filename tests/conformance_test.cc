@@ -206,6 +206,7 @@ TEST(Cases, EveryOptionOccurs) {
                           "scale=heads",
                           "slots=skips",
                           "slots=nothing",
+                          "k only stored",
                           "data=nonfinite",
                           "data=tiny",
                           "data=large",

@@ -23,6 +23,7 @@ inline Status CudaVariantsOf(const std::vector<RopeCase>& cases, const CudaDevic
                              std::vector<CudaVariant>* out) {
   std::unordered_set<std::string> known;
   return ForEachCall(cases, [&](const RopeCase& c, RopeCall* call) -> Status {
+    if (call->variant.store_k == kRopeStoreOnly) return {};  // PlanRopeCuda refuses it
     const int64_t tokens = call->params.tokens;
     constexpr auto kAny = RopeCudaLayout::kAny;
     const std::pair<int64_t, RopeCudaLayout> sizes[] = {

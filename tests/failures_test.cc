@@ -1,9 +1,12 @@
 // Ways in which real rotary-embedding kernels broke, each as a test here. Numbers in comments name the public thread.
 // SPDX-License-Identifier: Apache-2.0
 #include <gtest/gtest.h>
+#include <sys/mman.h>
+#include <unistd.h>
 
 #include <cmath>
 #include <cstring>
+#include <initializer_list>
 #include <memory>
 #include <numbers>
 #include <string>
@@ -660,6 +663,78 @@ TEST(Failures, KIsWrittenBackWhenStored) {
     const auto* cached =
         static_cast<const uint16_t*>(call->args().k_cache->data) + RowOffset(*call->args().k_cache, 0, slots[token], 0);
     EXPECT_EQ(std::memcmp(k, cached, 2 * 64 * 2), 0) << token;
+  }
+}
+
+// k only stored: its pages may even be read-only, whatever becomes of the token.
+TEST(Failures, KThatIsOnlyStoredIsOnlyRead) {
+  const auto page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
+  for (const uint32_t dtype : {kF32, kF16, kBF16}) {
+    for (const uint32_t cache_dtype : {dtype, static_cast<uint32_t>(kE4M3)}) {
+      for (const Bad bad : {Bad::kNone, Bad::kPosition, Bad::kPaddedPosition, Bad::kSlot}) {
+        for (const int64_t head_dim : {64, 100}) {  // vectors alone, and with what is left of one
+          const auto call = MakeCall({.dtype = dtype,
+                                      .tokens = 8,
+                                      .head_dim = head_dim,
+                                      .rotary_dim = head_dim == 64 ? 64 : 40,
+                                      .norm = head_dim == 64,
+                                      .angles = Angles::kTable,
+                                      .cache = Cache::kNhd,
+                                      .cache_dtype = cache_dtype,
+                                      .k_store_only = true,
+                                      .v_dim = 64,
+                                      .slots = Slots::kSkips,
+                                      .bad = bad});
+          const DLTensor k = *call->args().k;
+          const size_t bytes = static_cast<size_t>(8 * 2 * head_dim) * k.dtype.bits / 8;
+          void* memory = mmap(nullptr, bytes + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+          ASSERT_NE(memory, MAP_FAILED);
+          std::memcpy(memory, DataOf(k), bytes);
+          ASSERT_EQ(mprotect(memory, bytes + page, PROT_READ), 0);
+          DLTensor there = k;
+          there.data = memory;
+          there.byte_offset = 0;
+          call->args().k = &there;
+          ASSERT_TRUE(call->Run().ok());  // a write would be a SIGSEGV
+          EXPECT_EQ(MessageOf(*call), "");
+          EXPECT_EQ(ropewalk_check_faults() == ROPEWALK_OK, bad == Bad::kNone || bad == Bad::kPaddedPosition);
+          munmap(memory, bytes + page);
+        }
+      }
+    }
+  }
+}
+
+// What is only read may be read twice: k of one head for all (a stride of 0), k beside v in the same memory (MLA), and
+// even k that is q, where q has an output.
+TEST(Failures, KThatIsOnlyStoredMayShareMemory) {
+  const auto call = MakeCall({.tokens = 5,
+                              .q_heads = 2,
+                              .head_dim = 64,
+                              .out_of_place = true,
+                              .cache = Cache::kNhd,
+                              .cache_dtype = kBF16,
+                              .k_store_only = true});
+  const ropewalk_rope_args before = call->args();
+  DLTensor k = *before.k;
+  int64_t strides[] = {64, 0, 1};
+  k.strides = strides;
+  for (const DLTensor* other : std::initializer_list<const DLTensor*>{before.k, before.q, before.v}) {
+    k.data = other->data;
+    call->args().k = &k;
+    EXPECT_TRUE(call->Run().ok()) << ropewalk_last_error();
+    call->args().k_store_only = 0;
+    EXPECT_EQ(call->Run().code(), ROPEWALK_INVALID_ARGUMENT);
+    call->args().k_store_only = 1;
+  }
+  // The rotated k of each head is that of the one.
+  const auto* slots = static_cast<const int64_t*>(before.slots->data);
+  for (int64_t token = 0; token < 5; ++token) {
+    const DLTensor& cache = *before.k_cache;
+    const auto at = [&](int64_t head) {
+      return static_cast<const uint16_t*>(cache.data) + RowOffset(cache, slots[token] / 16, slots[token] % 16, head);
+    };
+    EXPECT_EQ(std::memcmp(at(0), at(1), 64 * 2), 0) << token;
   }
 }
 

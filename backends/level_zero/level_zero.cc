@@ -92,7 +92,7 @@ Status Launch(const RopeCall& call) {
   ROPEWALK_TRY(EnterLevelZero(driver, call.device.device_id, list, &context));
   ROPEWALK_TRY(CheckPointers(*context, call));
   SpirvContext::Ready ready;
-  ROPEWALK_TRY(context->FindOrMake(call, plan.key, &ready));
+  ROPEWALK_TRY(context->FindOrMake(call, plan, &ready));
   RopeSpirvArgs args;
   FillRopeSpirvArgs(call, plan, ready.frequencies, ready.fault, &args);
   ROPEWALK_TRY(context->Launch(ready.kernel, plan, args, list));
@@ -112,7 +112,7 @@ Status Prepare(const RopeCall& call) {
   Status status;
   ForEachLevelZeroContext([&](LevelZeroContext* context) {
     SpirvContext::Ready ready;
-    if (context->ordinal == call.device.device_id && status.ok()) status = context->FindOrMake(call, plan.key, &ready);
+    if (context->ordinal == call.device.device_id && status.ok()) status = context->FindOrMake(call, plan, &ready);
   });
   return status;
 }

@@ -61,7 +61,7 @@ Status Launch(const RopeCall& call) {
   OpenClContext* context = nullptr;
   ROPEWALK_TRY(FindOpenClContext(library, place, queue, &context));
   SpirvContext::Ready ready;
-  ROPEWALK_TRY(context->FindOrMake(call, plan.key, &ready));
+  ROPEWALK_TRY(context->FindOrMake(call, plan, &ready));
   if (!queue) ROPEWALK_TRY(context->OwnQueue(&queue));
   RopeSpirvArgs args;
   FillRopeSpirvArgs(call, plan, ready.frequencies, ready.fault, &args);
@@ -81,7 +81,7 @@ Status Prepare(const RopeCall& call) {
   bool prepared = false;
   const auto make = [&](OpenClContext* context) {
     SpirvContext::Ready ready;
-    if (status.ok()) status = context->FindOrMake(call, plan.key, &ready);
+    if (status.ok()) status = context->FindOrMake(call, plan, &ready);
     prepared = true;
   };
   ForEachOpenClContext([&](OpenClContext* context) {

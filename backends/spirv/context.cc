@@ -26,7 +26,11 @@ bool SpirvContext::Find(const RopeCall& call, const RopeSpirvKey& key, Ready* re
   return ready->kernel && ready->fault && (ready->frequencies || !NeedsFrequencies(call));
 }
 
-Status SpirvContext::Make(const RopeCall& call, const RopeSpirvKey& key, Ready* ready) {
+Status SpirvContext::Make(const RopeCall& call, const RopeSpirvPlan& plan, Ready* ready) {
+  if (const std::string fault = RopeSpirvPlanFault(call, properties, plan); !fault.empty()) {
+    return Status::Internal(Text("rope: the plan of a kernel for ", device_name, " is wrong: ", fault));
+  }
+  const RopeSpirvKey& key = plan.key;
   const std::lock_guard lock(mutex_);
   if (!FindKernel(key)) {
     auto kernel = std::make_unique<SpirvKernel>();

@@ -48,8 +48,8 @@ class SpirvContext {
   // Lock-free, without allocation; false if something is still to be made.
   bool Find(const RopeCall& call, const RopeSpirvKey& key, Ready* ready);
   // Makes what is missing; may then allocate, build and wait. Copies stay as long as the context.
-  Status FindOrMake(const RopeCall& call, const RopeSpirvKey& key, Ready* ready) {
-    return Find(call, key, ready) ? Status() : Make(call, key, ready);
+  Status FindOrMake(const RopeCall& call, const RopeSpirvPlan& plan, Ready* ready) {
+    return Find(call, plan.key, ready) ? Status() : Make(call, plan, ready);
   }
   SpirvKernel* FindKernel(const RopeSpirvKey& key) const { return kernels_.Find(key); }
 
@@ -68,7 +68,7 @@ class SpirvContext {
   virtual Status Wait() = 0;  // for what was launched
 
  private:
-  Status Make(const RopeCall& call, const RopeSpirvKey& key, Ready* ready);
+  Status Make(const RopeCall& call, const RopeSpirvPlan& plan, Ready* ready);
   Status ResetFaults();
 
   mutable std::mutex mutex_;

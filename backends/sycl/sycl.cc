@@ -254,7 +254,7 @@ Status SyclLaunch(const RopeCall& call) {
   if (plan.empty()) return {};
   ROPEWALK_TRY(CheckPointers(queue, call));
   SpirvContext::Ready ready;
-  ROPEWALK_TRY(queue.context->FindOrMake(call, plan.key, &ready));
+  ROPEWALK_TRY(queue.context->FindOrMake(call, plan, &ready));
   RopeSpirvArgs args;
   FillRopeSpirvArgs(call, plan, ready.frequencies, ready.fault, &args);
   SyclArgument arguments[kRopeSpirvArguments];
@@ -275,7 +275,7 @@ Status SyclPrepare(const RopeCall& call) {
   RopeSpirvPlan plan;
   ROPEWALK_TRY(PlanRopeSpirv(call, queue.context->properties, &plan));
   SpirvContext::Ready ready;
-  return plan.empty() ? Status() : queue.context->FindOrMake(call, plan.key, &ready);
+  return plan.empty() ? Status() : queue.context->FindOrMake(call, plan, &ready);
 }
 
 Status SyclExplain(const RopeCall& call, Explanation* explanation) {

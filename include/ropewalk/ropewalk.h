@@ -58,7 +58,7 @@ typedef struct ropewalk_rope_args {
   int32_t pairing ROPEWALK_DEFAULT(ROPEWALK_NEOX);  // ropewalk_pairing
 
   DLTensor* q ROPEWALK_DEFAULT(nullptr);  // [batch?, tokens, q_heads, head_dim] T, rotated in place unless q_out
-  DLTensor* k ROPEWALK_DEFAULT(nullptr);  // [batch?, tokens, k_heads, head_dim] T, optional
+  DLTensor* k ROPEWALK_DEFAULT(nullptr);  // [batch?, tokens, k_heads, head_dim] T, optional; as q, or see k_store_only
   const DLTensor* positions ROPEWALK_DEFAULT(nullptr);  // [axes?, batch?, tokens] int32 | int64; NULL: 0, 1, 2, ..
   const DLTensor* offsets ROPEWALK_DEFAULT(nullptr);    // [batch?, tokens] int32 | int64, added to positions
 
@@ -94,6 +94,9 @@ typedef struct ropewalk_rope_args {
   void* sycl_queue ROPEWALK_DEFAULT(nullptr);
   int32_t disable_pdl ROPEWALK_DEFAULT(0);  // 1: no programmatic dependent launch (CUDA, sm_90 and later)
   int32_t reserved ROPEWALK_DEFAULT(0);     // keep 0
+
+  int32_t k_store_only ROPEWALK_DEFAULT(0);  // 1: k goes to k_cache alone; its own memory is only read
+  int32_t reserved_2 ROPEWALK_DEFAULT(0);    // keep 0
 } ropewalk_rope_args;
 
 // clang-format off

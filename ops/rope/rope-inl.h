@@ -675,7 +675,7 @@ template <class T>
 struct Heads {
   using Raw = typename T::Raw;
   const Raw* in;
-  Raw* out;
+  Raw* out;                                           // null: only stored, as fp8
   void* cache;                                        // null: not stored
   const float* scale;                                 // of an fp8 cache, by head; null: `scale_value`
   int64_t in_head, out_head, cache_head, scale_head;  // strides
@@ -787,7 +787,7 @@ struct Head {
   // `at` from here on counts from the head's first element.
   template <bool kPairs>
   HWY_INLINE void WriteAt(int at, V a, V b) const {
-    StoreBlock<T, kPairs, kNative>(out + at, a, b);
+    if (kStore != kStoreFp8 || out) StoreBlock<T, kPairs, kNative>(out + at, a, b);
     WriteCache<kPairs>(at, a, b);
   }
 
@@ -937,7 +937,7 @@ struct Head {
   HWY_NOINLINE void Rest(const Run& run) const {
     if constexpr (!C::kNorm) {
       const auto bytes = static_cast<size_t>(run.length) * sizeof(Raw);
-      if (out != in) std::memcpy(out + run.begin, in + run.begin, bytes);
+      if (out && out != in) std::memcpy(out + run.begin, in + run.begin, bytes);
       if constexpr (kStore == kStoreSame) std::memcpy(static_cast<Raw*>(cache) + run.begin, in + run.begin, bytes);
       if constexpr (kStore != kStoreFp8) return;
     }
@@ -995,7 +995,7 @@ HWY_NOINLINE void PaddedHead(const Heads<typename C::T>& heads, const typename C
   for (int i = 0; i < 4; ++i) {
     const auto from = static_cast<size_t>(heads.padded->part[i].begin), to = static_cast<size_t>(layout.part[i].begin);
     const auto length = static_cast<size_t>(layout.part[i].length);
-    std::memcpy(out + to, padded + from, length * sizeof(Raw));
+    if (out) std::memcpy(out + to, padded + from, length * sizeof(Raw));
     if constexpr (kStore != kNoStore) {
       std::memcpy(static_cast<char*>(cache) + to * cache_bytes,
                   reinterpret_cast<const char*>(padded_cache) + from * cache_bytes, length * cache_bytes);
@@ -1210,7 +1210,9 @@ HWY_NOINLINE void RopeRows(const RopeCall& call, int64_t begin, int64_t end, std
   q.round_products = variant.table_dtype == kRopeNoDtype || variant.table_dtype == variant.dtype;
   Heads<T> k = q;
   k.in_head = p.k.head;
-  k.out_head = p.k_out.head;
+  k.out_head = t.k_out                            ? p.k_out.head
+               : variant.cache_dtype == T::kDtype ? p.k_cache.head
+                                                  : 0;  // none: only stored, as fp8
   k.cache_head = p.k_cache.head;
   k.scale = t.k_scale;
   k.scale_value = p.k_scale;
@@ -1265,7 +1267,7 @@ HWY_NOINLINE void RopeRows(const RopeCall& call, int64_t begin, int64_t end, std
     if (plan.left_out || plan.fault == kRopeFaultPosition || plan.fault == kRopeFaultAxis) {
       const Raw* value = plan.left_out ? nullptr : &T::kNan;
       FillToken<Raw>(t.q, t.q_out, p.q, p.q_out, plan, p.q_heads, p.head_dim, value);
-      if (t.k) FillToken<Raw>(t.k, t.k_out, p.k, p.k_out, plan, p.k_heads, p.head_dim, value);
+      if (t.k_out) FillToken<Raw>(t.k, t.k_out, p.k, p.k_out, plan, p.k_heads, p.head_dim, value);
       continue;
     }
     q.in = in_row(t.q, p.q, plan.batch, plan.token);
@@ -1286,26 +1288,36 @@ HWY_NOINLINE void RopeRows(const RopeCall& call, int64_t begin, int64_t end, std
     q.out = static_cast<Raw*>(t.q_out) + plan.batch * p.q_out.batch + plan.token * p.q_out.token;
     ChooseHeads<C, kNoStore, kNative>(q);
     const bool store = plan.slot >= 0;
+    bool k_left = false;  // to be stored alone, and not stored
     if (t.k) {
       k.prefetch = row + k_ahead < end ? k_ahead * p.k.token : 0;
-      k.out = static_cast<Raw*>(t.k_out) + plan.batch * p.k_out.batch + plan.token * p.k_out.token;
+      if (t.k_out) k.out = static_cast<Raw*>(t.k_out) + plan.batch * p.k_out.batch + plan.token * p.k_out.token;
       if (store && t.k_cache) {
         const int64_t at = plan.slot / p.page_size * p.k_cache.batch + plan.slot % p.page_size * p.k_cache.token;
-        if (variant.cache_dtype == T::kDtype) {
+        if (variant.cache_dtype != T::kDtype) {
+          k.cache = static_cast<uint8_t*>(t.k_cache) + at;
+          ChooseHeads<C, kStoreFp8, kNative>(k);
+        } else if (t.k_out) {
           k.cache = static_cast<Raw*>(t.k_cache) + at;
           ChooseHeads<C, kStoreSame, kNative>(k);
         } else {
-          k.cache = static_cast<uint8_t*>(t.k_cache) + at;
-          ChooseHeads<C, kStoreFp8, kNative>(k);
+          k.out = static_cast<Raw*>(t.k_cache) + at;  // the cache is all the output there is
+          ChooseHeads<C, kNoStore, kNative>(k);
         }
-      } else {
+      } else if (t.k_out) {
         ChooseHeads<C, kNoStore, kNative>(k);
+      } else {
+        k_left = true;
       }
     }
     if constexpr (kSumsAhead) {
       if (q.next) {
         RstdsOfSquares<T, kNative>(q, q.count);
-        if (t.k) RstdsOfSquares<T, kNative>(k, k.count);
+        if (k_left) {
+          Rstds<C, kNative>(k, k.next, k.count);  // no head was rotated to make their squares beside
+        } else if (t.k) {
+          RstdsOfSquares<T, kNative>(k, k.count);
+        }
         normed = row + 1;
       }
     }

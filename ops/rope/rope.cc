@@ -19,7 +19,7 @@ namespace {
 constexpr Arg kArgs[] = {
     {FIELD(q), "rotated in place, unless q_out is given", Intent::kInOut, kFloats, nullptr,
      {Dim::kBatch, Dim::kTokens, Dim::kQHeads, Dim::kHeadDim}, kRequired | kUnitStride | kOptionalBatch},
-    {FIELD(k), "rotated in place, unless k_out is given", Intent::kInOut, kFloats, "q",
+    {FIELD(k), "rotated in place, unless k_out is given or k_store_only", Intent::kInOut, kFloats, "q",
      {Dim::kBatch, Dim::kTokens, Dim::kKHeads, Dim::kHeadDim}, kUnitStride | kOptionalBatch},
     {FIELD(positions), "of each token; any sign with frequencies, a row of the table else; None: 0, 1, 2, ..",
      Intent::kIn, kInts, nullptr, {Dim::kAxes, Dim::kBatch, Dim::kTokens}, kOptionalAxes | kOptionalBatch | kBroadcast},
@@ -74,6 +74,8 @@ constexpr Arg kArgs[] = {
     {SCALAR(sycl_queue, kQueue), "a SYCL queue to work on, for tensors in its unified shared memory"},
     {.name = "disable_pdl", .kind = Kind::kBool, .offset = offsetof(ropewalk_rope_args, disable_pdl),
      .doc = "CUDA: no programmatic dependent launch", .default_text = "False"},
+    {.name = "k_store_only", .kind = Kind::kBool, .offset = offsetof(ropewalk_rope_args, k_store_only),
+     .doc = "k goes to k_cache alone: its own memory is only read", .default_text = "False"},
 };
 // clang-format on
 
@@ -115,6 +117,12 @@ Status CheckCombination(const ropewalk_rope_args& a) {
   if (!a.k) {
     const char* needs_k = a.k_out ? "k_out" : a.k_weight ? "k_weight" : a.k_cache ? "k_cache" : nullptr;
     if (needs_k) return Invalid(needs_k, " is given, but k is missing");
+  }
+  if (a.k_store_only) {
+    const char* needed = !a.k ? "k" : !a.k_cache ? "k_cache" : nullptr;
+    if (needed)
+      return Invalid("k_store_only is 1, but ", needed, " is missing: k is stored in k_cache and nowhere else");
+    if (a.k_out) return Invalid("k_store_only is 1, but k_out is given: k goes to k_cache alone");
   }
   if (a.k_weight && !a.q_weight) return Invalid("q_weight is missing, but k_weight is given: give both or neither");
   if (a.q_weight && a.k && !a.k_weight) {
@@ -200,6 +208,9 @@ Status CheckOverlap(const ropewalk_rope_args& a) {
   };
   give_way(a.q, a.q_out, Index("q"));
   give_way(a.k, a.k_out, Index("k"));
+  if (a.k_store_only) {
+    for (size_t i = 0; i < count; ++i) parts[i].written &= parts[i].arg != &kArgs[Index("k")];
+  }
   for (size_t i = 0; i < count; ++i) {
     if (!parts[i].written) continue;
     if (parts[i].footprint.repeats()) {
@@ -243,7 +254,7 @@ void SetTensors(const ropewalk_rope_args& a, RopeCall* call) {
   t.q_weight = data(a.q_weight);
   t.k_weight = data(a.k_weight);
   t.q_out = a.q_out ? data(a.q_out) : t.q;
-  t.k_out = a.k_out ? data(a.k_out) : t.k;
+  t.k_out = v.store_k == kRopeStoreOnly ? nullptr : a.k_out ? data(a.k_out) : t.k;
   t.v = data(a.v);
   t.k_cache = data(a.k_cache);
   t.v_cache = data(a.v_cache);
@@ -379,7 +390,7 @@ Status LowerRope(const ropewalk_rope_args& a, void* stream, RopeCall* call) {
     p.v = HeadStrides(strides_of(Index("v")), Dim::kKHeads);
     p.v_dim = a.v ? static_cast<rw_i32>(sizes[Dim::kVDim]) : 0;
     p.k_heads = static_cast<rw_i32>(sizes[Dim::kKHeads]);
-    v.store_k = a.k_cache != nullptr;
+    v.store_k = a.k_store_only ? kRopeStoreOnly : a.k_cache ? kRopeStore : kRopeNoStore;
     v.store_v = a.v_cache != nullptr;
     const auto scale = [&](const DLTensor* tensor, size_t i, float* value, rw_i32* stride) -> Status {
       if (!tensor) return {};
@@ -400,7 +411,7 @@ Status LowerRope(const ropewalk_rope_args& a, void* stream, RopeCall* call) {
   }
   SetTensors(a, call);
   const RopeTensors& t = call->tensors;
-  v.out_of_place = t.q_out != t.q || t.k_out != t.k;
+  v.out_of_place = t.q_out != t.q || (t.k_out && t.k_out != t.k);
   return CheckOverlap(a);
 }
 

@@ -9,14 +9,13 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "kernels/opencl/angle.clh"
 #include "kernels/opencl/vector.clh"
-#include "ops/rope/rope_spirv_args.h"
+#include "ops/rope/rope_spirv_index.h"
 
 #ifdef ROPE_SPEC_0
 #define ROPE_CONSTANT_(number) ROPE_SPEC_##number
 #define ROPE_CONSTANT(number) ROPE_CONSTANT_(number)
 #define ROPE_LANE get_local_id(0)  // no sub-groups: the work-group is one
 #define ROPE_SUB_GROUP_INDEX 0
-#define ROPE_SUB_GROUPS 1
 #define ROPE_KERNEL __attribute__((reqd_work_group_size(ROPE_SUB_GROUP, 1, 1))) __kernel
 #else
 int __attribute__((overloadable)) __spirv_SpecConstant(int id, int value);
@@ -26,7 +25,6 @@ float __attribute__((overloadable, convergent)) intel_sub_group_shuffle_xor(floa
 #define ROPE_CONSTANT(number) __spirv_SpecConstant(number, 0)
 #define ROPE_LANE get_sub_group_local_id()
 #define ROPE_SUB_GROUP_INDEX get_sub_group_id()
-#define ROPE_SUB_GROUPS get_num_sub_groups()
 #define ROPE_KERNEL __attribute__((intel_reqd_sub_group_size(ROPE_SUB_GROUP))) __kernel
 #endif
 
@@ -34,20 +32,9 @@ float __attribute__((overloadable, convergent)) intel_sub_group_shuffle_xor(floa
 typedef char rope_params_size[sizeof(rope_params) == ROPE_PARAMS_SIZE ? 1 : -1];
 typedef char rope_spirv_params_size[sizeof(rope_spirv_params) == ROPE_SPIRV_PARAMS_SIZE ? 1 : -1];
 
-// Neighbours can share a vector, unless it has one element.
-#if ROPE_VECTOR > 1
-#define ROPE_PAIRS_INSIDE(k) ((k)->interleaved != 0)
-#define ROPE_PAIR_ALONE(k) false
-#else
-#define ROPE_PAIRS_INSIDE(k) false
-#define ROPE_PAIR_ALONE(k) ((k)->interleaved != 0)
-#endif
+#define ROPE_PAIRS_INSIDE(k) rope_pairs_inside((k)->interleaved, ROPE_VECTOR)
 // Units that a lane can keep in registers.
-#if ROPE_VECTOR * RW_SIZE == 16
-#define ROPE_MAX_UNITS 2
-#else
-#define ROPE_MAX_UNITS 4
-#endif
+#define ROPE_MAX_UNITS ROPE_MOST_UNITS(ROPE_VECTOR * RW_SIZE)
 
 // The specialisation constants, in registers that become constants.
 typedef struct {
@@ -83,23 +70,21 @@ typedef struct {
   rw_out cache;
   rw_in weight;
   float inverse_scale;  // of an fp8 cache
-  int stored;
+  int stored, written;  // to the cache; to `out`
 } rope_head;
 
-// The first element of the first vector of a unit, the distance to the second, and the pair of an element of the unit.
+// The arithmetic of rope_spirv_index.h for this kernel.
 RW_INLINE int rope_unit_begin(const __private rope_choices* k, const __private rope_all* a, int unit) {
-  return a->p->rotary_offset + (ROPE_PAIR_ALONE(k) ? 2 : ROPE_VECTOR) * unit;
+  return rope_begin_of(k->interleaved, ROPE_VECTOR, a->p->rotary_offset, unit);
 }
 RW_INLINE int rope_unit_distance(const __private rope_choices* k, const __private rope_all* a) {
-  return ROPE_PAIR_ALONE(k) ? 1 : a->p->rotary_dim / 2;
+  return rope_distance_of(k->interleaved, ROPE_VECTOR, a->p->rotary_dim);
 }
 RW_INLINE int rope_pair_of(const __private rope_choices* k, const __private rope_all* a, int unit, int i) {
-  if (!ROPE_PAIRS_INSIDE(k)) return ROPE_VECTOR * unit + i;
-  const int half_vector = ROPE_VECTOR / 2;
-  return half_vector * unit + (i < half_vector ? i : a->p->rotary_dim / 4 + i - half_vector);
+  return rope_pair_at(k->interleaved, ROPE_VECTOR, a->p->rotary_dim, unit, i);
 }
 RW_INLINE int rope_rest_begin(const __private rope_all* a, int i) {
-  return ROPE_VECTOR * i + (i < a->s->before ? 0 : a->p->rotary_dim);
+  return rope_rest_at(ROPE_VECTOR, a->s->before, a->p->rotary_dim, i);
 }
 
 RW_INLINE rw_i64 rope_position_of(const __private rope_all* a, rw_i64 batch, rw_i64 token, int axis) {
@@ -422,6 +407,7 @@ RW_INLINE rope_head rope_head_of(const __private rope_choices* k, const __privat
              : h < p->q_heads ? a->q_out + rope_offset(&p->q_out, t, h) * RW_SIZE
                               : a->k_out + rope_offset(&p->k_out, t, h - p->q_heads) * RW_SIZE;
   head.weight = h < p->q_heads ? a->q_weight : a->k_weight;
+  head.written = k->cache_dtype == kRopeNoDtype || h < a->s->written_heads;  // all, where there is no cache
   return head;
 }
 
@@ -449,7 +435,7 @@ RW_INLINE void rope_write_cache(const __private rope_choices* k, const __private
 
 RW_INLINE void rope_write(const __private rope_choices* k, const __private rope_head* head, int begin, rw_floats v) {
   const rw_words packed = rw_pack(v);
-  rw_store(head->out + begin * RW_SIZE, packed);
+  if (head->written) rw_store(head->out + begin * RW_SIZE, packed);
   if (k->cache_dtype != kRopeNoDtype && head->stored) rope_write_cache(k, head, begin, v, packed);
 }
 
@@ -462,7 +448,7 @@ RW_INLINE void rope_write_rest(const __private rope_choices* k, const __private 
     return;
   }
   // The same bits, untouched by any conversion.
-  if (k->out_of_place) rw_store(head->out + begin * RW_SIZE, words);
+  if (k->out_of_place && head->written) rw_store(head->out + begin * RW_SIZE, words);
   if (k->cache_dtype != kRopeNoDtype && head->stored) rope_write_cache(k, head, begin, rw_unpack(words), words);
 }
 
@@ -538,14 +524,14 @@ ROPE_KERNEL void rope_kernel(__global void* q, __global void* k_tensor, const __
 
   const int id = (int)ROPE_LANE;
   const int lanes = k->lanes ? k->lanes : s->lanes;
-  const int heads_at_once = k->lanes ? ROPE_SUB_GROUP / k->lanes : s->heads_at_once;
-  const int group = k->lanes ? id / k->lanes : (int)((uint)(id * s->lane_multiplier) >> 16);
+  const int heads_at_once = k->lanes ? ROPE_HEADS_AT_ONCE(k->lanes) : s->heads_at_once;
+  const int group = k->lanes ? id / k->lanes : rope_group_of(id, s->lane_multiplier);
   const int lane = id - group * lanes;
   const rw_i64 token = get_group_id(0), batch = get_group_id(2);
   const int heads = s->heads, all_heads = s->all_heads;
   // All groups of a sub-group take the same number of turns, so that all its lanes meet at the shuffles.
-  const int step = (int)(get_num_groups(1) * ROPE_SUB_GROUPS) * heads_at_once;
-  const int turn_first = (int)(get_group_id(1) * ROPE_SUB_GROUPS + ROPE_SUB_GROUP_INDEX) * heads_at_once;
+  const int step = s->step;
+  const int turn_first = rope_first_head((int)get_group_id(1), s->sub_groups, (int)ROPE_SUB_GROUP_INDEX, heads_at_once);
   // Left over where lanes do not divide 16: idle. The constant form has none, nor a unit missing.
   const int first = !k->lanes && group >= heads_at_once ? 1 << 30 : turn_first + group;
 #define ROPE_UNIT(i) (lane + (i) * lanes)
@@ -569,7 +555,7 @@ ROPE_KERNEL void rope_kernel(__global void* q, __global void* k_tensor, const __
   const rope_token t = rope_plan_token(k, a, batch, token, id == 0 && turn_first == 0);
   if (t.poisoned || t.left_out) {
     if (t.left_out && !k->out_of_place) return;
-    RW_ROLLED for (int h = first; h < heads; h += step) {
+    RW_ROLLED for (int h = first; h < s->written_heads; h += step) {
       const rope_head head = rope_head_of(k, a, &t, h);
       rope_fill_head(a, &head, t.poisoned, lane, lanes);
     }

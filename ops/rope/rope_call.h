@@ -27,11 +27,13 @@ struct RopeVariant {
   uint8_t slots_dtype = kRopeNoDtype;
   uint8_t cache_dtype = kRopeNoDtype;  // none: no store
   uint8_t axes = 0;                    // pairs are mapped to rows of positions: 1 by the frequencies, 2 by the caller
-  uint8_t store_k = 0, store_v = 0;    // which caches are there
+  uint8_t store_k = kRopeNoStore;      // to k_cache; kRopeStoreOnly: k's own memory is not written
+  uint8_t store_v = 0;                 // v_cache is there
   uint8_t out_of_place = 0;            // 1: q_out or k_out differs from its input
 
   bool operator==(const RopeVariant&) const = default;
 };
+static_assert(sizeof(RopeVariant) == 16, "hashed as bytes, as part of a kernel's key");
 
 // Data pointers in the order in which every kernel takes them. On the host or on the device of the call.
 struct RopeTensors {
@@ -45,7 +47,7 @@ struct RopeTensors {
   const void* q_weight = nullptr;
   const void* k_weight = nullptr;
   void* q_out = nullptr;  // q where in place
-  void* k_out = nullptr;
+  void* k_out = nullptr;  // null where k is only stored
   const void* v = nullptr;
   void* k_cache = nullptr;
   void* v_cache = nullptr;

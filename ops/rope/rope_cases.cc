@@ -143,10 +143,11 @@ bool Settle(RopeCase* c) {
     c->scale = Scale::kNone;
     c->v_dim = 0;
     c->slots = Slots::kAll;
+    if (c->k_store_only) return false;
     if (c->bad == Bad::kSlot || c->bad == Bad::kPaddedPosition) return false;
   } else {
     if (c->k_heads == 0) return false;
-    if (!c->store_k && !c->store_v) return false;
+    if (!c->store_k && (!c->store_v || c->k_store_only)) return false;
     if (c->cache_dtype == 0) c->cache_dtype = c->dtype;
     if (c->cache_dtype != c->dtype && !(c->cache_dtype & kFp8)) return false;
     if (!(c->cache_dtype & kFp8) && c->scale != Scale::kNone) return false;
@@ -571,6 +572,81 @@ void AddMixed(List* list) {
   for (int i = 0; i < 1100; ++i) list->Add(Drawn(draw));
 }
 
+// k stored, but not written back: each way that a kernel of it may take, with tokens that are not stored.
+void AddStoreOnly(List* list) {
+  size_t turn = 0;
+  for (const int64_t head_dim : {64, 80, 96, 128, 256}) {
+    EachType([&](uint32_t dtype, int32_t pairing) {
+      for (const uint32_t cache_dtype : {dtype, static_cast<uint32_t>(kE4M3), static_cast<uint32_t>(kE5M2)}) {
+        const bool norm = ++turn % 2 == 0, part = head_dim == 80 || head_dim == 96;
+        list->Add({.dtype = dtype,
+                   .batch = turn % 4 == 3 ? 2 : 0,
+                   .tokens = turn % 5 == 0 ? 70 : 7,
+                   .q_heads = turn % 3 == 0 ? 8 : 3,
+                   .head_dim = head_dim,
+                   .rotary_dim = part ? 24 : 0,
+                   .rotary_offset = head_dim == 96 ? 40 : 0,
+                   .layout = kLayouts[turn % std::size(kLayouts)],
+                   .out_of_place = turn % 3 == 1,
+                   .pairing = pairing,
+                   .rounding = turn % 5 == 2 ? ROPEWALK_ROUND_REFERENCE : ROPEWALK_ROUND_FUSED,
+                   .norm = norm,
+                   .weight = norm ? Weight::kPlain : Weight::kNone,
+                   .angles = turn % 3 == 2 ? Angles::kTable : Angles::kFrequencies,
+                   .positions = Positions::kRandom,
+                   .cache = turn % 2 ? Cache::kNhd : Cache::kHnd,
+                   .cache_dtype = cache_dtype,
+                   .page_size = turn % 7 == 0 ? 5 : 16,
+                   .store_v = turn % 5 != 1,
+                   .k_store_only = true,
+                   .slots = turn % 3 == 0   ? Slots::kAll
+                            : turn % 3 == 1 ? Slots::kSkips
+                                            : Slots::kNothing});
+      }
+    });
+  }
+  // Poisoned and padding tokens, subnormal numbers, and what the other lists do not bring together.
+  for (const Bad bad : {Bad::kPosition, Bad::kSlot, Bad::kAxis, Bad::kPaddedPosition}) {
+    EachType([&](uint32_t dtype, int32_t pairing) {
+      const bool neox = pairing == ROPEWALK_NEOX;
+      list->Add({.dtype = dtype,
+                 .tokens = 8,
+                 .head_dim = 64,
+                 .rotary_dim = neox ? 64 : 40,
+                 .out_of_place = neox,
+                 .pairing = pairing,
+                 .norm = !neox,
+                 .angles = bad == Bad::kSlot ? Angles::kFrequencies : Angles::kTable,
+                 .axes = bad == Bad::kAxis ? Axes::kSections : Axes::kNone,
+                 .axes_dtype = kI32,
+                 .cache = Cache::kNhd,
+                 .cache_dtype = neox ? static_cast<uint32_t>(kE4M3) : 0,
+                 .k_store_only = true,
+                 .slots = Slots::kSkips,
+                 .bad = bad});
+    });
+  }
+  for (const Data data : {Data::kTiny, Data::kMixed}) {
+    EachType([&](uint32_t dtype, int32_t pairing) {
+      for (const bool fp8 : {false, true}) {
+        list->Add({.dtype = dtype,
+                   .data = data,
+                   .pairing = pairing,
+                   .norm = fp8,
+                   .cache = Cache::kFlat,
+                   .cache_dtype = fp8 ? static_cast<uint32_t>(kE5M2) : 0,
+                   .k_store_only = true});
+      }
+    });
+  }
+  Draw draw(2027);
+  for (int i = 0; i < 240; ++i) {
+    RopeCase c = Drawn(draw);
+    c.k_store_only = true;
+    list->Add(c);
+  }
+}
+
 // Beyond what the lists hold: any even head size and part of it, more heads and tokens, any data, faults.
 RopeCase DrawnWide(Draw& draw) {
   constexpr int64_t kWideTokens[] = {1, 4, 6, 7, 33, 79, 80, 300, 800, 1100, 1536, 2500, 3100};
@@ -598,6 +674,7 @@ RopeCase DrawnWide(Draw& draw) {
   if (draw.OneIn(8)) c.slots = Slots::kNothing;
   if (draw.OneIn(8)) c.bad = draw.Of(kAnyBad);
   c.theta = draw.Of(kThetas);
+  c.k_store_only = c.cache != Cache::kNone && c.store_k && draw.OneIn(4);
   return c;
 }
 
@@ -770,6 +847,7 @@ std::string CaseName(const RopeCase& c) {
     if (c.v_dim && c.v_dim != c.head_dim) name += Text("-v", c.v_dim);
     if (c.scale != Scale::kNone) add("scale-", Name(c.scale));
     add("slots", c.slots == Slots::kAll ? "" : c.slots == Slots::kSkips ? "-skips" : "-nothing", dtype(c.slots_dtype));
+    if (c.k_store_only) add("k-store-only");
   }
   if (c.data != Data::kNormal) add(Name(c.data));
   if (c.bad != Bad::kNone) add("bad-", Name(c.bad));
@@ -813,6 +891,7 @@ std::vector<std::string> CaseTags(const RopeCase& c) {
       add("scale=", Name(c.scale));
     }
     if (c.slots != Slots::kAll) add("slots=", Name(c.slots));
+    if (c.k_store_only) add("k only stored");
   }
   if (c.data != Data::kNormal) add("data=", Name(c.data));
   if (c.bad != Bad::kNone) add("bad ", Name(c.bad));
@@ -837,6 +916,7 @@ const std::vector<RopeCase>& RopeCases() {
     AddModels(&list);
     AddManyTokens(&list);
     AddMixed(&list);
+    AddStoreOnly(&list);
     return list.Take();
   }();
   return cases;

@@ -110,6 +110,7 @@ struct RopeCase {
   uint32_t cache_dtype = 0;  // 0: dtype
   int64_t page_size = 16;
   bool store_k = true, store_v = true;
+  bool k_store_only = false;
   int64_t v_dim = 0;  // 0: head_dim
   Scale scale = Scale::kNone;
   Slots slots = Slots::kAll;

@@ -24,7 +24,7 @@ std::string RopeCudaSource(const RopeCudaKey& key) {
       {"CacheDtype", v.cache_dtype},
       {"Axes", v.axes != 0},
       {"CheckAxes", v.axes == 2},
-      {"StoreK", v.store_k},
+      {"StoreK", v.store_k != kRopeNoStore},
       {"StoreV", v.store_v},
       {"OutOfPlace", v.out_of_place},
       {"HeadDim", key.head_dim},
@@ -57,7 +57,7 @@ std::string RopeCudaSource(const RopeCudaKey& key) {
       {"TokenGroups", key.token_groups},
       {"Full", key.full},
       {"Alike", key.alike},
-      {"KStoreOnly", 0},
+      {"KStoreOnly", v.store_k == kRopeStoreOnly},
   };
   std::string text = "#include \"ops/rope/rope.cuh\"\nstruct K {\n";
   for (const auto& [name, value] : constants)
@@ -82,7 +82,7 @@ std::string RopeCudaName(const RopeCudaKey& key) {
   if (v.positions_dtype) Append(&name, Text(" positions:", kDtypes[v.positions_dtype]));
   if (v.offsets_dtype) Append(&name, Text(" offsets:", kDtypes[v.offsets_dtype]));
   if (v.cache_dtype) {
-    Append(&name, Text(" store", v.store_k ? "_k" : "", v.store_v ? "_v" : "", ":", kDtypes[v.cache_dtype],
+    Append(&name, Text(" store", v.store_k ? "_k" : "", v.store_k == kRopeStoreOnly ? "_only" : "", v.store_v ? "_v" : "", ":", kDtypes[v.cache_dtype],
                        " slots:", kDtypes[v.slots_dtype], v.store_v ? Text(" v", key.v_dim) : ""));
   }
   if (v.out_of_place) name += " out";

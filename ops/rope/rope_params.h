@@ -19,6 +19,8 @@ enum {
 };
 enum { kRopeNoWeight = 0, kRopeWeight = 1, kRopeZeroCenteredWeight = 2 };
 enum { kRopeRoundFused = 0, kRopeRoundReference = 1 };
+// Whether k goes to a cache; only: and is not written back.
+enum { kRopeNoStore = 0, kRopeStore = 1, kRopeStoreOnly = 2 };
 
 // Why a token was poisoned or skipped; the higher half of a fault record.
 enum { kRopeFaultNone = 0, kRopeFaultPosition = 1, kRopeFaultSlot = 2, kRopeFaultAxis = 3 };

@@ -114,7 +114,7 @@ __device__ __forceinline__ HeadPlace PlaceOf(const rope_cuda_args& a, const Toke
     if (of_q) {
       lies(a.q, a.q_out, p.q, p.q_out, h);
     } else {
-      lies(a.k, a.k_out, p.k, p.k_out, of_k);
+      lies(a.k, K::kKStoreOnly ? a.k : a.k_out, p.k, K::kKStoreOnly ? p.k : p.k_out, of_k);
     }
   }
   // Of packed rows that hold v behind k it is the next head.

@@ -206,6 +206,9 @@ class Reference {
     return output == RopeOutput::kQ ? a.q_out != nullptr : a.k_out != nullptr;
   }
 
+  // Whether the rows of q or k are written back.
+  bool WrittenBack(RopeOutput output) const { return output == RopeOutput::kQ || !a_.k_store_only; }
+
   void Rotate(RopeOutput output, const DLTensor& input, const DLTensor* weight, const Rotation& rotation,
               int64_t slot) {
     const int64_t heads = input.shape[input.ndim - 2];
@@ -241,7 +244,7 @@ class Reference {
       for (size_t i = 0; i < dim; ++i) {
         row_[i] = Touched(i) ? Stored(type_, exact_[i]) : Copied(input, first, i, OutOfPlace(a_, output));
       }
-      Visit(output, batch_, token_, head);
+      if (WrittenBack(output)) Visit(output, batch_, token_, head);
       if (slot >= 0 && output == RopeOutput::kK && a_.k_cache) {
         const uint32_t cache_type = TypeOf(*a_.k_cache);
         const double scale = ScaleOf(a_.k_scale, head);
@@ -362,7 +365,8 @@ class Reference {
 
   void EachHead(const std::function<void(RopeOutput, const DLTensor&, int64_t)>& body) const {
     for (int64_t head = 0; head < a_.q->shape[a_.q->ndim - 2]; ++head) body(RopeOutput::kQ, *a_.q, head);
-    for (int64_t head = 0; a_.k && head < a_.k->shape[a_.k->ndim - 2]; ++head) body(RopeOutput::kK, *a_.k, head);
+    if (!a_.k || !WrittenBack(RopeOutput::kK)) return;
+    for (int64_t head = 0; head < a_.k->shape[a_.k->ndim - 2]; ++head) body(RopeOutput::kK, *a_.k, head);
   }
 
   void Poison() {

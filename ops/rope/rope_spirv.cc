@@ -7,6 +7,7 @@
 
 #include "core/text.h"
 #include "ops/rope/rope_access.h"
+#include "ops/rope/rope_spirv_index.h"
 
 namespace ropewalk {
 namespace {
@@ -37,7 +38,7 @@ int MostUnits(const RopeVariant& v, int access_bytes, int register_bytes) {
   const bool rounds = v.rounding == kRopeRoundReference;
   if (register_bytes >= 64) {
     if (v.dtype != kRopeF32 && (rounds || (v.norm && fp8))) return 1;
-    return access_bytes == 16 ? 2 : 4;  // ROPE_MAX_UNITS of the kernel
+    return ROPE_MOST_UNITS(access_bytes);
   }
   const bool plain = !v.norm && v.cache_dtype == kRopeNoDtype && !rounds;
   return plain && access_bytes < 8 ? 2 : 1;
@@ -127,7 +128,7 @@ Status PlanRopeSpirv(const RopeCall& call, const SpirvDevice& device, RopeSpirvP
   ChoosePages(p.page_size, &s);
   s.lanes = lanes;
   s.lane_multiplier = (65536 + lanes - 1) / lanes;
-  s.heads_at_once = ROPE_SUB_GROUP / lanes;
+  s.heads_at_once = ROPE_HEADS_AT_ONCE(lanes);
   s.units = units;
   s.rest = rest;
   s.before = p.rotary_offset / vector;
@@ -135,11 +136,12 @@ Status PlanRopeSpirv(const RopeCall& call, const SpirvDevice& device, RopeSpirvP
   s.v_vectors = v.store_v ? p.v_dim / vector : 0;
   s.heads = heads;
   s.all_heads = all_heads;
+  s.written_heads = t.k_out ? heads : p.q_heads;
   s.positions_dtype = v.positions_dtype;
   s.offsets_dtype = v.offsets_dtype;
   s.slots_dtype = v.slots_dtype;
   s.check_axes = v.axes == 2;
-  s.store_k = v.store_k;
+  s.store_k = v.store_k != kRopeNoStore;
   s.store_v = v.store_v;
   s.zero_centered = v.weight == kRopeZeroCenteredWeight;
   s.sine_flip = v.inverse ? 0x80000000u : 0u;
@@ -157,8 +159,14 @@ Status PlanRopeSpirv(const RopeCall& call, const SpirvDevice& device, RopeSpirvP
   plan->groups[0] = static_cast<uint32_t>(p.tokens);
   plan->groups[1] = static_cast<uint32_t>((wanted + together - 1) / together);
   plan->groups[2] = static_cast<uint32_t>(p.batch);
+  s.sub_groups = static_cast<int>(together);
+  s.step = static_cast<int>(plan->groups[1]) * s.sub_groups * s.heads_at_once;
   plan->why = wanted > least ? "few tokens: the heads of a token are spread over sub-groups"
                              : "many tokens: the sub-groups of a token share its heads";
+#ifndef NDEBUG
+  if (const std::string fault = RopeSpirvPlanFault(call, device, *plan); !fault.empty())
+    return Status::Internal(Text("rope: a plan for SPIR-V is wrong: ", fault));
+#endif
   return {};
 }
 

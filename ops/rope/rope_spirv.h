@@ -71,6 +71,11 @@ struct RopeSpirvPlan {
 
 Status PlanRopeSpirv(const RopeCall& call, const SpirvDevice& device, RopeSpirvPlan* plan);
 
+// "" if the plan holds what the kernel takes for granted: each head of each token and each element of a head has one
+// owner, no access leaves its tensor, accesses are aligned, a work-group fits the device. Else a sentence. Takes a
+// microsecond or two: asked when a kernel is made, and of every plan in builds with assertions.
+std::string RopeSpirvPlanFault(const RopeCall& call, const SpirvDevice& device, const RopeSpirvPlan& plan);
+
 // The embedded module of the key; null if this build has none.
 const SpirvModule* RopeSpirvModuleOf(const RopeSpirvKey& key);
 std::array<SpirvConstant, kRopeSpecCount> RopeSpirvConstants(const RopeSpirvKey& key);

@@ -32,10 +32,13 @@ typedef struct {
   rw_i32 lanes;            // work-items of a head
   rw_i32 lane_multiplier;  // 2^16 / lanes, rounded up
   rw_i32 heads_at_once;    // of a sub-group: 16 / lanes
+  rw_i32 sub_groups;       // of a work-group
+  rw_i32 step;             // heads of q, k and v from one turn of a sub-group to its next: of all sub-groups of a token
   rw_i32 units;            // of a head: pairs of vectors that are rotated
   rw_i32 rest, before;     // vectors outside the rotated part that matter, and how many of them lie before it
   rw_i32 head_vectors, v_vectors;
   rw_i32 heads, all_heads;                             // of q and k; with those of v
+  rw_i32 written_heads;                                // of q and k whose rows are written back: all, or those of q
   rw_i32 positions_dtype, offsets_dtype, slots_dtype;  // kRopeNoDtype: none
   rw_i32 check_axes;                                   // they are the caller's
   rw_i32 store_k, store_v, zero_centered;
@@ -49,7 +52,7 @@ typedef struct {
   rope_spirv_shape shape;
 } rope_spirv_params;
 
-#define ROPE_SPIRV_PARAMS_SIZE (ROPE_PARAMS_SIZE + 136)
+#define ROPE_SPIRV_PARAMS_SIZE (ROPE_PARAMS_SIZE + 144)
 #if defined(__cplusplus)
 static_assert(sizeof(rope_spirv_params) == ROPE_SPIRV_PARAMS_SIZE, "rope_spirv_params must have one layout");
 #endif

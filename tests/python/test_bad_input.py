@@ -97,6 +97,17 @@ CASES = {
     "scale zero": ({"k_cache": torch.ones(8, 1, 64).to(torch.float8_e4m3fn),
                     "v_cache": torch.ones(8, 1, 32).to(torch.float8_e4m3fn), "k_scale": 0.0}, ValueError,
                    ["k_scale must be a finite number > 0", "0"]),
+    "k_store_only without k_cache": ({"k_store_only": True, "k_cache": None}, ValueError,
+                                     ["k_store_only is 1", "k_cache is missing"]),
+    "k_store_only without a store": ({"k_store_only": True, "k_cache": None, "v_cache": None, "v": None, "slots": None},
+                                     ValueError, ["k_store_only is 1", "k_cache is missing"]),
+    "k_store_only without k": ({"k_store_only": True, "k": None, "k_cache": None, "k_weight": None}, ValueError,
+                               ["k_store_only is 1", "k is missing"]),
+    "k_store_only with k_out": ({"k_store_only": True, "k_out": torch.ones(4, 1, 64)}, ValueError,
+                                ["k_store_only is 1", "k_out is given"]),
+    "k_store_only type": ({"k_store_only": "yes"}, TypeError, ["k_store_only must be a bool", "str"]),
+    "k_store_only grad": ({"k_store_only": True, "k": torch.ones(4, 1, 64, requires_grad=True)}, ValueError,
+                          ["k requires grad", "no_grad"]),
     "axes dtype": ({"axes": torch.zeros(32, dtype=torch.int64)}, ValueError, ["axes must be int32", "int64"]),
     "axes length": ({"axes": torch.zeros(16, dtype=torch.int32)}, ValueError, ["axes", "32", "16"]),
     "q grad": ({"q": torch.ones(4, 2, 64, requires_grad=True)}, ValueError, ["q requires grad", "no_grad"]),
@@ -158,6 +169,14 @@ def test_read_only_numpy_may_be_read():
     q.flags.writeable = False
     new, _ = ropewalk.rope(q, frequencies=F64)
     assert (q == 1).all() and not (new == 1).all()
+
+
+def test_read_only_k_may_be_stored():
+    """With k_store_only k is only read."""
+    arguments = {n: t.numpy() if isinstance(t, torch.Tensor) else t for n, t in good().items()}
+    arguments["k"].flags.writeable = False
+    q, none = ropewalk.rope_(arguments.pop("q"), arguments.pop("k"), k_store_only=True, **arguments)
+    assert none is None and not (q == 1).all() and not (arguments["k_cache"] == 1).all()
 
 
 @pytest.mark.parametrize(

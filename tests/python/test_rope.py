@@ -173,6 +173,28 @@ def test_store(cache_dtype, layout):
     assert torch.equal(v_flat.float()[rest], v_before.reshape(32, 2, 48)[rest])
 
 
+@pytest.mark.parametrize("cache_dtype", [None, torch.float8_e4m3fn])
+@pytest.mark.parametrize("function", [ropewalk.rope_, ropewalk.rope])
+def test_k_store_only(function, cache_dtype):
+    """The cache is as without it; k keeps its bits, and is not handed out as if it were rotated."""
+    q, k, v = draw(6, 4, 64), draw(6, 2, 64, seed=1), draw(6, 2, 48, seed=2)
+    dtype = cache_dtype or torch.float32
+    slots = torch.tensor([31, 0, -1, 9, 17, 8])
+    caches = [torch.full((32, 2, dim), 3.0).to(dtype) for dim in (64, 48, 64, 48)]
+    new_q, new_k = ropewalk.rope(q, k, frequencies=FREQUENCIES, v=v, k_cache=caches[0], v_cache=caches[1], slots=slots)
+    before, k_before = q.clone(), k.clone()
+    options = {"frequencies": FREQUENCIES, "v": v, "k_cache": caches[2], "v_cache": caches[3], "slots": slots}
+    assert ropewalk.can_use(q, k, k_store_only=True, **options)
+    assert ropewalk.explain(q, k, k_store_only=True, **options)["backend"] == "cpu"
+    got_q, got_k = function(q, k, k_store_only=True, **options)
+    assert got_k is None
+    assert torch.equal(got_q, new_q) and not torch.equal(new_k, k)
+    assert torch.equal(k, k_before)
+    assert (got_q is q) if function is ropewalk.rope_ else torch.equal(q, before)
+    for got, want in zip(caches[2:], caches[:2], strict=True):
+        assert torch.equal(got.float(), want.float())
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_numpy(dtype):
     rng = np.random.default_rng(0)

@@ -58,6 +58,25 @@ def test_compile_out_of_place_with_norm_and_store(backend):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("function", [ropewalk.rope_, ropewalk.rope])
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compile_k_store_only(function, backend):
+    slots = torch.tensor([3, 0, -1, 7, 5])
+
+    def step(q, k, k_cache):
+        new_q, none = function(q * 2, k, frequencies=F, k_cache=k_cache, slots=slots, k_store_only=True)
+        assert none is None
+        return new_q
+
+    q, k = draw(5, 4, 64), draw(5, 2, 64, seed=1)
+    caches = [torch.zeros(8, 2, 64) for _ in range(2)]
+    want, k_before = step(q, k, caches[0]), k.clone()
+    got = torch.compile(step, fullgraph=True, backend=backend)(q, k, caches[1])
+    assert torch.equal(got, want) and torch.equal(k, k_before) and torch.equal(*caches)
+    assert caches[0][[3, 0, 7, 5]].abs().sum() > 0
+
+
+@torch.no_grad()
 def test_compile_notices_other_frequencies():
     other = ropewalk.Frequencies(theta=1e6, rotary_dim=64)
 

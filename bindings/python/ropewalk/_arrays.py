@@ -128,6 +128,7 @@ def values(arguments: Mapping[str, Any]) -> list[Any]:
         elif kind == "tensor":
             if not (name in ("k_scale", "v_scale") and isinstance(value, (int, float))):
                 replaced = name in ("q", "k") and arguments.get(f"{name}_out") is not None
+                replaced |= name == "k" and bool(arguments.get("k_store_only"))
                 value = convert(name, value, written=arg["intent"] != "in" and not replaced)
         elif kind == "handle":
             handle = getattr(value, "_handle", None)

@@ -52,6 +52,7 @@ def rope_(
     pairing: str, rotary_dim: int | None, rotary_offset: int, inverse: bool, norm: str | None, q_weight: Any,
     k_weight: Any, zero_centered_weight: bool, eps: float, rounding: str, q_out: Any, k_out: Any, v: Any, k_cache: Any,
     v_cache: Any, slots: Any, k_scale: Any, v_scale: Any, sycl_queue: Any, disable_pdl: bool,
+    k_store_only: bool,
 ) -> None:  # fmt: skip
     """The call as torch.compile traces it."""
     for name, tensor in (("q", q), ("k", k), ("v", v), ("q_weight", q_weight), ("k_weight", k_weight)):
@@ -62,4 +63,4 @@ def rope_(
              _arrays.choice("pairing", pairing), rotary_dim or 0, rotary_offset, int(inverse),
              _arrays.choice("norm", norm), q_weight, k_weight, int(zero_centered_weight), eps,
              _arrays.choice("rounding", rounding), q_out, k_out, v, k_cache, v_cache, slots, _scale(k_scale),
-             _scale(v_scale), _arrays.queue(sycl_queue) or 0, int(disable_pdl))  # fmt: skip
+             _scale(v_scale), _arrays.queue(sycl_queue) or 0, int(disable_pdl), int(k_store_only))  # fmt: skip
