@@ -193,11 +193,13 @@ constexpr TableEntry kTable[] = {
 #include "ops/rope/rope_cuda_table.inc"
 };
 
-// Whether the table knows heads like these, with so many bytes for a multiprocessor.
-bool TableKnows(const RopeCall& call, const RopeCudaFeatures& features, int64_t rows) {
-  constexpr float kLeastBytes = 11.5f;  // 2.9 KB: below, latency alone decides
+constexpr float kLeastBytes = 11.5f;  // 2.9 KB for a multiprocessor: below, latency alone decides
+
+// Of heads that no power of two of lanes works on, and of such of which a part is rotated, many tokens have rules of their
+// own, but for what was searched nearby.
+bool HasRules(const RopeCall& call, const RopeCudaFeatures& features, int64_t rows, float distance) {
   const bool part = call.params.rotary_dim != call.params.head_dim;
-  return features.bytes >= kLeastBytes && !(rows >= 3072 && (part || !features.regular));
+  return rows >= 3072 && (part || (!features.regular && distance > 0.5f));
 }
 
 }  // namespace
@@ -212,15 +214,15 @@ RopeCudaShape ChooseRopeCudaShape(const RopeCall& call, const CudaDevice& device
   const int bytes = RopeDtypeBytes(v.dtype);
   *origin = "model";
   const RopeCudaFeatures features = FeaturesOf(call, device);
-  if (layout == RopeCudaLayout::kAny && TableKnows(call, features, rows)) {
-    const TableEntry* nearest = nullptr;
-    float least = 0;
-    for (const TableEntry& entry : kTable) {
-      const float distance = Distance(entry.features, features);
-      if (nearest && distance >= least) continue;
-      nearest = &entry;
-      least = distance;
-    }
+  const TableEntry* nearest = kTable;
+  float least = Distance(nearest->features, features);
+  for (const TableEntry& entry : kTable) {
+    const float distance = Distance(entry.features, features);
+    if (distance >= least) continue;
+    nearest = &entry;
+    least = distance;
+  }
+  if (layout == RopeCudaLayout::kAny && features.bytes >= kLeastBytes && !HasRules(call, features, rows, least)) {
     // Within a quarter of an octave of a call that was searched on such a device.
     if (device.measured && least < 0.0625f) *origin = "table";
     RopeCudaShape shape = nearest->shape;
