@@ -173,10 +173,9 @@ std::vector<Lie> Lies() {
                     plan->shape.sub_groups *= 128;
                     plan->shape.step *= 128;
                   }});
-  // Every number of the shape, one off. What stands for nothing is not read: lanes and units among the choices.
+  // Every number of the shape, one off.
   constexpr size_t kFirst = offsetof(rope_spirv_shape, page_shift), kSize = sizeof(rw_i32);
-  constexpr size_t kLast = offsetof(rope_spirv_shape, choices) + kRopeSpecUnits * kSize;
-  for (size_t at = kFirst; at < kLast; at += kSize) {
+  for (size_t at = kFirst; at < offsetof(rope_spirv_shape, choices); at += kSize) {
     if (at == offsetof(rope_spirv_shape, lane_multiplier)) continue;  // below
     for (const int by : {-1, 1}) {
       const auto change = [at, by](RopeSpirvPlan* plan) {
@@ -188,13 +187,17 @@ std::vector<Lie> Lies() {
       };
       Lie lie{Text("the word at ", at, " of the shape by ", by), change};
       if (at == offsetof(rope_spirv_shape, page_shift)) lie.matters = Stores;
-      if (at == offsetof(rope_spirv_shape, choices) + kRopeSpecTableVector * kSize) {
-        lie.matters = [](const RopeCall& call, const RopeSpirvPlan& plan) {  // 1 for 0 is a lie, 0 for 1 is slow
-          return plan.key.constants[kRopeSpecTableVector] != kRopeSpecArgument || call.variant.axes;
-        };
-      }
       lies.push_back(std::move(lie));
     }
+  }
+  for (int i = 0; i < int{kRopeSpecUnits}; ++i) {
+    Lie lie{Text("another choice ", i), [i](auto* plan) { plan->shape.choices[i] ^= 1; }};
+    if (i == kRopeSpecTableVector) {
+      lie.matters = [](const RopeCall& call, const RopeSpirvPlan& plan) {  // 1 for 0 is a lie, 0 for 1 is slow
+        return plan.key.constants[kRopeSpecTableVector] != kRopeSpecArgument || call.variant.axes;
+      };
+    }
+    lies.push_back(std::move(lie));
   }
   lies.push_back({"a page_multiplier too small", [](auto* plan) { --plan->shape.page_multiplier; }, Stores});
   lies.push_back({"a page_multiplier too large",
