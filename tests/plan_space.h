@@ -12,7 +12,22 @@
 #include "ops/rope/rope_access.h"
 #include "ops/rope/rope_call.h"
 
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+#define ROPEWALK_FEW_PLANS 1
+#elif defined(__has_feature)
+#if __has_feature(address_sanitizer) || __has_feature(thread_sanitizer)
+#define ROPEWALK_FEW_PLANS 1
+#endif
+#endif
+
 namespace ropewalk {
+
+// Of each pair of q_heads and k_heads, of which KHeadsOf makes about 2,500. Fewer under a sanitizer.
+#ifdef ROPEWALK_FEW_PLANS
+constexpr int kPlansOfEach = 20;
+#else
+constexpr int kPlansOfEach = 1000;
+#endif
 
 // Numbers that are the same everywhere.
 class PlanDraw {

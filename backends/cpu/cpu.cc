@@ -11,6 +11,7 @@
 #include "backends/cpu/row_plan.h"
 #include "backends/cpu/thread_pool.h"
 #include "core/text.h"
+#include "ops/rope/rope_cpu_plan.h"
 #include "ops/rope/rope_fault_text.h"
 
 namespace ropewalk {
@@ -124,22 +125,20 @@ struct Work {
 Status Launch(const RopeCall& call) {
   const CpuTarget* target = Target();
   if (!target) return Status::Unavailable(Text("rope: ", Available().detail));
-  const rope_params& p = call.params;
-  const int64_t rows = p.batch * p.tokens;
-  if (rows == 0) return {};
-  const int64_t heads = int64_t{p.q_heads} + p.k_heads;
+  const RopeCpuPlan plan = PlanRopeCpu(call);
+  if (plan.rows == 0) return {};
+#ifndef NDEBUG
+  if (const std::string fault = RopeCpuPlanFault(call, plan, ThreadPoolSize()); !fault.empty())
+    return Status::Internal(Text("rope: a plan for the CPU is wrong: ", fault));
+#endif
   std::atomic<int64_t> first_fault{INT64_MAX};
   const Work work{&call, target->choose(call.variant), &first_fault};
 
-  // Below 32 KB a part is done before another thread has woken.
-  constexpr int64_t kPartBytes = 32 * 1024;
-  const int64_t row_bytes = std::max<int64_t>(1, heads * p.head_dim * (call.variant.dtype == kRopeF32 ? 4 : 2));
-  const int64_t grain = std::max<int64_t>(1, kPartBytes / row_bytes);
-  if (rows < 2 * grain) {
-    work.kernel(call, 0, rows, &first_fault);
+  if (plan.one_part) {
+    work.kernel(call, 0, plan.rows, &first_fault);
   } else {
     Split(
-        rows, grain,
+        plan.rows, plan.grain,
         [](int64_t begin, int64_t end, const void* context) {
           const Work& w = *static_cast<const Work*>(context);
           w.kernel(*w.call, begin, end, w.first_fault);

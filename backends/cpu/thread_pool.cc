@@ -10,6 +10,8 @@
 #include <thread>
 #include <vector>
 
+#include "ops/rope/rope_cpu_plan.h"
+
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -34,7 +36,7 @@ class ThreadPool {
   void Run(int64_t begin, int64_t end, int64_t grain, void (*body)(int64_t, int64_t, const void*),
            const void* body_context) {
     const std::unique_lock lock(busy_, std::try_to_lock);
-    const int64_t parts = std::min<int64_t>(size(), (end - begin) / std::max<int64_t>(grain, 1));
+    const int64_t parts = RowParts(end - begin, grain, size());
     if (!lock.owns_lock() || parts <= 1) return body(begin, end, body_context);
     begin_ = begin;
     end_ = end;
@@ -59,8 +61,8 @@ class ThreadPool {
 
   void Part(int64_t i) {
     if (i >= parts_) return;
-    const int64_t count = end_ - begin_;
-    body_(begin_ + count * i / parts_, begin_ + count * (i + 1) / parts_, body_context_);
+    const RowRange part = RowPart({begin_, end_}, i, parts_);
+    body_(part.begin, part.end, body_context_);
   }
 
   void Work(int index) {

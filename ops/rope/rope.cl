@@ -38,7 +38,8 @@ typedef char rope_spirv_params_size[sizeof(rope_spirv_params) == ROPE_SPIRV_PARA
 
 // The specialisation constants, in registers that become constants.
 typedef struct {
-  int interleaved, norm, weight_dtype, reference, table_dtype, table_vector, axes, cache_dtype, out_of_place, units, lanes;
+  int interleaved, norm, weight_dtype, reference, table_dtype, table_vector, axes, cache_dtype, out_of_place, store_only;
+  int units, lanes;
 } rope_choices;
 
 // All that the stages read. Inlined away.
@@ -407,7 +408,7 @@ RW_INLINE rope_head rope_head_of(const __private rope_choices* k, const __privat
              : h < p->q_heads ? a->q_out + rope_offset(&p->q_out, t, h) * RW_SIZE
                               : a->k_out + rope_offset(&p->k_out, t, h - p->q_heads) * RW_SIZE;
   head.weight = h < p->q_heads ? a->q_weight : a->k_weight;
-  head.written = k->cache_dtype == kRopeNoDtype || h < a->s->written_heads;  // all, where there is no cache
+  head.written = !k->store_only || h < a->s->written_heads;
   return head;
 }
 
@@ -511,8 +512,8 @@ ROPE_KERNEL void rope_kernel(__global void* q, __global void* k_tensor, const __
   // Where a device gains less by a variant than its build costs, the choice is an argument.
 #define ROPE_CHOICE(number) (ROPE_CONSTANT(number) == kRopeSpecArgument ? params.shape.choices[number] : ROPE_CONSTANT(number))
   const rope_choices choices = {ROPE_CHOICE(0), ROPE_CHOICE(1), ROPE_CHOICE(2),   ROPE_CHOICE(3),   ROPE_CHOICE(4),
-                                ROPE_CHOICE(5), ROPE_CHOICE(6), ROPE_CHOICE(7),   ROPE_CHOICE(8),   ROPE_CONSTANT(9),
-                                ROPE_CONSTANT(10)};
+                                ROPE_CHOICE(5), ROPE_CHOICE(6), ROPE_CHOICE(7),   ROPE_CHOICE(8),   ROPE_CHOICE(9),
+                                ROPE_CONSTANT(10), ROPE_CONSTANT(11)};
   const rope_all all = {(rw_in)q,         (rw_in)k_tensor,  (rw_in)v,          (rw_out)q_out, (rw_out)k_out,
                         (rw_out)k_cache,  (rw_out)v_cache,  positions,         offsets,       cos_table,
                         sin_table,        slots,            axes,              turns,         (rw_in)q_weight,
@@ -555,7 +556,7 @@ ROPE_KERNEL void rope_kernel(__global void* q, __global void* k_tensor, const __
   const rope_token t = rope_plan_token(k, a, batch, token, id == 0 && turn_first == 0);
   if (t.poisoned || t.left_out) {
     if (t.left_out && !k->out_of_place) return;
-    RW_ROLLED for (int h = first; h < s->written_heads; h += step) {
+    RW_ROLLED for (int h = first; h < (k->store_only ? s->written_heads : heads); h += step) {
       const rope_head head = rope_head_of(k, a, &t, h);
       rope_fill_head(a, &head, t.poisoned, lane, lanes);
     }

@@ -31,7 +31,9 @@ int AccessBytes(const RopeVariant& v, int register_bytes) {
   const bool rounds = v.rounding == kRopeRoundReference;
   if (v.dtype == kRopeF32) return register_bytes >= 64 ? 16 : 8;
   if (register_bytes >= 64) return v.norm && fp8 && rounds ? 8 : 16;
-  return v.norm && (fp8 || (stores && rounds)) ? 4 : 8;
+  // Weights of 32 bits, and a second place for a head, take registers too.
+  const bool more = rounds || v.out_of_place || v.weight_dtype == kRopeF32;
+  return v.norm && (fp8 || (stores && more)) ? 4 : 8;
 }
 int MostUnits(const RopeVariant& v, int access_bytes, int register_bytes) {
   const bool fp8 = v.cache_dtype == kRopeE4M3 || v.cache_dtype == kRopeE5M2;
@@ -116,6 +118,7 @@ Status PlanRopeSpirv(const RopeCall& call, const SpirvDevice& device, RopeSpirvP
   key.constants[kRopeSpecAxes] = v.axes != 0;
   key.constants[kRopeSpecCacheDtype] = v.cache_dtype;
   key.constants[kRopeSpecOutOfPlace] = v.out_of_place;
+  key.constants[kRopeSpecStoreOnly] = v.store_k == kRopeStoreOnly;
   key.constants[kRopeSpecUnits] = static_cast<uint8_t>(each);
   key.constants[kRopeSpecLanes] = static_cast<uint8_t>(exact ? lanes : 0);
 
@@ -136,7 +139,7 @@ Status PlanRopeSpirv(const RopeCall& call, const SpirvDevice& device, RopeSpirvP
   s.v_vectors = v.store_v ? p.v_dim / vector : 0;
   s.heads = heads;
   s.all_heads = all_heads;
-  s.written_heads = t.k_out ? heads : p.q_heads;
+  s.written_heads = v.store_k == kRopeStoreOnly ? p.q_heads : heads;
   s.positions_dtype = v.positions_dtype;
   s.offsets_dtype = v.offsets_dtype;
   s.slots_dtype = v.slots_dtype;
@@ -205,6 +208,7 @@ std::string RopeSpirvName(const RopeSpirvKey& key) {
                     : Text(" turns"));
   if (c[kRopeSpecAxes]) name += " axes";
   if (c[kRopeSpecCacheDtype]) Append(&name, Text(" store:", kDtypes[c[kRopeSpecCacheDtype]]));
+  if (c[kRopeSpecStoreOnly]) name += " k only";
   if (c[kRopeSpecOutOfPlace]) name += " out";
   return Text(name, " v", int{key.vector}, " u", int{c[kRopeSpecUnits]}, " l", int{c[kRopeSpecLanes]});
 }

@@ -57,7 +57,7 @@ struct RopeSpirvKey {
 
   bool operator==(const RopeSpirvKey&) const = default;
 };
-static_assert(sizeof(RopeSpirvKey) == 13);
+static_assert(sizeof(RopeSpirvKey) == 14);
 
 struct RopeSpirvPlan {
   RopeSpirvKey key;

@@ -18,9 +18,10 @@ enum {
   kRopeSpecAxes = 6,
   kRopeSpecCacheDtype = 7,  // kRopeNoDtype: no store
   kRopeSpecOutOfPlace = 8,
-  kRopeSpecUnits = 9,   // units that a lane keeps in registers, 1, 2 or 4; 0: it takes any number, one at a time
-  kRopeSpecLanes = 10,  // work-items of a head if that is 4, 8 or 16 and each has all its units; 0: any, by the shape
-  kRopeSpecCount = 11
+  kRopeSpecStoreOnly = 9,  // k is not written back
+  kRopeSpecUnits = 10,     // units that a lane keeps in registers, 1, 2 or 4; 0: it takes any number, one at a time
+  kRopeSpecLanes = 11,  // work-items of a head if that is 4, 8 or 16 and each has all its units; 0: any, by the shape
+  kRopeSpecCount = 12
 };
 // A constant of this value: the choice is in rope_spirv_shape. Not for units and lanes.
 enum { kRopeSpecArgument = 255 };
@@ -32,19 +33,19 @@ typedef struct {
   rw_i32 lanes;            // work-items of a head
   rw_i32 lane_multiplier;  // 2^16 / lanes, rounded up
   rw_i32 heads_at_once;    // of a sub-group: 16 / lanes
-  rw_i32 sub_groups;       // of a work-group
-  rw_i32 step;             // heads of q, k and v from one turn of a sub-group to its next: of all sub-groups of a token
   rw_i32 units;            // of a head: pairs of vectors that are rotated
   rw_i32 rest, before;     // vectors outside the rotated part that matter, and how many of them lie before it
   rw_i32 head_vectors, v_vectors;
   rw_i32 heads, all_heads;                             // of q and k; with those of v
-  rw_i32 written_heads;                                // of q and k whose rows are written back: all, or those of q
   rw_i32 positions_dtype, offsets_dtype, slots_dtype;  // kRopeNoDtype: none
   rw_i32 check_axes;                                   // they are the caller's
   rw_i32 store_k, store_v, zero_centered;
   rw_u32 sine_flip;  // the sign bit if inverse
   float inverse_head_dim;
-  rw_i32 choices[kRopeSpecCount];  // the values of the constants that are kRopeSpecArgument
+  rw_i32 sub_groups;     // of a work-group
+  rw_i32 step;           // heads of q, k and v from one turn of a sub-group to its next: of all sub-groups of a token
+  rw_i32 written_heads;  // of q and k whose rows are written back: all, or those of q
+  unsigned char choices[kRopeSpecCount];  // the values of the constants that are kRopeSpecArgument
 } rope_spirv_shape;
 
 typedef struct {
@@ -52,7 +53,7 @@ typedef struct {
   rope_spirv_shape shape;
 } rope_spirv_params;
 
-#define ROPE_SPIRV_PARAMS_SIZE (ROPE_PARAMS_SIZE + 144)
+#define ROPE_SPIRV_PARAMS_SIZE (ROPE_PARAMS_SIZE + 112)
 #if defined(__cplusplus)
 static_assert(sizeof(rope_spirv_params) == ROPE_SPIRV_PARAMS_SIZE, "rope_spirv_params must have one layout");
 #endif

@@ -74,13 +74,14 @@ class Checker {
                         -1,  // see Tables()
                         v_.axes != 0,
                         v_.cache_dtype,
-                        v_.out_of_place};
+                        v_.out_of_place,
+                        v_.store_k == kRopeStoreOnly};
     static_assert(std::size(want) == kRopeSpecUnits && kRopeSpecLanes == kRopeSpecUnits + 1);
     for (int i = 0; i < int{kRopeSpecUnits}; ++i) {
       const auto at = static_cast<size_t>(i);
       choices_[at] = constants[at] == kRopeSpecArgument ? s_.choices[i] : constants[at];
       if (!Require(s_.choices[i] == choices_[at], "constant ", i, " is ", int{constants[at]}, ", but choice ", i,
-                   " is ", s_.choices[i])) {
+                   " is ", int{s_.choices[i]})) {
         return false;
       }
       if (want[i] >= 0 &&
