@@ -45,6 +45,9 @@ class CudaTuner {
   Status Tune(std::span<const RopeCase> cases, const TuneOptions& options,
               const std::function<bool(const RopeCase&, const Status&, const TunedCase&)>& visit);
 
+  const CudaDriver& driver() const { return driver_; }
+  const CudaDeviceInfo& device() const { return driver_.devices.front(); }
+
  private:
   CudaTuner(const CudaDriver& driver, DeviceMemory& memory) : driver_(driver), memory_(memory) {}
 

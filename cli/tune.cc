@@ -7,10 +7,12 @@
 #include <cmath>
 #include <string>
 
+#include "backends/cuda/tuned.h"
 #include "bench/cuda_tune.h"
 #include "bench/timed_case.h"
 #include "cli/common.h"
 #include "cli/model_cases.h"
+#include "ops/rope/rope_cuda_shapes.h"
 
 namespace ropewalk::cli {
 namespace {
@@ -23,7 +25,7 @@ struct Options {
   std::vector<std::string> ops = {"rope", "norm+rope", "norm+rope+store", "norm+rope+store:fp8"};
   std::vector<std::string> angles = {"frequencies", "table"};
   double seconds = 0;
-  bool all = false;
+  bool all = false, dry_run = false;
 };
 
 // A shape with every op, pairing and angle source asked for.
@@ -113,6 +115,8 @@ int Tune(const Options& options) {
   std::unique_ptr<bench::CudaTuner> tuner;
   if (const Status status = bench::CudaTuner::Make(&tuner); !status.ok()) throw Failure(status.text());
   Table table({"shape", ">tokens", "stages", ">before us", ">best us", ">gain", "plan", "before from"});
+  constexpr double kWorthKeeping = 1.02;  // less is noise
+  std::vector<RopeCudaTuned::Entry> found;
   std::vector<std::string> failures;
   std::string lines;
   double most = 1;
@@ -135,6 +139,7 @@ int Tune(const Options& options) {
       if (tuned.tried.empty() || !tuned.tried[0].wrong.empty()) return go_on;
       const bench::TriedShape& best = tuned.tried[0];
       const double gain = tuned.before / best.seconds;
+      if (gain > kWorthKeeping) found.push_back({FeaturesOf(tuned.call, tuner->device().properties), best.shape});
       most = std::max(most, gain);
       const std::string stages = fmt::format("{}{}{}", bench::OpName(c), c.angles == Angles::kFrequencies ? "" : " table",
                                              c.cache == Cache::kNone ? "" : c.cache_dtype & kFp8 ? " + fp8 store" : " + store");
@@ -167,6 +172,12 @@ int Tune(const Options& options) {
   }
   table.Print();
   fmt::print("\n{} of {} shapes searched; the most that one gained: {:.3f} times.\n", done, cases.size(), most);
+  if (!found.empty() && !options.dry_run) {
+    std::string path;
+    const Status kept = KeepTunedShapes(tuner->device().name, tuner->driver().version, found, &path);
+    if (!kept.ok()) throw Failure(kept.text(), kNotHeld);
+    fmt::print("{} kept in {}: later processes take them (`ropewalk explain` says \"tuned here\").\n", found.size(), path);
+  }
   for (const std::string& failure : failures) fmt::print(stderr, "{}  {}\n", Verdict(false), failure);
   return failures.empty() && done > 0 ? kHeld : kNotHeld;
 }
@@ -200,11 +211,13 @@ void AddTune(CLI::App* app, int* exit_code) {
       ->capture_default_str();
   command->add_option("--json", options->json, "write a line of JSON for each shape to this file")->type_name("FILE");
   command->add_flag("--all", options->all, "with all that were tried in the JSON, not only the best few");
+  command->add_flag("--dry-run", options->dry_run, "keep nothing");
   command->footer(
       "Examples:\n"
       "  ropewalk tune --model qwen3-8b                   a model's shapes at 1 to 4096 tokens\n"
       "  ropewalk tune --shape 512,28,4,128               one shape, every stage\n\n"
-      "Each candidate's result is compared with the reference before it is timed.\n"
+      "Each candidate's result is compared with the reference before it is timed. What gains 2 % or more is kept beside the\n"
+      "compiled kernels, for this device, driver and version of Ropewalk.\n"
       "Exit code 0 only if every candidate was right.");
   command->callback([options, exit_code] { *exit_code = Tune(*options); });
 }

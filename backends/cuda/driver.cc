@@ -3,6 +3,7 @@
 
 #include <dlfcn.h>
 
+#include "backends/cuda/tuned.h"
 #include "backends/driver_library.h"
 #include "core/text.h"
 
@@ -46,6 +47,7 @@ Status Load(CudaDriver* driver) {
                                            {cu::kComputeCapabilityMinor, &info.properties.minor}}) {
       ROPEWALK_TRY(driver->Check(driver->DeviceGetAttribute(value, attribute, info.handle), "cuDeviceGetAttribute"));
     }
+    info.properties.tuned = LoadTunedShapes(info.name, driver->version);
     driver->devices.push_back(std::move(info));
   }
   if (driver->devices.empty()) return Status::Unavailable(Text(driver->path, " sees no GPU"));

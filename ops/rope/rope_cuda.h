@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <string>
+#include <vector>
 
 #include "core/status.h"
 #include "ops/rope/rope_access.h"
@@ -14,10 +15,13 @@
 
 namespace ropewalk {
 
+struct RopeCudaTuned;
+
 struct CudaDevice {
   int sm_count = 0;
   int major = 0, minor = 0;  // compute capability
   bool measured = false;     // it is one that the table of shapes was searched on
+  const RopeCudaTuned* tuned = nullptr;  // what `ropewalk tune` found on it; null: nothing
 };
 
 // What a multiprocessor holds at most; to ask for more is an error.
@@ -88,6 +92,24 @@ struct RopeCudaShape {
   uint8_t resident = 0;     // many: warps that a multiprocessor is to hold, which limits registers; 0: as the compiler likes
 
   bool operator==(const RopeCudaShape&) const = default;
+};
+
+// What of a call its shape depends on. Logarithms to base 2.
+struct RopeCudaFeatures {
+  uint8_t norm = 0, table = 0, store = 0, regular = 0;  // store: 1 of the same dtype, 2 of fp8; a power of two of lanes
+  float lanes = 0;   // of a head, with the widest accesses
+  float bytes = 0;   // of q and k for each multiprocessor
+  float turns = 0;   // of a warp for all heads of a token
+  float tokens = 0;  // as many as an H200 would have for each multiprocessor
+};
+
+// Shapes that `ropewalk tune` found on a device.
+struct RopeCudaTuned {
+  struct Entry {
+    RopeCudaFeatures features;
+    RopeCudaShape shape;
+  };
+  std::vector<Entry> entries;
 };
 
 struct RopeCudaPlan {

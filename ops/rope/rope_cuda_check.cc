@@ -206,6 +206,8 @@ class PlanProof {
     Require(p_.rotary_dim % (2 * vector) == 0 && p_.rotary_offset % vector == 0 && p_.head_dim % vector == 0,
             "has vectors across the parts of a head");
     Require(p_.rotary_offset + p_.rotary_dim <= p_.head_dim, "rotates more than a head");
+    Require(shape_.flat ? vector * bytes <= 32 : vector * bytes <= 16 && (vector & (vector - 1)) == 0,
+            "has vectors that no access carries");
     Require(shape_.units * 2 * vector == p_.rotary_dim && shape_.units <= shape_.units_per_lane * key_.lanes,
             "leaves a part of the rotated part");
     Require(!rest_matters || (shape_.rest * vector == p_.head_dim - p_.rotary_dim &&
@@ -227,7 +229,7 @@ class PlanProof {
     if (v_.cache_dtype != kRopeNoDtype) {
       const bool same = v_.cache_dtype == v_.dtype;
       const int64_t of_k = same ? row_bytes : shape_.staged_codes ? 8 : vector;
-      const int64_t of_v = same ? (v_flat ? 16 : int64_t{vector} * bytes) : v_flat ? 8 : vector;
+      const int64_t of_v = same ? (v_flat ? 16 : int64_t{vector} * bytes) : v_flat ? 16 / bytes : vector;
       const auto cache = [&](const void* data, const rope_strides& s, int64_t access) {
         return Aligned(data, cache_bytes, {s.batch, s.token, p_.k_heads > 1 ? s.head : 0}, access);
       };

@@ -21,7 +21,7 @@ int64_t Ceil(int64_t a, int64_t b) { return (a + b - 1) / b; }
 bool Stores(const RopeVariant& v) { return v.cache_dtype != kRopeNoDtype; }
 bool StoresFp8(const RopeVariant& v) { return Stores(v) && v.cache_dtype != v.dtype; }
 
-constexpr int64_t kSharedBytes = 48 * 1024;
+constexpr int64_t kSharedBytes = 48 * 1024, kMostGridY = 65535;
 
 // What the shape says of the work of a block, as far as the call has it: never more warps, stages or tokens than there
 // is work for.
@@ -37,11 +37,16 @@ void LayOut(const RopeCall& call, RopeCudaShape shape, int64_t rows, int64_t all
   if (shape.few) {
     const RopeVariant& v = call.variant;
     const bool v_rides = !v.store_v || call.params.v_dim == call.params.rotary_dim;
-    const int heads = Ceil(deal.units, deal.lanes) <= 2 && v_rides ? shape.in_flight : 1;
+    const int heads = Ceil(deal.units, deal.lanes) <= 2 && v_rides ? std::clamp<int>(shape.in_flight, 1, 8) : 1;
     key.in_flight = static_cast<uint8_t>(heads);
     // About so many warps a block that none is without a head; no more blocks than those leave heads for.
     const int64_t warps = Ceil(all_heads, per_warp * heads);
-    const int64_t token_warps = Ceil(warps, std::max<int64_t>(1, (warps + shape.cut / 2) / std::max<int>(shape.cut, 1)));
+    const int64_t wanted = std::max<int64_t>(1, (warps + shape.cut / 2) / std::max<int>(shape.cut, 1));
+    const int64_t token_warps = std::clamp<int64_t>(Ceil(warps, std::min(wanted, kMostGridY)), 1, 32);
+    if (Ceil(warps, token_warps) > kMostGridY) {  // of 2,000,000 heads and more
+      shape.few = 0;
+      return LayOut(call, shape, rows, all_heads, plan);
+    }
     const int64_t tokens = std::clamp<int64_t>(std::min<int64_t>(shape.tokens, rows), 1, 32 / token_warps);
     key.token_groups = static_cast<uint16_t>(token_warps * per_warp);
     key.threads = static_cast<uint16_t>(token_warps * tokens * 32);
@@ -52,7 +57,8 @@ void LayOut(const RopeCall& call, RopeCudaShape shape, int64_t rows, int64_t all
   }
   // Side by side go 16 bytes; v's heads only with those of q and k.
   if (plain && deal.vector * RopeDtypeBytes(call.variant.dtype) != 16) shape.flat = 0;
-  if (shape.flat > 1 && call.variant.store_v && call.params.v_dim != call.params.head_dim) shape.flat = 1;
+  const bool v_rides = call.params.v_dim == call.params.rotary_dim && call.params.v_dim == call.params.head_dim;
+  if (shape.flat > 1 && call.variant.store_v && !v_rides) shape.flat = 1;
   key.flat = shape.flat;
   const bool shares = shape.warp_tokens > 1 && !shape.flat && per_warp * deal.lanes == 32;
   const int warp_tokens = shares ? std::min<int>(shape.warp_tokens, per_warp) : 1;

@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstdint>
 #include <initializer_list>
+#include <span>
 
 namespace ropewalk {
 namespace {
@@ -131,7 +132,7 @@ bool FlatVectorFits(const RopeCall& call, int vector) {
   const RopeVariant& v = call.variant;
   const rope_params& p = call.params;
   const int half = p.rotary_dim / 2;
-  return vector > 0 && vector % 2 == 0 && half % vector == 0 && half / vector <= 32 && v.norm && !v.out_of_place &&
+  return vector > 0 && vector <= 14 && vector % 2 == 0 && half % vector == 0 && half / vector <= 32 && v.norm && !v.out_of_place &&
          p.rotary_dim == p.head_dim && (!v.store_v || p.v_dim == p.head_dim) && v.rounding == kRopeRoundFused &&
          RopeDtypeBytes(v.dtype) == 2 && RopeDtypeBytes(v.weight_dtype) == 2 && ChooseVector(call, 16, true) == 8;
 }
@@ -185,14 +186,24 @@ float Distance(const RopeCudaFeatures& a, const RopeCudaFeatures& b) {
   return sum;
 }
 
-struct TableEntry {
-  RopeCudaFeatures features;
-  RopeCudaShape shape;
-};
-constexpr TableEntry kTable[] = {
+using Entry = RopeCudaTuned::Entry;
+constexpr Entry kTable[] = {
 #include "ops/rope/rope_cuda_table.inc"
 };
 
+// The entry for the call most like this one; null if there is none.
+const Entry* Nearest(std::span<const Entry> entries, const RopeCudaFeatures& features, float* distance) {
+  const Entry* nearest = nullptr;
+  for (const Entry& entry : entries) {
+    const float other = Distance(entry.features, features);
+    if (nearest && other >= *distance) continue;
+    nearest = &entry;
+    *distance = other;
+  }
+  return nearest;
+}
+
+constexpr float kSame = 0.0625f;  // within a quarter of an octave of a call that was searched
 constexpr float kLeastBytes = 11.5f;  // 2.9 KB for a multiprocessor: below, latency alone decides
 
 // Of heads that no power of two of lanes works on, and of such of which a part is rotated, many tokens have rules of their
@@ -213,21 +224,23 @@ RopeCudaShape ChooseRopeCudaShape(const RopeCall& call, const CudaDevice& device
   const int64_t all_heads = heads + (v.store_v ? p.k_heads : 0);
   const int bytes = RopeDtypeBytes(v.dtype);
   *origin = "model";
-  const RopeCudaFeatures features = FeaturesOf(call, device);
-  const TableEntry* nearest = kTable;
-  float least = Distance(nearest->features, features);
-  for (const TableEntry& entry : kTable) {
-    const float distance = Distance(entry.features, features);
-    if (distance >= least) continue;
-    nearest = &entry;
-    least = distance;
-  }
-  if (layout == RopeCudaLayout::kAny && features.bytes >= kLeastBytes && !HasRules(call, features, rows, least)) {
-    // Within a quarter of an octave of a call that was searched on such a device.
-    if (device.measured && least < 0.0625f) *origin = "table";
-    RopeCudaShape shape = nearest->shape;
-    if (shape.vector && bytes > 2 && shape.few) shape.vector = static_cast<uint8_t>(std::max(1, shape.vector * 2 / bytes));
-    return shape;
+  if (layout == RopeCudaLayout::kAny) {
+    const RopeCudaFeatures features = FeaturesOf(call, device);
+    float distance = 0;
+    if (device.tuned) {
+      const Entry* tuned = Nearest(device.tuned->entries, features, &distance);
+      if (tuned && distance < kSame) {
+        *origin = "tuned here";
+        return tuned->shape;
+      }
+    }
+    RopeCudaShape shape = Nearest(kTable, features, &distance)->shape;
+    if (features.bytes >= kLeastBytes && !HasRules(call, features, rows, distance)) {
+      if (device.measured && distance < kSame) *origin = "table";
+      // The table's accesses are of elements of two bytes.
+      if (shape.few) shape.vector = static_cast<uint8_t>(std::max(1, shape.vector * 2 / bytes));
+      return shape;
+    }
   }
   // Few tokens: narrow accesses and so many threads, every load issued at once. Many tokens: wide accesses, several
   // heads of a group on their way through shared memory.

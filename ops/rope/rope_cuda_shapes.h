@@ -8,18 +8,10 @@
 
 namespace ropewalk {
 
-// What of a call its shape depends on. Logarithms to base 2.
-struct RopeCudaFeatures {
-  uint8_t norm = 0, table = 0, store = 0, regular = 0;  // store: 1 of the same dtype, 2 of fp8; a power of two of lanes
-  float lanes = 0;   // of a head, with the widest accesses
-  float bytes = 0;   // of q and k for each multiprocessor
-  float turns = 0;   // of a warp for all heads of a token
-  float tokens = 0;  // as many as an H200 would have for each multiprocessor
-};
 RopeCudaFeatures FeaturesOf(const RopeCall& call, const CudaDevice& device);
 
-// The shape of a call, and where it comes from: "table", a search on such a device; "model", the nearest call of the table,
-// or rules where it has none.
+// The shape of a call, and where it comes from: "tuned here", a search on this device; "table", one on such a device;
+// "model", the nearest call of the table, or rules where it has none.
 RopeCudaShape ChooseRopeCudaShape(const RopeCall& call, const CudaDevice& device, RopeCudaLayout layout,
                                   const char** origin);
 

@@ -1,0 +1,94 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "backends/cuda/tuned.h"
+
+#include <ropewalk/ropewalk.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <string_view>
+
+#include "backends/cuda/cache.h"
+#include "core/text.h"
+
+namespace ropewalk {
+namespace {
+
+constexpr std::string_view kMagic = "RWSHAPE1";
+
+std::string Identity(const std::string& device, int driver_version) {
+  return Text("shapes for ", device, ", driver for CUDA ", driver_version, ", Ropewalk ", ropewalk_version());
+}
+// "" if nothing is kept.
+std::string PathOf(const std::string& identity) {
+  const std::string directory = DiskCacheDirectory();
+  return directory.empty() ? "" : Text(directory, "/", Hex(DigestOf(identity)), ".shapes");
+}
+
+std::string Line(const RopeCudaTuned::Entry& entry) {
+  const RopeCudaFeatures& f = entry.features;
+  const RopeCudaShape& s = entry.shape;
+  char line[256];
+  std::snprintf(line, sizeof(line), "%d %d %d %d %.4f %.4f %.4f %.4f %d %d %d %d %d %d %d %d\n", f.norm, f.table, f.store,
+                f.regular, static_cast<double>(f.lanes), static_cast<double>(f.bytes), static_cast<double>(f.turns),
+                static_cast<double>(f.tokens), s.few, s.vector, s.in_flight, s.flat, s.cut, s.warp_tokens, s.tokens,
+                s.resident);
+  return line;
+}
+bool Parse(const std::string& line, RopeCudaTuned::Entry* entry) {
+  RopeCudaFeatures& f = entry->features;
+  RopeCudaShape& s = entry->shape;
+  return std::sscanf(line.c_str(), "%hhu %hhu %hhu %hhu %f %f %f %f %hhu %hhu %hhu %hhu %hhu %hhu %hhu %hhu", &f.norm,
+                     &f.table, &f.store, &f.regular, &f.lanes, &f.bytes, &f.turns, &f.tokens, &s.few, &s.vector,
+                     &s.in_flight, &s.flat, &s.cut, &s.warp_tokens, &s.tokens, &s.resident) == 16 &&
+         std::isfinite(f.lanes) && std::isfinite(f.bytes) && std::isfinite(f.turns) && std::isfinite(f.tokens);
+}
+
+// A file that is not as it was written, or of another device, has no entries.
+std::vector<RopeCudaTuned::Entry> Read(const std::string& identity) {
+  std::vector<RopeCudaTuned::Entry> entries;
+  const std::string path = PathOf(identity);
+  std::string bytes;
+  std::string_view of, payload;
+  if (path.empty() || !ReadFile(path, &bytes) || !Unseal(bytes, kMagic, &of, &payload) || of != identity) return entries;
+  while (!payload.empty()) {
+    const size_t end = std::min(payload.find('\n'), payload.size());
+    RopeCudaTuned::Entry entry;
+    if (!Parse(std::string(payload.substr(0, end)), &entry)) return {};
+    entries.push_back(entry);
+    payload.remove_prefix(std::min(end + 1, payload.size()));
+  }
+  return entries;
+}
+
+bool SameCall(const RopeCudaFeatures& a, const RopeCudaFeatures& b) {
+  const auto same = [](float x, float y) { return std::abs(x - y) < 1e-3f; };
+  return a.norm == b.norm && a.table == b.table && a.store == b.store && a.regular == b.regular &&
+         same(a.lanes, b.lanes) && same(a.bytes, b.bytes) && same(a.turns, b.turns) && same(a.tokens, b.tokens);
+}
+
+}  // namespace
+
+const RopeCudaTuned* LoadTunedShapes(const std::string& device, int driver_version) {
+  std::vector<RopeCudaTuned::Entry> entries = Read(Identity(device, driver_version));
+  return entries.empty() ? nullptr : new RopeCudaTuned{std::move(entries)};
+}
+
+Status KeepTunedShapes(const std::string& device, int driver_version, const std::vector<RopeCudaTuned::Entry>& entries,
+                       std::string* path) {
+  const std::string identity = Identity(device, driver_version);
+  *path = PathOf(identity);
+  if (path->empty()) {
+    return Status::Unavailable(Text("tune: there is nowhere to keep what was found: ", DiskCacheText()));
+  }
+  std::vector<RopeCudaTuned::Entry> all = Read(identity);
+  for (const RopeCudaTuned::Entry& entry : entries) {
+    std::erase_if(all, [&](const auto& old) { return SameCall(old.features, entry.features); });
+    all.push_back(entry);
+  }
+  std::string payload;
+  for (const RopeCudaTuned::Entry& entry : all) Append(&payload, Line(entry));
+  return PublishFile(*path, Sealed(kMagic, identity, payload));
+}
+
+}  // namespace ropewalk

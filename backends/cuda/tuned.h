@@ -1,0 +1,20 @@
+// What `ropewalk tune` found, kept beside the kernels: a file for each device, driver and version of Ropewalk, which every
+// later process reads when it opens the driver.
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "core/status.h"
+#include "ops/rope/rope_cuda.h"
+
+namespace ropewalk {
+
+// Those of a device of this name under this driver; null if there are none, or nowhere to keep any. Never freed.
+const RopeCudaTuned* LoadTunedShapes(const std::string& device, int driver_version);
+// Adds entries, in place of those for the same calls. `path`: where they are now.
+Status KeepTunedShapes(const std::string& device, int driver_version, const std::vector<RopeCudaTuned::Entry>& entries,
+                       std::string* path);
+
+}  // namespace ropewalk
