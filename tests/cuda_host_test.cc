@@ -18,10 +18,13 @@
 
 #include "backends/cuda/bundle.h"
 #include "backends/cuda/cache.h"
+#include "backends/cuda/driver.h"
 #include "backends/cuda/sources.h"
+#include "backends/cuda/tuned.h"
 #include "core/frequencies.h"
 #include "core/text.h"
 #include "ops/rope/rope_cuda.h"
+#include "ops/rope/rope_cuda_shapes.h"
 #include "tests/fake_libcuda.h"
 #include "tests/fresh_process.h"
 
@@ -328,6 +331,51 @@ TEST_F(CudaHost, OneProcessCompilesAnotherReadsTheDisk) {
   EXPECT_EQ(Compilations(), 3);
   InFreshProcess({{"ROPEWALK_CACHE_DIR", ""}}, source_is("would be", "compiled"));
   EXPECT_EQ(Compilations(), 4);
+}
+
+// What `ropewalk tune` keeps serves every later process on such a device, and no other.
+TEST_F(CudaHost, TunedShapesServeLaterProcesses) {
+  const auto plan_is = [](std::string origin, std::string part) {
+    return [origin, part] {
+      Call call;
+      const std::string text = Explained(call.args);
+      ExpectContains(text, Text("\"plan\": \"", origin));
+      ExpectContains(text, part);
+      ExpectOk(call.Run());
+    };
+  };
+  InFreshProcess({}, plan_is("model", " few "));
+  InFreshProcess({}, [] {
+    Call call;
+    RopeCall lowered;
+    ASSERT_TRUE(LowerRope(call.args, nullptr, &lowered).ok());
+    const CudaDriver& driver = GetCudaDriver();
+    RopeCudaTuned::Entry entry;
+    entry.features = FeaturesOf(lowered, driver.devices[0].properties);
+    entry.shape.few = 1;
+    entry.shape.vector = 4;
+    entry.shape.in_flight = 2;
+    entry.shape.cut = 5;
+    std::string path;
+    ASSERT_TRUE(KeepTunedShapes(driver.devices[0].name, driver.version, {entry, entry}, &path).ok());
+    EXPECT_TRUE(fs::exists(path)) << path;
+    entry.shape.vector = 8;
+    ASSERT_TRUE(KeepTunedShapes(driver.devices[0].name, driver.version, {entry}, &path).ok());
+    EXPECT_EQ(LoadTunedShapes(driver.devices[0].name, driver.version)->entries.size(), 1u) << "the same call";
+    EXPECT_EQ(LoadTunedShapes("another device", driver.version), nullptr);
+    EXPECT_EQ(LoadTunedShapes(driver.devices[0].name, driver.version + 10), nullptr);
+  });
+  InFreshProcess({}, plan_is("tuned here", " few v8 "));
+  // Other tokens are another call; nor does a changed file serve, nor one that is gone.
+  InFreshProcess({}, [] {
+    Call call(4096);
+    EXPECT_EQ(Explained(call.args).find("tuned here"), std::string::npos);
+  });
+  for (const auto& file : fs::recursive_directory_iterator(Directory())) {
+    if (file.path().extension() != ".shapes") continue;
+    std::fstream(file.path(), std::ios::in | std::ios::out | std::ios::binary).seekp(-3, std::ios::end) << '9';
+  }
+  InFreshProcess({}, plan_is("model", " few "));
 }
 
 TEST_F(CudaHost, DamagedFilesAreASlowStart) {
