@@ -869,6 +869,7 @@ struct Mode {
   uint32_t cache_dtype = 0;
   Scale scale = Scale::kNone;
   int64_t page_size = 16;
+  bool k_store_only = false;
   Slots slots = Slots::kAll;
 };
 constexpr Mode kModes[] = {
@@ -890,6 +891,8 @@ constexpr Mode kModes[] = {
     {.norm = true, .layout = Layout::kTransposed, .batched = true, .angles = Angles::kFullWidth, .table_dtype = kBF16},
     {.v_behind = true, .batched = true, .dtype = kF32},
     {.norm = true, .other_pairing = true, .cache = Cache::kNhd, .page_size = 7},
+    {.padded = true, .cache = Cache::kNhd, .k_store_only = true, .slots = Slots::kSkips},
+    {.norm = true, .cache = Cache::kHnd, .cache_dtype = kE4M3, .scale = Scale::kTensor, .k_store_only = true},
 };
 
 void TakeModel(const ModelHeads& model, RopeCase* c) {
@@ -918,6 +921,7 @@ RopeCase CallOfModel(const ModelHeads& model, int32_t ranks, const Mode& mode, i
                 .cache = mode.cache,
                 .cache_dtype = mode.cache_dtype,
                 .page_size = mode.page_size,
+                .k_store_only = mode.k_store_only,
                 .scale = mode.scale,
                 .slots = mode.slots};
   if (!SplitHeads(model, ranks, &c.q_heads, &c.k_heads)) c.q_heads = 0;
