@@ -19,12 +19,13 @@ struct Options {
   uint64_t seed = 1;
   int32_t threads = 1;
   std::string shard;
-  bool list = false, json = false;
+  bool engines = false, list = false, json = false;
 };
 
-// The cases of the list, those of the models named, or random ones.
+// The cases of the list, those of the models named, of all models as engines call them, or random ones.
 std::vector<RopeCase> Cases(const Options& options) {
   if (options.random) return RandomRopeCases(options.seed, options.random);
+  if (options.engines) return EngineCases(true);
   if (options.models.empty()) return RopeCases();
   std::vector<RopeCase> cases;
   for (const Model& model : LoadModels(options.models)) {
@@ -36,6 +37,16 @@ std::vector<RopeCase> Cases(const Options& options) {
     }
   }
   return cases;
+}
+
+// What a rerun must say besides the backend and the case.
+std::string Source(const Options& options) {
+  std::string words;
+  for (const std::string& model : options.models) words += fmt::format(" --model '{}'", model);
+  if (options.random) words += fmt::format(" --random {} --seed {}", options.random, options.seed);
+  if (options.engines) words += " --engines";
+  if (options.threads != 1) words += fmt::format(" --threads {}", options.threads);
+  return words.empty() ? words : words.substr(1);
 }
 
 Json ToJson(const RunSummary& summary, const Options& options) {
@@ -87,7 +98,8 @@ void PrintOptions(const RunSummary& summary) {
   table.Print();
 }
 
-// Every n-th case from the k-th on, for "k/n".
+// Every n-th run of cases from the k-th on, for "k/n": calls of one shape stay together, so that one process compiles
+// their kernel.
 void TakeShard(const std::string& shard, std::vector<RopeCase>* cases) {
   if (shard.empty()) return;
   size_t k = 0, n = 0;
@@ -95,7 +107,9 @@ void TakeShard(const std::string& shard, std::vector<RopeCase>* cases) {
     throw Failure(fmt::format("--shard must be K/N with K < N, but is \"{}\"", shard), kNotHeld);
   }
   std::vector<RopeCase> taken;
-  for (size_t i = k; i < cases->size(); i += n) taken.push_back(std::move((*cases)[i]));
+  for (size_t i = 0; i < cases->size(); ++i) {
+    if (i / kCallsOfAShape % n == k) taken.push_back(std::move((*cases)[i]));
+  }
   *cases = std::move(taken);
 }
 
@@ -113,6 +127,7 @@ int Check(const Options& options) {
     return kHeld;
   }
   Require(ropewalk_set_threads(options.threads));
+  PrintCaseOnCrash();
   const int64_t matching =
       std::ranges::count_if(cases, [&](const RopeCase& c) { return MatchesFilter(c.name, options.pattern); });
   RunSummary summary;
@@ -121,21 +136,16 @@ int Check(const Options& options) {
     RunOptions run;
     run.backend = options.backend;
     run.filter = options.pattern;
+    run.source = Source(options);
     run.max_failures = options.max_failures;
     run.progress = [&](const CaseResult& result, int64_t, int64_t) { progress.Step(result.name); };
     summary = RunCases(cases, MemoryOf(options.backend), run);
-  }
-  // What the list alone does not say.
-  for (CaseResult& failure : summary.failures) {
-    for (const std::string& model : options.models) failure.rerun += fmt::format(" --model '{}'", model);
-    if (options.random) failure.rerun += fmt::format(" --random {} --seed {}", options.random, options.seed);
-    if (options.threads != 1) failure.rerun += fmt::format(" --threads {}", options.threads);
   }
   if (options.json) {
     fmt::print("{}\n", ToJson(summary, options).dump(2));
     return summary.ok() ? kHeld : kNotHeld;
   }
-  if (!summary.error.empty()) throw Failure(summary.error, kNotHeld);
+  if (!summary.error.empty() && summary.run == 0) throw Failure(summary.error, kNotHeld);
   PrintOptions(summary);
   fmt::print("\n");
   Table kernels({"backend and kernel", ">cases", ">failed"});
@@ -147,6 +157,7 @@ int Check(const Options& options) {
   for (const CaseResult& failure : summary.failures) {
     fmt::print("{}  {}\n        {}\n        again: {}\n", Verdict(false), failure.name, failure.message, failure.rerun);
   }
+  if (!summary.error.empty()) fmt::print("{}\n", summary.error);
   fmt::print("{}: {} cases ran, {} failed; {} elements compared; worst error {:.3f} of the tolerance ({})\n",
              Verdict(summary.ok()), summary.run, summary.failed, summary.elements, summary.worst, summary.worst_case);
   return summary.ok() ? kHeld : kNotHeld;
@@ -162,12 +173,19 @@ void AddCheck(CLI::App* app, int* exit_code) {
       ->capture_default_str();
   command->add_option("--case", options->pattern, "only cases whose name holds this text; * and ? match the whole name")
       ->type_name("PATTERN");
-  command->add_option("--shard", options->shard, "only every N-th case from the K-th on, to share them among processes")
+  command
+      ->add_option("--shard", options->shard,
+                   "only every N-th run of four cases from the K-th on, to share them among processes")
       ->type_name("K/N");
   AddModelOption(command, &options->models);
   command->add_option("--random", options->random, "so many cases drawn at random instead of those of the list")
       ->check(Above0())
       ->excludes("--model");
+  command
+      ->add_flag("--engines", options->engines,
+                 "what engines send instead of the list: the heads of real models, as tensor-parallel ranks have them")
+      ->excludes("--model")
+      ->excludes("--random");
   command->add_option("--seed", options->seed, "other random cases for another number")
       ->needs("--random")
       ->capture_default_str();
@@ -183,7 +201,8 @@ void AddCheck(CLI::App* app, int* exit_code) {
       "  ropewalk check --backend cpu:avx2         on one target of the CPU\n"
       "  ropewalk check --case 'norm*' --list      which cases a pattern means\n"
       "  ropewalk check --model my/config.json     one model's shapes, in three dtypes\n"
-      "  ropewalk check --random 1000 --seed 7     a thousand cases that no list has\n\n"
+      "  ropewalk check --random 1000 --seed 7     a thousand cases that no list has\n"
+      "  ropewalk check --engines --case Phi-4     one model's heads, split over 1, 2, 4 and 8 ranks, in every mode\n\n"
       "A tolerance is half a unit in the last place of the output and 2^-20 of the pair's length (2^-21 in float32).\n"
       "Exit code 1 if a case fails or none ran.");
   command->callback([options, exit_code] { *exit_code = Check(*options); });

@@ -27,7 +27,9 @@ namespace {
 
 // A NaN in float16 and fp8, a huge number in float32 and bfloat16: what reads it shows.
 constexpr uint8_t kCanary = 0xFE;
-constexpr int64_t kGuardBytes = 256;
+// Before and behind each buffer: what a wrong head or token writes lies within some KB. A multiple of 256, so that what
+// follows it is aligned as the buffer is.
+constexpr int64_t kGuardBytes = 4096;
 
 constexpr int64_t kListedPositions[] = {0, 1, 2047, 32767, 131071, (1 << 20) - 1, (1 << 24) + 1, 2147483647};
 
@@ -225,7 +227,7 @@ struct CaseCall::Builder {
     const int64_t batch = std::max<int64_t>(c.batch, 1), tokens = c.tokens;
     const int64_t item = TypeFor(c.dtype).bits / 8;
     std::vector<Tensor*> tensors;
-    int64_t row = 0;
+    int64_t row = c.row_gap;
     std::string names;
     for (const Heads& h : wanted) {
       row += h.heads * h.dim;
@@ -272,13 +274,13 @@ struct CaseCall::Builder {
   void MakeHeads() {
     std::vector<Heads> wanted = {{"q", c.q_heads, c.head_dim}};
     if (c.k_heads) wanted.push_back({"k", c.k_heads, c.head_dim});
-    const bool v = c.cache != Cache::kNone && c.store_v;
-    if (v) wanted.push_back({"v", c.k_heads, c.v_dim});
+    const bool stored = c.cache != Cache::kNone && c.store_v, v = stored || c.v_behind;
+    if (v) wanted.push_back({"v", c.k_heads, c.v_dim ? c.v_dim : c.head_dim});
     const std::vector<Tensor*> inputs = NewHeads(wanted);
     for (Tensor* tensor : inputs) FillData(tensor);
     call.host_args_.q = &inputs[0]->on_host;
     if (c.k_heads) call.host_args_.k = &inputs[1]->on_host;
-    if (v) call.host_args_.v = &inputs[2]->on_host;
+    if (stored) call.host_args_.v = &inputs[2]->on_host;
     if (!c.out_of_place) return;
     for (Heads& h : wanted) h.name += "_out";
     if (v) wanted.pop_back();
@@ -718,8 +720,8 @@ Status CaseCall::Fetch(std::vector<std::vector<uint8_t>>* bytes) const {
 std::string CaseCall::Compare(const std::vector<std::vector<uint8_t>>& expected,
                               const std::vector<std::vector<uint8_t>>& now) const {
   for (size_t b = 0; b < buffers_.size(); ++b) {
+    if (expected[b] == now[b]) continue;  // by memcmp
     const auto [want, got] = std::mismatch(expected[b].begin(), expected[b].end(), now[b].begin());
-    if (want == expected[b].end()) continue;
     return Text("memory of ", buffers_[b]->name, ": byte ", (want - expected[b].begin()) - kGuardBytes, " of ",
                 static_cast<int64_t>(now[b].size()) - 2 * kGuardBytes, " must not change, but did, from ",
                 Hex(&*want, 1), " to ", Hex(&*got, 1));

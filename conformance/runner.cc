@@ -1,7 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "conformance/runner.h"
 
+#include <unistd.h>
+
 #include <algorithm>
+#include <csignal>
+#include <cstring>
+#include <initializer_list>
 #include <nlohmann/json.hpp>
 #include <utility>
 
@@ -73,7 +78,25 @@ Status RunAndVerify(const RopeCase& c, DeviceMemory& memory, CaseResult* result)
   return {};
 }
 
+// What a signal handler may read: the rerun of the case in hand.
+char case_in_hand[1024];
+
+void OnCrash(int signal) {
+  if (case_in_hand[0] && write(STDERR_FILENO, case_in_hand, std::strlen(case_in_hand)) < 0) return;
+  std::signal(signal, SIG_DFL);
+  raise(signal);
+}
+
+void TakeInHand(const std::string& rerun) {
+  const std::string text = rerun.empty() ? rerun : Text("the process ended in: ", rerun, "\n");
+  std::strncpy(case_in_hand, text.c_str(), sizeof(case_in_hand) - 1);
+}
+
 }  // namespace
+
+void PrintCaseOnCrash() {
+  for (const int signal : {SIGABRT, SIGSEGV, SIGBUS, SIGILL, SIGFPE}) std::signal(signal, OnCrash);
+}
 
 bool MatchesFilter(std::string_view name, std::string_view filter) {
   if (filter.find_first_of("*?") == std::string_view::npos) return name.find(filter) != std::string_view::npos;
@@ -112,9 +135,13 @@ RunSummary RunCases(std::span<const RopeCase> cases, DeviceMemory& memory, const
   (void)ropewalk_check_faults();  // of earlier calls
   const std::string backend = options.backend.substr(0, options.backend.find(':'));
   for (const RopeCase* c : chosen) {
+    const std::string rerun =
+        Text("ropewalk check ", options.backend.empty() ? Text() : Text("--backend ", options.backend, " "), "--case '",
+             c->name, "'", options.source.empty() ? "" : " ", options.source);
+    TakeInHand(rerun);
     CaseResult result = RunCase(*c, memory);
-    result.rerun = Text("ropewalk check ", options.backend.empty() ? Text() : Text("--backend ", options.backend, " "),
-                        "--case '", c->name, "'");
+    TakeInHand("");
+    result.rerun = rerun;
     if (result.passed && !backend.empty() && result.backend != backend) {
       result.passed = false;
       result.message = Text("backend ", backend, " is forced, but ", result.backend, " served");
@@ -137,7 +164,14 @@ RunSummary RunCases(std::span<const RopeCase> cases, DeviceMemory& memory, const
       count(summary.kernels[named ? result.kernel : Text(result.backend, " ", result.kernel)]);
     }
     if (options.progress) options.progress(result, summary.run, static_cast<int64_t>(chosen.size()));
-    if (!result.passed) summary.failures.push_back(std::move(result));
+    const bool failed = !result.passed;
+    if (failed) summary.failures.push_back(std::move(result));
+    // An access that a GPU refuses costs the context: nothing after it can run.
+    if (const Status lost = failed ? memory.Synchronize() : Status(); !lost.ok()) {
+      summary.error = Text("the device is lost (", lost.text(), ") since ", c->name, ": ",
+                           static_cast<int64_t>(chosen.size()) - summary.run, " cases did not run; again: ", rerun);
+      break;
+    }
     if (options.max_failures > 0 && summary.failed >= options.max_failures) break;
   }
   if (!options.backend.empty()) (void)ropewalk_force_backend(nullptr);

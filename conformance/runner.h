@@ -29,6 +29,7 @@ struct CaseResult {
 struct RunOptions {
   std::string backend = "cpu";  // for ropewalk_force_backend: "cpu", "cpu:avx2"; "": as it is chosen
   std::string filter = {};      // see MatchesFilter
+  std::string source = {};      // options of `ropewalk check` that make these cases, for the rerun; "": the list
   int64_t max_failures = 0;     // stop after so many; 0: never
   std::function<void(const CaseResult& result, int64_t done, int64_t total)> progress = {};
 };
@@ -53,6 +54,9 @@ bool MatchesFilter(std::string_view name, std::string_view filter);
 
 // Runs one case on the backend that now serves `memory`.
 CaseResult RunCase(const RopeCase& c, DeviceMemory& memory);
+
+// From now on a signal that ends the process while a case runs first prints the command that runs this case alone.
+void PrintCaseOnCrash();
 
 // Runs those of `cases` that the filter names, with the backend forced meanwhile. Nothing having run is an error.
 RunSummary RunCases(std::span<const RopeCase> cases, DeviceMemory& memory, const RunOptions& options);

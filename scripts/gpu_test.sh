@@ -1,17 +1,20 @@
 #!/usr/bin/env bash
-# The tests that need an NVIDIA GPU, and a report of them: conformance on the device in both layouts, the Python tests on CUDA
-# tensors, compute-sanitizer. For a machine with a driver and NVRTC and without a network:
-#   scripts/gpu_test.sh REPORT.md [conformance] [sanitizer] [python]     the parts named, else all
-# ROPEWALK: the command (build/dev/bin/ropewalk); PYTHONPATH: where the package is.
+# The tests that need an NVIDIA GPU, and a report of them: conformance on the device in both layouts, 20,000 random calls,
+# the Python tests on CUDA tensors, compute-sanitizer. For a machine with a driver and NVRTC and without a network:
+#   scripts/gpu_test.sh REPORT.md [conformance] [random] [sanitizer] [python]     the parts named, else all
+# random:K/N is the K-th of N parts of the random calls, K from 0 on, each with a seed of its own, for a machine that gives a
+# command so much time only: their kernels take the time, about 6,000 of them. engines (not among all): every model of
+# ops/rope/rope_models.cc as tensor-parallel ranks have it, in every mode.
+# ROPEWALK: the command (build/dev/bin/ropewalk); PYTHONPATH: where the package is; SEED: another than the day's.
 # SPDX-License-Identifier: Apache-2.0
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit
 [[ ! -x .venv/bin/python3 ]] || PATH=$PWD/.venv/bin:$PATH
-report=${1:?usage: scripts/gpu_test.sh REPORT.md [conformance] [sanitizer] [python]}
+report=${1:?usage: scripts/gpu_test.sh REPORT.md [conformance] [random] [sanitizer] [python]}
 shift
-parts=" ${*:-conformance sanitizer python} "
+parts=" ${*:-conformance random sanitizer python} "
 for part in $parts; do
-  [[ $part =~ ^(conformance|sanitizer|python)$ ]] || { echo "gpu_test: no part $part" >&2; exit 2; }
+  [[ $part =~ ^(conformance|random|random:[0-9]+/[1-9][0-9]*|engines|sanitizer|python)$ ]] || { echo "gpu_test: no part $part" >&2; exit 2; }
 done
 ropewalk=${ROPEWALK:-build/dev/bin/ropewalk}
 jobs=$(nproc)
@@ -32,7 +35,7 @@ check() {
        END { printf "%d cases ran, %d failed; %d elements compared; %d of '"$jobs"' processes told", run, bad, n, shards
              if (summaries) printf "; %d of %d summaries without an error", clean, summaries
              print ""; exit !(run > 0 && bad == 0 && shards == '"$jobs"' && clean == summaries) }' "$work"/check.* || touch "$work/failed"
-  grep -h -A3 '^FAILED  ' "$work"/check.* | head -40
+  grep -h -A3 -e '^FAILED  ' -e '^the process ended in: ' -e '^the device is lost' "$work"/check.* | head -40
 }
 
 # python_tests FILE..: shared among half as many processes as there are cores, likewise. One that took no test, or ended
@@ -75,13 +78,24 @@ python_tests() {
       check "$backend" "$ropewalk" check
     done
     echo '```'
-    random=(--random 1000 --seed "$(date -u +%Y%m%d)")
-    echo "Others: \`ropewalk check ${random[*]}\`"
+  fi
+  for part in $parts; do
+    [[ $part == random* ]] || continue
+    IFS=:/ read -r _ k n _ <<<"$part:0/1"
+    random=(--random $((10000 / n)) --seed $((${SEED:-$(date -u +%Y%m%d)} * 100 + k)))
+    echo "## Drawn at random: \`ropewalk check ${random[*]}\`"
     echo '```'
     for backend in cuda:few cuda:many; do
       printf '%-9s ' "$backend"
       check "$backend" "$ropewalk" check "${random[@]}"
     done
+    echo '```'
+  done
+  if [[ $parts == *" engines "* ]]; then
+    echo '## The heads of real models, as ranks have them: `ropewalk check --engines`'
+    echo '```'
+    printf '%-9s ' cuda
+    check cuda "$ropewalk" check --engines
     echo '```'
   fi
   if [[ $parts == *" sanitizer "* ]]; then

@@ -2,8 +2,9 @@
 # All tests: C++ by ctest, Python by pytest against the installed wheel, conformance by the installed command. Every
 # part runs even if one before it failed; the exit code is 0 only if all held. scripts/test.sh [asan|tsan|arm] runs the
 # C++ tests built that way instead (asan: the Python tests too); intel: every case on Intel's CPU OpenCL device with the
-# exact kernel that a GPU would have, where `make test` runs them all with general kernels; emulated: every case with
-# the CUDA kernel, run on the processor.
+# exact kernel that a GPU would have, where `make test` runs them all with general kernels; emulated: every case and 2,000
+# random ones with the CUDA kernel, run on the processor; models: the heads of every model of ops/rope/rope_models.cc, as
+# tensor-parallel ranks have them, in every mode, on the CPU and likewise.
 # SPDX-License-Identifier: Apache-2.0
 source "$(dirname "$0")/common.sh"
 
@@ -47,6 +48,18 @@ use_opencl_runtime() {
   : >"$ROPEWALK_TEST_COUNTS"
 }
 
+# on_emulated_gpu REPORT PART..: scripts/gpu_test.sh where libcuda and NVRTC are those that the tests have.
+on_emulated_gpu() {
+  local held=0
+  rm -rf build/emulated-cache
+  env FAKE_CUDA_LEGACY_STREAM=1 ROPEWALK_LIBCUDA="$root/build/dev/tests/libemulated_libcuda.so" \
+    ROPEWALK_LIBNVRTC="$root/build/dev/tests/libemulated_nvrtc.so" ROPEWALK_CACHE_DIR="$root/build/emulated-cache" \
+    scripts/gpu_test.sh "$@" || held=1
+  rm -rf build/emulated-cache
+  cat "$1"
+  return "$held"
+}
+
 mode=${1:-all}
 case $mode in
   all)
@@ -80,13 +93,14 @@ case $mode in
   emulated)
     choose_compiler
     part "build/dev" build dev
-    rm -rf build/emulated-cache
-    part "every case with the CUDA kernel run on the processor (build/emulated.md)" env FAKE_CUDA_LEGACY_STREAM=1 \
-      ROPEWALK_LIBCUDA="$root/build/dev/tests/libemulated_libcuda.so" \
-      ROPEWALK_LIBNVRTC="$root/build/dev/tests/libemulated_nvrtc.so" ROPEWALK_CACHE_DIR="$root/build/emulated-cache" \
-      scripts/gpu_test.sh build/emulated.md conformance
-    rm -rf build/emulated-cache
-    cat build/emulated.md
+    part "every case with the CUDA kernel run on the processor (build/emulated.md)" \
+      on_emulated_gpu build/emulated.md conformance random:0/10
+    ;;
+  models)
+    choose_compiler
+    part "build/dev" build dev
+    part "the heads of every model on the CPU" build/dev/bin/ropewalk check --engines
+    part "the same with the CUDA kernel run on the processor (build/models.md)" on_emulated_gpu build/models.md engines
     ;;
   tsan)
     choose_compiler

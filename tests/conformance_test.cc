@@ -5,7 +5,9 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
+#include <cstdlib>
 #include <cstring>
 #include <filesystem>
 #include <fstream>
@@ -18,6 +20,8 @@
 #include <vector>
 
 #include "conformance/case_call.h"
+#include "core/text.h"
+#include "ops/rope/rope_models.h"
 #include "ops/rope/rope_reference.h"
 #include "tests/expect_passed.h"
 
@@ -55,8 +59,8 @@ std::string TestName(const testing::TestParamInfo<std::string>& test) {
   return name;
 }
 
-void ExpectAllPass(std::span<const RopeCase> cases, const std::string& backend) {
-  const RunSummary summary = RunCases(cases, HostMemory(), {.backend = backend});
+void ExpectAllPass(std::span<const RopeCase> cases, const std::string& backend, const std::string& source = "") {
+  const RunSummary summary = RunCases(cases, HostMemory(), {.backend = backend, .source = source});
   ExpectPassed(summary, cases.size());
   for (const auto& [kernel, count] : summary.kernels) {
     if (backend.find(':') == std::string::npos) continue;
@@ -73,7 +77,17 @@ TEST_P(Conformance, AllCases) {
   ExpectAllPass(some, GetParam());
 }
 
-TEST_P(Conformance, RandomCases) { ExpectAllPass(RandomRopeCases(20261123, kSlow ? 40 : 300), GetParam()); }
+TEST_P(Conformance, RandomCases) {
+  const int64_t count = kSlow ? 40 : 300;
+  ExpectAllPass(RandomRopeCases(20261123, count), GetParam(), Text("--random ", count, " --seed 20261123"));
+}
+
+TEST_P(Conformance, HeadsOfModels) {
+  std::vector<RopeCase> cases = EngineCases(false);
+  ASSERT_GE(cases.size(), 300u);
+  if (kSlow) cases.erase(std::remove_if(cases.begin(), cases.end(), [](auto& c) { return c.tokens > 7; }), cases.end());
+  ExpectAllPass(cases, GetParam(), "--engines");
+}
 
 TEST_P(Conformance, ManyTokensOfOneShape) {
   std::vector<RopeCase> cases;
@@ -116,6 +130,66 @@ TEST(Models, EachConfiguration) {
   EXPECT_GE(models, 18);
 }
 
+TEST(Models, HeadsAreWholeAndNamedOnce) {
+  std::set<std::string> names;
+  for (const ModelHeads& model : AllModelHeads()) {
+    SCOPED_TRACE(model.name);
+    EXPECT_TRUE(names.insert(model.name).second);
+    EXPECT_GT(model.k_heads, 0);
+    EXPECT_EQ(model.q_heads % model.k_heads, 0);
+    EXPECT_EQ(model.rotary_dim % 2, 0);
+    EXPECT_GT(model.rotary_dim, 0);
+    EXPECT_LE(model.rotary_dim + model.rotary_offset, model.head_dim);
+    const std::string source = model.source;
+    EXPECT_TRUE(source.find('/') != std::string::npos && source.find(' ') == std::string::npos) << source;
+  }
+  EXPECT_GE(names.size(), 60u);
+}
+
+// Those whose config.json comes with Ropewalk.
+TEST(Models, HeadsAreThoseOfTheConfigurations) {
+  int compared = 0;
+  for (const auto& entry : std::filesystem::directory_iterator(ROPEWALK_MODELS_DIR)) {
+    if (entry.path().extension() != ".json") continue;
+    std::ifstream stream(entry.path());
+    const std::string json{std::istreambuf_iterator<char>(stream), {}};
+    ModelConfig config;
+    ASSERT_TRUE(ReadModelConfig(json, entry.path().string(), &config).ok());
+    for (const ModelHeads& model : AllModelHeads()) {
+      if (nlohmann::json::parse(json).value("_name_or_path", "") != model.source) continue;
+      if (std::string(model.name).find("vision") != std::string::npos) continue;
+      SCOPED_TRACE(model.name);
+      EXPECT_EQ(model.q_heads, config.q_heads);
+      const bool latent = model.rotary_offset != 0;  // one head of k is rotated, for all heads of q
+      EXPECT_EQ(model.k_heads, latent ? 1 : config.k_heads);
+      EXPECT_EQ(model.head_dim, config.head_dim);
+      EXPECT_EQ(model.rotary_dim, config.rotary_dim);
+      EXPECT_EQ(model.rotary_offset, config.rotary_offset);
+      EXPECT_EQ(model.pairing == ROPEWALK_INTERLEAVED, config.interleaved);
+      EXPECT_EQ(model.norm != HeadNorm::kNone, config.norm);
+      EXPECT_EQ(model.norm == HeadNorm::kZeroCentered, config.norm && config.zero_centered_weight);
+      ++compared;
+    }
+  }
+  EXPECT_GE(compared, 16);
+}
+
+TEST(Models, HeadsOfRanks) {
+  const auto split = [](const char* name, int32_t ranks) {
+    for (const ModelHeads& model : AllModelHeads()) {
+      int64_t q = 0, k = 0;
+      if (std::string(model.name) == name) return SplitHeads(model, ranks, &q, &k) ? Text(q, "/", k) : Text("no");
+    }
+    return Text("no such model");
+  };
+  EXPECT_EQ(split("Phi-4", 1), "40/10");
+  EXPECT_EQ(split("Phi-4", 2), "20/5");
+  EXPECT_EQ(split("Phi-4", 4), "no");         // 10 heads of k
+  EXPECT_EQ(split("GLM-4-9B", 8), "4/1");     // 2 heads of k, each on four ranks
+  EXPECT_EQ(split("SmolLM2-135M", 2), "no");  // 9 heads of q
+  EXPECT_EQ(split("DeepSeek-V3", 8), "16/1");
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 // The list
 
@@ -141,6 +215,83 @@ TEST(Cases, RandomOnesAreOthersAndTheSameAgain) {
   }
   EXPECT_LE(known, 2u);
   EXPECT_FALSE(names.contains(RandomRopeCases(8, 1).front().name));
+}
+
+// Whatever an engine may send comes up, and none costs more than a second.
+TEST(Cases, RandomOnesAreWhatEnginesSend) {
+  std::set<std::string> models, tags;
+  std::set<int64_t> q_heads, magnitudes, page_sizes;
+  for (const RopeCase& c : RandomRopeCases(3, 6000)) {
+    if (const size_t rank = c.model.find("-rank"); rank != std::string::npos) {
+      models.insert(c.model.substr(0, rank));
+      tags.insert(c.model.substr(rank));
+    }
+    for (const std::string& tag : CaseTags(c)) tags.insert(tag);
+    q_heads.insert(c.q_heads);
+    page_sizes.insert(c.page_size);
+    int64_t magnitude = 1;
+    while (magnitude < c.tokens) magnitude *= 2;
+    magnitudes.insert(magnitude);
+    EXPECT_LE(c.tokens, 8192) << c.name;
+    EXPECT_LE(std::max<int64_t>(c.batch, 1) * c.tokens * (c.q_heads + 2 * c.k_heads) * c.head_dim, 1 << 22) << c.name;
+  }
+  EXPECT_GE(models.size(), 60u);
+  EXPECT_GE(q_heads.size(), 150u);
+  EXPECT_GE(*q_heads.rbegin(), 200);
+  EXPECT_EQ(magnitudes.size(), 14u);  // 1 to 8192
+  EXPECT_GE(page_sizes.size(), 5u);
+  for (const char* tag : {"-rank1",
+                          "-rank2",
+                          "-rank4",
+                          "-rank8",
+                          "layout=packed",
+                          "layout=separate",
+                          "layout=transposed",
+                          "layout=gap behind a row",
+                          "layout=v behind k",
+                          "batched",
+                          "output=out of place",
+                          "output=in place",
+                          "no k",
+                          "weight=plain",
+                          "weight=none",
+                          "weight=zero_centered",
+                          "angles=freq",
+                          "angles=table",
+                          "angles=cossin",
+                          "cache=flat",
+                          "cache=nhd",
+                          "cache=hnd",
+                          "cache=e4m3",
+                          "cache=e5m2",
+                          "slots=skips",
+                          "slots=nothing",
+                          "dtype=f32",
+                          "dtype=f16",
+                          "dtype=bf16",
+                          "bad slot",
+                          "data=nonfinite"}) {
+    EXPECT_TRUE(tags.count(tag)) << tag;
+  }
+}
+
+// In order: a model's calls follow each other.
+TEST(Cases, EnginesSendEveryModel) {
+  std::set<std::string> models, tags;
+  for (const RopeCase& c : EngineCases(false)) {
+    models.insert(c.model);
+    for (const std::string& tag : CaseTags(c)) tags.insert(tag);
+  }
+  EXPECT_EQ(models.size(), AllModelHeads().size());
+  for (const char* tag : {"stage=norm", "stage=store", "angles=cossin", "pairing=neox", "pairing=interleaved",
+                          "cache=e4m3", "cache=e5m2", "layout=gap behind a row", "layout=v behind k", "batched"}) {
+    EXPECT_TRUE(tags.count(tag)) << tag;
+  }
+  const std::vector<RopeCase> all = EngineCases(true);
+  EXPECT_GE(all.size(), 10000u);
+  std::set<std::string> names;
+  for (const RopeCase& c : all) names.insert(c.name);
+  for (const RopeCase& c : EngineCases(false)) EXPECT_TRUE(names.contains(c.name)) << c.name;
 }
 
 TEST(Cases, EveryOptionOccurs) {
@@ -323,9 +474,9 @@ RopeCase SmallCase() {
   return c;
 }
 
-std::string MessageAfter(const std::function<void(ropewalk_rope_args&)>& spoil) {
+std::string MessageAfter(const std::function<void(ropewalk_rope_args&)>& spoil, const RopeCase& c = SmallCase()) {
   std::unique_ptr<CaseCall> call;
-  EXPECT_TRUE(CaseCall::Make(SmallCase(), HostMemory(), &call).ok());
+  EXPECT_TRUE(CaseCall::Make(c, HostMemory(), &call).ok());
   EXPECT_TRUE(call->Run().ok());
   spoil(call->args());
   std::string message;
@@ -367,6 +518,47 @@ TEST(Runner, FindsAWriteIntoAGap) {
 TEST(Runner, FindsAWriteBeforeTheTensor) {
   const std::string message = MessageAfter([](auto& args) { *Bits(args.k, -1) = 0; });
   EXPECT_EQ(message.rfind("memory of k: byte -2 of ", 0), 0u) << message;
+}
+
+// Guards of 4 KB before and behind every tensor that is written.
+TEST(Runner, FindsAWriteFarFromTheTensor) {
+  for (const bool behind : {false, true}) {
+    for (DLTensor* ropewalk_rope_args::*which :
+         {&ropewalk_rope_args::q, &ropewalk_rope_args::k, &ropewalk_rope_args::k_cache, &ropewalk_rope_args::v_cache}) {
+      const std::string message = MessageAfter([&](auto& args) {
+        const DLTensor& t = *(args.*which);
+        int64_t last = 0;
+        for (int i = 0; i < t.ndim; ++i) last += (t.shape[i] - 1) * t.strides[i];
+        *Bits(args.*which, behind ? last + 2040 : -2048) ^= 1;
+      });
+      EXPECT_EQ(message.rfind("memory of ", 0), 0u) << behind << message;
+      EXPECT_NE(message.find("must not change, but did"), std::string::npos) << message;
+    }
+  }
+}
+
+RopeCase PackedCase(bool v_behind, int64_t row_gap) {
+  RopeCase c = {.tokens = 3,
+                .head_dim = 16,
+                .rotary_dim = 16,
+                .layout = Layout::kPacked,
+                .row_gap = row_gap,
+                .v_behind = v_behind};
+  c.name = CaseName(c);
+  return c;
+}
+
+TEST(Runner, FindsAWriteIntoVOfARow) {
+  const auto spoil = [](auto& args) { *Bits(args.q, 5 * 16) ^= 1; };
+  EXPECT_EQ(MessageAfter(spoil, PackedCase(true, 0)).rfind("memory of q+k+v: byte 160 of ", 0), 0u)
+      << MessageAfter(spoil, PackedCase(true, 0));
+  EXPECT_EQ(MessageAfter([](auto&) {}, PackedCase(true, 8)), "");
+}
+
+TEST(Runner, FindsAWriteIntoTheGapBehindARow) {
+  const auto spoil = [](auto& args) { *Bits(args.q, 5 * 16 + 3) = 0; };
+  EXPECT_EQ(MessageAfter(spoil, PackedCase(false, 4)).rfind("memory of q+k: byte 166 of ", 0), 0u)
+      << MessageAfter(spoil, PackedCase(false, 4));
 }
 
 TEST(Runner, FindsAWriteIntoAnInput) {
@@ -423,7 +615,50 @@ TEST(Runner, AFailureSaysHowToRunItAlone) {
   const RunSummary summary = RunCases(cases, HostMemory(), {.backend = "cpu"});
   ASSERT_EQ(summary.failures.size(), 1u);
   EXPECT_EQ(summary.failures[0].rerun, "ropewalk check --backend cpu --case 'rope.sideways'");
+  const RunSummary random = RunCases(cases, HostMemory(), {.backend = "cpu", .source = "--random 9 --seed 4"});
+  ASSERT_EQ(random.failures.size(), 1u);
+  EXPECT_EQ(random.failures[0].rerun, "ropewalk check --backend cpu --case 'rope.sideways' --random 9 --seed 4");
   EXPECT_NE(summary.failures[0].message.find("sideways"), std::string::npos) << summary.failures[0].message;
+}
+
+// A device that is lost when a case runs on it: those after it do not run, and are not said to have failed.
+TEST(Runner, ALostDeviceEndsTheRun) {
+  class Lost final : public DeviceMemory {
+   public:
+    DLDevice device() const override { return HostMemory().device(); }
+    Status Allocate(size_t bytes, void** out) override { return HostMemory().Allocate(bytes, out); }
+    void Free(void* memory) override { HostMemory().Free(memory); }
+    Status CopyIn(void* to, const void* from, size_t bytes) override { return HostMemory().CopyIn(to, from, bytes); }
+    Status CopyOut(void* to, const void* from, size_t bytes) override { return HostMemory().CopyOut(to, from, bytes); }
+    Status Synchronize() override { return ++calls < 2 ? Status() : Status::Driver("misaligned address"); }
+    int calls = 0;
+  } memory;
+  std::vector<RopeCase> cases(3, SmallCase());
+  const RunSummary summary = RunCases(cases, memory, {.backend = "cpu"});
+  EXPECT_FALSE(summary.ok());
+  EXPECT_EQ(summary.run, 1);
+  EXPECT_NE(summary.error.find("2 cases did not run"), std::string::npos) << summary.error;
+  EXPECT_NE(summary.error.find("misaligned address"), std::string::npos) << summary.error;
+}
+
+TEST(Runner, ACrashSaysHowToRunTheCase) {
+  const auto crash = [] {
+    PrintCaseOnCrash();
+    (void)RunCases(std::vector<RopeCase>{SmallCase()}, HostMemory(),
+                   {.backend = "cpu", .source = "--random 9 --seed 4", .progress = [](auto&, auto, auto) {}});
+    // In the midst of a case: a memory that ends the process.
+    class Ends final : public DeviceMemory {
+     public:
+      DLDevice device() const override { return HostMemory().device(); }
+      Status Allocate(size_t, void**) override { std::abort(); }
+      void Free(void*) override {}
+      Status CopyIn(void*, const void*, size_t) override { return {}; }
+      Status CopyOut(void*, const void*, size_t) override { return {}; }
+      Status Synchronize() override { return {}; }
+    } memory;
+    (void)RunCases(std::vector<RopeCase>{SmallCase()}, memory, {.backend = "cpu", .source = "--random 9 --seed 4"});
+  };
+  EXPECT_DEATH(crash(), "the process ended in: ropewalk check --backend cpu --case 'rope\\..*' --random 9 --seed 4");
 }
 
 TEST(Runner, AWholeNameRunsAlone) {

@@ -32,19 +32,21 @@ void OnEmulatedGpu(const std::string& cache, const Environment& changes, const s
                        {"ROPEWALK_CACHE_DIR", Directory() + "/" + cache},
                        {"FAKE_CUDA_LEGACY_STREAM", "1"}});
     ChangeEnvironment({}, changes);
+    PrintCaseOnCrash();
     body();
   });
 }
 
-RunSummary RunOnIt(const std::vector<RopeCase>& cases, const char* backend) {
-  RunSummary summary = RunCases(cases, CudaMemory(), {.backend = backend});
+RunSummary RunOnIt(const std::vector<RopeCase>& cases, const char* backend, const std::string& source = "") {
+  RunSummary summary = RunCases(cases, CudaMemory(), {.backend = backend, .source = source});
   for (const auto& [kernel, count] : summary.kernels)
     EXPECT_TRUE(kernel.starts_with("cuda ") || kernel == "none") << kernel;
   return summary;
 }
 
-void ExpectAllPass(const std::vector<RopeCase>& cases, const char* backend, const std::string& what) {
-  const RunSummary summary = RunOnIt(cases, backend);
+void ExpectAllPass(const std::vector<RopeCase>& cases, const char* backend, const std::string& what,
+                   const std::string& source = "") {
+  const RunSummary summary = RunOnIt(cases, backend, source);
   ExpectPassed(summary, cases.size());
   if (summary.failed == 0) Report(Text(summary.run, " cases on an emulated CUDA GPU: ", what));
 }
@@ -79,10 +81,36 @@ TEST(CudaEmulated, ManyTokens) {
 }
 TEST(CudaEmulated, RandomCases) {
   OnEmulatedGpu("random", {}, [] {
-    const std::vector<RopeCase> cases = RandomRopeCases(20261123, 30);
-    for (const char* layout : {"cuda:few", "cuda:many"}) ExpectAllPass(cases, layout, Text("random ones, ", layout));
+    const std::vector<RopeCase> cases = RandomRopeCases(20261123, 60);
+    for (const char* layout : {"cuda:few", "cuda:many"})
+      ExpectAllPass(cases, layout, Text("random ones, ", layout), "--random 60 --seed 20261123");
   });
 }
+// Heads that make no whole number of blocks.
+TEST(CudaEmulated, UnevenHeads) {
+  OnEmulatedGpu("uneven", {}, [] {
+    const auto cases = Which([](const RopeCase& c) { return c.model.empty() && c.q_heads >= 20; });
+    ASSERT_GE(cases.size(), 40u);
+    ExpectAllPass(cases, "cuda", "heads that make no whole number of blocks");
+  });
+}
+
+// What engines send, shared among processes.
+constexpr int kProcesses = 4;
+class CudaEmulatedModels : public testing::TestWithParam<int> {};
+
+TEST_P(CudaEmulatedModels, Heads) {
+  OnEmulatedGpu(Text("models", GetParam()), {}, [] {
+    const std::vector<RopeCase> all = EngineCases(false);
+    std::vector<RopeCase> own;
+    for (size_t i = 0; i < all.size(); ++i) {
+      if (i / 5 % kProcesses == static_cast<size_t>(GetParam())) own.push_back(all[i]);
+    }
+    ASSERT_GE(own.size(), 80u);
+    ExpectAllPass(own, "cuda", "the heads of models", "--engines");
+  });
+}
+INSTANTIATE_TEST_SUITE_P(, CudaEmulatedModels, testing::Range(0, kProcesses));
 
 // ---------------------------------------------------------------------------------------------------------------------
 // What the emulation is to see: each text is left out of the kernel's sources, or put for another one.

@@ -194,6 +194,7 @@ FAKE_API int cuGetErrorName(int result, const char** name) {
     case cu::kInvalidImage: *name = "CUDA_ERROR_INVALID_IMAGE"; return 0;
     case cu::kInvalidHandle: *name = "CUDA_ERROR_INVALID_HANDLE"; return 0;
     case 700: *name = "CUDA_ERROR_ILLEGAL_ADDRESS"; return 0;
+    case 716: *name = "CUDA_ERROR_MISALIGNED_ADDRESS"; return 0;
     case 719: *name = "CUDA_ERROR_LAUNCH_FAILED"; return 0;
     default: *name = "CUDA_ERROR_OTHER"; return 0;
   }
@@ -464,6 +465,7 @@ FAKE_API int cuLaunchKernelEx(const cu::LaunchConfig* config, FakeModule* functi
     return 0;
   }
   Execute(launch);
+  if (const int result = s.face.execute_result.exchange(0)) return result;
   if (s.face.next_fault.key) {
     *launch.args.fault = s.face.next_fault;
     s.face.next_fault.key = 0;

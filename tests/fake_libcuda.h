@@ -40,6 +40,7 @@ struct FakeCuda {
 
   // What a launch does, and how many microseconds it takes by the fake's clock; null: nothing, none.
   std::function<double(const FakeLaunch&)> execute;
+  std::atomic<int> execute_result{0};  // what that ended with, for the launch to return
   bool keeps_launches = true;
 
   std::mutex mutex;

@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "core/text.h"
+#include "ops/rope/rope_models.h"
 
 namespace ropewalk {
 namespace {
@@ -154,6 +155,8 @@ bool Settle(RopeCase* c) {
     if (c->v_dim == 0) c->v_dim = c->head_dim;
   }
   if (c->k_heads == 0 && c->layout == Layout::kPacked) return false;
+  if (c->layout != Layout::kPacked) c->row_gap = 0;
+  if (c->layout != Layout::kPacked || (c->cache != Cache::kNone && c->store_v)) c->v_behind = false;
   if (c->bad != Bad::kNone && c->tokens < 2) return false;
   if ((c->bad == Bad::kPosition || c->bad == Bad::kPaddedPosition) &&
       (c->angles == Angles::kFrequencies || c->positions == Positions::kNone)) {
@@ -801,6 +804,205 @@ void AddManyTokens(List* list) {
   }
 }
 
+// Few tokens, whose heads a GPU spreads over blocks, where heads make no whole number of blocks: each of these once
+// wrote heads that there are not.
+void AddUnevenHeads(List* list) {
+  const auto add = [list](const RopeCase& base, std::initializer_list<int64_t> tokens) {
+    for (const int64_t count : tokens) {
+      RopeCase c = base;
+      c.tokens = count;
+      c.positions = Positions::kRandom;
+      list->Add(c);
+    }
+  };
+  for (const bool norm : {false, true}) {
+    const Weight weight = norm ? Weight::kPlain : Weight::kNone;
+    const RopeCase packed = {.layout = Layout::kPacked, .v_behind = true, .weight = weight};
+    const RopeCase stored = {.layout = Layout::kPacked, .weight = weight, .cache = Cache::kNhd};
+    const auto heads = [](RopeCase c, int64_t q_heads, int64_t k_heads, int64_t head_dim = 128) {
+      c.q_heads = q_heads;
+      c.k_heads = k_heads;
+      c.head_dim = head_dim;
+      return c;
+    };
+    add(heads(packed, 40, 10), {6, 7, 30, 63});  // Phi-4
+    add(heads(packed, 20, 5), {2, 5});           // one of two ranks of it
+    add(heads(packed, 60, 5), {1, 2});
+    add(heads(packed, 40, 5), {3});
+    add(heads(stored, 40, 8), {28, 64, 66});  // Qwen3-14B, Qwen2.5-32B
+    add(heads(stored, 35, 5, 256), {2});
+    add(heads(stored, 48, 4), {26, 40, 60});  // StarCoder2-15B
+    add(heads(stored, 48, 1), {6, 16, 26});
+    add(heads({.weight = weight}, 80, 10), {16});
+  }
+  add({.q_heads = 120, .k_heads = 10, .head_dim = 160, .rotary_dim = 70, .weight = Weight::kPlain}, {8});
+  add({.dtype = kF32,
+       .q_heads = 192,
+       .k_heads = 12,
+       .layout = Layout::kPacked,
+       .v_behind = true,
+       .pairing = ROPEWALK_INTERLEAVED,
+       .weight = Weight::kPlain},
+      {16});
+  add({.q_heads = 63,
+       .k_heads = 1,
+       .head_dim = 256,
+       .layout = Layout::kPacked,
+       .row_gap = 64,
+       .cache = Cache::kNhd,
+       .cache_dtype = kE5M2},
+      {24});
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// What engines send
+
+// One of the ways in which engines call.
+struct Mode {
+  bool norm = false;
+  bool other_pairing = false;
+  Layout layout = Layout::kPacked;
+  bool v_behind = false, padded = false, batched = false, out_of_place = false;
+  Angles angles = Angles::kFrequencies;
+  uint32_t dtype = kBF16, table_dtype = kF32;
+  Cache cache = Cache::kNone;
+  uint32_t cache_dtype = 0;
+  Scale scale = Scale::kNone;
+  int64_t page_size = 16;
+  bool k_store_only = false;
+  Slots slots = Slots::kAll;
+};
+constexpr Mode kModes[] = {
+    {.v_behind = true},
+    {.norm = true, .cache = Cache::kNhd},
+    {.padded = true, .angles = Angles::kPacked, .table_dtype = kBF16, .cache = Cache::kFlat, .slots = Slots::kSkips},
+    {.norm = true, .v_behind = true, .padded = true, .dtype = kF16},
+    {.cache = Cache::kHnd, .cache_dtype = kE4M3, .scale = Scale::kHost, .page_size = 64},
+    {.norm = true, .layout = Layout::kSeparate, .angles = Angles::kPacked},
+    {.other_pairing = true, .layout = Layout::kSeparate, .out_of_place = true},
+    {.norm = true,
+     .padded = true,
+     .angles = Angles::kPacked,
+     .cache = Cache::kNhd,
+     .cache_dtype = kE5M2,
+     .scale = Scale::kPerHead,
+     .page_size = 1,
+     .slots = Slots::kSkips},
+    {.norm = true, .layout = Layout::kTransposed, .batched = true, .angles = Angles::kFullWidth, .table_dtype = kBF16},
+    {.v_behind = true, .batched = true, .dtype = kF32},
+    {.norm = true, .other_pairing = true, .cache = Cache::kNhd, .page_size = 7},
+    {.padded = true, .cache = Cache::kNhd, .k_store_only = true, .slots = Slots::kSkips},
+    {.norm = true, .cache = Cache::kHnd, .cache_dtype = kE4M3, .scale = Scale::kTensor, .k_store_only = true},
+};
+
+void TakeModel(const ModelHeads& model, RopeCase* c) {
+  c->head_dim = model.head_dim;
+  c->rotary_dim = model.rotary_dim;
+  c->rotary_offset = model.rotary_offset;
+  c->pairing = model.pairing;
+  c->norm = model.norm != HeadNorm::kNone;
+  c->weight = model.norm == HeadNorm::kNone     ? Weight::kNone
+              : model.norm == HeadNorm::kWeight ? Weight::kPlain
+                                                : Weight::kZeroCentered;
+}
+
+RopeCase CallOfModel(const ModelHeads& model, int32_t ranks, const Mode& mode, int64_t tokens) {
+  RopeCase c = {.model = ranks == 1 ? Text(model.name) : Text(model.name, "-rank", ranks),
+                .dtype = mode.dtype,
+                .batch = mode.batched ? 2 : 0,
+                .tokens = tokens,
+                .layout = mode.layout,
+                .row_gap = mode.padded ? model.head_dim : 0,
+                .v_behind = mode.v_behind,
+                .out_of_place = mode.out_of_place,
+                .angles = mode.angles,
+                .table_dtype = mode.table_dtype,
+                .positions = Positions::kRandom,
+                .cache = mode.cache,
+                .cache_dtype = mode.cache_dtype,
+                .page_size = mode.page_size,
+                .k_store_only = mode.k_store_only,
+                .scale = mode.scale,
+                .slots = mode.slots};
+  if (!SplitHeads(model, ranks, &c.q_heads, &c.k_heads)) c.q_heads = 0;
+  TakeModel(model, &c);
+  if (mode.norm && c.weight == Weight::kNone) c.weight = Weight::kPlain;
+  if (mode.other_pairing) c.pairing = ROPEWALK_NEOX + ROPEWALK_INTERLEAVED - c.pairing;
+  return c;
+}
+
+// As a log-uniform draw gives them, from 1 to 8,192: every order of magnitude alike.
+int64_t AnyTokens(Draw& draw) {
+  const int64_t most = int64_t{1} << draw.From(0, 13);
+  return draw.From(most / 2 + 1, most);
+}
+
+// So many elements at most, of which the reference works out 20 million a second: fewer tokens, or few heads.
+void Bound(Draw& draw, int64_t most, RopeCase* c) {
+  const auto token = [c] { return std::max<int64_t>(c->batch, 1) * (c->q_heads + 2 * c->k_heads) * c->head_dim; };
+  if (c->tokens * token() > most && draw.OneIn(2)) {
+    c->q_heads = draw.From(1, 4);
+    c->k_heads = std::min<int64_t>(c->k_heads, 1);
+    c->model.clear();
+  }
+  c->tokens = std::clamp<int64_t>(most / token(), 1, c->tokens);
+}
+
+// A shape as engines have it: the heads of a rank of a real model, or any, and rows as projections leave them. One in
+// four is any at all.
+RopeCase DrawnShape(Draw& draw) {
+  constexpr int32_t kRanks[] = {1, 2, 4, 8};
+  constexpr int64_t kGaps[] = {8, 16, 24, 64, 128, 256, 1, 2, 100, 1000};
+  constexpr Layout kUsual[] = {Layout::kPacked, Layout::kPacked, Layout::kSeparate};
+  constexpr int64_t kMost[] = {1 << 15, 1 << 16, 1 << 17, 1 << 18}, kVeryMost = 1 << 22;
+  RopeCase c = DrawnWide(draw);
+  if (draw.OneIn(4)) {
+    Bound(draw, kVeryMost, &c);
+    return c;
+  }
+  const bool k = c.k_heads != 0;
+  if (draw.OneIn(3)) {
+    c.q_heads = draw.From(1, 256);
+    if (k) c.k_heads = draw.From(1, draw.OneIn(2) ? c.q_heads : std::min<int64_t>(c.q_heads, 16));
+  } else {
+    const std::span<const ModelHeads> models = AllModelHeads();
+    const ModelHeads* model;
+    int32_t ranks;
+    do {
+      model = &models[draw.Next() % models.size()];
+      ranks = draw.Of(kRanks);
+    } while (!SplitHeads(*model, ranks, &c.q_heads, &c.k_heads));
+    c.model = Text(model->name, "-rank", ranks);
+    const RopeCase drawn = c;
+    TakeModel(*model, &c);
+    if (draw.OneIn(4)) c.pairing = drawn.pairing;
+    if (draw.OneIn(3)) {
+      c.norm = drawn.norm;
+      c.weight = drawn.weight;
+    }
+    if (!k && draw.OneIn(2)) c.k_heads = 0;
+  }
+  if (draw.OneIn(3)) c.dtype = kBF16;
+  c.layout = draw.OneIn(4) || c.k_heads == 0 ? c.layout : draw.Of(kUsual);
+  if (draw.OneIn(3)) c.row_gap = draw.Of(kGaps);
+  c.v_behind = draw.OneIn(2);
+  c.tokens = AnyTokens(draw);
+  Bound(draw, c.tokens > 2048 && draw.OneIn(4) ? kVeryMost : draw.Of(kMost), &c);
+  return c;
+}
+
+// Another call of the shape, with tokens, data and slots of its own.
+RopeCase Another(Draw& draw, RopeCase c) {
+  constexpr Data kAnyData[] = {Data::kNormal, Data::kNormal, Data::kLarge, Data::kMixed};
+  constexpr Slots kAnySlots[] = {Slots::kAll, Slots::kSkips, Slots::kNothing};
+  if (c.tokens > 1) c.tokens = draw.From(std::max<int64_t>(2, c.tokens / 2), c.tokens);
+  if (c.positions != Positions::kNone) c.positions = draw.OneIn(2) ? Positions::kRandom : Positions::kArange;
+  c.data = draw.Of(kAnyData);
+  c.slots = draw.Of(kAnySlots);
+  c.bad = Bad::kNone;
+  return c;
+}
+
 }  // namespace
 
 std::string CaseName(const RopeCase& c) {
@@ -830,7 +1032,8 @@ std::string CaseName(const RopeCase& c) {
     if (c.weight != Weight::kNone) name += Text(c.weight == Weight::kPlain ? "-w" : "-1w", dtype(c.weight_dtype));
     if (c.eps != 1e-6) name += Text("-eps", c.eps);
   }
-  if (c.layout != Layout::kSeparate) add(Name(c.layout));
+  if (c.layout != Layout::kSeparate)
+    add(Name(c.layout), c.v_behind ? "-v" : "", c.row_gap ? Text("-gap", c.row_gap) : "");
   if (c.out_of_place) add("out");
   if (c.q_heads != 3 || c.k_heads != 2) add("h", c.q_heads, "x", c.k_heads);
   if (c.positions == Positions::kNone) {
@@ -876,6 +1079,8 @@ std::vector<std::string> CaseTags(const RopeCase& c) {
   if (c.inverse) add("inverse");
   if (c.norm) add("weight=", Name(c.weight));
   add("layout=", Name(c.layout));
+  if (c.row_gap) add("layout=gap behind a row");
+  if (c.v_behind) add("layout=v behind k");
   add("output=", c.out_of_place ? "out of place" : "in place");
   if (c.k_heads == 0) add("no k");
   if (c.batch) add("batched");
@@ -917,6 +1122,7 @@ const std::vector<RopeCase>& RopeCases() {
     AddManyTokens(&list);
     AddMixed(&list);
     AddStoreOnly(&list);
+    AddUnevenHeads(&list);
     return list.Take();
   }();
   return cases;
@@ -925,7 +1131,31 @@ const std::vector<RopeCase>& RopeCases() {
 std::vector<RopeCase> RandomRopeCases(uint64_t seed, int64_t count) {
   Draw draw(seed);
   List list;
-  while (list.size() < count) list.Add(DrawnWide(draw));
+  while (list.size() < count) {
+    const RopeCase shape = DrawnShape(draw);
+    list.Add(shape);
+    for (int tries = 0; tries < 12 && list.size() < count && list.size() % kCallsOfAShape != 0; ++tries)
+      list.Add(Another(draw, shape));
+  }
+  return list.Take();
+}
+
+std::vector<RopeCase> EngineCases(bool all) {
+  List list;
+  size_t number = 0;
+  for (const ModelHeads& model : AllModelHeads()) {
+    const size_t own = number++;
+    for (const int32_t ranks : {1, 2, 4, 8}) {
+      if (ranks > 1 && !all) break;
+      for (size_t mode = 0; mode < std::size(kModes); ++mode) {
+        if (!all && mode != own % std::size(kModes)) continue;
+        for (const int64_t tokens : {1, 7, 33, 64, 200}) {
+          const RopeCase c = CallOfModel(model, ranks, kModes[mode], tokens);
+          if (c.q_heads) list.Add(c);
+        }
+      }
+    }
+  }
   return list.Take();
 }
 

@@ -79,6 +79,8 @@ struct RopeCase {
   int64_t rotary_dim = 0;  // 0: the whole head
   int64_t rotary_offset = 0;
   Layout layout = Layout::kSeparate;
+  int64_t row_gap = 0;    // packed: elements behind the last head of a row
+  bool v_behind = false;  // packed: the row holds v, though no store takes it
   bool out_of_place = false;
   Data data = Data::kNormal;
 
@@ -122,8 +124,15 @@ struct RopeCase {
 // All cases, in one order, with unique names.
 const std::vector<RopeCase>& RopeCases();
 
-// So many others, drawn from all that a case can say; the same for the same seed everywhere.
+// So many others, drawn from all that a case can say: heads of real models and of tensor-parallel ranks of them, heads
+// of any number; the same for the same seed everywhere. Four by four they are calls of one shape with other numbers of
+// tokens, which the same kernel often serves.
 std::vector<RopeCase> RandomRopeCases(uint64_t seed, int64_t count);
+inline constexpr int64_t kCallsOfAShape = 4;
+
+// What engines send: each of AllModelHeads() with 1, 7, 33, 64 and 200 tokens, in one mode each, so that the modes go
+// round; or, `all` of it: every model as tensor-parallel ranks of 1, 2, 4 and 8 have it, in every mode.
+std::vector<RopeCase> EngineCases(bool all);
 
 // "pairing=neox", "cache=hnd", ..: stages and options that the case exercises.
 std::vector<std::string> CaseTags(const RopeCase& c);
