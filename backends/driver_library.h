@@ -4,10 +4,10 @@
 
 #include <dlfcn.h>
 
-#include <atomic>
-#include <cstdlib>
 #include <string>
 
+#include "core/environment.h"
+#include "core/fork.h"
 #include "core/status.h"
 #include "core/text.h"
 
@@ -17,7 +17,7 @@ namespace ropewalk {
 // before the system's, or of `other` (a path, or null); null with the reason in `why`.
 inline void* OpenLibrary(const char* variable, const char* name, const char* other, std::string* path,
                          std::string* why) {
-  if (const char* named = std::getenv(variable); named && *named) {
+  if (const char* named = EnvironmentVariable(variable); named && *named) {
     *path = named;
     void* library = dlopen(named, RTLD_NOW | RTLD_LOCAL);
     if (!library) *why = Text(variable, " names ", named, ", which cannot be opened: ", dlerror());
@@ -33,24 +33,18 @@ inline void* OpenLibrary(const char* variable, const char* name, const char* oth
   return nullptr;
 }
 
-// The one `Library` of the process. `kLoad` opens it and says whether it can be used.
+// The one `Library` of the process, opened when it is first wanted. `kLoad` opens it and says whether it can be used.
 template <class Library, Status (*kLoad)(Library*)>
 class Once {
- public:
-  static const Library& Get() {
-    // Never destroyed: the driver may be gone before our destructors run.
-    static const Library* const library = [] {
-      auto* loaded = new Library;
-      loaded->status = kLoad(loaded);
-      was_loaded.store(true, std::memory_order_release);
-      return loaded;
-    }();
-    return *library;
+  static const Library* Load() {
+    auto* loaded = new Library;
+    loaded->status = kLoad(loaded);
+    return loaded;
   }
-  static bool WasLoaded() { return was_loaded.load(std::memory_order_acquire); }
 
- private:
-  static inline std::atomic<bool> was_loaded{false};
+ public:
+  static const Library& Get() { return OnceMade<Library, Load>::Get(); }
+  static bool WasLoaded() { return OnceMade<Library, Load>::WasMade(); }
 };
 
 }  // namespace ropewalk

@@ -227,7 +227,7 @@ void AddBench(CLI::App* app, int* exit_code) {
       ->add_option("--tokens", options->tokens,
                    "tokens in a call (default: to fill L2, L3 and DRAM; on CUDA 1 to 4096)")
       ->delimiter(',')
-      ->check(Above0());
+      ->check(Whole(1, kMostTokens));
   command->add_option("--dtype", options->dtypes, "bf16, f16, f32 (default: all three)")
       ->delimiter(',')
       ->check(CLI::IsMember({"bf16", "f16", "f32", "bfloat16", "float16", "float32"}))
@@ -242,7 +242,7 @@ void AddBench(CLI::App* app, int* exit_code) {
       ->type_name("OP");
   command->add_option("--threads", options->threads, "threads of the CPU (default: 1, and 2 where there are two cores)")
       ->delimiter(',')
-      ->check(Above0());
+      ->check(Whole(1, 1024));
   command->add_option("--seconds", options->seconds, "of timing for each line")->check(Above0())->capture_default_str();
   AddPlaceOption(command, &options->backend);
   command->add_option("--json", options->json, "write JSON to this file; -: to stdout")->type_name("FILE");

@@ -102,8 +102,11 @@ void PrintOptions(const RunSummary& summary) {
 // their kernel.
 void TakeShard(const std::string& shard, std::vector<RopeCase>* cases) {
   if (shard.empty()) return;
-  size_t k = 0, n = 0;
-  if (std::sscanf(shard.c_str(), "%zu/%zu", &k, &n) != 2 || n == 0 || k >= n) {
+  uint64_t k = 0, n = 0;
+  const size_t slash = std::min(shard.find('/'), shard.size());
+  const std::string_view text = shard;
+  if (!ParseWhole(text.substr(0, slash), &k) || !ParseWhole(text.substr(std::min(slash + 1, text.size())), &n) ||
+      k >= n) {
     throw Failure(fmt::format("--shard must be K/N with K < N, but is \"{}\"", shard), kNotHeld);
   }
   std::vector<RopeCase> taken;
@@ -179,7 +182,7 @@ void AddCheck(CLI::App* app, int* exit_code) {
       ->type_name("K/N");
   AddModelOption(command, &options->models);
   command->add_option("--random", options->random, "so many cases drawn at random instead of those of the list")
-      ->check(Above0())
+      ->check(Whole(1, 1000000))
       ->excludes("--model");
   command
       ->add_flag("--engines", options->engines,
@@ -187,12 +190,15 @@ void AddCheck(CLI::App* app, int* exit_code) {
       ->excludes("--model")
       ->excludes("--random");
   command->add_option("--seed", options->seed, "other random cases for another number")
+      ->check(Whole(0, UINT64_MAX))
       ->needs("--random")
       ->capture_default_str();
   command->add_option("--threads", options->threads, "threads of the CPU backend")
-      ->check(Above0())
+      ->check(Whole(1, 1024))
       ->capture_default_str();
-  command->add_option("--max-failures", options->max_failures, "stop after so many; 0: never")->capture_default_str();
+  command->add_option("--max-failures", options->max_failures, "stop after so many; 0: never")
+      ->check(Whole(0, INT64_MAX))
+      ->capture_default_str();
   command->add_flag("--list", options->list, "print the names of the cases and run none");
   command->add_flag("--json", options->json, "print JSON");
   command->footer(

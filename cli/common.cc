@@ -5,12 +5,15 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <charconv>
 #include <cstdio>
 #include <cstdlib>
 #include <filesystem>
 #include <fstream>
-#include <sstream>
 #include <utility>
+
+#include "core/environment.h"
+#include "core/json_fields.h"
 
 namespace ropewalk::cli {
 namespace fs = std::filesystem;
@@ -117,11 +120,13 @@ void Progress::Step(std::string_view what) {
 namespace {
 
 std::string ReadFile(const fs::path& path) {
+  // As much as a configuration may have, and one byte, by which a longer one is refused.
   std::ifstream file(path, std::ios::binary);
-  std::ostringstream text;
-  text << file.rdbuf();
-  if (!file) throw Failure(fmt::format("cannot read {}", path.string()));
-  return text.str();
+  std::string text(kMostJsonBytes + 1, '\0');
+  file.read(text.data(), static_cast<std::streamsize>(text.size()));
+  if (!file.is_open() || file.bad()) throw Failure(fmt::format("cannot read {}", path.string()));
+  text.resize(static_cast<size_t>(file.gcount()));
+  return text;
 }
 
 Model LoadModel(const fs::path& path) {
@@ -154,7 +159,8 @@ bool HoldsModels(const fs::path& directory) {
 
 std::string ModelsDirectory(std::vector<std::string>* tried) {
   std::vector<fs::path> places = {"models"};
-  if (const char* variable = std::getenv("ROPEWALK_MODELS"); variable && *variable) places.emplace_back(variable);
+  if (const char* variable = EnvironmentVariable("ROPEWALK_MODELS"); variable && *variable)
+    places.emplace_back(variable);
   std::error_code error;
   const fs::path program = fs::read_symlink("/proc/self/exe", error);
   if (!error) {
@@ -220,6 +226,21 @@ FrequenciesPtr PlainFrequencies(double theta, int64_t rotary_dim) {
   ropewalk_frequencies* frequencies = nullptr;
   Require(ropewalk_frequencies_create(theta, rotary_dim, nullptr, 0, &frequencies));
   return FrequenciesPtr(frequencies);
+}
+
+CLI::Validator Whole(uint64_t low, uint64_t high) {
+  return CLI::Validator(
+      [low, high](std::string& text) -> std::string {
+        uint64_t number = 0;
+        if (ParseWhole(text, &number) && number >= low && number <= high) return "";
+        return fmt::format("must be a whole number from {} to {}, but is {}", low, high, text);
+      },
+      "");
+}
+
+bool ParseWhole(std::string_view text, uint64_t* number) {
+  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), *number);
+  return error == std::errc() && end == text.data() + text.size();
 }
 
 CLI::Validator Above0() {

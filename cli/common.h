@@ -92,8 +92,12 @@ using FrequenciesPtr = std::unique_ptr<ropewalk_frequencies, FrequenciesDeleter>
 FrequenciesPtr ModelFrequencies(const Model& model, const std::string& layer_type, int64_t sequence_length);
 FrequenciesPtr PlainFrequencies(double theta, int64_t rotary_dim);
 
-// For options that are numbers above 0.
+// For options that are numbers above 0; and whole numbers in a range: what is larger than fits is else cut in silence.
 CLI::Validator Above0();
+CLI::Validator Whole(uint64_t low, uint64_t high);
+constexpr uint64_t kMostTokens = uint64_t{1} << 31;
+// False for anything but the digits of a number that fits.
+bool ParseWhole(std::string_view text, uint64_t* number);
 
 // Writes to the path, or to stdout for "-".
 void WriteText(const std::string& path, const std::string& text);

@@ -121,7 +121,9 @@ void AddExplain(CLI::App* app, int* exit_code) {
       app->add_subcommand("explain", "backend, kernel, source, why: for each model and combination of stages");
   AddModelOption(command, &options->models);
   AddDtypeOption(command, &options->dtype);
-  command->add_option("--tokens", options->tokens, "tokens in the call")->check(Above0())->capture_default_str();
+  command->add_option("--tokens", options->tokens, "tokens in the call")
+      ->check(Whole(1, kMostTokens))
+      ->capture_default_str();
   command->add_option("--backend", options->backend, "force a backend, or one CPU target: cpu, cpu:avx2");
   command->add_flag("--json", options->json, "print JSON");
   command->footer(

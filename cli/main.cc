@@ -2,8 +2,12 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <fmt/format.h>
 
+#include <cerrno>
 #include <cstdio>
+#include <cstring>
 #include <exception>
+#include <iostream>
+#include <new>
 
 #include "cli/common.h"
 
@@ -55,7 +59,15 @@ int Main(int argc, char** argv) {
 
 int main(int argc, char** argv) {
   try {
-    return ropewalk::cli::Main(argc, argv);
+    const int code = ropewalk::cli::Main(argc, argv);
+    // What was printed may still be on its way: to a full disk, or to where nobody listens.
+    std::cout.flush();
+    if (std::fflush(stdout) == 0 && !std::ferror(stdout) && std::cout) return code;
+    std::fprintf(stderr, "ropewalk: cannot write the output: %s\n", std::strerror(errno));
+    return ropewalk::cli::kCannot;
+  } catch (const std::bad_alloc&) {
+    std::fprintf(stderr, "ropewalk: out of memory: try fewer cases or tokens\n");
+    return ropewalk::cli::kCannot;
   } catch (const std::exception& error) {
     std::fprintf(stderr, "ropewalk: %s\n", error.what());
     return ropewalk::cli::kCannot;

@@ -150,8 +150,8 @@ void AddRun(CLI::App* app, int* exit_code) {
   AddDtypeOption(command, &options->dtype);
   command->add_option("--tokens", options->tokens, "tokens in a call (default: 1, 64 and up to 2048)")
       ->delimiter(',')
-      ->check(Above0());
-  command->add_option("--threads", options->threads, "threads of the CPU (default: 1)")->check(Above0());
+      ->check(Whole(1, kMostTokens));
+  command->add_option("--threads", options->threads, "threads of the CPU (default: 1)")->check(Whole(1, 1024));
   command->add_option("--seconds", options->seconds, "of timing for each line (default: about 20 in all)")
       ->check(Above0());
   AddPlaceOption(command, &options->backend);

@@ -14,6 +14,22 @@ if(ROPEWALK_WERROR)
   target_compile_options(ropewalk_flags INTERFACE -Werror)
 endif()
 
+# What makes a fault of ours, or a caller's, end in a stop rather than in memory written by another. A frame that is larger
+# than a page touches each of its pages, so that it cannot step over a small stack's guard.
+if(NOT ROPEWALK_SANITIZE)
+  include(CheckCXXCompilerFlag)
+  foreach(flag -fstack-protector-strong -fstack-clash-protection)
+    string(MAKE_C_IDENTIFIER "ROPEWALK_HAS${flag}" has)
+    check_cxx_compiler_flag("${flag} -Werror" ${has})
+    if(${has})
+      target_compile_options(ropewalk_flags INTERFACE ${flag})
+    endif()
+  endforeach()
+  target_compile_options(ropewalk_flags INTERFACE
+    $<$<NOT:$<CONFIG:Debug>>:-U_FORTIFY_SOURCE> $<$<NOT:$<CONFIG:Debug>>:-D_FORTIFY_SOURCE=2>)
+endif()
+target_link_options(ropewalk_flags INTERFACE LINKER:-z,relro LINKER:-z,now LINKER:-z,noexecstack)
+
 if(ROPEWALK_SANITIZE)
   # For every target, so that test frameworks in header form are covered too.
   add_compile_options(-fsanitize=${ROPEWALK_SANITIZE} -fno-sanitize-recover=all -fno-omit-frame-pointer -g)

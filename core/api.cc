@@ -2,45 +2,80 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <ropewalk/ropewalk.h>
 
+#include <atomic>
 #include <cstring>
 #include <exception>
+#include <new>
 #include <string>
+#include <utility>
 
 #include "backends/cpu/cpu.h"
 #include "core/backend.h"
 #include "core/text.h"
+#include "core/thread_key.h"
 #include "ops/rope/known_calls.h"
 #include "ops/rope/rope_call.h"
 
 namespace ropewalk {
 namespace {
 
-thread_local std::string last_error;
-thread_local std::string returned_text;
-constinit thread_local KnownCalls known_calls;
+// What Ropewalk keeps for a thread.
+struct ThreadState {
+  const char* last_error = "";  // of `error`, or a text that needs no memory
+  std::string error, returned;
+  KnownCalls known_calls;
+};
 
-int Return(const Status& status) {
+constinit ThreadKey thread_state([]() -> void* { return new (std::nothrow) ThreadState; },
+                                 [](void* state) { delete static_cast<ThreadState*>(state); });
+// Null if there is no memory for one.
+ThreadState* OwnState() { return static_cast<ThreadState*>(thread_state.Get()); }
+
+constexpr const char* kNoMemory = "out of memory";
+std::atomic<bool> lost_error{false};  // of a thread that could not have a state
+
+int Failed(int code, const char* text) {
+  if (ThreadState* const state = OwnState()) {
+    state->last_error = text;
+  } else {
+    lost_error.store(true, std::memory_order_relaxed);
+  }
+  return code;
+}
+
+int Return(Status status) {
   if (status.ok()) return ROPEWALK_OK;
-  last_error = status.text();
+  ThreadState* const state = OwnState();
+  if (!state || status.text().empty()) return Failed(status.code(), kNoMemory);
+  state->error = std::move(status).text();
+  state->last_error = state->error.c_str();
   return status.code();
 }
 
-// Nothing may be thrown across the C border; what could be is a failed allocation.
+// Nothing may be thrown across the C border, not even because there is no memory to say why.
 template <class Body>
-int Guard(const Body& body) {
+int Guard(const Body& body) noexcept {
   try {
-    return Return(body());
-  } catch (const std::exception& error) {
-    return Return(Status::Internal(error.what()));
+    try {
+      return Return(body());
+    } catch (const std::bad_alloc&) {
+      return Failed(ROPEWALK_DRIVER_ERROR, kNoMemory);
+    } catch (const std::exception& error) {
+      return Return(Status::Internal(error.what()));
+    }
   } catch (...) {
-    return Return(Status::Internal("an unknown exception"));
+    return Failed(ROPEWALK_INTERNAL, "an exception that is none; this is a bug in Ropewalk");
   }
 }
 
 template <class Body>
 const char* GuardText(const Body& body) {
-  const int code = Guard([&]() -> Status { return body(&returned_text); });
-  return code == ROPEWALK_OK ? returned_text.c_str() : nullptr;
+  ThreadState* const state = OwnState();
+  const int code = Guard([&]() -> Status {
+    if (!state) throw std::bad_alloc();
+    return body(&state->returned);
+  });
+  return code == ROPEWALK_OK ? state->returned.c_str() : nullptr;
 }
 
 // Lets callers be older than the library: what their struct lacks has its default.
@@ -80,10 +115,10 @@ Status LaunchKnown(KnownCalls::Known* known) {
   return Launch(known->call);
 }
 
-Status LaunchNew(const ropewalk_rope_args& args, void* stream) {
+Status LaunchNew(const ropewalk_rope_args& args, void* stream, ThreadState* state) {
   RopeCall call;
   ROPEWALK_TRY(LowerRope(args, stream, &call));
-  KnownCalls::Known* const known = known_calls.Remember(args, call);
+  KnownCalls::Known* const known = state ? state->known_calls.Remember(args, call) : nullptr;
   return known ? LaunchKnown(known) : Launch(call);
 }
 
@@ -97,8 +132,9 @@ extern "C" {
 int ropewalk_rope(const ropewalk_rope_args* args, void* stream) {
   return Guard([&]() -> Status {
     return WithArgs(args, [&](const ropewalk_rope_args& full) -> Status {
-      KnownCalls::Known* const known = known_calls.Find(full, stream);
-      return known ? LaunchKnown(known) : LaunchNew(full, stream);
+      ThreadState* const state = OwnState();
+      KnownCalls::Known* const known = state ? state->known_calls.Find(full, stream) : nullptr;
+      return known ? LaunchKnown(known) : LaunchNew(full, stream, state);
     });
   });
 }
@@ -135,7 +171,10 @@ int ropewalk_check_faults(void) {
   });
 }
 
-const char* ropewalk_last_error(void) { return last_error.c_str(); }
+const char* ropewalk_last_error(void) {
+  if (const auto* state = static_cast<const ThreadState*>(thread_state.Find())) return state->last_error;
+  return lost_error.load(std::memory_order_relaxed) ? kNoMemory : "";
+}
 
 const char* ropewalk_backends(void) {
   return GuardText([](std::string* text) -> Status {
@@ -232,18 +271,20 @@ void ropewalk_frequencies_release(ropewalk_frequencies* frequencies) {
   if (frequencies && frequencies->references.fetch_sub(1, std::memory_order_acq_rel) == 1) delete frequencies;
 }
 
-int64_t ropewalk_frequencies_rotary_dim(const ropewalk_frequencies* frequencies) { return frequencies->rotary_dim; }
+int64_t ropewalk_frequencies_rotary_dim(const ropewalk_frequencies* frequencies) {
+  return frequencies ? frequencies->rotary_dim : 0;
+}
 
 double ropewalk_frequencies_attention_scaling(const ropewalk_frequencies* frequencies) {
-  return frequencies->attention_scaling;
+  return frequencies ? frequencies->attention_scaling : 1.0;
 }
 
 const double* ropewalk_frequencies_inv_freq(const ropewalk_frequencies* frequencies) {
-  return frequencies->inv_freq.data();
+  return frequencies ? frequencies->inv_freq.data() : nullptr;
 }
 
 const int32_t* ropewalk_frequencies_axes(const ropewalk_frequencies* frequencies) {
-  return frequencies->axes.empty() ? nullptr : frequencies->axes.data();
+  return frequencies && !frequencies->axes.empty() ? frequencies->axes.data() : nullptr;
 }
 
 int ropewalk_frequencies_table(const ropewalk_frequencies* frequencies, DLTensor* cos, DLTensor* sin) {

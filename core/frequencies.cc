@@ -11,6 +11,8 @@
 
 #include "core/double_double.h"
 #include "core/json_fields.h"
+#include "core/op.h"
+#include "core/overlap.h"
 #include "core/rope_config.h"
 #include "core/torch_pow.h"
 
@@ -257,10 +259,13 @@ float TableEntry(double exact, float scaling) {
 Status CheckTable(const DLTensor* tensor, const char* name, int64_t pairs, TableType* type) {
   const std::string prefix = std::string("table: ") + name;
   if (tensor == nullptr) return Status::Invalid(prefix + " is missing");
-  if (tensor->device.device_type != kDLCPU) return Status::Invalid(prefix + " must be on the CPU");
+  if (DeviceType(tensor->device) != kDLCPU) {
+    return Status::Invalid(prefix + " must be on the CPU, but is on " + DeviceName(tensor->device));
+  }
   if (tensor->ndim != 2) {
     return Status::Invalid(prefix + " must have 2 dimensions, but has " + std::to_string(tensor->ndim));
   }
+  if (tensor->shape == nullptr) return Status::Invalid(prefix + " has no shape");
   if (tensor->shape[0] < 0 || tensor->shape[1] != pairs) {
     return Status::Invalid(prefix + " must be [rows, " + std::to_string(pairs) + "], but is [" +
                            std::to_string(tensor->shape[0]) + ", " + std::to_string(tensor->shape[1]) + "]");
@@ -275,7 +280,15 @@ Status CheckTable(const DLTensor* tensor, const char* name, int64_t pairs, Table
   } else {
     return Status::Invalid(prefix + " must be float32, float16 or bfloat16");
   }
-  if (tensor->data == nullptr && tensor->shape[0] > 0) return Status::Invalid(prefix + " has no data");
+  if (SpansTooMuch(*tensor)) {
+    return Status::Invalid(prefix + " must span less than 2^62 bytes, but its shape is " + ShapeText(*tensor) +
+                           (tensor->strides != nullptr ? " with larger strides" : ""));
+  }
+  if (tensor->shape[0] == 0) return {};
+  if (tensor->data == nullptr) return Status::Invalid(prefix + " has no data");
+  if (FootprintOf(*tensor).repeats()) {
+    return Status::Invalid(prefix + " is written, but some of its elements share memory (overlapping strides)");
+  }
   return {};
 }
 
@@ -323,9 +336,9 @@ Status FrequenciesFromArray(const double* inv_freq, int64_t count, double attent
                                Show(inv_freq[i]));
       }
       if (axes != nullptr) {
-        if (axes[i] < 0) {
-          return Status::Invalid("axes[" + std::to_string(i) + "] must not be negative, but is " +
-                                 std::to_string(axes[i]));
+        if (axes[i] < 0 || axes[i] >= kMaxAxes) {
+          return Status::Invalid("axes[" + std::to_string(i) + "] must be from 0 to " + std::to_string(kMaxAxes - 1) +
+                                 ", but is " + std::to_string(axes[i]));
         }
         made->axes.push_back(axes[i]);
       }
@@ -361,6 +374,9 @@ Status FillTable(const ropewalk_frequencies& frequencies, DLTensor* cos, DLTenso
     if (cos->shape[0] != sin->shape[0]) {
       return Status::Invalid("table: sin has " + std::to_string(sin->shape[0]) + " rows, but cos has " +
                              std::to_string(cos->shape[0]));
+    }
+    if (cos->shape[0] > 0 && Overlap(FootprintOf(*cos), FootprintOf(*sin))) {
+      return Status::Invalid("table: sin must not share memory with cos, which it overlaps: both are written");
     }
     const bool in_double = frequencies.table_inv_freq.empty();
     const float scaling = F(frequencies.attention_scaling);

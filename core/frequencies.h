@@ -27,6 +27,8 @@ struct ropewalk_frequencies {
 
 namespace ropewalk {
 
+inline constexpr int32_t kMaxAxes = 1 << 20;  // rows of positions
+
 Status MakeFrequencies(double theta, int64_t rotary_dim, std::string_view scaling_json, int64_t sequence_length,
                        ropewalk_frequencies** out);
 Status FrequenciesFromArray(const double* inv_freq, int64_t count, double attention_scaling, const int32_t* axes,

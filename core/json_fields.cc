@@ -9,7 +9,6 @@ namespace ropewalk {
 namespace {
 
 constexpr int kMaxDepth = 64;
-constexpr size_t kMaxBytes = size_t{64} << 20;
 constexpr size_t kMaxShown = 60;  // of a value, in a message
 
 // Python writes infinities and NaN as bare words, which JSON does not have. As strings they parse, and are refused by
@@ -57,32 +56,96 @@ bool NestsTooDeep(std::string_view text) {
   return false;
 }
 
+// Without allocating. As deep as the value nests.
+void Clear(Json* value) {
+  if (value->is_array()) {
+    auto& elements = value->get_ref<Json::array_t&>();
+    for (Json& element : elements) Clear(&element);
+    elements.clear();
+  } else if (value->is_object()) {
+    auto& members = value->get_ref<Json::object_t&>();
+    for (auto& member : members) Clear(&member.second);
+    members.clear();
+  }
+}
+
+// Puts each value where it belongs at once, so that what there is can be cleared whenever memory runs out.
+class Builder final : public nlohmann::json_sax<Json> {
+ public:
+  explicit Builder(Json* root) : next_(root) {}
+
+  std::string twice;  // the first field that an object has twice
+  std::string error;  // what is wrong with the text
+
+  bool null() override { return Put(nullptr); }
+  bool boolean(bool value) override { return Put(value); }
+  bool number_integer(number_integer_t value) override { return Put(value); }
+  bool number_unsigned(number_unsigned_t value) override { return Put(value); }
+  bool number_float(number_float_t value, const string_t&) override { return Put(value); }
+  bool string(string_t& value) override { return Put(std::move(value)); }
+  bool binary(binary_t&) override { return false; }  // JSON has none
+  bool start_object(size_t) override { return Open(Json::value_t::object); }
+  bool start_array(size_t) override { return Open(Json::value_t::array); }
+  bool end_object() override { return Close(); }
+  bool end_array() override { return Close(); }
+  bool key(string_t& name) override {
+    const auto [member, added] = open_.back()->get_ref<Json::object_t&>().try_emplace(name, nullptr);
+    if (!added && twice.empty()) twice = Show(Json(name));
+    if (!added) Clear(&member->second);
+    next_ = &member->second;
+    return true;
+  }
+  bool parse_error(size_t, const std::string&, const nlohmann::detail::exception& exception) override {
+    error = exception.what();
+    return false;
+  }
+
+ private:
+  Json* Place() {  // of the next value
+    if (open_.empty() || !open_.back()->is_array()) return next_;
+    auto& elements = open_.back()->get_ref<Json::array_t&>();
+    elements.emplace_back();
+    return &elements.back();
+  }
+  template <class Value>
+  bool Put(Value&& value) {
+    *Place() = Json(std::forward<Value>(value));
+    return true;
+  }
+  bool Open(Json::value_t type) {
+    Json* const place = Place();
+    *place = Json(type);
+    open_.push_back(place);
+    return true;
+  }
+  bool Close() {
+    open_.pop_back();
+    return true;
+  }
+
+  Json* next_;  // the root, or the member that the last key made
+  std::vector<Json*> open_;
+};
+
 }  // namespace
 
-Status ParseJsonObject(std::string_view text, std::string_view name, Json* out) {
+OwnedJson::~OwnedJson() { Clear(this); }
+
+Status ParseJsonObject(std::string_view text, std::string_view name, OwnedJson* out) {
   const std::string file(name);
-  if (text.size() > kMaxBytes) return Status::Invalid(file + ": is larger than 64 MiB");
+  if (text.size() > kMostJsonBytes) {
+    return Status::Invalid(file + ": is larger than " + std::to_string(kMostJsonBytes >> 20) + " MiB");
+  }
   if (NestsTooDeep(text)) return Status::Invalid(file + ": nests deeper than 64 levels");
-  std::vector<std::set<std::string>> keys;
-  std::string twice;
-  const auto watch = [&](int, Json::parse_event_t event, Json& value) {
-    if (event == Json::parse_event_t::object_start) keys.emplace_back();
-    if (event == Json::parse_event_t::object_end) keys.pop_back();
-    if (event == Json::parse_event_t::key && !keys.back().insert(value.get<std::string>()).second && twice.empty()) {
-      twice = Show(value);
-    }
-    return true;
-  };
-  try {
-    *out = Json::parse(QuoteBareWords(text), watch);
-  } catch (const Json::exception& error) {
-    const std::string what = error.what();  // "[json.exception.parse_error.101] parse error at line 1, .."
+  Builder builder(out);
+  if (!Json::sax_parse(QuoteBareWords(text), &builder)) {
+    const std::string& what = builder.error;  // "[json.exception.parse_error.101] parse error at line 1, .."
     const size_t end = what.find("] ");
     std::string detail = end == std::string::npos ? what : what.substr(end + 2);
     if (detail.size() > 200) detail = detail.substr(0, 200) + "..";
     return Status::Invalid(file + ": is not JSON: " + detail);
   }
-  if (!twice.empty()) return Status::Invalid(file + ": has the field " + twice + " twice");
+  if (!builder.twice.empty()) return Status::Invalid(file + ": has the field " + builder.twice + " twice");
   if (!out->is_object()) return Status::Invalid(file + ": must be a JSON object, but is " + Show(*out));
   return {};
 }

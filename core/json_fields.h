@@ -17,13 +17,23 @@ namespace ropewalk {
 
 using Json = nlohmann::json;
 
+// A value with all that it holds. The library's own destructor allocates, and ends the process if it cannot.
+struct OwnedJson : Json {
+  OwnedJson() = default;
+  OwnedJson(const OwnedJson&) = delete;
+  OwnedJson& operator=(const OwnedJson&) = delete;
+  ~OwnedJson();
+};
+
 // Runs `body`, which returns a Status, and turns what it throws (memory, the JSON library) into one.
 template <class Body>
 Status WithoutThrowing(Body body) noexcept;
 
+inline constexpr size_t kMostJsonBytes = size_t{8} << 20;  // 60 MB of a hostile one took 16 seconds
+
 // Parses `text`, called `name` in messages, into an object. Nesting beyond 64 levels, a key twice in one object and
-// more than 64 MiB are refused.
-Status ParseJsonObject(std::string_view text, std::string_view name, Json* out);
+// more than kMostJsonBytes are refused.
+Status ParseJsonObject(std::string_view text, std::string_view name, OwnedJson* out);
 
 // A value as messages show it: one line, not long.
 std::string Show(const Json& value);

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <limits>
 
 #include "core/text.h"
 
@@ -52,7 +53,12 @@ T Field(const void* args, const Arg& arg) {
   return value;
 }
 
-bool SameDevice(DLDevice a, DLDevice b) { return a.device_type == b.device_type && a.device_id == b.device_id; }
+bool SameDevice(const DLDevice& a, const DLDevice& b) {
+  return DeviceType(a) == DeviceType(b) && a.device_id == b.device_id;
+}
+
+// More than any array library has; beyond, `ndim` is no number of dimensions, and sizes are not read.
+constexpr int32_t kMostDims = 64;
 
 int64_t Numel(const DLTensor& tensor) {
   int64_t count = 1;
@@ -82,6 +88,11 @@ struct Checker {
     if (arg.kind == Kind::kDouble) {
       const double value = Field<double>(args, arg);
       if (!(value >= 0.0) || std::isinf(value)) return Invalid(arg, "must be a finite number >= 0, but is ", value);
+      // Kernels take it as a float32, in which others would be infinite, or nothing.
+      constexpr float kLeast = std::numeric_limits<float>::min(), kMost = std::numeric_limits<float>::max();
+      if (value != 0.0 && (value < kLeast || value > kMost)) {
+        return Invalid(arg, "must be 0 or from ", kLeast, " to ", kMost, ", but is ", value);
+      }
       return {};
     }
     const int32_t value = Field<int32_t>(args, arg);
@@ -113,8 +124,9 @@ struct Checker {
   }
 
   Status WrongRank(const Arg& arg, const DLTensor& tensor) const {
+    const std::string shape = ShapeText(tensor);
     return Invalid(arg, "must be ", ShapeSpec(arg), first->ndim == 4 ? " with the batch of q" : "", ", but has ",
-                   tensor.ndim, tensor.ndim == 1 ? " dimension " : " dimensions ", ShapeText(tensor));
+                   tensor.ndim, tensor.ndim == 1 ? " dimension" : " dimensions", shape.empty() ? "" : " ", shape);
   }
 
   Status BindSize(const Arg& arg, Dim dim, int64_t size) const {
@@ -128,19 +140,11 @@ struct Checker {
     return {};
   }
 
-  // That no product of sizes and strides overflows: a tensor spans less than 2^62 bytes in every direction.
   Status CheckExtent(const Arg& arg, const DLTensor& tensor) const {
-    constexpr double kMostBytes = 4.6e18;
-    double count = tensor.dtype.bits / 8.0, span = 0.0;
     for (int i = 0; i < tensor.ndim; ++i) {
       if (tensor.shape[i] < 0) return Invalid(arg, "has a negative size: ", ShapeText(tensor));
-      count *= static_cast<double>(tensor.shape[i] ? tensor.shape[i] : 1);
-      if (tensor.strides) {
-        span += std::abs(static_cast<double>(tensor.strides[i])) * static_cast<double>(tensor.shape[i]) *
-                (tensor.dtype.bits / 8.0);
-      }
     }
-    if (count > kMostBytes || span > kMostBytes) {
+    if (SpansTooMuch(tensor)) {
       return Invalid(arg, "must span less than 2^62 bytes, but its shape is ", ShapeText(tensor),
                      tensor.strides ? " with larger strides" : "");
     }
@@ -178,7 +182,7 @@ struct Checker {
       if (!(broadcasts && size == 1)) ROPEWALK_TRY(BindSize(arg, names[i], size));
       strides->value[static_cast<size_t>(names[i])] = size <= 1 || empty ? 0 : StrideOf(tensor, i);
     }
-    if ((arg.flags & kUnitStride) && tensor.ndim > 0 && tensor.shape[tensor.ndim - 1] > 1 &&
+    if ((arg.flags & kUnitStride) && !empty && tensor.ndim > 0 && tensor.shape[tensor.ndim - 1] > 1 &&
         StrideOf(tensor, tensor.ndim - 1) != 1) {
       return Invalid(arg, "must be contiguous in its last dimension, but its stride there is ",
                      StrideOf(tensor, tensor.ndim - 1));
@@ -186,11 +190,17 @@ struct Checker {
     return {};
   }
 
-  Status CheckTensor(const Arg& arg, const DLTensor& tensor, Strides* strides) const {
+  // What is asked of a tensor before any of its sizes is read.
+  Status CheckHasShape(const Arg& arg, const DLTensor& tensor) const {
     if (tensor.ndim < 0 || (tensor.ndim > 0 && !tensor.shape)) return Invalid(arg, "has no shape");
+    return tensor.ndim > kMostDims ? WrongRank(arg, tensor) : Status();
+  }
+
+  Status CheckTensor(const Arg& arg, const DLTensor& tensor, Strides* strides) const {
+    ROPEWALK_TRY(CheckHasShape(arg, tensor));
     ROPEWALK_TRY(CheckDtype(arg, tensor));
     ROPEWALK_TRY(CheckExtent(arg, tensor));
-    const bool host_scalar = (arg.flags & kHostScalar) && tensor.device.device_type == kDLCPU;
+    const bool host_scalar = (arg.flags & kHostScalar) && DeviceType(tensor.device) == kDLCPU;
     if (!SameDevice(tensor.device, first->device) && !(host_scalar && Numel(tensor) == 1)) {
       return Invalid(arg, "must be on the device of q (", DeviceName(first->device), "), but is on ",
                      DeviceName(tensor.device));
@@ -249,20 +259,34 @@ int64_t DtypeBytes(uint32_t dtype) {
 }
 
 std::string DeviceName(DLDevice device) {
-  switch (static_cast<int32_t>(device.device_type)) {
+  switch (DeviceType(device)) {
     case kDLCPU: return "cpu";
     case kDLCUDA: return Text("cuda:", device.device_id);
     case kDLCUDAHost: return "pinned host memory";
     case kDLOpenCL: return Text("opencl:", device.device_id);
     case kDlOneApi: return Text("xpu:", device.device_id);
-    default: return Text("device type ", static_cast<int32_t>(device.device_type), ":", device.device_id);
+    default: return Text("device type ", DeviceType(device), ":", device.device_id);
   }
 }
 
 std::string ShapeText(const DLTensor& tensor) {
+  if (tensor.ndim < 0 || tensor.ndim > kMostDims || (tensor.ndim > 0 && !tensor.shape)) return "";
   std::string out = "[";
   for (int i = 0; i < tensor.ndim; ++i) Append(&out, Text(i ? ", " : "", tensor.shape[i]));
   return out + "]";
+}
+
+bool SpansTooMuch(const DLTensor& tensor) {
+  constexpr double kMostBytes = 4.6e18;
+  double count = tensor.dtype.bits / 8.0, span = 0.0;
+  for (int i = 0; i < tensor.ndim; ++i) {
+    count *= static_cast<double>(tensor.shape[i] ? tensor.shape[i] : 1);
+    if (tensor.strides) {
+      span += std::abs(static_cast<double>(tensor.strides[i])) * static_cast<double>(tensor.shape[i]) *
+              (tensor.dtype.bits / 8.0);
+    }
+  }
+  return count > kMostBytes || span > kMostBytes;
 }
 
 const char* DimName(Dim dim) { return kDims[static_cast<size_t>(dim)].name; }
@@ -286,6 +310,7 @@ Status Check(const char* op, std::span<const Arg> args_table, const void* args, 
     }
     if (!checker.first) {
       checker.first = tensor;
+      ROPEWALK_TRY(checker.CheckHasShape(arg, *tensor));
       if (tensor->ndim != 3 && tensor->ndim != 4) return checker.WrongRank(arg, *tensor);
     }
     strides[i] = {};

@@ -19,6 +19,13 @@
 namespace ropewalk {
 
 inline constexpr int32_t kDlOneApi = 14;  // DLPack's kDLOneAPI: SYCL's unified shared memory; Intel GPUs
+// The device's type as a caller wrote it: a newer DLPack's may be no value of the enum that we are built with.
+inline int32_t DeviceType(const DLDevice& device) {
+  int32_t type;
+  static_assert(sizeof(type) == sizeof(device.device_type));
+  std::memcpy(&type, &device.device_type, sizeof(type));
+  return type;
+}
 
 // Bits, so that an argument can accept several.
 enum Dtype : uint32_t {
@@ -40,7 +47,7 @@ std::string DtypeName(DLDataType type);   // "bfloat16", also of foreign ones: "
 std::string DtypeNames(uint32_t dtypes);  // "float32, float16 or bfloat16"
 int64_t DtypeBytes(uint32_t dtype);
 std::string DeviceName(DLDevice device);        // "cpu", "cuda:0"
-std::string ShapeText(const DLTensor& tensor);  // "[4, 8, 64]"
+std::string ShapeText(const DLTensor& tensor);  // "[4, 8, 64]"; "" if it has none that could be read
 
 // Names of dimensions. A name that two arguments share must have one size in a call.
 enum class Dim : uint8_t {
@@ -113,6 +120,8 @@ inline int64_t StrideOf(const DLTensor& tensor, int dim) {
   for (int i = tensor.ndim - 1; i > dim; --i) stride *= tensor.shape[i];
   return stride;
 }
+// Whether a product of its sizes and strides might overflow: it spans 2^62 bytes or more, in some direction.
+bool SpansTooMuch(const DLTensor& tensor);
 // data + byte_offset
 inline void* DataOf(const DLTensor& tensor) {
   return reinterpret_cast<void*>(reinterpret_cast<uintptr_t>(tensor.data) + tensor.byte_offset);

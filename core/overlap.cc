@@ -8,11 +8,13 @@
 namespace ropewalk {
 namespace {
 
+constexpr int kMostSteps = 1 << 16;  // a millisecond; tensors of real models take tens
+
 // Splits the footprint with the longer outermost axis until the ranges are apart or dense runs meet.
 bool Search(Footprint a, Footprint b, int* budget) {
   if (a.base >= b.end() || b.base >= a.end()) return false;
   if (a.count == 0 && b.count == 0) return true;
-  if (--*budget < 0) return false;
+  if (--*budget < 0) return true;
   // Rows of one period that lie beside each other, as packed q, k and v do, however many rows there are.
   if (a.count && b.count && a.axes[0].stride == b.axes[0].stride) {
     const auto period = static_cast<uintptr_t>(a.axes[0].stride);
@@ -42,12 +44,21 @@ bool Search(Footprint a, Footprint b, int* budget) {
 }  // namespace
 
 bool Footprint::repeats() const {
-  // Axes by falling stride: a step that stays inside what the axes behind it span meets some element again, or lies
-  // between its elements as no tensor does that is meant to be written.
-  int64_t inner = item;
+  // Axes by falling stride. A step beyond what the axes behind it span meets nothing; one inside may meet elements of
+  // theirs, or fall between them.
+  int budget = kMostSteps;
+  Footprint inner = *this;  // the axes behind the i-th
   for (int i = count - 1; i >= 0; --i) {
-    if (axes[i].stride < inner) return true;
-    inner = axes[i].stride * (axes[i].size - 1) + inner;
+    const Axis axis = axes[i];
+    inner.count = count - 1 - i;
+    for (int j = 0; j < inner.count; ++j) inner.axes[j] = axes[i + 1 + j];
+    const auto extent = static_cast<int64_t>(inner.end() - inner.base);
+    if (axis.stride == 0) return true;
+    for (int64_t step = 1; step < axis.size && step * axis.stride < extent; ++step) {
+      Footprint shifted = inner;
+      shifted.base += static_cast<uintptr_t>(step * axis.stride);
+      if (--budget < 0 || Search(inner, shifted, &budget)) return true;
+    }
   }
   return false;
 }
@@ -89,7 +100,7 @@ Footprint FootprintOf(const DLTensor& tensor) {
 }
 
 bool Overlap(const Footprint& a, const Footprint& b) {
-  int budget = 4096;
+  int budget = kMostSteps;
   return Search(a, b, &budget);
 }
 

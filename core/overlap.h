@@ -25,12 +25,12 @@ struct Footprint {
            std::equal(axes, axes + count, other.axes, other.axes + other.count);
   }
   bool empty() const { return item == 0; }
-  bool repeats() const;   // its axes overlap: a stride of 0, or one within the span of those behind it
+  bool repeats() const;   // some byte is in two of its elements; true too where the search gives up
   uintptr_t end() const;  // one past the last byte
 };
 
 Footprint FootprintOf(const DLTensor& tensor);
-// False only if no byte is shared, up to a bounded search: tensors so entangled that it gives up count as apart.
+// False only if no byte is shared. The search is bounded: tensors so entangled that it gives up count as overlapping.
 bool Overlap(const Footprint& a, const Footprint& b);
 
 }  // namespace ropewalk

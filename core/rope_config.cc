@@ -8,6 +8,7 @@
 #include <cmath>
 #include <map>
 
+#include "core/fork.h"
 #include "core/json_fields.h"
 #include "core/model_traits.h"
 #include "core/text.h"
@@ -20,19 +21,21 @@ constexpr int64_t kMaxLength = int64_t{1} << 40;  // of a sequence
 constexpr int64_t kMaxSize = int64_t{1} << 40;    // of a hidden state, before it is checked further
 constexpr int64_t kMaxHeads = int64_t{1} << 20;
 
-const std::map<std::string, RopeType, std::less<>>& RopeTypes() {
-  static const std::map<std::string, RopeType, std::less<>> types{
-      {"default", RopeType::kDefault},
-      {"linear", RopeType::kLinear},
-      {"dynamic", RopeType::kDynamic},
-      {"yarn", RopeType::kYarn},
-      {"longrope", RopeType::kLongrope},
-      {"llama3", RopeType::kLlama3},
-      {"proportional", RopeType::kProportional},
-      {"su", RopeType::kLongrope},     // Phi-3's first name for longrope
-      {"mrope", RopeType::kDefault}};  // Qwen2-VL's first name for default with mrope_section
-  return types;
+using RopeTypeMap = std::map<std::string, RopeType, std::less<>>;
+const RopeTypeMap* MakeRopeTypes() {
+  return new RopeTypeMap{{"default", RopeType::kDefault},
+                         {"linear", RopeType::kLinear},
+                         {"dynamic", RopeType::kDynamic},
+                         {"yarn", RopeType::kYarn},
+                         {"longrope", RopeType::kLongrope},
+                         {"llama3", RopeType::kLlama3},
+                         {"proportional", RopeType::kProportional},
+                         {"su", RopeType::kLongrope},     // Phi-3's first name for longrope
+                         {"mrope", RopeType::kDefault}};  // Qwen2-VL's first name for default with mrope_section
 }
+const RopeTypeMap& RopeTypes() { return OnceMade<RopeTypeMap, MakeRopeTypes>::Get(); }
+
+const Json* MakeEmpty() { return new Json(Json::object()); }
 
 std::string Quoted(std::string_view text) { return Show(Json(std::string(text))); }
 
@@ -538,7 +541,7 @@ struct Choice {
 
 Status ReadChoices(Fields* fields, const ModelTraits& traits, const Surroundings& around,
                    const std::set<std::string>& layer_types, std::vector<Choice>* choices) {
-  static const Json empty = Json::object();
+  const Json& empty = OnceMade<Json, MakeEmpty>::Get();
   const Json *new_spelling = nullptr, *old_spelling = nullptr;
   ROPEWALK_TRY(Inner(fields, "rope_parameters", &new_spelling));
   ROPEWALK_TRY(Inner(fields, "rope_scaling", &old_spelling));
@@ -656,7 +659,8 @@ Status ReadScaling(double theta, int64_t rotary_dim, std::string_view scaling_js
     return Status::Invalid("sequence_length must be from 0 to " + std::to_string(kMaxLength) + ", but is " +
                            std::to_string(sequence_length));
   }
-  Json scaling = Json::object();
+  OwnedJson scaling;
+  static_cast<Json&>(scaling) = Json::object();
   if (!scaling_json.empty()) ROPEWALK_TRY(ParseJsonObject(scaling_json, "scaling", &scaling));
   Surroundings around;
   around.theta = theta;
@@ -677,7 +681,7 @@ Status ReadRopeConfig(std::string_view json, std::string_view name, std::string_
     return Status::Invalid("sequence_length must be from 0 to " + std::to_string(kMaxLength) + ", but is " +
                            std::to_string(sequence_length));
   }
-  Json whole;
+  OwnedJson whole;
   ROPEWALK_TRY(ParseJsonObject(json, name, &whole));
   const std::string file = std::string(name) + ": ";
   Fields top(whole, file);

@@ -24,7 +24,8 @@ class [[nodiscard]] Status {
 
   bool ok() const { return code_ == ROPEWALK_OK; }
   ropewalk_code code() const { return code_; }
-  const std::string& text() const { return text_; }
+  const std::string& text() const& { return text_; }
+  std::string text() && { return std::move(text_); }
 
  private:
   ropewalk_code code_ = ROPEWALK_OK;

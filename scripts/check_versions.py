@@ -1,5 +1,5 @@
 """Fails unless the version agrees in the header, the changelog and the package, and the pins in pyproject.toml agree
-with requirements/.
+with requirements/, and those with requirements/lock/.
 
 SPDX-License-Identifier: Apache-2.0
 """
@@ -32,6 +32,14 @@ for package in ("apache-tvm-ffi", "scikit-build-core"):
     built = find(rf'requires = \[.*"{package}==([^"]+)"', "pyproject.toml")
     if built != pinned:
         problems.append(f"pyproject.toml builds with {package} {built}, but requirements/base.txt pins {pinned}")
+
+# What is installed is what requirements/ names.
+for file in sorted((root / "requirements").glob("*.txt")):
+    locked = (root / "requirements/lock" / file.name).read_text().lower().replace("_", "-")
+    for package, pinned in re.findall(r"^([A-Za-z0-9._-]+)==([^\s;]+)", file.read_text(), re.MULTILINE):
+        wanted = rf"^{re.escape(package.lower().replace('_', '-'))}=={re.escape(pinned)}(?![0-9A-Za-z.])"
+        if not re.search(wanted, locked, re.MULTILINE):
+            problems.append(f"requirements/{file.name} pins {package} {pinned}, but its lock does not: scripts/lock.sh")
 
 print("\n".join(problems) or f"versions agree: {version}")
 sys.exit(bool(problems))

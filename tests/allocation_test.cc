@@ -1,4 +1,6 @@
-// No allocation on the call path after the first call: every malloc of this program is counted. On OpenCL, Level Zero
+// No allocation on the call path after the first call: every malloc of this program is counted. And no call that ends
+// in anything but a code when memory runs out: each of its allocations fails once, alone and with all later ones.
+// On OpenCL, Level Zero
 // and SYCL the run-time's own are none of ours: there counts what the calling thread allocates outside the run-time's
 // functions.
 // SPDX-License-Identifier: Apache-2.0
@@ -9,8 +11,14 @@
 #include <cerrno>
 #include <cstddef>
 #include <cstdlib>
+#include <fstream>
+#include <functional>
+#include <iterator>
 #include <memory>
+#include <string>
 #include <string_view>
+#include <thread>
+#include <vector>
 
 #include "backends/level_zero/driver.h"
 #include "backends/opencl/library.h"
@@ -36,6 +44,10 @@ std::atomic<long> allocations{0};
 thread_local int inside_runtime = 0;
 thread_local long own_allocations = 0;
 int (*inside_shim)() = nullptr;  // of a library, as the first
+
+// Of the calling thread: its allocations until the first that fails (negative: none does), and whether later ones do.
+thread_local long allocations_left = -1;
+thread_local bool later_ones_fail = false;
 }  // namespace
 
 #if ROPEWALK_OWN_MALLOC
@@ -43,6 +55,12 @@ namespace {
 void Count() {
   ++allocations;
   if (inside_runtime == 0 && !(inside_shim && inside_shim())) ++own_allocations;
+}
+bool Fails() {
+  if (allocations_left < 0) return false;
+  if (allocations_left > 0) return --allocations_left, false;
+  if (!later_ones_fail) allocations_left = -1;
+  return true;
 }
 }  // namespace
 
@@ -55,19 +73,19 @@ void* __libc_memalign(size_t, size_t);
 // The C library's own functions underneath; operator new comes here too.
 void* malloc(size_t size) {
   Count();
-  return __libc_malloc(size);
+  return Fails() ? nullptr : __libc_malloc(size);
 }
 void* calloc(size_t count, size_t size) {
   Count();
-  return __libc_calloc(count, size);
+  return Fails() ? nullptr : __libc_calloc(count, size);
 }
 void* realloc(void* memory, size_t size) {
   Count();
-  return __libc_realloc(memory, size);
+  return Fails() ? nullptr : __libc_realloc(memory, size);
 }
 void* memalign(size_t alignment, size_t size) {
   Count();
-  return __libc_memalign(alignment, size);
+  return Fails() ? nullptr : __libc_memalign(alignment, size);
 }
 void* aligned_alloc(size_t alignment, size_t size) { return memalign(alignment, size); }
 int posix_memalign(void** out, size_t alignment, size_t size) {
@@ -116,6 +134,144 @@ TEST_F(Allocation, NoneInACallOfAnyStage) {
     ++calls;
   }
   EXPECT_GT(calls, 500);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Out of memory
+
+// A function of the C API with its arguments; true if it did what it is for.
+struct Attempt {
+  const char* name;
+  std::function<bool()> call;
+};
+
+std::vector<Attempt> Attempts() {
+  static const auto good = [] {
+    std::unique_ptr<CaseCall> call;
+    const RopeCase c = {.name = "out of memory", .dtype = kF32, .tokens = 300, .head_dim = 64, .norm = true};
+    EXPECT_TRUE(CaseCall::Make(c, HostMemory(), &call).ok());
+    return call;
+  }();
+  static const auto faulty = [] {
+    std::unique_ptr<CaseCall> call;
+    const RopeCase c = {.name = "fault", .dtype = kF32, .angles = Angles::kTable, .bad = Bad::kPosition};
+    EXPECT_TRUE(CaseCall::Make(c, HostMemory(), &call).ok());
+    return call;
+  }();
+  static ropewalk_rope_args refused;
+  refused = good->args();
+  refused.eps = -1;
+  static const std::string config = [] {
+    std::ifstream file(std::string(ROPEWALK_MODELS_DIR) + "/llama-3.1-8b.json");
+    return std::string((std::istreambuf_iterator<char>(file)), {});
+  }();
+  static const std::string broken = config.substr(0, config.size() / 2);
+  const auto made = [](int code, ropewalk_frequencies* frequencies) {
+    ropewalk_frequencies_release(frequencies);
+    return code == ROPEWALK_OK;
+  };
+  const auto create = [made](const char* scaling) {
+    ropewalk_frequencies* frequencies = nullptr;
+    return made(ropewalk_frequencies_create(1e4, 64, scaling, 4096, &frequencies), frequencies);
+  };
+  const auto from_config = [made](const char* json) {
+    ropewalk_frequencies* frequencies = nullptr;
+    return made(ropewalk_frequencies_from_config(json, "config.json", nullptr, 0, &frequencies), frequencies);
+  };
+  return {
+      {"rope", [] { return ropewalk_rope(&good->args(), nullptr) == ROPEWALK_OK; }},
+      {"rope, refused", [] { return ropewalk_rope(&refused, nullptr) == ROPEWALK_INVALID_ARGUMENT; }},
+      {"prepare", [] { return ropewalk_prepare(&good->args()) == ROPEWALK_OK; }},
+      {"explain", [] { return ropewalk_explain(&good->args()) != nullptr; }},
+      {"counters", [] { return ropewalk_counters() != nullptr; }},
+      {"description", [] { return ropewalk_description() != nullptr; }},
+      {"torch_schema", [] { return ropewalk_torch_schema() != nullptr; }},
+      {"force_backend",
+       [] { return ropewalk_force_backend("cpu") == ROPEWALK_OK && ropewalk_force_backend(nullptr) == ROPEWALK_OK; }},
+      {"force_backend, refused", [] { return ropewalk_force_backend("xyz") == ROPEWALK_INVALID_ARGUMENT; }},
+      {"faults",
+       [] {
+         return ropewalk_rope(&faulty->args(), nullptr) == ROPEWALK_OK && ropewalk_check_faults() == ROPEWALK_FAULT;
+       }},
+      {"set_threads",
+       [] {
+         const bool held =
+             ropewalk_set_threads(3) == ROPEWALK_OK && ropewalk_rope(&good->args(), nullptr) == ROPEWALK_OK;
+         return ropewalk_set_threads(1) == ROPEWALK_OK && held;
+       }},
+      {"frequencies_create", [=] { return create(nullptr); }},
+      {"frequencies_create, yarn",
+       [=] { return create(R"({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096})"); }},
+      {"frequencies_create, refused", [=] { return !create(R"({"rope_type": ["yarn", {"a": [1, 2]}], "b": {}})"); }},
+      {"frequencies_from_array",
+       [=] {
+         const double inv_freq[] = {1.0, 0.1};
+         const int32_t axes[] = {0, 1};
+         ropewalk_frequencies* frequencies = nullptr;
+         return made(ropewalk_frequencies_from_array(inv_freq, 2, 1.0, axes, &frequencies), frequencies);
+       }},
+      {"frequencies_from_config", [=] { return from_config(config.c_str()); }},
+      {"frequencies_from_config, broken", [=] { return !from_config(broken.c_str()); }},
+      {"frequencies_table, refused",
+       [] {
+         int64_t shape[] = {4, 7};
+         DLTensor table = {nullptr, {kDLCPU, 0}, 2, {kDLFloat, 32, 1}, shape, nullptr, 0};
+         return ropewalk_frequencies_table(good->frequencies(), &table, &table) == ROPEWALK_INVALID_ARGUMENT;
+       }},
+  };
+}
+
+// In a thread of its own, whose first call it is. True if it did what it is for, so that no allocation was left to
+// fail.
+bool WithAllocations(const Attempt& attempt, long count, bool only_one) {
+  bool held = false;
+  std::string error;
+  std::thread([&] {
+    const auto call = attempt.call;
+    later_ones_fail = !only_one;
+    allocations_left = count;
+    held = call();
+    const char* said = ropewalk_last_error();
+    allocations_left = -1;
+    error = said;
+    // And then it gets on.
+    EXPECT_TRUE(call()) << attempt.name << ": " << ropewalk_last_error();
+  }).join();
+  EXPECT_TRUE(held || !error.empty()) << attempt.name << " after " << count;
+  return held;
+}
+
+TEST_F(Allocation, EachThatFailsGivesACode) {
+  for (const Attempt& attempt : Attempts()) {
+    SCOPED_TRACE(attempt.name);
+    ASSERT_TRUE(attempt.call()) << ropewalk_last_error();
+    for (const bool only_one : {true, false}) {
+      constexpr long kMost = 3000;
+      long count = 0;
+      // Some go on without what they could not have: that all later counts hold too is seen by a few more.
+      for (int held = 0; held < 4 && count < kMost; ++count)
+        held = WithAllocations(attempt, count, only_one) ? held + 1 : 0;
+      EXPECT_LT(count, kMost);
+    }
+  }
+}
+
+// Memory is used up for good: what is served allocates nothing, and what is refused says why all the same.
+TEST_F(Allocation, NoneIsNeededToServeOrToRefuse) {
+  const std::vector<Attempt> attempts = Attempts();
+  std::thread([&] {
+    for (const Attempt& attempt : attempts) EXPECT_TRUE(attempt.call()) << attempt.name;
+    const auto &rope = attempts[0].call, &refused = attempts[1].call;
+    later_ones_fail = true;
+    allocations_left = 0;
+    const bool served = rope(), was_refused = refused();
+    const std::string_view said = ropewalk_last_error();
+    const bool again = rope();
+    allocations_left = -1;
+    EXPECT_TRUE(served && again);
+    EXPECT_FALSE(was_refused);  // not by its own words: there was no memory for them
+    EXPECT_EQ(said, "out of memory");
+  }).join();
 }
 
 // Every function of a run-time that the backend calls, with the run-time's own allocations left out.

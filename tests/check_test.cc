@@ -201,6 +201,160 @@ TEST(Check, WrongRank) {
   });
 }
 
+// Before any size is read: of tensors that have none, and of more than there can be.
+TEST(Check, ShapesThatCannotBeRead) {
+  EachTensor([](CaseCall& call, const Arg& arg, const DLTensor& tensor) {
+    for (const int ndim : {1, 2, 3, 4, 5, 64, 65, INT32_MAX}) {
+      Spoiled spoiled(tensor);
+      spoiled.tensor.ndim = ndim;
+      spoiled.tensor.shape = nullptr;
+      ExpectRefusedWith(call, arg, spoiled, {Text(arg.name, " has no shape")});
+    }
+    for (const int ndim : {65, 1 << 20, INT32_MAX}) {
+      Spoiled spoiled(tensor);
+      spoiled.tensor.ndim = ndim;
+      ExpectRefusedWith(call, arg, spoiled, {ShapeSpec(arg), Text("has ", ndim, " dimensions")});
+    }
+  });
+}
+
+// Strides between no elements may be anything.
+TEST(Check, EmptyTensorsOfAnyStrides) {
+  for (const int empty : {0, 1, 2}) {  // no batch, no tokens, no heads
+    RopeCase c = {.batch = 2, .q_heads = 3, .k_heads = 2, .head_dim = 32, .norm = true};
+    if (empty == 1) c.tokens = 0;
+    const auto call = MakeCall(c);
+    for (const int64_t stride : {int64_t{0}, int64_t{-1}, int64_t{7}, INT64_MAX / 64}) {
+      Spoiled q(*call->args().q), k(*call->args().k), positions(*call->args().positions);
+      for (Spoiled* tensor : {&q, &k, &positions}) {
+        if (empty == 2 && tensor == &positions) continue;
+        tensor->shape[empty] = 0;
+        for (int i = 0; i < tensor->tensor.ndim; ++i) tensor->strides[i] = stride;
+      }
+      ropewalk_rope_args args = call->args();
+      args.q = &q.tensor;
+      args.k = &k.tensor;
+      args.positions = &positions.tensor;
+      EXPECT_EQ(ropewalk_rope(&args, nullptr), ROPEWALK_OK) << ropewalk_last_error();
+      EXPECT_NE(ropewalk_explain(&args), nullptr) << ropewalk_last_error();
+    }
+  }
+}
+
+// Against every byte: q and k of one piece of memory, with strides that lie between each other's in all ways.
+TEST(Check, OverlapIsExact) {
+  const auto call = MakeCall({.dtype = kF32, .k_heads = 1, .head_dim = 4});
+  std::vector<float> memory(1 << 16);
+  uint64_t state = 1;
+  const auto random = [&](int64_t count) {
+    state = state * 6364136223846793005u + 1442695040888963407u;
+    return static_cast<int64_t>((state >> 33) % static_cast<uint64_t>(count));
+  };
+  int served = 0, refused = 0, interleaved = 0;
+  for (int round = 0; round < 20000; ++round) {
+    int64_t tokens = 2 + random(12), q_heads = 1 + random(4), k_heads = 1 + random(3);
+    int64_t q_shape[] = {tokens, q_heads, 4}, k_shape[] = {tokens, k_heads, 4};
+    int64_t q_strides[] = {4 + random(40), 4 + random(60), 1}, k_strides[] = {4 + random(40), 4 + random(60), 1};
+    DLTensor q = *call->args().q, k = *call->args().k;
+    q.data = memory.data();
+    k.data = memory.data() + random(400);
+    q.shape = q_shape, k.shape = k_shape, q.strides = q_strides, k.strides = k_strides;
+    q.byte_offset = k.byte_offset = 0;
+    ropewalk_rope_args args = ROPEWALK_ROPE_ARGS_INIT;
+    args.q = &q;
+    args.k = &k;
+    args.frequencies = call->frequencies();
+    std::vector<int> uses(memory.size());
+    bool shared = false;
+    for (const DLTensor* tensor : {&q, &k}) {
+      const int64_t begin = static_cast<float*>(tensor->data) - memory.data();
+      for (int64_t t = 0; t < tensor->shape[0]; ++t) {
+        for (int64_t h = 0; h < tensor->shape[1]; ++h) {
+          for (int64_t i = 0; i < 4; ++i) {
+            const int64_t at = begin + t * tensor->strides[0] + h * tensor->strides[1] + i;
+            shared |= uses[static_cast<size_t>(at)]++ > 0;
+          }
+        }
+      }
+    }
+    const bool is_served = ropewalk_explain(&args) != nullptr;
+    ASSERT_EQ(is_served, !shared) << ropewalk_last_error() << ", q " << tokens << " x " << q_heads << " by "
+                                  << q_strides[0] << ", " << q_strides[1] << "; k by " << k_strides[0] << ", "
+                                  << k_strides[1] << ", at " << static_cast<float*>(k.data) - memory.data();
+    ++(is_served ? served : refused);
+    const int64_t inner = std::min(q_strides[0], q_strides[1]), outer = std::max(q_strides[0], q_strides[1]);
+    const int64_t span = inner * ((q_strides[0] == inner ? tokens : q_heads) - 1) + 4;
+    interleaved += is_served && outer < span;
+  }
+  EXPECT_GT(served, 500);
+  EXPECT_GT(refused, 500);
+  EXPECT_GT(interleaved, 50);
+}
+
+// Where telling them apart would take too long, they are refused: strides of nearly one period, for many rows.
+TEST(Check, EntangledTensorsAreRefused) {
+  const auto call = MakeCall({.dtype = kF32, .q_heads = 1, .k_heads = 1, .head_dim = 4});
+  std::vector<float> memory(2000 * 2594 + 4000);
+  int64_t shape[] = {2000, 1, 4}, q_strides[] = {2594, 4, 1}, k_strides[] = {2593, 4, 1};
+  DLTensor q = *call->args().q, k = *call->args().k;
+  q.data = memory.data();
+  q.byte_offset = k.byte_offset = 0;
+  q.shape = k.shape = shape;
+  q.strides = q_strides, k.strides = k_strides;
+  ropewalk_rope_args args = ROPEWALK_ROPE_ARGS_INIT;
+  args.q = &q;
+  args.k = &k;
+  args.frequencies = call->frequencies();
+  for (const int64_t offset : {5, 100, 1999, 2593}) {
+    k.data = memory.data() + offset;
+    EXPECT_EQ(ropewalk_rope(&args, nullptr), ROPEWALK_INVALID_ARGUMENT) << offset;
+    EXPECT_NE(std::string(ropewalk_last_error()).find("k must not share memory with q"), std::string::npos);
+  }
+}
+
+// No heads is no work, however many tokens.
+TEST(Check, NoHeadsIsNoWork) {
+  const auto call = MakeCall({.dtype = kF32, .q_heads = 1, .k_heads = 0});
+  DLTensor q = *call->args().q;
+  int64_t shape[] = {int64_t{1} << 40, 0, 128};
+  q.shape = shape;
+  q.strides = nullptr;
+  ropewalk_rope_args args = ROPEWALK_ROPE_ARGS_INIT;
+  args.q = &q;
+  args.frequencies = call->frequencies();
+  EXPECT_EQ(ropewalk_rope(&args, nullptr), ROPEWALK_OK) << ropewalk_last_error();
+}
+
+// eps and scales are float32 in the kernels.
+TEST(Check, NumbersThatFloat32CannotHold) {
+  const auto call = EveryArgument(Angles::kFrequencies);
+  for (const double eps : {1e-300, 5e-324, 1e-46, 1e-39, 3.5e38, 1e300}) {
+    ropewalk_rope_args args = call->args();
+    args.eps = eps;
+    ExpectRefused(*call, args, {"eps must be 0 or from 1.1754944e-38 to 3.4028235e+38", Text("but is ", eps)});
+  }
+  for (float scale : {1e-39f, 1e-45f}) {
+    DLTensor tensor = {&scale, {kDLCPU, 0}, 0, {kDLFloat, 32, 1}, nullptr, nullptr, 0};
+    ropewalk_rope_args args = call->args();
+    args.k_scale = &tensor;
+    ExpectRefused(*call, args, {"k_scale must be at least 1.1754944e-38", Text("but is ", scale)});
+  }
+}
+
+// Devices that an older dlpack.h does not name.
+TEST(Check, DevicesOfANewerDlpack) {
+  const auto call = MakeCall({});
+  for (const int32_t type : {0, 16, 17, 255, -1, INT32_MAX, INT32_MIN}) {
+    DLTensor q = *call->args().q;
+    std::memcpy(&q.device.device_type, &type, sizeof(type));
+    ropewalk_rope_args args = ROPEWALK_ROPE_ARGS_INIT;
+    args.q = &q;
+    args.frequencies = call->frequencies();
+    EXPECT_EQ(ropewalk_rope(&args, nullptr), ROPEWALK_INVALID_ARGUMENT);
+    EXPECT_NE(std::string(ropewalk_last_error()).find(Text("device type ", type)), std::string::npos);
+  }
+}
+
 TEST(Check, WrongDevice) {
   EachTensor([](CaseCall& call, const Arg& arg, const DLTensor& tensor) {
     if (std::strcmp(arg.name, "q") == 0) return;

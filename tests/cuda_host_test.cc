@@ -4,9 +4,11 @@
 #include <dlfcn.h>
 #include <gtest/gtest.h>
 #include <stdlib.h>
+#include <sys/stat.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <chrono>
 #include <cstring>
 #include <filesystem>
 #include <fstream>
@@ -21,6 +23,7 @@
 #include "backends/cuda/driver.h"
 #include "backends/cuda/sources.h"
 #include "backends/cuda/tuned.h"
+#include "core/files.h"
 #include "core/frequencies.h"
 #include "core/text.h"
 #include "ops/rope/rope_cuda.h"
@@ -389,7 +392,7 @@ TEST_F(CudaHost, DamagedFilesAreASlowStart) {
   for (const auto& entry : fs::directory_iterator(Directory() + "/cache")) file = entry.path();
   ASSERT_EQ(file.extension(), ".cubin");
   std::string good;
-  ASSERT_TRUE(ReadFile(file.string(), &good));
+  ASSERT_EQ(ReadFile(file.string(), Trust::kOwn, 1 << 20, &good), "");
 
   std::vector<std::string> bad = {"", good.substr(0, 20), good.substr(0, good.size() - 1), good + "x",
                                   "no such file at all"};
@@ -421,6 +424,97 @@ TEST_F(CudaHost, DamagedFilesAreASlowStart) {
     });
     EXPECT_EQ(Compilations(), ++expected);
   }
+}
+
+// A file of the cache is code: one that others could have written is compiled again, and so is what is no plain file of
+// a sane size, without waiting for it or reading it.
+TEST_F(CudaHost, OnlyFilesOfItsOwnAreLoaded) {
+  const std::string cache = Directory() + "/cache";
+  const auto run = [] {
+    umask(0);
+    Call call;
+    ExpectOk(call.Run());
+  };
+  const auto mode = [](const std::string& path) {
+    struct stat status = {};
+    EXPECT_EQ(stat(path.c_str(), &status), 0);
+    return status.st_mode & 07777u;
+  };
+  InFreshProcess({}, run);
+  ASSERT_EQ(Compilations(), 1);
+  std::string file;
+  for (const auto& entry : fs::directory_iterator(cache)) file = entry.path().string();
+  EXPECT_EQ(mode(cache), 0700u);
+  EXPECT_EQ(mode(file), 0600u);
+
+  int expected = 1;
+  const auto spoiled = [&](const char* what, const std::function<void()>& spoil) {
+    SCOPED_TRACE(what);
+    spoil();
+    InFreshProcess({}, run);
+    EXPECT_EQ(Compilations(), ++expected);
+    InFreshProcess({}, run);  // and repaired
+    EXPECT_EQ(Compilations(), expected);
+  };
+  spoiled("of mode 0620", [&] { chmod(file.c_str(), 0620); });
+  spoiled("of mode 0602", [&] { chmod(file.c_str(), 0602); });
+  spoiled("a FIFO", [&] {
+    unlink(file.c_str());
+    ASSERT_EQ(mkfifo(file.c_str(), 0600), 0);
+  });
+  spoiled("of 1 TB", [&] { ASSERT_EQ(truncate(file.c_str(), off_t{1} << 40), 0); });
+  constexpr uid_t kNobody = 65534;
+  if (geteuid() == 0) spoiled("another user's", [&] { ASSERT_EQ(chown(file.c_str(), kNobody, 0), 0); });
+
+  // A directory that others may write is neither read nor written.
+  const auto unused = [&](const char* why) {
+    for (int i = 0; i < 2; ++i) {
+      InFreshProcess({}, [&] {
+        run();
+        ExpectContains(ropewalk_backends(), Text(cache, ", not used: ", why));
+      });
+      EXPECT_EQ(Compilations(), ++expected) << why;
+    }
+  };
+  for (const mode_t wrong : {0777, 0770, 0702, 01777}) {
+    chmod(cache.c_str(), wrong);
+    unused("others may write it");
+  }
+  chmod(cache.c_str(), 0700);
+  if (geteuid() == 0) {
+    ASSERT_EQ(chown(cache.c_str(), kNobody, 0), 0);
+    unused("it belongs to another user (65534)");
+    ASSERT_EQ(chown(cache.c_str(), 0, 0), 0);
+  }
+  InFreshProcess({}, run);
+  EXPECT_EQ(Compilations(), expected);
+}
+
+// A child that is forked while other threads compile and launch does not wait for them.
+TEST_F(CudaHost, ForksWhileThreadsCompile) {
+  InFreshProcess({{"FAKE_NVRTC_DELAY_MS", "300"}}, [] {
+    std::vector<std::thread> threads;
+    for (int i = 0; i < 3; ++i) {
+      threads.emplace_back([i] {
+        Call call(i == 0 ? 1 : 4096);
+        ExpectOk(call.Run());
+      });
+    }
+    for (int i = 0; i < 20; ++i) {
+      std::this_thread::sleep_for(std::chrono::milliseconds(20));
+      const pid_t child = fork();
+      if (child == 0) {
+        alarm(20);
+        Call call(4096);
+        const bool ok = call.Run() == ROPEWALK_OK && ropewalk_check_faults() == ROPEWALK_OK && ropewalk_counters();
+        _exit(ok ? 0 : 1);
+      }
+      int status = -1;
+      waitpid(child, &status, 0);
+      EXPECT_EQ(status, 0) << "fork " << i;
+    }
+    for (std::thread& thread : threads) thread.join();
+  });
 }
 
 TEST_F(CudaHost, FileThatTheDriverRefusesIsCompiledAgain) {
@@ -464,7 +558,7 @@ TEST_F(CudaHost, ManyProcessesAtOnce) {
   for (const auto& entry : fs::directory_iterator(Directory() + "/cache")) {
     std::string bytes;
     std::string_view identity, payload;
-    EXPECT_TRUE(ReadFile(entry.path().string(), &bytes));
+    EXPECT_EQ(ReadFile(entry.path().string(), Trust::kOwn, 1 << 20, &bytes), "");
     EXPECT_TRUE(Unseal(bytes, "RWCUBIN1", &identity, &payload)) << entry.path();
     ++files;
   }
@@ -542,7 +636,7 @@ TEST_F(CudaHost, BundlesAreRefusedWithTheReason) {
   });
 
   std::string good;
-  ASSERT_TRUE(ReadFile(file, &good));
+  ASSERT_EQ(ReadFile(file, Trust::kOwn, 1 << 20, &good), "");
   std::string_view identity, payload;
   ASSERT_TRUE(Unseal(good, "RWBUNDL1", &identity, &payload));
   const auto changed = [&](std::string_view from, std::string_view to) {
@@ -560,6 +654,20 @@ TEST_F(CudaHost, BundlesAreRefusedWithTheReason) {
   refused("it is damaged, or no bundle");
   put(Sealed("RWBUNDL1", identity, payload.substr(0, payload.size() - 3)));
   refused("it is damaged");
+  put(good);
+  for (const mode_t mode : {0664, 0646}) {
+    chmod(file.c_str(), mode);
+    refused("others may write it (chmod go-w)");
+  }
+  chmod(file.c_str(), 0644);
+  chmod(bundles.c_str(), 0777);
+  refused("others may write its directory (chmod go-w)");
+  chmod(bundles.c_str(), 0755);
+  ASSERT_EQ(truncate(file.c_str(), off_t{1} << 40), 0);
+  refused("it is larger than 1024 MiB");
+  fs::remove(file);
+  ASSERT_EQ(mkfifo(file.c_str(), 0600), 0);
+  refused("it is no regular file");
   fs::remove(file);
   InFreshProcess({{"ROPEWALK_BUNDLE", file}, {"ROPEWALK_LIBNVRTC", "/nowhere/libnvrtc.so"}}, [&] {
     Call call;

@@ -365,7 +365,7 @@ TEST(Frequencies, FromArray) {
   EXPECT_EQ(error(nullptr, 2, 1, nullptr), "inv_freq is missing");
   EXPECT_EQ(error(bad, 2, 1, nullptr), "inv_freq[1] must be from -1e+06 to 1e+06, but is nan");
   EXPECT_EQ(error(values.data(), 2, nan, nullptr), "attention_scaling must be from -1e+06 to 1e+06, but is nan");
-  EXPECT_EQ(error(values.data(), 2, 1, negative), "axes[1] must not be negative, but is -1");
+  EXPECT_EQ(error(values.data(), 2, 1, negative), "axes[1] must be from 0 to 1048575, but is -1");
 }
 
 // The phase at a far position: turns * position modulo 2^64 against the angle in 113 bits.

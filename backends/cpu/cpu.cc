@@ -4,12 +4,14 @@
 #include <algorithm>
 #include <array>
 #include <atomic>
-#include <cstdlib>
 #include <mutex>
 
 #include "backends/cpu/dispatch.h"
 #include "backends/cpu/row_plan.h"
+#include "backends/cpu/scratch.h"
 #include "backends/cpu/thread_pool.h"
+#include "core/environment.h"
+#include "core/fork.h"
 #include "core/text.h"
 #include "ops/rope/rope_cpu_plan.h"
 #include "ops/rope/rope_fault_text.h"
@@ -26,18 +28,26 @@ constexpr int kKernels = 3 * 2 * 2 * 2 * 4;
 std::atomic<const CpuTarget*> forced_target{nullptr};
 std::array<std::array<std::atomic<int64_t>, kKernels>, kMaxTargets> launches{};
 
+// Null if there is none. Threads that look for it at once find the same.
 const CpuTarget* BestTarget() {
-  static const CpuTarget* const best = [] {
-    const auto targets = CpuTargets();
-    const auto it = std::ranges::find_if(targets, [](const CpuTarget& target) { return target.supported(); });
-    return it == targets.end() ? nullptr : &*it;
-  }();
-  return best;
+  static std::atomic<const CpuTarget*> best{nullptr};
+  const CpuTarget* known = best.load(std::memory_order_relaxed);
+  if (known) return known;
+  for (const CpuTarget& target : CpuTargets()) {
+    if (!target.supported()) continue;
+    best.store(&target, std::memory_order_relaxed);
+    return &target;
+  }
+  return nullptr;
 }
+
+// What is wrong with ROPEWALK_CPU_TARGET: no call is served then, until a target is forced.
+std::atomic<const std::string*> wrong_environment{nullptr};
 
 const CpuTarget* Target() {
   const CpuTarget* target = forced_target.load(std::memory_order_acquire);
-  return target ? target : BestTarget();
+  if (target) return target;
+  return wrong_environment.load(std::memory_order_relaxed) ? nullptr : BestTarget();
 }
 
 // 0: no store, 1: in the dtype of k, 2 and 3: fp8.
@@ -59,12 +69,14 @@ std::string KernelName(int index) {
 // ---------------------------------------------------------------------------------------------------------------------
 // Faults: the first since the last check
 
-std::mutex fault_mutex;
-std::string fault_text;
+constinit ForkMutex fault_mutex;
+// Never destroyed: calls while the process ends are answered too.
+std::string& FaultText() {
+  static auto* const text = new std::string;
+  return *text;
+}
 
-void RecordFault(const RopeCall& call, int64_t row) {
-  const RowPlan plan = PlanRow(call, row);
-  if (plan.fault == kRopeFaultNone) return;
+void RecordFault(const RopeCall& call, int64_t row, const RowPlan& plan) {
   const rope_params& p = call.params;
   const rope_fault fault = {.key = static_cast<rw_u64>(row) << 2 | static_cast<rw_u64>(plan.fault),
                             .value = plan.fault_value,
@@ -76,7 +88,7 @@ void RecordFault(const RopeCall& call, int64_t row) {
                             .axis = static_cast<rw_u32>(plan.fault_axis)};
   std::string text = RopeFaultText(fault, p.batch > 1, call.tensors.offsets != nullptr);
   const std::lock_guard lock(fault_mutex);
-  if (fault_text.empty()) fault_text = std::move(text);
+  if (FaultText().empty()) FaultText() = std::move(text);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -85,8 +97,9 @@ void RecordFault(const RopeCall& call, int64_t row) {
 struct Splitter {
   ropewalk_parallel_for parallel_for;
   void* context;
+  const Splitter* next;
 };
-std::mutex splitter_mutex;
+constinit ForkMutex splitter_mutex;
 std::atomic<const Splitter*> caller_splitter{nullptr};  // old ones are kept: a call may still hold one
 
 void Split(int64_t rows, int64_t grain, void (*body)(int64_t, int64_t, const void*), const void* context) {
@@ -102,10 +115,13 @@ void Split(int64_t rows, int64_t grain, void (*body)(int64_t, int64_t, const voi
 // ---------------------------------------------------------------------------------------------------------------------
 // The backend
 
-bool Serves(DLDevice device) { return device.device_type == kDLCPU || device.device_type == kDLCUDAHost; }
+bool Serves(DLDevice device) { return DeviceType(device) == kDLCPU || DeviceType(device) == kDLCUDAHost; }
 
 Availability Available() {
   const CpuTarget* target = Target();
+  if (const std::string* wrong = wrong_environment.load(); wrong && !target) {
+    return {false, *wrong, "set it to one of these, or unset it"};
+  }
   if (!target)
     return {false, "this CPU has none of the instruction sets that Ropewalk is built for (SSE4.2 at least)",
             "use a CPU made after 2009"};
@@ -119,39 +135,45 @@ Availability Available() {
 struct Work {
   const RopeCall* call;
   CpuKernel kernel;
-  std::atomic<int64_t>* first_fault;
+  FirstFault* first_fault;
+
+  static void Do(int64_t begin, int64_t end, const void* context) {
+    const Work& work = *static_cast<const Work*>(context);
+    const CpuScratch scratch;
+    work.kernel(*work.call, begin, end, work.first_fault, scratch.memory());
+  }
 };
 
 Status Launch(const RopeCall& call) {
   const CpuTarget* target = Target();
   if (!target) return Status::Unavailable(Text("rope: ", Available().detail));
   const RopeCpuPlan plan = PlanRopeCpu(call);
-  if (plan.rows == 0) return {};
+  if (plan.rows == 0 || int64_t{call.params.q_heads} + call.params.k_heads == 0) return {};
 #ifndef NDEBUG
   if (const std::string fault = RopeCpuPlanFault(call, plan, ThreadPoolSize()); !fault.empty())
     return Status::Internal(Text("rope: a plan for the CPU is wrong: ", fault));
 #endif
-  std::atomic<int64_t> first_fault{INT64_MAX};
+  FirstFault first_fault;
   const Work work{&call, target->choose(call.variant), &first_fault};
 
   if (plan.one_part) {
-    work.kernel(call, 0, plan.rows, &first_fault);
+    Work::Do(0, plan.rows, &work);
   } else {
-    Split(
-        plan.rows, plan.grain,
-        [](int64_t begin, int64_t end, const void* context) {
-          const Work& w = *static_cast<const Work*>(context);
-          w.kernel(*w.call, begin, end, w.first_fault);
-        },
-        &work);
+    Split(plan.rows, plan.grain, Work::Do, &work);
   }
   launches[static_cast<size_t>(target - CpuTargets().data())][static_cast<size_t>(KernelIndex(call.variant))].fetch_add(
       1, std::memory_order_relaxed);
-  if (const int64_t row = first_fault.load(); row != INT64_MAX) RecordFault(call, row);
+  if (const int64_t row = first_fault.row(); row != INT64_MAX) RecordFault(call, row, first_fault.plan());
   return {};
 }
 
 Status Prepare(const RopeCall&) { return {}; }  // compiled ahead
+
+std::string PoolText() {
+  const int size = ThreadPoolSize(), started = ThreadPoolStarted();
+  return Text("pool of ", size,
+              started && started < size ? Text(", of which the system gave ", started, " threads") : Text());
+}
 
 Status Explain(const RopeCall& call, Explanation* explanation) {
   const CpuTarget* target = Target();
@@ -164,7 +186,7 @@ Status Explain(const RopeCall& call, Explanation* explanation) {
   explanation->emplace_back("angles", NeedsFrequencies(call) ? "frequencies" : "table");
   explanation->emplace_back("rounding to bfloat16", v.dtype != kRopeBF16 ? "none" : native ? "AVX512_BF16" : "integer");
   explanation->emplace_back("threads", caller_splitter.load() ? "the caller's parallel_for"
-                                       : ThreadPoolSize() > 1 ? Text("pool of ", ThreadPoolSize())
+                                       : ThreadPoolSize() > 1 ? PoolText()
                                                               : "1 (ropewalk_set_threads makes a pool)");
   explanation->emplace_back("why",
                             Text("q is on the CPU; ", target->name,
@@ -174,8 +196,8 @@ Status Explain(const RopeCall& call, Explanation* explanation) {
 
 Status CheckFaults() {
   const std::lock_guard lock(fault_mutex);
-  if (fault_text.empty()) return {};
-  return Status::Fault(std::exchange(fault_text, {}));
+  if (FaultText().empty()) return {};
+  return Status::Fault(std::exchange(FaultText(), {}));
 }
 
 Status Force(const std::string& part) {
@@ -207,8 +229,11 @@ void Counters(std::vector<std::pair<std::string, int64_t>>* counters) {
 
 // ROPEWALK_CPU_TARGET forces a target from the start, as ropewalk_force_backend("cpu:..") does later.
 [[maybe_unused]] const bool kForcedByEnvironment = [] {
-  const char* name = std::getenv("ROPEWALK_CPU_TARGET");
-  return name && Force(name).ok();
+  const char* name = EnvironmentVariable("ROPEWALK_CPU_TARGET");
+  if (!name) return false;
+  const Status status = Force(name);
+  if (!status.ok()) wrong_environment.store(new std::string(Text("ROPEWALK_CPU_TARGET: ", status.text())));
+  return status.ok();
 }();
 
 }  // namespace
@@ -217,19 +242,19 @@ const Backend kCpuBackend = {"cpu", Serves, Available, Launch, Prepare, Explain,
 
 Status SetParallelFor(ropewalk_parallel_for parallel_for, void* context) {
   const std::lock_guard lock(splitter_mutex);
-  static auto* const kept = new std::vector<const Splitter*>;  // also while the process ends
+  static const Splitter* kept = nullptr;
   if (!parallel_for) {
     caller_splitter.store(nullptr);
     return {};
   }
-  for (const Splitter* splitter : *kept) {
+  for (const Splitter* splitter = kept; splitter; splitter = splitter->next) {
     if (splitter->parallel_for == parallel_for && splitter->context == context) {
       caller_splitter.store(splitter);
       return {};
     }
   }
-  kept->push_back(new Splitter{parallel_for, context});
-  caller_splitter.store(kept->back());
+  kept = new Splitter{parallel_for, context, kept};
+  caller_splitter.store(kept);
   return {};
 }
 

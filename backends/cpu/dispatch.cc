@@ -9,6 +9,7 @@
 #include <type_traits>
 
 #include "backends/cpu/row_plan.h"
+#include "backends/cpu/scratch.h"
 
 // SVE does not compile with every g++ that we support; SSSE3 and the AES extras add nothing to this kernel.
 #define HWY_DISABLED_TARGETS (HWY_SVE | HWY_SVE2 | HWY_SVE_256 | HWY_SVE2_128 | HWY_SSSE3)

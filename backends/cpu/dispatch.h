@@ -2,7 +2,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include <atomic>
 #include <cstdint>
 #include <span>
 
@@ -10,8 +9,10 @@
 
 namespace ropewalk {
 
-// Does rows [begin, end) of the batch x tokens rows; lowers *first_fault to the first faulty row.
-using CpuKernel = void (*)(const RopeCall& call, int64_t begin, int64_t end, std::atomic<int64_t>* first_fault);
+class FirstFault;
+
+// Does rows [begin, end) of the batch x tokens rows; tells first_fault of faults. `scratch`: see CpuScratch.
+using CpuKernel = void (*)(const RopeCall& call, int64_t begin, int64_t end, FirstFault* first_fault, void* scratch);
 
 struct CpuTarget {
   const char* name;

@@ -2,18 +2,27 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <atomic>
 #include <cstdint>
+#include <mutex>
 
 #include "ops/rope/rope_call.h"
 
 namespace ropewalk {
 
+// Read once, so that what was checked is what is used, whatever another thread writes there.
+template <class T>
+T LoadOnce(const T* value) {
+  return __atomic_load_n(value, __ATOMIC_RELAXED);
+}
 inline int64_t LoadInt(const void* data, uint8_t dtype, int64_t index) {
-  return dtype == kRopeI32 ? static_cast<const int32_t*>(data)[index] : static_cast<const int64_t*>(data)[index];
+  return dtype == kRopeI32 ? LoadOnce(static_cast<const int32_t*>(data) + index)
+                           : LoadOnce(static_cast<const int64_t*>(data) + index);
 }
 
 struct RowPlan {
   int64_t batch, token;
+  int64_t position = 0;   // where pairs have no axes
   int64_t slot = -1;      // where to store; negative: nowhere
   bool left_out = false;  // padding: a negative slot, and a position outside the table
   int fault = kRopeFaultNone;
@@ -37,12 +46,8 @@ inline int64_t PositionOf(const RopeCall& call, int64_t batch, int64_t token, in
   return static_cast<int64_t>(position);
 }
 
-inline const int32_t* AxesOf(const RopeCall& call) {
-  if (!call.variant.axes) return nullptr;
-  return call.tensors.axes ? call.tensors.axes : call.frequencies->axes.data();
-}
-
-inline RowPlan PlanRow(const RopeCall& call, int64_t row) {
+// `positions`: room for one of each pair, filled where pairs have axes.
+inline RowPlan PlanRow(const RopeCall& call, int64_t row, int64_t* positions) {
   const rope_params& p = call.params;
   const int64_t batch = row < p.tokens ? 0 : row / p.tokens;  // a division costs as much as half a head
   RowPlan plan{.batch = batch, .token = row - batch * p.tokens};
@@ -53,32 +58,43 @@ inline RowPlan PlanRow(const RopeCall& call, int64_t row) {
         LoadInt(call.tensors.slots, call.variant.slots_dtype, plan.batch * p.slots_batch + plan.token * p.slots_token);
     padding = slot < 0;
   }
-  if (const int32_t* axes = call.tensors.axes; axes && call.variant.axes) {
-    for (int i = 0; i < p.rotary_dim / 2; ++i) {
-      if (axes[i] >= 0 && axes[i] < p.axes) continue;
+  const bool table = call.variant.table_dtype != kRopeNoDtype;
+  // False if the row is not to be rotated.
+  const auto take = [&](int axis, int64_t* position) {
+    *position = PositionOf(call, plan.batch, plan.token, axis);
+    if (!table || (*position >= 0 && *position < p.rows)) return true;
+    if (padding) {
+      plan.left_out = true;
+    } else {
+      plan.fault = kRopeFaultPosition;
+      plan.fault_value = *position;
+      plan.fault_axis = axis;
+    }
+    return false;
+  };
+  if (call.variant.axes) {
+    const int pairs = p.rotary_dim / 2;
+    for (int i = 0; i < pairs; ++i) {
+      const int axis = call.tensors.axes ? LoadOnce(call.tensors.axes + i) : call.frequencies->axes[i];
+      positions[i] = axis;
+      if (axis >= 0 && axis < p.axes) continue;
       plan.fault = kRopeFaultAxis;
-      plan.fault_value = axes[i];
+      plan.fault_value = axis;
       plan.fault_axis = i;
       return plan;
     }
-  }
-  if (call.variant.table_dtype != kRopeNoDtype) {
     // Only the rows that pairs take: another may hold anything.
-    const int32_t* axes = AxesOf(call);
-    for (int i = 0; i < (axes ? p.rotary_dim / 2 : 1); ++i) {
-      const int axis = axes ? axes[i] : 0;
-      if (i > 0 && axis == axes[i - 1]) continue;
-      const int64_t position = PositionOf(call, plan.batch, plan.token, axis);
-      if (position >= 0 && position < p.rows) continue;
-      if (padding) {
-        plan.left_out = true;
-      } else {
-        plan.fault = kRopeFaultPosition;
-        plan.fault_value = position;
-        plan.fault_axis = axis;
+    for (int i = 0, last = -1; i < pairs; ++i) {
+      const int axis = static_cast<int>(positions[i]);
+      if (axis == last) {
+        positions[i] = positions[i - 1];
+      } else if (!take(axis, &positions[i])) {
+        return plan;
       }
-      return plan;
+      last = axis;
     }
+  } else if (!take(0, &plan.position)) {
+    return plan;
   }
   if (slot >= p.slots) {
     plan.fault = kRopeFaultSlot;
@@ -88,5 +104,25 @@ inline RowPlan PlanRow(const RopeCall& call, int64_t row) {
   }
   return plan;
 }
+
+// The first row of a call that meets a fault.
+class FirstFault {
+ public:
+  __attribute__((noinline)) void Report(int64_t row, const RowPlan& plan) {
+    if (row >= row_.load(std::memory_order_relaxed)) return;
+    const std::lock_guard lock(mutex_);
+    if (row >= row_.load(std::memory_order_relaxed)) return;
+    plan_ = plan;
+    row_.store(row, std::memory_order_relaxed);
+  }
+  // Once all rows are done. INT64_MAX: none.
+  int64_t row() const { return row_.load(std::memory_order_relaxed); }
+  const RowPlan& plan() const { return plan_; }
+
+ private:
+  std::atomic<int64_t> row_{INT64_MAX};
+  std::mutex mutex_;
+  RowPlan plan_ = {};
+};
 
 }  // namespace ropewalk

@@ -1,15 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "backends/cpu/thread_pool.h"
 
-#include <pthread.h>
-
 #include <algorithm>
 #include <atomic>
-#include <memory>
-#include <mutex>
+#include <new>
+#include <system_error>
 #include <thread>
 #include <vector>
 
+#include "core/fork.h"
 #include "ops/rope/rope_cpu_plan.h"
 
 #if defined(__x86_64__)
@@ -17,11 +16,30 @@
 #endif
 
 namespace ropewalk {
+namespace {
 
+// Calls often follow each other within microseconds, and waking a sleeping thread takes as long.
+constexpr int kSpins = 4000;
+
+void Pause() {
+#if defined(__x86_64__)
+  _mm_pause();
+#else
+  std::this_thread::yield();
+#endif
+}
+
+// Used by one thread at a time: by the one that has taken it out.
 class ThreadPool {
  public:
-  explicit ThreadPool(int threads) {
-    for (int i = 1; i < threads; ++i) workers_.emplace_back([this, i] { Work(i); });
+  // Of fewer threads if the system gives no more.
+  ThreadPool(int threads, uint64_t epoch_) : epoch(epoch_) {
+    try {
+      workers_.reserve(static_cast<size_t>(threads - 1));
+      for (int i = 1; i < threads; ++i) workers_.emplace_back([this, i] { Work(i); });
+    } catch (const std::bad_alloc&) {
+    } catch (const std::system_error&) {
+    }
   }
 
   ~ThreadPool() {
@@ -31,13 +49,14 @@ class ThreadPool {
     for (std::thread& worker : workers_) worker.join();
   }
 
+  const uint64_t epoch;
+
   int size() const { return static_cast<int>(workers_.size()) + 1; }
 
   void Run(int64_t begin, int64_t end, int64_t grain, void (*body)(int64_t, int64_t, const void*),
            const void* body_context) {
-    const std::unique_lock lock(busy_, std::try_to_lock);
     const int64_t parts = RowParts(end - begin, grain, size());
-    if (!lock.owns_lock() || parts <= 1) return body(begin, end, body_context);
+    if (parts <= 1) return body(begin, end, body_context);
     begin_ = begin;
     end_ = end;
     parts_ = parts;
@@ -47,18 +66,12 @@ class ThreadPool {
     generation_.fetch_add(1, std::memory_order_release);
     generation_.notify_all();
     Part(0);
-    while (pending_.load(std::memory_order_acquire) != 0) Pause();
+    for (int i = 0; pending_.load(std::memory_order_acquire) != 0; ++i) {
+      i < kSpins ? Pause() : std::this_thread::yield();
+    }
   }
 
  private:
-  static void Pause() {
-#if defined(__x86_64__)
-    _mm_pause();
-#else
-    std::this_thread::yield();
-#endif
-  }
-
   void Part(int64_t i) {
     if (i >= parts_) return;
     const RowRange part = RowPart({begin_, end_}, i, parts_);
@@ -66,8 +79,6 @@ class ThreadPool {
   }
 
   void Work(int index) {
-    // Calls often follow each other within microseconds, and waking a sleeping thread takes as long.
-    constexpr int kSpins = 4000;
     uint32_t seen = 0;
     for (;;) {
       for (int i = 0; i < kSpins && generation_.load(std::memory_order_acquire) == seen; ++i) Pause();
@@ -79,7 +90,6 @@ class ThreadPool {
     }
   }
 
-  std::mutex busy_;
   std::atomic<uint32_t> generation_{0};
   std::atomic<int> pending_{0};
   std::atomic<bool> stop_{false};
@@ -89,42 +99,66 @@ class ThreadPool {
   std::vector<std::thread> workers_;
 };
 
-namespace {
-
-std::atomic<ThreadPool*> pool{nullptr};
+// The pool has one owner at a time: `idle`, or the call that has taken it from there. Each size that is asked for, and
+// each forked child, begins an epoch, which has one pool at most; who holds that of an older one ends it. So a pool is
+// never taken from under a call, and nobody waits for one.
+std::atomic<uint64_t> epoch{1};
+std::atomic<uint64_t> made_epoch{0};  // the last one for which a pool was made
+std::atomic<ThreadPool*> idle{nullptr};
 std::atomic<int> wanted{1};
-std::mutex making;
+std::atomic<int> started{0};  // of `wanted`; 0: no pool was made yet
 
-// A forked child has none of its parent's threads: it leaves their pool behind and makes its own at the first use.
-void ForgetPool() {
-  pool.store(nullptr);
-  new (&making) std::mutex;
-}
-// From the start: another thread may be making the first pool, with the lock held, when this one forks.
-[[maybe_unused]] const int kRegistered = pthread_atfork(nullptr, nullptr, ForgetPool);
+// A child has none of its parent's threads: it leaves their pool behind and makes its own at the first use.
+const OnFork kForgetPool([] {
+  idle.store(nullptr);
+  started.store(0);
+  epoch.fetch_add(1);
+});
 
-ThreadPool* Pool() {
-  if (ThreadPool* ready = pool.load(std::memory_order_acquire)) return ready;
-  const std::lock_guard lock(making);
-  if (!pool.load()) {
-    pool.store(new ThreadPool(wanted.load()), std::memory_order_release);
+// Null if another call has it.
+ThreadPool* Take() {
+  if (ThreadPool* const pool = idle.exchange(nullptr)) {
+    if (pool->epoch == epoch.load()) return pool;
+    delete pool;
   }
-  return pool.load();
+  const uint64_t now = epoch.load();
+  uint64_t made = made_epoch.load();
+  if (made >= now || !made_epoch.compare_exchange_strong(made, now)) return nullptr;
+  auto* const pool = new (std::nothrow) ThreadPool(wanted.load(), now);
+  if (pool && now == epoch.load()) started.store(pool->size());
+  return pool;
+}
+
+void PutBack(ThreadPool* pool) {
+  while (pool) {
+    if (pool->epoch != epoch.load()) {
+      delete pool;
+      return;
+    }
+    const uint64_t own = pool->epoch;
+    pool = idle.exchange(pool);  // what another epoch has left there
+    if (!pool && own != epoch.load()) pool = idle.exchange(nullptr);
+  }
 }
 
 }  // namespace
 
 void ResizeThreadPool(int threads) {
-  const std::lock_guard lock(making);
-  delete pool.exchange(nullptr);
   wanted.store(threads);
+  started.store(0);
+  epoch.fetch_add(1);
+  delete idle.exchange(nullptr);
 }
 
 int ThreadPoolSize() { return wanted.load(std::memory_order_relaxed); }
+int ThreadPoolStarted() { return started.load(std::memory_order_relaxed); }
 
 void PoolParallelFor(int64_t begin, int64_t end, int64_t grain, void (*body)(int64_t, int64_t, const void*),
                      const void* body_context, void*) {
-  Pool()->Run(begin, end, grain, body, body_context);
+  ThreadPool* const pool = Take();
+  if (!pool) return body(begin, end, body_context);
+  pool->Run(begin, end, grain, body, body_context);
+  PutBack(pool);
 }
 
 }  // namespace ropewalk

@@ -13,6 +13,9 @@
 #include <unordered_set>
 
 #include "backends/cuda/sources.h"
+#include "core/environment.h"
+#include "core/files.h"
+#include "core/fork.h"
 #include "core/text.h"
 
 namespace ropewalk {
@@ -22,6 +25,7 @@ namespace fs = std::filesystem;
 
 constexpr std::string_view kBundleMagic = "RWBUNDL1";
 constexpr const char* kSuffix = ".bundle";
+constexpr size_t kMostBundleBytes = size_t{1} << 30;
 
 // One file. Its identity is lines of "name value"; its payload, for each kernel: the digest of its identity, a size,
 // bytes.
@@ -55,8 +59,8 @@ std::string_view Line(std::string_view identity, std::string_view name) {
 }
 
 // "" if the file serves, else why not.
-std::string Load(Bundle* bundle) {
-  if (!ReadFile(bundle->path, &bundle->bytes)) return "it cannot be read";
+std::string Load(Bundle* bundle, Trust trust) {
+  if (std::string why = ReadFile(bundle->path, trust, kMostBundleBytes, &bundle->bytes); !why.empty()) return why;
   std::string_view identity, payload;
   if (!Unseal(bundle->bytes, kBundleMagic, &identity, &payload)) return "it is damaged, or no bundle";
   if (const auto version = Line(identity, "ropewalk"); version != ropewalk_version()) {
@@ -81,7 +85,7 @@ std::string Load(Bundle* bundle) {
   return "";
 }
 
-void LoadFrom(const fs::path& place, Bundles* bundles) {
+void LoadFrom(const fs::path& place, Trust trust, Bundles* bundles) {
   std::vector<fs::path> files;
   std::error_code error;
   if (fs::is_directory(place, error)) {
@@ -95,7 +99,7 @@ void LoadFrom(const fs::path& place, Bundles* bundles) {
   for (const fs::path& file : files) {
     auto bundle = std::make_unique<Bundle>();
     bundle->path = file.string();
-    if (const std::string why = Load(bundle.get()); !why.empty()) {
+    if (const std::string why = Load(bundle.get(), trust); !why.empty()) {
       bundles->refused.push_back(Text(bundle->path, ": ", why));
     } else {
       bundles->usable.push_back(std::move(bundle));
@@ -103,24 +107,23 @@ void LoadFrom(const fs::path& place, Bundles* bundles) {
   }
 }
 
-// Read once: the environment does not change under a process.
-const Bundles& LoadedBundles() {
-  static const Bundles* const bundles = [] {
-    auto* loaded = new Bundles;
-    const char* named = std::getenv("ROPEWALK_BUNDLE");
-    if (named && *named) LoadFrom(named, loaded);
-    loaded->looked_at = named && *named ? Text("ROPEWALK_BUNDLE is ", named) : "ROPEWALK_BUNDLE is not set";
-    Dl_info library;
-    if (dladdr(reinterpret_cast<const void*>(&LoadedBundles), &library) && library.dli_fname) {
-      std::error_code error;
-      const fs::path beside = fs::absolute(library.dli_fname, error).parent_path() / "bundles";
-      if (fs::is_directory(beside, error)) LoadFrom(beside, loaded);
-      Append(&loaded->looked_at, Text(", and there is nothing in ", beside.string()));
-    }
-    return loaded;
-  }();
-  return *bundles;
+const Bundles* ReadBundles() {
+  auto* loaded = new Bundles;
+  const char* named = EnvironmentVariable("ROPEWALK_BUNDLE");
+  if (named && *named) LoadFrom(named, Trust::kOwn, loaded);
+  loaded->looked_at = named && *named ? Text("ROPEWALK_BUNDLE is ", named) : "ROPEWALK_BUNDLE is not set";
+  Dl_info library;
+  if (dladdr(reinterpret_cast<const void*>(&ReadBundles), &library) && library.dli_fname) {
+    std::error_code error;
+    const fs::path beside = fs::absolute(library.dli_fname, error).parent_path() / "bundles";
+    if (fs::is_directory(beside, error)) LoadFrom(beside, Trust::kAny, loaded);
+    Append(&loaded->looked_at, Text(", and there is nothing in ", beside.string()));
+  }
+  return loaded;
 }
+
+// Read once: the environment does not change under a process.
+const Bundles& LoadedBundles() { return OnceMade<Bundles, ReadBundles>::Get(); }
 
 CudaDevice DeviceOf(const std::string& arch, int sm_count) {
   const int number = std::atoi(arch.c_str() + 3);
@@ -233,10 +236,9 @@ Status CollectBundleKeys(const RopeCall& call, const std::vector<CudaDevice>& de
 
 Status WriteBundle(const std::vector<RopeCudaKey>& keys, const std::string& arch, const std::string& directory,
                    const std::function<void(size_t done, const RopeCudaKey& key)>& progress, BundleReport* report) {
-  std::error_code error;
-  fs::create_directories(directory, error);
-  if (std::error_code ignored; !fs::is_directory(directory, ignored)) {
-    return Status::Invalid(Text("compile: ", directory, " is no directory and cannot be made: ", error.message()));
+  // For others to read: a bundle is often made by one user and run by another.
+  if (const std::string why = MakeOwnDirectory(directory, 0755); !fs::is_directory(directory)) {
+    return Status::Invalid(Text("compile: ", directory, " is no directory and cannot be made: ", why));
   }
   const Nvrtc* nvrtc;
   ROPEWALK_TRY(OpenNvrtc(&nvrtc));
@@ -279,7 +281,7 @@ Status WriteBundle(const std::vector<RopeCudaKey>& keys, const std::string& arch
   report->kernels = keys.size();
   report->path = (fs::path(directory) / Text("ropewalk-", arch, kSuffix)).string();
   report->bytes = payload.size();
-  return PublishFile(report->path, Sealed(kBundleMagic, BundleIdentity(arch, nvrtc->file.identity), payload));
+  return PublishFile(report->path, Sealed(kBundleMagic, BundleIdentity(arch, nvrtc->file.identity), payload), 0644);
 }
 
 }  // namespace ropewalk

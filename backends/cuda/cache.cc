@@ -1,23 +1,21 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "backends/cuda/cache.h"
 
-#include <fcntl.h>
-#include <sys/stat.h>
-#include <unistd.h>
-
-#include <atomic>
-#include <cerrno>
 #include <cmath>
-#include <cstdlib>
 #include <cstring>
 #include <filesystem>
 #include <future>
 #include <map>
 #include <mutex>
+#include <new>
+#include <utility>
 
 #include "backends/cuda/bundle.h"
 #include "backends/cuda/nvrtc.h"
 #include "backends/cuda/sources.h"
+#include "core/environment.h"
+#include "core/files.h"
+#include "core/fork.h"
 #include "core/text.h"
 
 namespace ropewalk {
@@ -26,6 +24,7 @@ namespace {
 namespace fs = std::filesystem;
 
 constexpr std::string_view kKernelMagic = "RWCUBIN1";
+constexpr size_t kMostCubinBytes = size_t{64} << 20;
 
 struct SealedHeader {
   char magic[8];
@@ -56,23 +55,28 @@ DiskEntry DiskEntryOf(const std::string& kernel_identity, const NvrtcFile& nvrtc
 bool ReadDisk(const DiskEntry& entry, std::string* cubin) {
   std::string bytes;
   std::string_view identity, payload;
-  if (entry.path.empty() || !ReadFile(entry.path, &bytes) || !Unseal(bytes, kKernelMagic, &identity, &payload))
+  if (entry.path.empty() || !ReadFile(entry.path, Trust::kOwn, kMostCubinBytes, &bytes).empty() ||
+      !Unseal(bytes, kKernelMagic, &identity, &payload)) {
     return false;
+  }
   if (identity != entry.identity) return false;
   *cubin = payload;
   return true;
 }
 
-std::mutex disk_mutex;
-std::string disk_trouble;  // the last reason why nothing was written
+constinit ForkMutex disk_mutex;
+// The last reason why nothing was written. Never destroyed: calls while the process ends are answered too.
+std::string& DiskTrouble() {
+  static auto* const trouble = new std::string;
+  return *trouble;
+}
 
 void WriteDisk(const DiskEntry& entry, const std::string& cubin) {
   if (entry.path.empty()) return;
-  std::error_code error;
-  fs::create_directories(fs::path(entry.path).parent_path(), error);
-  const Status status = PublishFile(entry.path, Sealed(kKernelMagic, entry.identity, cubin));
+  std::string trouble = MakeOwnDirectory(fs::path(entry.path).parent_path().string(), 0700);
+  if (trouble.empty()) trouble = PublishFile(entry.path, Sealed(kKernelMagic, entry.identity, cubin), 0600).text();
   const std::lock_guard lock(disk_mutex);
-  disk_trouble = status.text();
+  DiskTrouble() = std::move(trouble);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -144,11 +148,21 @@ struct BuildKey {
   }
 };
 
+using BuildMap = std::map<BuildKey, std::shared_future<Built>>;
 std::mutex builds_mutex;
-std::map<BuildKey, std::shared_future<Built>>& Builds() {
-  static auto* const builds = new std::map<BuildKey, std::shared_future<Built>>;  // outlives every thread
+BuildMap* builds = nullptr;  // outlives every thread
+
+// Under builds_mutex.
+BuildMap& Builds() {
+  if (!builds) builds = new BuildMap;
   return *builds;
 }
+
+// Threads that were building are not in a child, which would wait for them.
+const OnFork kForgetBuilds([] {
+  new (&builds_mutex) std::mutex;
+  builds = nullptr;
+});
 
 }  // namespace
 
@@ -204,17 +218,21 @@ Status FindCubinSource(const RopeCudaKey& key, const CudaDevice& device, std::st
 }
 
 std::string DiskCacheDirectory() {
-  if (const char* directory = std::getenv("ROPEWALK_CACHE_DIR")) return directory;
-  if (const char* cache = std::getenv("XDG_CACHE_HOME"); cache && *cache == '/') return Text(cache, "/ropewalk");
-  if (const char* home = std::getenv("HOME"); home && *home) return Text(home, "/.cache/ropewalk");
+  if (const char* directory = EnvironmentVariable("ROPEWALK_CACHE_DIR")) return directory;
+  if (const char* cache = EnvironmentVariable("XDG_CACHE_HOME"); cache && *cache == '/')
+    return Text(cache, "/ropewalk");
+  if (const char* home = EnvironmentVariable("HOME"); home && *home) return Text(home, "/.cache/ropewalk");
   return "";
 }
 
 std::string DiskCacheText() {
   const std::string directory = DiskCacheDirectory();
   if (directory.empty()) return "none (ROPEWALK_CACHE_DIR is empty, or there is no HOME)";
+  if (const std::string why = WhyDirectoryIsNotTrusted(directory); !why.empty()) {
+    return Text(directory, ", not used: ", why);
+  }
   const std::lock_guard lock(disk_mutex);
-  return disk_trouble.empty() ? directory : Text(directory, ", not written: ", disk_trouble);
+  return DiskTrouble().empty() ? directory : Text(directory, ", not written: ", DiskTrouble());
 }
 
 Digest DigestOf(std::string_view bytes) {
@@ -264,46 +282,6 @@ bool Unseal(std::string_view bytes, std::string_view magic, std::string_view* id
   *identity = body.substr(0, header.identity_size);
   *payload = body.substr(header.identity_size);
   return true;
-}
-
-bool ReadFile(const std::string& path, std::string* bytes) {
-  const int file = open(path.c_str(), O_RDONLY | O_CLOEXEC);
-  if (file < 0) return false;
-  struct stat status = {};
-  bool good = fstat(file, &status) == 0 && S_ISREG(status.st_mode);
-  if (good) bytes->resize(static_cast<size_t>(status.st_size));
-  for (size_t done = 0; good && done < bytes->size();) {
-    const ssize_t got = read(file, bytes->data() + done, bytes->size() - done);
-    if (got < 0 && errno == EINTR) continue;
-    good = got > 0;
-    if (good) done += static_cast<size_t>(got);
-  }
-  close(file);
-  return good;
-}
-
-Status PublishFile(const std::string& path, std::string_view bytes) {
-  static std::atomic<unsigned> count{0};
-  const std::string temporary = Text(path, ".", getpid(), ".", count.fetch_add(1), ".tmp");
-  const auto failed = [&](const char* what) {
-    return Status::Driver(Text("cannot ", what, " ", temporary, ": ", std::strerror(errno)));
-  };
-  const int file = open(temporary.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0644);
-  if (file < 0) return failed("create");
-  Status status;
-  for (size_t done = 0; status.ok() && done < bytes.size();) {
-    const ssize_t put = write(file, bytes.data() + done, bytes.size() - done);
-    if (put < 0 && errno == EINTR) continue;
-    if (put <= 0)
-      status = failed("write");
-    else
-      done += static_cast<size_t>(put);
-  }
-  if (status.ok() && fsync(file) != 0) status = failed("flush");
-  close(file);
-  if (status.ok() && rename(temporary.c_str(), path.c_str()) != 0) status = failed("rename");
-  if (!status.ok()) unlink(temporary.c_str());
-  return status;
 }
 
 }  // namespace ropewalk

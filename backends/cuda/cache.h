@@ -36,8 +36,8 @@ std::string DiskCacheText();
 // ---------------------------------------------------------------------------------------------------------------------
 // Identities and files, shared with bundles
 
-// 128 bits of FNV-1a. Against accidents, not against enemies: whoever writes these files may run code as the user
-// anyway.
+// 128 bits of FNV-1a. Against accidents, not against enemies: those are kept out by who may write the files, see
+// core/files.h.
 using Digest = std::array<uint8_t, 16>;
 Digest DigestOf(std::string_view bytes);
 std::string Hex(const Digest& digest);
@@ -49,9 +49,5 @@ std::string KernelIdentity(const RopeCudaKey& key, const std::string& arch);
 std::string Sealed(std::string_view magic, std::string_view identity, std::string_view payload);
 // False if the bytes are cut short, changed, or not such a file.
 bool Unseal(std::string_view bytes, std::string_view magic, std::string_view* identity, std::string_view* payload);
-
-bool ReadFile(const std::string& path, std::string* bytes);
-// Written to a private file beside it, flushed, then renamed: a reader sees all of it or nothing.
-Status PublishFile(const std::string& path, std::string_view bytes);
 
 }  // namespace ropewalk

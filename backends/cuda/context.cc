@@ -2,7 +2,9 @@
 #include "backends/cuda/context.h"
 
 #include <algorithm>
+#include <new>
 
+#include "core/fork.h"
 #include "core/text.h"
 #include "ops/rope/rope_fault_text.h"
 
@@ -34,10 +36,22 @@ struct DeviceContexts {
 std::mutex contexts_mutex;
 
 // Never destroyed, as the driver's contexts may be gone first.
+std::atomic<std::vector<DeviceContexts>*> all_contexts{nullptr};
 std::vector<DeviceContexts>& AllContexts() {
-  static auto* const contexts = new std::vector<DeviceContexts>(GetCudaDriver().devices.size());
-  return *contexts;
+  if (auto* known = all_contexts.load(std::memory_order_acquire)) return *known;
+  const size_t devices = GetCudaDriver().devices.size();
+  const std::lock_guard lock(contexts_mutex);
+  if (!all_contexts.load(std::memory_order_relaxed)) {
+    all_contexts.store(new std::vector<DeviceContexts>(devices), std::memory_order_release);
+  }
+  return *all_contexts.load(std::memory_order_relaxed);
 }
+
+// A child of fork() has none of them: the driver's contexts are its parent's, and so are threads that hold their locks.
+const OnFork kForgetContexts([] {
+  new (&contexts_mutex) std::mutex;
+  all_contexts.store(nullptr);
+});
 
 CudaContext* FindOther(const DeviceContexts& contexts, cu::Context handle) {
   for (CudaContext* context = contexts.others.load(std::memory_order_acquire); context; context = context->next) {

@@ -4,7 +4,6 @@
 #include <array>
 #include <atomic>
 #include <cstddef>
-#include <cstdlib>
 #include <optional>
 #include <string_view>
 
@@ -15,6 +14,7 @@
 #include "backends/cuda/driver.h"
 #include "backends/cuda/nvrtc.h"
 #include "backends/known_pages.h"
+#include "core/environment.h"
 #include "core/text.h"
 #include "ops/rope/rope_cuda.h"
 
@@ -28,11 +28,13 @@ constinit thread_local std::optional<RopeCudaShape> tried_shape;
 
 // ROPEWALK_PDL=0 turns programmatic dependent launch off.
 bool DependentLaunchAllowed() {
-  static const bool allowed = [] {
-    const char* value = std::getenv("ROPEWALK_PDL");
-    return !value || std::string_view(value) != "0";
-  }();
-  return allowed;
+  static std::atomic<int> allowed{-1};
+  int known = allowed.load(std::memory_order_relaxed);
+  if (known < 0) {
+    const char* value = EnvironmentVariable("ROPEWALK_PDL");
+    allowed.store(known = !value || std::string_view(value) != "0", std::memory_order_relaxed);
+  }
+  return known != 0;
 }
 
 std::string DeviceText(const CudaDriver& driver, int ordinal) {
@@ -157,7 +159,7 @@ Status LaunchFailed(CudaContext* context, const RopeCall& call, cu::Result resul
 // ---------------------------------------------------------------------------------------------------------------------
 // The backend
 
-bool Serves(DLDevice device) { return device.device_type == kDLCUDA || device.device_type == kDLCUDAManaged; }
+bool Serves(DLDevice device) { return DeviceType(device) == kDLCUDA || DeviceType(device) == kDLCUDAManaged; }
 
 Availability Available() {
   const CudaDriver& driver = GetCudaDriver();

@@ -17,6 +17,8 @@
 
 #include "backends/cuda/driver.h"
 #include "backends/cuda/sources.h"
+#include "core/environment.h"
+#include "core/fork.h"
 #include "core/text.h"
 
 namespace ropewalk {
@@ -29,8 +31,8 @@ constexpr int kOldestMajor = 12, kNewestMajor = 13;
 // ---------------------------------------------------------------------------------------------------------------------
 // Where it may lie
 
-std::string Environment(const char* name) {
-  const char* value = std::getenv(name);
+std::string EnvironmentText(const char* name) {
+  const char* value = EnvironmentVariable(name);
   return value ? value : "";
 }
 
@@ -90,7 +92,7 @@ Search FindNvrtc() {
     if (real.empty() || std::ranges::find(search.found, real) != search.found.end()) return;
     search.found.push_back(real);
   };
-  if (const std::string named = Environment("ROPEWALK_LIBNVRTC"); !named.empty()) {
+  if (const std::string named = EnvironmentText("ROPEWALK_LIBNVRTC"); !named.empty()) {
     search.places.push_back(Text(named, " (ROPEWALK_LIBNVRTC)"));
     add(named);
     return search;
@@ -114,14 +116,15 @@ Search FindNvrtc() {
       folders.push_back(packages / "nvidia" / Text("cu", major) / "lib");
     folders.push_back(packages / "nvidia/cuda_nvrtc/lib");
   }
-  const std::string library_path = Environment("LD_LIBRARY_PATH");
+  const std::string library_path = EnvironmentText("LD_LIBRARY_PATH");
   for (size_t begin = 0; begin < library_path.size();) {
     const size_t end = std::min(library_path.find(':', begin), library_path.size());
     if (end > begin) folders.emplace_back(library_path.substr(begin, end - begin));
     begin = end + 1;
   }
   for (const char* home : {"CUDA_HOME", "CUDA_PATH"}) {
-    if (const std::string folder = Environment(home); !folder.empty()) folders.push_back(fs::path(folder) / "lib64");
+    if (const std::string folder = EnvironmentText(home); !folder.empty())
+      folders.push_back(fs::path(folder) / "lib64");
   }
   folders.emplace_back("/usr/local/cuda/lib64");
   for (const fs::path& folder : folders) {
@@ -190,8 +193,14 @@ std::string Open(const std::string& path, OpenedNvrtc* nvrtc) {
 }
 
 std::mutex nvrtc_mutex;
-Search located;                       // empty until something was found
+// Empty until something was found. Never destroyed: calls while the process ends are answered too.
+Search* located = nullptr;
 const OpenedNvrtc* opened = nullptr;  // never closed
+
+const OnFork kForgetSearch([] {
+  new (&nvrtc_mutex) std::mutex;
+  located = nullptr;
+});
 
 constexpr const char* kRemedy =
     "install NVRTC 12.0 or newer (the CUDA toolkit, or pip install nvidia-cuda-nvrtc), name the file in "
@@ -206,10 +215,10 @@ Status NotFound(const Search& search, const std::string& unusable) {
 }
 
 Status LocateLocked() {
-  if (located.found.empty()) {
+  if (!located || located->found.empty()) {
     Search search = FindNvrtc();
     if (search.found.empty()) return NotFound(search, "");
-    located = std::move(search);
+    located = new Search(std::move(search));
   }
   return {};
 }
@@ -232,7 +241,7 @@ int ArchNumber(const std::string& arch) {
 // -default-device: functions without __device__ are the device's too.
 std::vector<std::string> Options() {
   std::vector<std::string> options = {"-std=c++17", "-default-device", "--fmad=true"};
-  if (Environment("ROPEWALK_CUDA_LINEINFO") == "1") options.push_back("-lineinfo");  // for profilers
+  if (EnvironmentText("ROPEWALK_CUDA_LINEINFO") == "1") options.push_back("-lineinfo");  // for profilers
   return options;
 }
 
@@ -241,7 +250,7 @@ std::vector<std::string> Options() {
 Status LocateNvrtc(NvrtcFile* file) {
   const std::lock_guard lock(nvrtc_mutex);
   ROPEWALK_TRY(LocateLocked());
-  *file = opened ? opened->file : FileAt(located.found.front());
+  *file = opened ? opened->file : FileAt(located->found.front());
   return {};
 }
 
@@ -251,15 +260,15 @@ Status OpenNvrtc(const Nvrtc** nvrtc) {
   while (!opened) {
     ROPEWALK_TRY(LocateLocked());
     auto candidate = std::make_unique<OpenedNvrtc>();
-    candidate->file = FileAt(located.found.front());
+    candidate->file = FileAt(located->found.front());
     const std::string why = Open(candidate->file.path, candidate.get());
     if (why.empty()) {
       opened = candidate.release();
       break;
     }
     Append(&unusable, Text(unusable.empty() ? "" : ", ", candidate->file.path, " ", why));
-    located.found.erase(located.found.begin());
-    if (located.found.empty()) return NotFound(located, unusable);
+    located->found.erase(located->found.begin());
+    if (located->found.empty()) return NotFound(*located, unusable);
   }
   *nvrtc = opened;
   return {};

@@ -9,12 +9,14 @@
 #include <string_view>
 
 #include "backends/cuda/cache.h"
+#include "core/files.h"
 #include "core/text.h"
 
 namespace ropewalk {
 namespace {
 
 constexpr std::string_view kMagic = "RWSHAPE1";
+constexpr size_t kMostBytes = size_t{16} << 20;
 
 std::string Identity(const std::string& device, int driver_version) {
   return Text("shapes for ", device, ", driver for CUDA ", driver_version, ", Ropewalk ", ropewalk_version());
@@ -50,7 +52,10 @@ std::vector<RopeCudaTuned::Entry> Read(const std::string& identity) {
   const std::string path = PathOf(identity);
   std::string bytes;
   std::string_view of, payload;
-  if (path.empty() || !ReadFile(path, &bytes) || !Unseal(bytes, kMagic, &of, &payload) || of != identity) return entries;
+  if (path.empty() || !ReadFile(path, Trust::kOwn, kMostBytes, &bytes).empty() ||
+      !Unseal(bytes, kMagic, &of, &payload) || of != identity) {
+    return entries;
+  }
   while (!payload.empty()) {
     const size_t end = std::min(payload.find('\n'), payload.size());
     RopeCudaTuned::Entry entry;
@@ -81,6 +86,9 @@ Status KeepTunedShapes(const std::string& device, int driver_version, const std:
   if (path->empty()) {
     return Status::Unavailable(Text("tune: there is nowhere to keep what was found: ", DiskCacheText()));
   }
+  if (const std::string why = MakeOwnDirectory(DiskCacheDirectory(), 0700); !why.empty()) {
+    return Status::Unavailable(Text("tune: what was found cannot be kept in ", DiskCacheDirectory(), ": ", why));
+  }
   std::vector<RopeCudaTuned::Entry> all = Read(identity);
   for (const RopeCudaTuned::Entry& entry : entries) {
     std::erase_if(all, [&](const auto& old) { return SameCall(old.features, entry.features); });
@@ -88,7 +96,7 @@ Status KeepTunedShapes(const std::string& device, int driver_version, const std:
   }
   std::string payload;
   for (const RopeCudaTuned::Entry& entry : all) Append(&payload, Line(entry));
-  return PublishFile(*path, Sealed(kMagic, identity, payload));
+  return PublishFile(*path, Sealed(kMagic, identity, payload), 0600);
 }
 
 }  // namespace ropewalk

@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "backends/level_zero/context.h"
 
+#include <new>
+
+#include "core/fork.h"
 #include "core/text.h"
 
 namespace ropewalk {
@@ -15,10 +18,22 @@ struct DeviceContexts {
 std::mutex contexts_mutex;
 
 // Never destroyed: the driver may be gone before our destructors run.
+std::atomic<std::vector<DeviceContexts>*> all_contexts{nullptr};
 std::vector<DeviceContexts>& AllContexts() {
-  static auto* const contexts = new std::vector<DeviceContexts>(GetLevelZeroDriver().devices.size());
-  return *contexts;
+  if (auto* known = all_contexts.load(std::memory_order_acquire)) return *known;
+  const size_t devices = GetLevelZeroDriver().devices.size();
+  const std::lock_guard lock(contexts_mutex);
+  if (!all_contexts.load(std::memory_order_relaxed)) {
+    all_contexts.store(new std::vector<DeviceContexts>(devices), std::memory_order_release);
+  }
+  return *all_contexts.load(std::memory_order_relaxed);
 }
+
+// A child of fork() has none of them: the driver's contexts are its parent's, and so are threads that hold their locks.
+const OnFork kForgetContexts([] {
+  new (&contexts_mutex) std::mutex;
+  all_contexts.store(nullptr);
+});
 
 LevelZeroContext* FindOther(const DeviceContexts& contexts, ze::Context handle) {
   for (LevelZeroContext* c = contexts.others.load(std::memory_order_acquire); c; c = c->next) {

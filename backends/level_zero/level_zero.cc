@@ -56,7 +56,7 @@ Status CheckPointers(LevelZeroContext& context, const RopeCall& call) {
 // ---------------------------------------------------------------------------------------------------------------------
 // The backend
 
-bool Serves(DLDevice device) { return static_cast<int32_t>(device.device_type) == kDlOneApi; }
+bool Serves(DLDevice device) { return DeviceType(device) == kDlOneApi; }
 
 Availability Available() {
   std::string no_shims;

@@ -5,6 +5,7 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "core/environment.h"
 #include "core/text.h"
 
 namespace ropewalk {
@@ -67,7 +68,7 @@ Status BuildOpenClKernel(const OpenClLibrary& library, cl::Context context, cons
   // Intel's GPU driver would else take 32-bit offsets into each tensor.
   if (device.gpu && device.usm) options += " -cl-intel-greater-than-4GB-buffer-required";
   // Not -cl-opt-disable: Intel's run-time for CPUs then heeds no sub-groups, and numbers are wrong.
-  if (const char* more = std::getenv("ROPEWALK_OPENCL_OPTIONS")) Append(&options, Text(" ", more));
+  if (const char* more = EnvironmentVariable("ROPEWALK_OPENCL_OPTIONS")) Append(&options, Text(" ", more));
   const cl::Int result = library.BuildProgram(program, 1, &device.handle, options.c_str(), nullptr, nullptr);
   Status status;
   if (result != cl::kSuccess) {

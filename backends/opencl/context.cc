@@ -9,6 +9,7 @@
 
 #include "backends/contexts.h"
 #include "backends/known_pages.h"
+#include "core/fork.h"
 #include "core/text.h"
 
 namespace ropewalk {
@@ -167,6 +168,12 @@ namespace {
 
 std::mutex contexts_mutex;
 std::atomic<OpenClContext*> contexts{nullptr};
+
+// A child of fork() has none of them: the driver's contexts are its parent's, and so are threads that hold their locks.
+const OnFork kForgetContexts([] {
+  new (&contexts_mutex) std::mutex;
+  contexts.store(nullptr);
+});
 
 OpenClContext* FindAmong(cl::Context handle, cl::Device device, const OpenClLibrary& library, size_t place) {
   for (OpenClContext* c = contexts.load(std::memory_order_acquire); c; c = c->next) {

@@ -9,6 +9,7 @@
 #include <string_view>
 
 #include "backends/driver_library.h"
+#include "core/environment.h"
 #include "core/text.h"
 
 namespace ropewalk {
@@ -111,7 +112,7 @@ Status Load(OpenClLibrary* library) {
   ROPEWALK_TRY(library->Check(platforms_result, "clGetPlatformIDs"));
   std::vector<cl::Platform> platforms(count);
   ROPEWALK_TRY(library->Check(library->GetPlatformIDs(count, platforms.data(), nullptr), "clGetPlatformIDs"));
-  const char* wanted = std::getenv("ROPEWALK_OPENCL_DEVICE");
+  const char* wanted = EnvironmentVariable("ROPEWALK_OPENCL_DEVICE");
   std::string others;
   for (const cl::Platform platform : platforms) {
     cl::Uint device_count = 0;
@@ -167,7 +168,7 @@ OpenClDevice DescribeOpenClDevice(const OpenClLibrary& library, cl::Platform pla
   d.system_memory = svm & cl::kFineGrainSystem;
   d.usm = extensions.find("cl_intel_unified_shared_memory") != std::string::npos;
   // ROPEWALK_OPENCL_SOURCE=1 asks for the kernel's text where SPIR-V would serve too.
-  const char* source = std::getenv("ROPEWALK_OPENCL_SOURCE");
+  const char* source = EnvironmentVariable("ROPEWALK_OPENCL_SOURCE");
   const bool takes_spirv = text(cl::kIlVersion).find("SPIR-V") != std::string::npos && library.CreateProgramWithIl &&
                            library.SetProgramSpecializationConstant && !*RopeSpirvMissing() &&
                            !(source && std::string_view(source) == "1");
@@ -178,7 +179,7 @@ OpenClDevice DescribeOpenClDevice(const OpenClLibrary& library, cl::Platform pla
   const auto units = static_cast<int>(Info<cl::Uint>(library, device, cl::kMaxComputeUnits));
   d.properties.threads = d.gpu ? units * 8 : units;
   // A CPU takes a second for a build. ROPEWALK_OPENCL_GENERAL=0 asks for the exact variants there too.
-  const char* general = std::getenv("ROPEWALK_OPENCL_GENERAL");
+  const char* general = EnvironmentVariable("ROPEWALK_OPENCL_GENERAL");
   d.properties.general = general && *general ? std::string_view(general) != "0" : !d.gpu;
   // Without sub-groups a work-group is what a sub-group would be.
   d.properties.max_local =

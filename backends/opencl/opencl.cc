@@ -9,7 +9,7 @@
 namespace ropewalk {
 namespace {
 
-bool OnHost(const RopeCall& call) { return call.device.device_type == kDLCPU; }
+bool OnHost(const RopeCall& call) { return DeviceType(call.device) == kDLCPU; }
 
 // The device's place among library.devices, if it can serve the call.
 Status Usable(const OpenClLibrary& library, const RopeCall& call, size_t* place) {
@@ -36,7 +36,7 @@ Status Plan(const OpenClLibrary& library, const RopeCall& call, size_t* place, R
   return PlanRopeSpirv(call, library.devices[*place].properties, plan);
 }
 
-bool Serves(DLDevice device) { return device.device_type == kDLOpenCL || device.device_type == kDLCPU; }
+bool Serves(DLDevice device) { return DeviceType(device) == kDLOpenCL || DeviceType(device) == kDLCPU; }
 
 Availability Available() {
   const OpenClLibrary& library = GetOpenCl();

@@ -3,11 +3,14 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "backends/sycl/shim.h"
 
+#include <pthread.h>
+
 #include <array>
 #include <atomic>
 #include <cstdio>
 #include <cstring>
 #include <mutex>
+#include <new>
 #include <sycl/backend.hpp>
 #include <sycl/ext/oneapi/backend/level_zero.hpp>
 #include <sycl/ext/oneapi/experimental/enqueue_functions.hpp>
@@ -33,6 +36,11 @@ struct Entry {
 constexpr size_t kMostQueues = 4096;
 std::array<std::atomic<Entry*>, kMostQueues> entries{};
 std::mutex entries_mutex;
+// A child of fork() has none of the queues, nor of the threads that were looking at one.
+[[maybe_unused]] const int kForgetEntries = pthread_atfork(nullptr, nullptr, [] {
+  new (&entries_mutex) std::mutex;
+  for (auto& entry : entries) entry.store(nullptr, std::memory_order_relaxed);
+});
 
 template <class Body>
 int Guard(char* error, const Body& body) {

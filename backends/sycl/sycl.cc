@@ -13,6 +13,8 @@
 #include "backends/level_zero/context.h"
 #include "backends/opencl/build.h"
 #include "backends/sycl/shim.h"
+#include "core/environment.h"
+#include "core/fork.h"
 #include "core/text.h"
 
 namespace ropewalk {
@@ -53,7 +55,7 @@ std::string ShimPath(int version) {
 }
 
 const char* NamedShim() {
-  const char* named = std::getenv("ROPEWALK_LIBSYCL_SHIM");
+  const char* named = EnvironmentVariable("ROPEWALK_LIBSYCL_SHIM");
   return named && *named ? named : nullptr;
 }
 
@@ -87,11 +89,13 @@ Status FindShim(std::string* path) {
                                   loaded, "; build it where SYCL's headers are installed (pip install intel-sycl-rt)"));
 }
 
+std::mutex opening_mutex;
+std::atomic<const SyclShim*> opened{nullptr};  // once it is there, it stays
+const OnFork kForgetOpening([] { new (&opening_mutex) std::mutex; });
+
 Status OpenShim(const SyclShim** out) {
-  static std::mutex mutex;
-  static std::atomic<const SyclShim*> opened{nullptr};  // once it is there, it stays
   if ((*out = opened.load(std::memory_order_acquire))) return {};
-  const std::lock_guard lock(mutex);
+  const std::lock_guard lock(opening_mutex);
   std::string path;
   ROPEWALK_TRY(FindShim(&path));
   void* library = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
@@ -170,6 +174,12 @@ class SyclContext final : public SpirvContext {
 
 std::mutex contexts_mutex;
 std::atomic<SyclContext*> contexts{nullptr};  // never freed
+
+// A child of fork() has none of them: the driver's contexts are its parent's, and so are threads that hold their locks.
+const OnFork kForgetContexts([] {
+  new (&contexts_mutex) std::mutex;
+  contexts.store(nullptr);
+});
 
 SyclContext* FindContext(const SyclQueueInfo& info) {
   for (SyclContext* c = contexts.load(std::memory_order_acquire); c; c = c->next) {

@@ -10,10 +10,13 @@
 
 #include <array>
 #include <atomic>
+#include <cstdint>
 #include <cstring>
 #include <string>
 #include <string_view>
 
+#include "core/fork.h"
+#include "core/text.h"
 #include "ops/rope/rope_call.h"
 
 namespace {
@@ -22,7 +25,7 @@ using ropewalk::Arg;
 using ropewalk::Kind;
 
 int Raise(const char* kind, const std::string& text) {
-  TVMFFIErrorSetRaisedFromCStr(kind, text.c_str());
+  TVMFFIErrorSetRaisedFromCStr(kind, ropewalk::ValidUtf8(text).c_str());
   return -1;
 }
 
@@ -63,6 +66,21 @@ bool GetDouble(const TVMFFIAny& value, double* out) {
   if (value.type_index == kTVMFFIFloat) return *out = value.v_float64, true;
   if (IsInt(value)) return *out = static_cast<double>(value.v_int64), true;
   return false;
+}
+
+// The one way in for ints, called `name` in messages. 0, or -1 with the error raised: another type, among them Python's
+// ints beyond 64 bits, or one outside [low, high].
+int GetInt(const std::string& name, const TVMFFIAny& value, int64_t low, int64_t high, int64_t* out) {
+  if (!IsInt(value)) return Raise("TypeError", name + " must be an int of at most 64 bits");
+  *out = value.v_int64;
+  if (*out >= low && *out <= high) return 0;
+  return Raise("ValueError", ropewalk::Text(name, " must be from ", low, " to ", high, ", but is ", *out));
+}
+int GetInt(const char* name, const TVMFFIAny& value, int64_t* out) {
+  return GetInt(name, value, INT64_MIN, INT64_MAX, out);
+}
+int GetDouble(const char* name, const TVMFFIAny& value, double* out) {
+  return GetDouble(value, out) ? 0 : Raise("TypeError", std::string(name) + " must be a number");
 }
 
 bool GetTensor(const TVMFFIAny& value, DLTensor** out) {
@@ -146,9 +164,9 @@ struct RopeArgs {
         if (!GetDouble(value, &number)) return false;
         Set(arg, number);
         return true;
-      default:  // an int outside 32 bits becomes -1, which the checks refuse
+      default:
         if (!IsInt(value)) return false;
-        Set(arg, value.v_int64 == static_cast<int32_t>(value.v_int64) ? static_cast<int32_t>(value.v_int64) : -1);
+        Set(arg, static_cast<int32_t>(value.v_int64));
         return true;
     }
   }
@@ -160,6 +178,10 @@ struct RopeArgs {
     for (int32_t i = 0; i < count; ++i) {
       if (IsNone(values[i])) continue;
       const Arg& arg = table[static_cast<size_t>(i)];
+      if (IsInt(values[i]) && arg.kind != Kind::kHandle && arg.kind != Kind::kQueue) {
+        int64_t number;
+        if (GetInt(std::string("rope: ") + arg.name, values[i], INT32_MIN, INT32_MAX, &number)) return -1;
+      }
       if (SetValue(arg, values[i])) continue;
       const char* wanted = arg.kind == Kind::kTensor   ? "a tensor with DLPack (torch, numpy, ..)"
                            : arg.kind == Kind::kDouble ? "a number"
@@ -168,10 +190,11 @@ struct RopeArgs {
                                                        : "an int";
       return Raise("TypeError", std::string("rope: ") + arg.name + " must be " + wanted);
     }
-    if (args.q && static_cast<int32_t>(args.q->device.device_type) == ropewalk::kDlOneApi) {
+    const int32_t device = args.q ? ropewalk::DeviceType(args.q->device) : kDLCPU;
+    if (device == ropewalk::kDlOneApi) {
       if (!args.sycl_queue) return FindSyclQueue(args.q->device.device_id, &args.sycl_queue);
-    } else if (args.q && args.q->device.device_type != kDLCPU) {
-      stream = TVMFFIEnvGetStream(static_cast<int32_t>(args.q->device.device_type), args.q->device.device_id);
+    } else if (device != kDLCPU) {
+      stream = TVMFFIEnvGetStream(device, args.q->device.device_id);
     }
     return 0;
   }
@@ -215,7 +238,10 @@ bool UseTorchThreads() {
 // ---- frequencies
 // ------------------------------------------------------------------------------------------------------
 
-ropewalk_frequencies* Handle(const TVMFFIAny& value) { return reinterpret_cast<ropewalk_frequencies*>(value.v_int64); }
+// Null for anything but an address.
+ropewalk_frequencies* Handle(const TVMFFIAny& value) {
+  return IsInt(value) ? reinterpret_cast<ropewalk_frequencies*>(value.v_int64) : nullptr;
+}
 size_t Pairs(const TVMFFIAny& value) { return static_cast<size_t>(ropewalk_frequencies_rotary_dim(Handle(value)) / 2); }
 
 int ReturnFrequencies(TVMFFIAny* result, int code, const ropewalk_frequencies* frequencies) {
@@ -230,6 +256,17 @@ const char* OptionalText(const TVMFFIAny& value, std::string* storage) {
   return storage->assign(text), storage->c_str();
 }
 
+// How many calls are in the functions below.
+std::atomic<int64_t> in_flight_count{0};
+// A child of fork() makes none of its parent's.
+const ropewalk::OnFork kForgetCalls([] { in_flight_count.store(0); });
+struct InFlight {
+  InFlight() { in_flight_count.fetch_add(1, std::memory_order_relaxed); }
+  ~InFlight() { in_flight_count.fetch_sub(1, std::memory_order_relaxed); }
+  InFlight(const InFlight&) = delete;
+  InFlight& operator=(const InFlight&) = delete;
+};
+
 }  // namespace
 
 // Exports Python's function `name` with at least `needed` arguments, whose types the package has seen to.
@@ -237,6 +274,7 @@ const char* OptionalText(const TVMFFIAny& value, std::string* storage) {
   static int name(const TVMFFIAny* args, int32_t count, TVMFFIAny* result);                                           \
   extern "C" __attribute__((visibility("default"))) int __tvm_ffi_##name(void*, const TVMFFIAny* args, int32_t count, \
                                                                          TVMFFIAny* result) {                         \
+    const InFlight in_flight;                                                                                         \
     if (count < (needed)) return Raise("TypeError", #name " needs " #needed " arguments");                            \
     return name(args, count, result);                                                                                 \
   }                                                                                                                   \
@@ -261,11 +299,16 @@ EXPORT(explain, 1) {
 EXPORT(check_faults, 0) { return Raise(ropewalk_check_faults()); }
 EXPORT(backends, 0) { return ReturnText(result, ropewalk_backends()); }
 EXPORT(counters, 0) { return ReturnText(result, ropewalk_counters()); }
+EXPORT(calls_in_flight, 0) { return Return(result, in_flight_count.load()); }
 EXPORT(version, 0) { return ReturnText(result, ropewalk_version()); }
 EXPORT(description, 0) { return ReturnText(result, ropewalk_description()); }
 EXPORT(torch_schema, 0) { return ReturnText(result, ropewalk_torch_schema()); }
 EXPORT(use_torch_threads, 0) { return Return(result, UseTorchThreads(), kTVMFFIBool); }
-EXPORT(set_threads, 1) { return Raise(ropewalk_set_threads(static_cast<int32_t>(args[0].v_int64))); }
+EXPORT(set_threads, 1) {
+  int64_t threads;
+  if (GetInt("set_threads: threads", args[0], INT32_MIN, INT32_MAX, &threads)) return -1;
+  return Raise(ropewalk_set_threads(static_cast<int32_t>(threads)));
+}
 // (function): what finds the queue of calls on Intel GPUs that name none.
 EXPORT(set_find_sycl_queue, 1) {
   if (args[0].type_index != kTVMFFIFunction) return Raise("TypeError", "set_find_sycl_queue: needs a function");
@@ -283,34 +326,46 @@ EXPORT(force_backend, 1) {
 EXPORT(set_dtype, 3) {
   DLTensor* tensor = nullptr;
   if (!GetTensor(args[0], &tensor)) return Raise("TypeError", "set_dtype: needs a tensor");
-  tensor->dtype = {static_cast<uint8_t>(args[1].v_int64), static_cast<uint8_t>(args[2].v_int64), 1};
+  int64_t code, bits;
+  if (GetInt("set_dtype: code", args[1], 0, UINT8_MAX, &code)) return -1;
+  if (GetInt("set_dtype: bits", args[2], 0, UINT8_MAX, &bits)) return -1;
+  tensor->dtype = {static_cast<uint8_t>(code), static_cast<uint8_t>(bits), 1};
   return 0;
 }
 
 EXPORT(frequencies_create, 4) {
   std::string scaling;
   ropewalk_frequencies* frequencies = nullptr;
-  const int code = ropewalk_frequencies_create(args[0].v_float64, args[1].v_int64, OptionalText(args[2], &scaling),
-                                               args[3].v_int64, &frequencies);
+  double theta;
+  int64_t rotary_dim, sequence_length;
+  if (GetDouble("frequencies: theta", args[0], &theta)) return -1;
+  if (GetInt("frequencies: rotary_dim", args[1], &rotary_dim)) return -1;
+  if (GetInt("frequencies: sequence_length", args[3], &sequence_length)) return -1;
+  const int code =
+      ropewalk_frequencies_create(theta, rotary_dim, OptionalText(args[2], &scaling), sequence_length, &frequencies);
   return ReturnFrequencies(result, code, frequencies);
 }
 EXPORT(frequencies_from_array, 3) {  // (bytes of doubles, attention scaling, None or bytes of int32s)
   std::string_view values, axes;
   ropewalk_frequencies* frequencies = nullptr;
   if (!GetBytes(args[0], &values)) return Raise("TypeError", "frequencies_from_array: needs bytes");
+  double scaling;
+  if (GetDouble("frequencies: attention_scaling", args[1], &scaling)) return -1;
   const std::string doubles(values);  // aligned, as small bytes may not be
   std::string ints;
   if (GetBytes(args[2], &axes)) ints = axes;
   const int code = ropewalk_frequencies_from_array(
-      reinterpret_cast<const double*>(doubles.data()), static_cast<int64_t>(doubles.size() / sizeof(double)),
-      args[1].v_float64, IsNone(args[2]) ? nullptr : reinterpret_cast<const int32_t*>(ints.data()), &frequencies);
+      reinterpret_cast<const double*>(doubles.data()), static_cast<int64_t>(doubles.size() / sizeof(double)), scaling,
+      IsNone(args[2]) ? nullptr : reinterpret_cast<const int32_t*>(ints.data()), &frequencies);
   return ReturnFrequencies(result, code, frequencies);
 }
 EXPORT(frequencies_from_config, 4) {
   std::string json, name, layer_type;
   ropewalk_frequencies* frequencies = nullptr;
+  int64_t sequence_length;
+  if (GetInt("frequencies: sequence_length", args[3], &sequence_length)) return -1;
   const int code = ropewalk_frequencies_from_config(OptionalText(args[0], &json), OptionalText(args[1], &name),
-                                                    OptionalText(args[2], &layer_type), args[3].v_int64, &frequencies);
+                                                    OptionalText(args[2], &layer_type), sequence_length, &frequencies);
   return ReturnFrequencies(result, code, frequencies);
 }
 EXPORT(frequencies_release, 1) { return ropewalk_frequencies_release(Handle(args[0])), 0; }

@@ -83,7 +83,8 @@ typedef struct ropewalk_rope_args {
   DLTensor* k_out ROPEWALK_DEFAULT(nullptr);  // like k: written instead of k
 
   const DLTensor* v ROPEWALK_DEFAULT(nullptr);  // [batch?, tokens, k_heads, v_dim] T, only stored
-  // The caches: [slots, k_heads, head_dim] or [pages, page_size, k_heads, head_dim], T | fp8; that of v with v_dim.
+  // The caches: [slots, k_heads, head_dim] or [pages, page_size, k_heads, head_dim], T | fp8; that of v with v_dim. In
+  // fp8 what is larger than the largest number, infinity too, becomes that: 448 (e4m3fn), 57344 (e5m2). NaN stays NaN.
   DLTensor* k_cache ROPEWALK_DEFAULT(nullptr);
   DLTensor* v_cache ROPEWALK_DEFAULT(nullptr);
   const DLTensor* slots ROPEWALK_DEFAULT(nullptr);  // [batch?, tokens] int32 | int64; negative: the token is not stored
@@ -115,7 +116,9 @@ typedef struct ropewalk_rope_args {
 ROPEWALK_API int ropewalk_rope(const ropewalk_rope_args* args, void* stream);
 
 // Makes everything a later ropewalk_rope with such arguments needs (code, device copies), so that it neither compiles
-// nor allocates and may be captured. Tensors' data is neither read nor written.
+// nor allocates and may be captured. Tensors' data is neither read nor written, but for scales of one value on the
+// host, which this function and ropewalk_explain read, and which must be numbers from 2^-126 on. Scales in an array are
+// the caller's to check: one of 0 or NaN spoils its head in the cache.
 ROPEWALK_API int ropewalk_prepare(const ropewalk_rope_args* args);
 
 // Which backend, kernel and source would serve the call, and why: a JSON object. NULL if the arguments are refused.
@@ -151,7 +154,9 @@ typedef void (*ropewalk_parallel_for)(int64_t begin, int64_t end, int64_t grain,
                                       void (*body)(int64_t begin, int64_t end, const void* body_context),
                                       const void* body_context, void* context);
 ROPEWALK_API int ropewalk_set_parallel_for(ropewalk_parallel_for parallel_for, void* context);  // NULL: the default
-// The opt-in pool: `threads` threads of our own, the caller's included. 1 (the default): none. Safe across fork().
+// The opt-in pool: `threads` threads of our own, the caller's included. 1 (the default): none. It may be called, and
+// the process may fork, at any moment: a call in flight ends with the pool that it began with. If the system gives
+// fewer threads, calls are served by those, and ropewalk_explain says so.
 ROPEWALK_API int ropewalk_set_threads(int32_t threads);
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -172,7 +177,8 @@ ROPEWALK_API int ropewalk_frequencies_from_array(const double* inv_freq, int64_t
 ROPEWALK_API int ropewalk_frequencies_from_config(const char* json, const char* name, const char* layer_type,
                                                   int64_t sequence_length, ropewalk_frequencies** out);
 
-// Shared by counting: create and from_* begin at one, release at zero frees. A call in flight must hold one.
+// Shared by counting: create and from_* begin at one, release at zero frees. A call in flight must hold one. NULL holds
+// no pair: retain and release do nothing, the others return 0, 1.0 and NULL.
 ROPEWALK_API void ropewalk_frequencies_retain(ropewalk_frequencies* frequencies);
 ROPEWALK_API void ropewalk_frequencies_release(ropewalk_frequencies* frequencies);
 

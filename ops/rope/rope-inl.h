@@ -81,6 +81,10 @@ HWY_INLINE V DecodeF16(hn::Vec<DH16> half) {
   V value = hn::Mul(hn::BitCast(df, magnitude), hn::BitCast(df, hn::Set(du, uint32_t{127 + 112} << 23)));
   const auto special = hn::Ge(hn::BitCast(df, magnitude), hn::BitCast(df, hn::Set(du, 0x0f800000u)));
   value = hn::IfThenElse(special, hn::BitCast(df, hn::Or(magnitude, hn::Set(du, 0x7f800000u))), value);
+  // A subnormal half is no subnormal float on the way, which a caller's mode (DAZ) may take for zero.
+  const VU least = hn::Set(du, uint32_t{113} << 23);  // 2^-14
+  const V small = hn::Abs(hn::Sub(hn::BitCast(df, hn::Or(magnitude, least)), hn::BitCast(df, least)));
+  value = hn::IfThenElse(hn::RebindMask(df, hn::Lt(magnitude, hn::Set(du, 1u << 23))), small, value);
   return hn::Or(value, hn::BitCast(df, hn::ShiftLeft<31>(hn::ShiftRight<15>(bits))));
 #else
   return hn::PromoteTo(df, hn::BitCast(hn::Rebind<hwy::float16_t, DF>(), half));
@@ -365,6 +369,9 @@ constexpr int64_t kNormedBytes = 12288;
 
 // What a thread keeps beside the tensors. Large enough for every head_dim; only what is used is touched.
 struct Scratch {
+  int64_t positions[kMaxHeadDim / 2];                  // see PlanRow
+  alignas(64) float padded[kMaxHeadDim + 4 * kBlock];  // a head, and its place in a cache: see PaddedHead
+  alignas(64) float padded_cache[kMaxHeadDim + 4 * kBlock];
   alignas(64) float cos[kMaxHeadDim / 2 + 2 * kBlock];
   alignas(64) float sin[kMaxHeadDim / 2 + 2 * kBlock];
   alignas(64) float q_weight[kMaxHeadDim + 8 * kBlock];
@@ -380,6 +387,7 @@ struct Scratch {
   alignas(64) uint32_t position_low[kMaxHeadDim / 2 + 2 * kBlock];
   alignas(64) uint32_t position_high[kMaxHeadDim / 2 + 2 * kBlock];
 };
+static_assert(sizeof(Scratch) <= kCpuScratchBytes);
 
 // The halves of the frequencies' turns, in block order.
 template <bool kInterleaved, bool kEvenOddHalves>
@@ -406,7 +414,8 @@ template <bool kInterleaved, bool kEvenOddHalves>
 HWY_NOINLINE void FillCosSin(const RopeCall& call, const RowPlan& plan, Scratch& scratch) {
   const rope_params& p = call.params;
   const int pairs = p.rotary_dim / 2;
-  const int32_t* axes = AxesOf(call);
+  const bool axes = call.variant.axes != 0;
+  const int64_t* positions = scratch.positions;
   float* cos = scratch.cos;
   float* sin = scratch.sin;
 
@@ -415,14 +424,13 @@ HWY_NOINLINE void FillCosSin(const RopeCall& call, const RowPlan& plan, Scratch&
     const auto at = [&](const void* table, int64_t batch, int64_t row_stride, int64_t row, int64_t pair) {
       return static_cast<const char*>(table) + (plan.batch * batch + row * row_stride + pair) * bytes;
     };
-    // A run of pairs on one axis at a time; without axes that is all.
+    // A run of pairs at one position at a time; without axes that is all.
     for (int i = 0; i < pairs;) {
       int end = pairs;
-      const int axis = axes ? axes[i] : 0;
+      const int64_t row = axes ? positions[i] : plan.position;
       if (axes) {
-        for (end = i + 1; end < pairs && axes[end] == axis;) ++end;
+        for (end = i + 1; end < pairs && positions[end] == row;) ++end;
       }
-      const int64_t row = PositionOf(call, plan.batch, plan.token, axis);
       // ConvertRow writes whole blocks: what it writes too much the next run overwrites.
       ConvertRow(at(call.tensors.cos, p.cos_batch, p.cos_row, row, i * p.cos_pair), call.variant.table_dtype,
                  p.cos_pair, end - i, cos + i);
@@ -438,14 +446,14 @@ HWY_NOINLINE void FillCosSin(const RopeCall& call, const RowPlan& plan, Scratch&
   } else {
     if (axes) {
       for (int i = 0; i < pairs; ++i) {
-        const auto position = static_cast<uint64_t>(PositionOf(call, plan.batch, plan.token, axes[i]));
+        const auto position = static_cast<uint64_t>(positions[i]);
         scratch.position_low[i] = static_cast<uint32_t>(position);
         scratch.position_high[i] = static_cast<uint32_t>(position >> 32);
       }
       Arrange<!kInterleaved, !kInterleaved && kEvenOddHalves>(scratch.position_low, pairs);
       Arrange<!kInterleaved, !kInterleaved && kEvenOddHalves>(scratch.position_high, pairs);
     }
-    const auto position = static_cast<uint64_t>(PositionOf(call, plan.batch, plan.token, 0));
+    const auto position = static_cast<uint64_t>(plan.position);
     VU low = hn::Set(du, static_cast<uint32_t>(position));
     VU high = hn::Set(du, static_cast<uint32_t>(position >> 32));
     const V scale = hn::Set(df, p.attention_scaling);
@@ -597,20 +605,23 @@ constexpr int kFewHeads = 4;  // for which one at a time is faster
 // the accumulators are added, then their lanes.
 template <class T>
 HWY_NOINLINE float SumOfSquaresLikeTorch(const typename T::Raw* head, int count) {
-  alignas(64) float values[kMaxHeadDim + kBlock];
-  ConvertRow(head, T::kDtype, 1, count, values);
+  constexpr int kPiece = 512;  // of a head that may be longer than a small stack
+  alignas(64) float values[kPiece + kBlock];
   float sums[4][8] = {};
-  const int rounds = count / 32 * 32, groups = count / 8 * 8;
-  for (int i = 0; i < groups; i += 8) {
-    float* sum = sums[i < rounds ? i / 8 % 4 : 0];
-    for (int j = 0; j < 8; ++j) sum[j] += values[i + j] * values[i + j];
+  const int rounds = count / 32 * 32, groups = count / 8 * 8, last = groups / kPiece * kPiece;
+  for (int begin = 0; begin <= last; begin += kPiece) {
+    ConvertRow(head + begin, T::kDtype, 1, std::min(kPiece, count - begin), values);
+    for (int i = begin; i < std::min(begin + kPiece, groups); i += 8) {
+      float* sum = sums[i < rounds ? i / 8 % 4 : 0];
+      for (int j = 0; j < 8; ++j) sum[j] += values[i - begin + j] * values[i - begin + j];
+    }
   }
   float total = 0.0f;
   for (int j = 0; j < 8; ++j) {
     const float lane = sums[0][j] + sums[1][j] + sums[2][j] + sums[3][j];
     total = j ? total + lane : lane;
   }
-  for (int i = groups; i < count; ++i) total += values[i] * values[i];
+  for (int i = groups; i < count; ++i) total += values[i - last] * values[i - last];
   return total;
 }
 
@@ -685,6 +696,7 @@ struct Heads {
   int head_dim;
   const Layout* layout;
   const Layout* padded;
+  Scratch* scratch;
   const float* cos;
   const float* sin;
   const float* weight;
@@ -978,8 +990,8 @@ template <class C, int kStore>
 HWY_NOINLINE void PaddedHead(const Heads<typename C::T>& heads, const typename C::Raw* in, typename C::Raw* out,
                              void* cache, V rstd, V inverse_scale) {
   using Raw = typename C::Raw;
-  alignas(64) Raw padded[kMaxHeadDim + 4 * kBlock];
-  alignas(64) Raw padded_cache[kMaxHeadDim + 4 * kBlock];
+  Raw* padded = reinterpret_cast<Raw*>(heads.scratch->padded);
+  Raw* padded_cache = reinterpret_cast<Raw*>(heads.scratch->padded_cache);
   const Layout& layout = *heads.layout;
   std::memset(padded, 0, static_cast<size_t>(heads.padded->padded_size) * sizeof(Raw));
   for (int i = 0; i < 4; ++i) {
@@ -1179,14 +1191,15 @@ void FillToken(const void* in, void* out, const rope_strides& from, const rope_s
 }
 
 template <class C, bool kNative>
-HWY_NOINLINE void RopeRows(const RopeCall& call, int64_t begin, int64_t end, std::atomic<int64_t>* first_fault) {
+HWY_NOINLINE void RopeRows(const RopeCall& call, int64_t begin, int64_t end, FirstFault* first_fault,
+                           void* scratch_memory) {
   using T = typename C::T;
   using Raw = typename C::Raw;
   constexpr bool kEvenOddHalves = kEvenOdd<T, false>;
   const rope_params& p = call.params;
   const RopeTensors& t = call.tensors;
   const RopeVariant& variant = call.variant;
-  Scratch scratch;
+  Scratch& scratch = *static_cast<Scratch*>(scratch_memory);
   const Layout layout = MakeLayout(p, C::kInterleaved), padded = PaddedLayout(layout);
 
   Heads<T> q = {};
@@ -1198,6 +1211,7 @@ HWY_NOINLINE void RopeRows(const RopeCall& call, int64_t begin, int64_t end, std
   q.head_dim = p.head_dim;
   q.layout = &layout;
   q.padded = &padded;
+  q.scratch = &scratch;
   q.cos = scratch.cos;
   q.sin = scratch.sin;
   q.weight = scratch.q_weight;
@@ -1259,11 +1273,8 @@ HWY_NOINLINE void RopeRows(const RopeCall& call, int64_t begin, int64_t end, std
   int64_t normed = -1;  // the row whose 1 / rms is there
 
   for (int64_t row = begin; row < end; ++row) {
-    const RowPlan plan = PlanRow(call, row);
-    if (plan.fault != kRopeFaultNone) {
-      for (int64_t seen = first_fault->load(); row < seen && !first_fault->compare_exchange_weak(seen, row);) {
-      }
-    }
+    const RowPlan plan = PlanRow(call, row, scratch.positions);
+    if (plan.fault != kRopeFaultNone) first_fault->Report(row, plan);
     if (plan.left_out || plan.fault == kRopeFaultPosition || plan.fault == kRopeFaultAxis) {
       const Raw* value = plan.left_out ? nullptr : &T::kNan;
       FillToken<Raw>(t.q, t.q_out, p.q, p.q_out, plan, p.q_heads, p.head_dim, value);

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <cstring>
+#include <limits>
 
 #include "core/overlap.h"
 #include "core/text.h"
@@ -233,7 +234,7 @@ rope_strides HeadStrides(const Strides& s, Dim heads) { return {s[Dim::kBatch], 
 std::span<const Arg> RopeDescription() { return kArgs; }
 
 bool IsHostValue(const Arg& arg, const DLTensor& tensor) {
-  return (arg.flags & kHostScalar) && tensor.device.device_type == kDLCPU && (tensor.ndim == 0 || tensor.shape[0] == 1);
+  return (arg.flags & kHostScalar) && DeviceType(tensor.device) == kDLCPU && (tensor.ndim == 0 || tensor.shape[0] == 1);
 }
 
 void SetTensors(const ropewalk_rope_args& a, RopeCall* call) {
@@ -290,7 +291,7 @@ Status LowerRope(const ropewalk_rope_args& a, void* stream, RopeCall* call) {
   call->sycl_queue = a.sycl_queue;
   call->disable_pdl = a.disable_pdl != 0;
   if (a.sycl_queue) {
-    if (static_cast<int32_t>(call->device.device_type) != kDlOneApi) {
+    if (DeviceType(call->device) != kDlOneApi) {
       return Invalid("sycl_queue is given, but q is on ", DeviceName(call->device));
     }
     if (stream) return Invalid("sycl_queue and stream are both given: the work goes to one of them");
@@ -331,11 +332,11 @@ Status LowerRope(const ropewalk_rope_args& a, void* stream, RopeCall* call) {
   v.offsets_dtype = Constant(a.offsets);
   if (mapped && sizes[Dim::kAxes] >= 0) {
     if (sizes[Dim::kAxes] < 1) return Invalid("positions must have a row for each axis, but have none");
-    if (sizes[Dim::kAxes] > 1 << 20) return Invalid("positions has ", sizes[Dim::kAxes], " axes, too many");
+    if (sizes[Dim::kAxes] > kMaxAxes) return Invalid("positions has ", sizes[Dim::kAxes], " axes, too many");
     p.axes = static_cast<rw_i32>(sizes[Dim::kAxes]);
     v.axes = a.axes ? 2 : 1;
     if (!a.axes) {
-      const int32_t needed = 1 + *std::ranges::max_element(a.frequencies->axes);
+      const int64_t needed = int64_t{1} + *std::ranges::max_element(a.frequencies->axes);
       if (p.axes < needed) {
         return Invalid("positions must have ", needed, " rows, one for each axis of frequencies, but has ", p.axes);
       }
@@ -397,7 +398,10 @@ Status LowerRope(const ropewalk_rope_args& a, void* stream, RopeCall* call) {
       const char* name = kArgs[i].name;
       if (IsHostValue(kArgs[i], *tensor)) {
         *value = *static_cast<const float*>(DataOf(*tensor));
-        if (!(*value > 0.0f) || *value > 3.4e38f) return Invalid(name, " must be a finite number > 0, but is ", *value);
+        // Kernels multiply by its inverse, which must be finite too.
+        constexpr float kLeast = std::numeric_limits<float>::min(), kMost = std::numeric_limits<float>::max();
+        if (!(*value > 0.0f) || *value > kMost) return Invalid(name, " must be a finite number > 0, but is ", *value);
+        if (*value < kLeast) return Invalid(name, " must be at least ", kLeast, ", but is ", *value);
         return {};
       }
       const int64_t step = strides_of(i)[Dim::kKHeads];

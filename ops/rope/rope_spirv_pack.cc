@@ -5,6 +5,7 @@
 #include <cstring>
 #include <vector>
 
+#include "core/fork.h"
 #include "ops/rope/rope_spirv.h"
 
 #ifdef ROPEWALK_WITH_ZLIB
@@ -76,10 +77,8 @@ Unpacked Unpack() {
 }
 
 // When first wanted, which takes 5 ms; kept for good.
-const Unpacked& GetUnpacked() {
-  static const auto* const unpacked = new Unpacked(Unpack());
-  return *unpacked;
-}
+const Unpacked* MakeUnpacked() { return new Unpacked(Unpack()); }
+const Unpacked& GetUnpacked() { return OnceMade<Unpacked, MakeUnpacked>::Get(); }
 
 }  // namespace
 

@@ -7,6 +7,7 @@ The quick way of a call (ropewalk.rope_) hands torch tensors straight to the mod
 from __future__ import annotations
 
 import itertools
+import operator
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -36,6 +37,15 @@ class _Handles(dict[int, "int | None"]):
         raise RuntimeError("rope: the Frequencies that this graph was compiled with have been freed")
 
 
+def handle_of(frequencies: Any) -> int:
+    """The address of the core's object. Of nothing but a Frequencies: any int would be taken for one there."""
+    from ._frequencies import Frequencies  # noqa: PLC0415  # which imports this module
+
+    if not issubclass(type(frequencies), Frequencies):  # not isinstance, which believes __class__
+        raise TypeError(f"rope: frequencies must be a ropewalk.Frequencies, but is a {_type_name(frequencies)}")
+    return frequencies._handle
+
+
 handles = _Handles({0: None})
 _next_key = itertools.count(1)
 
@@ -53,6 +63,32 @@ def forget_handle(key: int, handles: dict[int, int | None] = handles) -> None:
 def _type_name(value: Any) -> str:
     cls = type(value)
     return cls.__name__ if cls.__module__ in ("builtins", "__main__") else f"{cls.__module__}.{cls.__name__}"
+
+
+def integer(name: str, value: Any, low: int = -(2**63), high: int = 2**63 - 1) -> int:
+    """An int argument, called `name` in messages: of any integer type."""
+    try:
+        whole = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        whole = None
+    if whole is None:
+        raise TypeError(f"{name} must be an int, but is a {_type_name(value)}")
+    if not low <= whole <= high:
+        shown = whole if whole.bit_length() <= 128 else f"one of {whole.bit_length()} bits"
+        raise ValueError(f"{name} must be from {low} to {high}, but is {shown}")
+    return whole
+
+
+def number(name: str, value: Any) -> float:
+    """A float argument, called `name` in messages: of any type of numbers."""
+    try:
+        if isinstance(value, (str, bytes)):
+            raise TypeError
+        return float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must be a number, but is a {_type_name(value)}") from None
+    except OverflowError:
+        raise ValueError(f"{name} must be a number that a float can hold, but is larger") from None
 
 
 def _convert_numpy(name: str, value: Any, written: bool) -> Any:
@@ -131,20 +167,17 @@ def values(arguments: Mapping[str, Any]) -> list[Any]:
                 replaced |= name == "k" and bool(arguments.get("k_store_only"))
                 value = convert(name, value, written=arg["intent"] != "in" and not replaced)
         elif kind == "handle":
-            handle = getattr(value, "_handle", None)
-            if handle is None:
-                raise TypeError(f"rope: {name} must be a ropewalk.Frequencies, but is a {_type_name(value)}")
-            value = handle
+            value = handle_of(value)
         elif kind == "queue":
             value = queue(value)
         elif kind == "float":
-            if not isinstance(value, (int, float)):
-                raise TypeError(f"rope: {name} must be a number, but is a {_type_name(value)}")
-            value = float(value)
-        elif not isinstance(value, int):
-            raise TypeError(
-                f"rope: {name} must be {'a bool' if kind == 'bool' else 'an int'}, but is a {_type_name(value)}"
-            )
+            value = number(f"rope: {name}", value)
+        elif kind == "int":
+            value = integer(f"rope: {name}", value, -(2**31), 2**31 - 1)
+        elif not isinstance(value, bool):
+            if not isinstance(value, int):
+                raise TypeError(f"rope: {name} must be a bool, but is a {_type_name(value)}")
+            value = integer(f"rope: {name}", value, -(2**31), 2**31 - 1)
         out.append(value)
     return out
 

@@ -23,10 +23,17 @@ _axes = _module.function("frequencies_axes")
 _table = _module.function("frequencies_table")
 
 
+# More than the core takes, so that it refuses what is longer, and nothing reads on for ever.
+_MOST_TEXT = 16 << 20
+
+
 def _length(sequence_length: int | None) -> int:
-    if sequence_length is not None and sequence_length < 1:
-        raise ValueError(f"frequencies: sequence_length must be at least 1, or None, but is {sequence_length}")
-    return sequence_length or 0
+    if sequence_length is None:
+        return 0
+    length = _arrays.integer("frequencies: sequence_length", sequence_length)
+    if length < 1:
+        raise ValueError(f"frequencies: sequence_length must be at least 1, or None, but is {length}")
+    return length
 
 
 class Frequencies:
@@ -61,8 +68,10 @@ class Frequencies:
         sequence_length: int | None = None,
     ) -> None:
         text = None if scaling is None else json.dumps(dict(scaling), default=str)
-        self._own(_create(float(theta), int(rotary_dim), text, _length(sequence_length)))
-        self._recipe = ("_again", (theta, rotary_dim, text, sequence_length))
+        base = _arrays.number("frequencies: theta", theta)
+        dim = _arrays.integer("frequencies: rotary_dim", rotary_dim)
+        self._own(_create(base, dim, text, _length(sequence_length)))
+        self._recipe = ("_again", (base, dim, text, sequence_length))
 
     @classmethod
     def from_array(
@@ -78,13 +87,16 @@ class Frequencies:
         Raises:
             ValueError: a frequency is not finite, there are none, or `axes` has another length or a negative entry.
         """
-        values = array.array("d", [float(x) for x in inv_freq])
-        rows = None if axes is None else array.array("i", [int(x) for x in axes])
+        values = array.array("d", [_arrays.number("frequencies: inv_freq", x) for x in inv_freq])
+        rows = None
+        if axes is not None:
+            rows = array.array("i", [_arrays.integer("frequencies: axes", x, -(2**31), 2**31 - 1) for x in axes])
         if rows is not None and len(rows) != len(values):
             raise ValueError(f"frequencies: axes must have {len(values)} entries like inv_freq, but has {len(rows)}")
         self = cls.__new__(cls)
-        self._own(_from_array(values.tobytes(), float(attention_scaling), None if rows is None else rows.tobytes()))
-        self._recipe = ("from_array", (list(values), attention_scaling, None if rows is None else list(rows)))
+        scaling = _arrays.number("frequencies: attention_scaling", attention_scaling)
+        self._own(_from_array(values.tobytes(), scaling, None if rows is None else rows.tobytes()))
+        self._recipe = ("from_array", (list(values), scaling, None if rows is None else list(rows)))
         return self
 
     @classmethod
@@ -112,7 +124,7 @@ class Frequencies:
             if os.path.isdir(path):
                 path = os.path.join(path, "config.json")
             with open(path, encoding="utf-8") as file:
-                text, name = file.read(), path
+                text, name = file.read(_MOST_TEXT), path
         elif isinstance(config, Mapping):
             text, name = json.dumps(dict(config), default=str), "config"
         elif hasattr(config, "to_dict"):
@@ -177,9 +189,10 @@ class Frequencies:
         Returns:
             cos and sin, each [max_position, rotary_dim/2].
         """
-        if max_position < 0:
-            raise ValueError(f"frequencies: max_position must be >= 0, but is {max_position}")
-        shape = (int(max_position), self.rotary_dim // 2)
+        rows = _arrays.integer("frequencies: max_position", max_position)
+        if rows < 0:
+            raise ValueError(f"frequencies: max_position must be >= 0, but is {rows}")
+        shape = (rows, self.rotary_dim // 2)
         cos, sin = _arrays.empty(shape, dtype), _arrays.empty(shape, dtype)
         _table(self._handle, _arrays.convert("cos", cos, written=True), _arrays.convert("sin", sin, written=True))
         return cos, sin

@@ -1,0 +1,96 @@
+// The command line as a program: what it prints is printed or it says so, and numbers are taken as they are or refused.
+// SPDX-License-Identifier: Apache-2.0
+#include <gtest/gtest.h>
+#include <sys/wait.h>
+
+#include <cstdio>
+#include <cstdlib>
+#include <string>
+
+#include "core/text.h"
+
+namespace ropewalk {
+namespace {
+
+struct Ended {
+  int code = -1;
+  std::string said;  // on stdout and stderr
+};
+
+// By a shell, so that `arguments` may redirect.
+Ended Run(const std::string& arguments) {
+  const std::string line =
+      Text("(ROPEWALK_MODELS='", ROPEWALK_MODELS_DIR, "' exec '", ROPEWALK_COMMAND, "' ", arguments, ") 2>&1");
+  Ended ended;
+  FILE* pipe = popen(line.c_str(), "r");
+  char buffer[4096];
+  while (pipe && fgets(buffer, sizeof(buffer), pipe)) ended.said += buffer;
+  const int status = pipe ? pclose(pipe) : -1;
+  if (WIFEXITED(status)) ended.code = WEXITSTATUS(status);
+  return ended;
+}
+
+class Cli : public testing::Test {
+ protected:
+  void SetUp() override {
+    if (std::string(ROPEWALK_COMMAND).empty()) GTEST_SKIP() << "the command line is not built for this machine";
+  }
+};
+
+TEST_F(Cli, OutputThatIsLostIsAFailure) {
+  for (const char* command :
+       {"doctor", "check --random 2", "check --random 2 --json", "check --list", "explain --model qwen3-8b",
+        "explain --model qwen3-8b --json", "describe", "describe --schema", "describe --json", "--help", "--version",
+        "check --help", "run --model smollm2-135m --tokens 1 --seconds 0.001"}) {
+    for (const char* where : {"/dev/full", "&-"}) {
+      const Ended ended = Run(Text(command, " >", where));
+      EXPECT_EQ(ended.code, 2) << command << " >" << where << ": " << ended.said;
+      EXPECT_NE(ended.said.find("ropewalk: "), std::string::npos) << command << " >" << where << ": " << ended.said;
+    }
+    EXPECT_EQ(Run(Text(command, " >/dev/null")).code, 0) << command;
+  }
+}
+
+TEST_F(Cli, NumbersAreTakenAsTheyAreOrRefused) {
+  for (const char* arguments :
+       {"check --random 99999999999999999999 --list", "check --random 100000000 --list", "check --random 0 --list",
+        "check --random -1 --list", "check --random 2 --seed 99999999999999999999 --list",
+        "check --random 2 --seed -1 --list", "explain --tokens 99999999999", "explain --tokens 99999999999999999999",
+        "check --threads 4294967297", "check --max-failures 99999999999999999999",
+        "run --tokens 1,99999999999999999999"}) {
+    const Ended ended = Run(arguments);
+    EXPECT_EQ(ended.code, 2) << arguments << ": " << ended.said;
+    EXPECT_NE(ended.said.find("must be a whole number from"), std::string::npos) << arguments << ": " << ended.said;
+  }
+  for (const char* shard : {"1", "1/", "/2", "2/2", "0/0", "-1/4", "1/-4", "99999999999999999999/4", "1/4x",
+                            "1/99999999999999999999", "0x0/2", "' 1/2'"}) {
+    const Ended ended = Run(Text("check --list --shard ", shard));
+    EXPECT_EQ(ended.code, 1) << shard << ": " << ended.said;
+    EXPECT_NE(ended.said.find("--shard must be K/N with K < N"), std::string::npos) << shard << ": " << ended.said;
+  }
+  EXPECT_EQ(Run("check --list --shard 1/4").code, 0);
+  EXPECT_EQ(Run("check --random 2 --seed 18446744073709551615 --list").code, 0);
+}
+
+TEST_F(Cli, AModelIsNotReadForEver) {
+  const Ended ended = Run("explain --model /dev/zero");
+  EXPECT_EQ(ended.code, 2);
+  EXPECT_NE(ended.said.find("/dev/zero: is larger than 8 MiB"), std::string::npos) << ended.said;
+}
+
+// A target that is none is not passed over.
+TEST_F(Cli, AWrongTargetInTheEnvironmentIsSaid) {
+  for (const char* target : {"avx9", "sse", "AVX2", "cpu:avx2"}) {
+    setenv("ROPEWALK_CPU_TARGET", target, 1);
+    const std::string wanted = Text("ROPEWALK_CPU_TARGET: force_backend: the target of cpu must be one of ");
+    const Ended doctor = Run("doctor --json");
+    EXPECT_NE(doctor.said.find(wanted), std::string::npos) << doctor.said;
+    const Ended explain = Run("explain --model qwen3-8b");
+    EXPECT_NE(explain.code, 0);
+    EXPECT_NE(explain.said.find(Text("but is \"", target, "\"")), std::string::npos) << explain.said;
+  }
+  unsetenv("ROPEWALK_CPU_TARGET");
+}
+
+}  // namespace
+}  // namespace ropewalk

@@ -1,0 +1,158 @@
+"""What Python hands to the core: every number in range or refused by name, no object taken for another."""
+
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import ctypes
+import os
+import subprocess
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+import ropewalk
+
+BIG = [2**31, 2**32, 2**32 + 1, 2**63 - 1, 2**63, 2**63 + 5, 2**64, 2**64 + 64, 2**100, 10**6000]
+HUGE = [sign * n for n in BIG for sign in (1, -1)]
+DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "max_position_embeddings": 2048}
+
+
+def plain() -> ropewalk.Frequencies:
+    return ropewalk.Frequencies(1e4, 64)
+
+
+def call(**options: Any) -> None:
+    ropewalk.rope_(np.ones((1, 1, 64), "f4"), frequencies=plain(), **options)
+
+
+# Every int that Python hands over, by a function of that int, and what messages call it.
+INTS = {
+    "rotary_dim": lambda n: call(rotary_dim=n),
+    "rotary_offset": lambda n: call(rotary_offset=n),
+    "inverse": lambda n: call(inverse=n),
+    "zero_centered_weight": lambda n: call(zero_centered_weight=n),
+    "disable_pdl": lambda n: call(disable_pdl=n),
+    "frequencies: rotary_dim": lambda n: ropewalk.Frequencies(1e4, n),
+    "sequence_length": lambda n: ropewalk.Frequencies(1e4, 64, DYNAMIC, sequence_length=n),
+    "axes": lambda n: ropewalk.Frequencies.from_array([1.0, 0.1], axes=[0, n]),
+    "threads": ropewalk.set_threads,
+}
+
+
+@pytest.mark.parametrize("name", INTS)
+def test_ints_out_of_range_are_refused_by_name(name: str) -> None:
+    for n in HUGE:
+        if name == "sequence_length" and 0 < n <= 2**40:
+            continue
+        with pytest.raises(ValueError, match=name.rpartition(": ")[2]) as raised:
+            INTS[name](n)
+        if abs(n) < 2**63:
+            assert str(n) in str(raised.value)
+
+
+@pytest.mark.parametrize("name", INTS)
+def test_other_types_are_no_ints(name: str) -> None:
+    for value in (8192.0, np.float64(64), np.float32(64), "64", b"64", [64], {}, 1j, object(), ctypes.CDLL(None)):
+        with pytest.raises(TypeError, match=name.rpartition(": ")[2]):
+            INTS[name](value)
+
+
+def test_ints_of_numpy_serve() -> None:
+    assert ropewalk.Frequencies(1e4, np.int32(64)).rotary_dim == 64
+    assert (
+        ropewalk.Frequencies(1e4, 64, DYNAMIC, sequence_length=np.int64(8192)).inv_freq[5]
+        == (ropewalk.Frequencies(1e4, 64, DYNAMIC, sequence_length=8192).inv_freq[5])
+    )
+    call(rotary_dim=np.int64(64), rotary_offset=np.uint8(0))
+    ropewalk.set_threads(np.int64(2))
+    ropewalk.set_threads(None)
+
+
+# Every float.
+FLOATS = {
+    "theta": lambda x: ropewalk.Frequencies(x, 64),
+    "attention_scaling": lambda x: ropewalk.Frequencies.from_array([1.0], attention_scaling=x),
+    "inv_freq": lambda x: ropewalk.Frequencies.from_array([x]),
+    "eps": lambda x: call(norm="rms", eps=x),
+}
+
+
+@pytest.mark.parametrize("name", FLOATS)
+def test_floats_are_numbers_in_range(name: str) -> None:
+    for value in ("1.0", b"1", [1.0], {}, 1j, object()):
+        with pytest.raises(TypeError, match=name):
+            FLOATS[name](value)
+    for value in (float("nan"), float("inf"), -float("inf"), 10**400, 1e300):
+        with pytest.raises(ValueError, match=name):
+            FLOATS[name](value)
+    for value in (np.float32(1.5), np.float64(1.5), 2):
+        FLOATS[name](value)
+
+
+def test_eps_that_float32_cannot_hold_is_refused() -> None:
+    for eps in (1e-300, 1e-46, 1e-39, 5e-324, 1e39):
+        with pytest.raises(ValueError, match="eps must be 0 or from"):
+            call(norm="rms", eps=eps)
+    call(norm="rms", eps=0.0)
+    call(norm="rms", eps=1.2e-38)
+
+
+def test_scales_whose_inverse_is_infinite_are_refused() -> None:
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    cache = np.zeros((4, 1, 64), ml_dtypes.float8_e4m3fn)
+    for scale in (1e-39, 1e-45, 1e-300, 0.0, -1.0, float("nan"), float("inf"), 1e300):
+        with pytest.raises(ValueError, match="k_scale must be"):
+            call(k=np.ones((1, 1, 64), "f4"), k_cache=cache, slots=np.zeros(1, "i8"), k_scale=scale)
+    call(k=np.ones((1, 1, 64), "f4"), k_cache=cache, slots=np.zeros(1, "i8"), k_scale=1.2e-38)
+
+
+@pytest.mark.parametrize("handle", [0x1234, 0, 1, -1, 2**63, None, "x"])
+def test_only_frequencies_are_frequencies(handle: Any) -> None:
+    class Duck:
+        _handle = handle
+        __class__ = ropewalk.Frequencies  # type: ignore[assignment]
+
+    for fake in (ctypes.CDLL(None), type("Frequencies", (), {"_handle": handle})(), Duck()):
+        for function in (ropewalk.rope_, ropewalk.explain, ropewalk.prepare):
+            with pytest.raises(TypeError, match=r"frequencies must be a ropewalk\.Frequencies"):
+                function(np.ones((4, 2, 8), "f4"), frequencies=fake)
+
+
+def test_axes_beyond_the_rows_that_positions_may_have() -> None:
+    for axis in (2**20, 2**31 - 1, -1):
+        with pytest.raises(ValueError, match=r"axes\[1\] must be from 0 to 1048575"):
+            ropewalk.Frequencies.from_array([1.0, 0.1], axes=[0, axis])
+    frequencies = ropewalk.Frequencies.from_array([1.0, 0.1], axes=[0, 2**20 - 1])
+    with pytest.raises(ValueError, match="must have 1048576 rows"):
+        ropewalk.rope_(np.ones((3, 1, 4), "f4"), positions=np.zeros((3, 3), "i8"), frequencies=frequencies)
+
+
+@pytest.mark.parametrize("shape", [(0, 8, 64), (8, 0, 64), (0, 0, 64), (0, 3, 2, 64), (2, 0, 2, 64), (2, 3, 0, 64)])
+@pytest.mark.parametrize("dtype", ["f2", "f4", "bfloat16"])
+def test_empty_arrays_are_served(shape: tuple[int, ...], dtype: str) -> None:
+    """numpy and DLPack give an array without elements any strides."""
+    if dtype == "bfloat16":
+        dtype = pytest.importorskip("ml_dtypes").bfloat16
+    q = np.zeros(shape, dtype)
+    ropewalk.rope_(q, frequencies=plain())
+    ropewalk.rope_(q, q.copy(), frequencies=plain(), norm="rms")
+    out, _ = ropewalk.rope(q, frequencies=plain())
+    assert out.shape == shape
+    strided = np.lib.stride_tricks.as_strided(q, shape, (0,) * len(shape))
+    ropewalk.rope_(strided, frequencies=plain())
+
+
+def test_paths_may_hold_any_bytes(tmp_path: Any) -> None:
+    path = b"/nowhere/\xff\xfe.so"
+    code = "import ropewalk; print(len(ropewalk.backends()))"
+    environment = {b"ROPEWALK_LIBCUDA": path, b"ROPEWALK_LIBOPENCL": path, b"PATH": b"/usr/bin"}
+    environment = {**os.environb, **environment}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip().isdigit()
+
+
+def test_a_configuration_is_not_read_for_ever() -> None:
+    with pytest.raises(ValueError, match="/dev/zero: is (not JSON|larger than 8 MiB)"):
+        ropewalk.Frequencies.from_config("/dev/zero")

@@ -1,0 +1,34 @@
+"""docs/environment.md lists the variables that the sources read, all of them and no others."""
+
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def sources() -> str:
+    folders = [ROOT / name for name in ("core", "ops", "backends", "cli", "bindings")]
+    files = [path for folder in folders for path in folder.rglob("*") if path.suffix in (".cc", ".h", ".py")]
+    return "\n".join(path.read_text() for path in files)
+
+
+def test_every_variable_is_on_the_page() -> None:
+    page = (ROOT / "docs/environment.md").read_text()
+    listed = set(re.findall(r"`([A-Z_]+)`", "\n".join(re.findall(r"^\| (.*?) \|", page, flags=re.M))))
+    text = sources()
+    read = set(re.findall(r'(?:getenv|EnvironmentVariable|EnvironmentText|OpenLibrary)\("([A-Z_]+)"', text))
+    read |= set(re.findall(r"environ(?:\.get\(|\[)\"([A-Z_]+)\"", text))
+    assert len(read) >= 15
+    assert read <= listed
+    assert {name for name in listed if f'"{name}"' not in text} == set()
+
+
+def test_only_one_function_reads_the_environment_of_the_library() -> None:
+    """getenv would let a caller of a setuid program say which code is loaded."""
+    for folder in ("core", "ops", "backends", "bindings"):
+        for path in (ROOT / folder).rglob("*.[ch]*"):
+            if path.name != "environment.h":
+                assert "getenv(" not in path.read_text(), path
