@@ -18,7 +18,7 @@ struct Ended {
 };
 
 // By a shell, so that `arguments` may redirect.
-Ended Run(const std::string& arguments) {
+Ended Command(const std::string& arguments) {
   const std::string line =
       Text("(ROPEWALK_MODELS='", ROPEWALK_MODELS_DIR, "' exec '", ROPEWALK_COMMAND, "' ", arguments, ") 2>&1");
   Ended ended;
@@ -43,11 +43,11 @@ TEST_F(Cli, OutputThatIsLostIsAFailure) {
         "explain --model qwen3-8b --json", "describe", "describe --schema", "describe --json", "--help", "--version",
         "check --help", "run --model smollm2-135m --tokens 1 --seconds 0.001"}) {
     for (const char* where : {"/dev/full", "&-"}) {
-      const Ended ended = Run(Text(command, " >", where));
+      const Ended ended = Command(Text(command, " >", where));
       EXPECT_EQ(ended.code, 2) << command << " >" << where << ": " << ended.said;
       EXPECT_NE(ended.said.find("ropewalk: "), std::string::npos) << command << " >" << where << ": " << ended.said;
     }
-    EXPECT_EQ(Run(Text(command, " >/dev/null")).code, 0) << command;
+    EXPECT_EQ(Command(Text(command, " >/dev/null")).code, 0) << command;
   }
 }
 
@@ -58,22 +58,22 @@ TEST_F(Cli, NumbersAreTakenAsTheyAreOrRefused) {
         "check --random 2 --seed -1 --list", "explain --tokens 99999999999", "explain --tokens 99999999999999999999",
         "check --threads 4294967297", "check --max-failures 99999999999999999999",
         "run --tokens 1,99999999999999999999"}) {
-    const Ended ended = Run(arguments);
+    const Ended ended = Command(arguments);
     EXPECT_EQ(ended.code, 2) << arguments << ": " << ended.said;
     EXPECT_NE(ended.said.find("must be a whole number from"), std::string::npos) << arguments << ": " << ended.said;
   }
   for (const char* shard : {"1", "1/", "/2", "2/2", "0/0", "-1/4", "1/-4", "99999999999999999999/4", "1/4x",
                             "1/99999999999999999999", "0x0/2", "' 1/2'"}) {
-    const Ended ended = Run(Text("check --list --shard ", shard));
+    const Ended ended = Command(Text("check --list --shard ", shard));
     EXPECT_EQ(ended.code, 1) << shard << ": " << ended.said;
     EXPECT_NE(ended.said.find("--shard must be K/N with K < N"), std::string::npos) << shard << ": " << ended.said;
   }
-  EXPECT_EQ(Run("check --list --shard 1/4").code, 0);
-  EXPECT_EQ(Run("check --random 2 --seed 18446744073709551615 --list").code, 0);
+  EXPECT_EQ(Command("check --list --shard 1/4").code, 0);
+  EXPECT_EQ(Command("check --random 2 --seed 18446744073709551615 --list").code, 0);
 }
 
 TEST_F(Cli, AModelIsNotReadForEver) {
-  const Ended ended = Run("explain --model /dev/zero");
+  const Ended ended = Command("explain --model /dev/zero");
   EXPECT_EQ(ended.code, 2);
   EXPECT_NE(ended.said.find("/dev/zero: is larger than 8 MiB"), std::string::npos) << ended.said;
 }
@@ -83,9 +83,9 @@ TEST_F(Cli, AWrongTargetInTheEnvironmentIsSaid) {
   for (const char* target : {"avx9", "sse", "AVX2", "cpu:avx2"}) {
     setenv("ROPEWALK_CPU_TARGET", target, 1);
     const std::string wanted = Text("ROPEWALK_CPU_TARGET: force_backend: the target of cpu must be one of ");
-    const Ended doctor = Run("doctor --json");
+    const Ended doctor = Command("doctor --json");
     EXPECT_NE(doctor.said.find(wanted), std::string::npos) << doctor.said;
-    const Ended explain = Run("explain --model qwen3-8b");
+    const Ended explain = Command("explain --model qwen3-8b");
     EXPECT_NE(explain.code, 0);
     EXPECT_NE(explain.said.find(Text("but is \"", target, "\"")), std::string::npos) << explain.said;
   }

@@ -1,5 +1,5 @@
 // How wide a GPU's accesses can be: what the addresses, the strides and the parts of a head allow. For the plans of
-// rope_cuda.cc and rope_spirv.cc.
+// rope_cuda_plan.cc and rope_spirv.cc.
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
