@@ -279,14 +279,16 @@ std::string ShapeText(const DLTensor& tensor) {
 bool SpansTooMuch(const DLTensor& tensor) {
   constexpr double kMostBytes = 4.6e18;
   double count = tensor.dtype.bits / 8.0, span = 0.0;
+  bool empty = false;  // strides between no elements span nothing
   for (int i = 0; i < tensor.ndim; ++i) {
+    empty |= tensor.shape[i] == 0;
     count *= static_cast<double>(tensor.shape[i] ? tensor.shape[i] : 1);
     if (tensor.strides) {
       span += std::abs(static_cast<double>(tensor.strides[i])) * static_cast<double>(tensor.shape[i]) *
               (tensor.dtype.bits / 8.0);
     }
   }
-  return count > kMostBytes || span > kMostBytes;
+  return count > kMostBytes || (!empty && span > kMostBytes);
 }
 
 const char* DimName(Dim dim) { return kDims[static_cast<size_t>(dim)].name; }

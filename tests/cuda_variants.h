@@ -23,11 +23,16 @@ inline Status CudaVariantsOf(const std::vector<RopeCase>& cases, const CudaDevic
                              std::vector<CudaVariant>* out) {
   std::unordered_set<std::string> known;
   return ForEachCall(cases, [&](const RopeCase& c, RopeCall* call) -> Status {
-    if (call->variant.store_k == kRopeStoreOnly) return {};  // PlanRopeCuda refuses it
     const int64_t tokens = call->params.tokens;
     constexpr auto kAny = RopeCudaLayout::kAny;
-    const std::pair<int64_t, RopeCudaLayout> sizes[] = {
-        {tokens, kAny}, {1, kAny}, {16384, kAny}, {tokens, RopeCudaLayout::kFew}, {tokens, RopeCudaLayout::kMany}};
+    const std::pair<int64_t, RopeCudaLayout> sizes[] = {{tokens, kAny},
+                                                        {1, kAny},
+                                                        {300, kAny},
+                                                        {700, kAny},
+                                                        {2500, kAny},
+                                                        {16384, kAny},
+                                                        {tokens, RopeCudaLayout::kFew},
+                                                        {tokens, RopeCudaLayout::kMany}};
     for (const auto& [count, layout] : sizes) {
       call->params.tokens = tokens == 0 ? 0 : count;
       RopeCudaPlan plan;
@@ -46,7 +51,9 @@ inline std::vector<CudaVariant> CoveringVariants(const std::vector<CudaVariant>&
     std::vector<int> choices(bytes, bytes + sizeof(bytes));
     choices.insert(choices.end(),
                    {key.vector, (key.lanes & (key.lanes - 1)) == 0, key.in_flight, key.few_tokens, key.table_vector,
-                    key.rotary_dim != key.head_dim, key.rotary_offset != 0, key.head_dim % 16 == 0});
+                    key.rotary_dim != key.head_dim, key.rotary_offset != 0, key.head_dim % 16 == 0, key.flat,
+                   BlockTokens(ShapeOf(ChoicesOf(key)).grid) > 1, WarpTokens(ShapeOf(ChoicesOf(key)).grid) > 1, key.full,
+                   key.alike, key.min_blocks});
     return choices;
   });
 }

@@ -227,7 +227,7 @@ Status CollectBundleKeys(const RopeCall& call, const std::vector<CudaDevice>& de
     sized.params.tokens = tokens;
     for (const CudaDevice& device : devices) {
       RopeCudaPlan plan;
-      ROPEWALK_TRY(PlanRopeCuda(sized, device, {.dependent_launch = true}, &plan));
+      ROPEWALK_TRY(PlanRopeCuda(sized, device, {.dependent_launch = true, .rules = true}, &plan));
       if (plan.grid_x && known.insert(bytes(plan.key)).second) keys->push_back(plan.key);
     }
   }

@@ -58,6 +58,13 @@ Status Usable(const CudaDriver& driver, const RopeCall& call) {
   return {};
 }
 
+// Whether there is a compiler, or the kernel is kept already.
+bool CanBeHad(const RopeCudaKey& key, const CudaDevice& device) {
+  NvrtcFile file;
+  std::string source;
+  return LocateNvrtc(&file).ok() || FindCubinSource(key, device, &source).ok();
+}
+
 Status Plan(const CudaDriver& driver, const RopeCall& call, RopeCudaLayout layout, RopeCudaPlan* plan) {
   ROPEWALK_TRY(Usable(driver, call));
   const CudaDevice& device = driver.devices[static_cast<size_t>(call.device.device_id)].properties;
@@ -65,6 +72,11 @@ Status Plan(const CudaDriver& driver, const RopeCall& call, RopeCudaLayout layou
   const std::optional<RopeCudaShape> tried = tried_shape;
   if (tried) options.shape = &*tried;
   ROPEWALK_TRY(PlanRopeCuda(call, device, options, plan));
+  // Without a compiler, what bundles hold.
+  if (plan->grid_x && !tried && !CanBeHad(plan->key, device)) {
+    options.rules = true;
+    ROPEWALK_TRY(PlanRopeCuda(call, device, options, plan));
+  }
   // 0.2 us, and only for calls of a new shape: a plan that is wrong is refused, never launched.
   return CheckRopeCudaPlan(call, device, *plan);
 }

@@ -125,6 +125,7 @@ struct RopeCudaOptions {
   bool dependent_launch = false;                 // programmatic dependent launch, where the device has it
   RopeCudaLayout layout = RopeCudaLayout::kAny;  // else as force_backend says
   const RopeCudaShape* shape = nullptr;          // to be tried, instead of the one that is chosen
+  bool rules = false;                            // a shape by rules, not by tables: few variants, as bundles hold them
 };
 
 // Refuses a shape that was given and that the call cannot have.

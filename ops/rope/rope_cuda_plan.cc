@@ -136,8 +136,10 @@ Status PlanRopeCuda(const RopeCall& call, const CudaDevice& device, RopeCudaOpti
   key.v_dim = static_cast<uint16_t>(v.store_v ? p.v_dim : 0);
   const int bytes = RopeDtypeBytes(v.dtype);
   plan->origin = "given";
-  const RopeCudaShape shape =
-      options.shape ? *options.shape : ChooseRopeCudaShape(call, device, options.layout, &plan->origin);
+  if (options.rules) plan->origin = "rules";
+  const RopeCudaShape shape = options.shape   ? *options.shape
+                              : options.rules ? RopeCudaShapeByRules(call, device, options.layout)
+                                              : ChooseRopeCudaShape(call, device, options.layout, &plan->origin);
   LayOut(call, shape, rows, all_heads, plan);
   const bool few = shape.few != 0;
   const int vector = key.vector;

@@ -215,33 +215,13 @@ bool HasRules(const RopeCall& call, const RopeCudaFeatures& features, int64_t ro
 
 }  // namespace
 
-RopeCudaShape ChooseRopeCudaShape(const RopeCall& call, const CudaDevice& device, RopeCudaLayout layout,
-                                  const char** origin) {
+RopeCudaShape RopeCudaShapeByRules(const RopeCall& call, const CudaDevice& device, RopeCudaLayout layout) {
   const RopeVariant& v = call.variant;
   const rope_params& p = call.params;
   const int64_t rows = p.batch * p.tokens;
   const int64_t heads = int64_t{p.q_heads} + (call.tensors.k ? p.k_heads : 0);
   const int64_t all_heads = heads + (v.store_v ? p.k_heads : 0);
   const int bytes = RopeDtypeBytes(v.dtype);
-  *origin = "model";
-  if (layout == RopeCudaLayout::kAny) {
-    const RopeCudaFeatures features = FeaturesOf(call, device);
-    float distance = 0;
-    if (device.tuned) {
-      const Entry* tuned = Nearest(device.tuned->entries, features, &distance);
-      if (tuned && distance < kSame) {
-        *origin = "tuned here";
-        return tuned->shape;
-      }
-    }
-    RopeCudaShape shape = Nearest(kTable, features, &distance)->shape;
-    if (features.bytes >= kLeastBytes && !HasRules(call, features, rows, distance)) {
-      if (device.measured && distance < kSame) *origin = "table";
-      // The table's accesses are of elements of two bytes.
-      if (shape.few) shape.vector = static_cast<uint8_t>(std::max(1, shape.vector * 2 / bytes));
-      return shape;
-    }
-  }
   // Few tokens: narrow accesses and so many threads, every load issued at once. Many tokens: wide accesses, several
   // heads of a group on their way through shared memory.
   const int64_t bytes_moved = rows * heads * p.head_dim * bytes;
@@ -254,6 +234,32 @@ RopeCudaShape ChooseRopeCudaShape(const RopeCall& call, const CudaDevice& device
   const bool flat =
       deal.vector * bytes == 16 && (p.rotary_dim / 2 * bytes % 32 != 0 || p.rotary_offset * bytes % 32 != 0);
   return ManyShape(call, deal, flat, rows, heads, all_heads);
+}
+
+RopeCudaShape ChooseRopeCudaShape(const RopeCall& call, const CudaDevice& device, RopeCudaLayout layout,
+                                  const char** origin) {
+  *origin = "model";
+  if (layout == RopeCudaLayout::kAny) {
+    const RopeCudaFeatures features = FeaturesOf(call, device);
+    const int64_t rows = call.params.batch * call.params.tokens;
+    float distance = 0;
+    if (device.tuned) {
+      const Entry* tuned = Nearest(device.tuned->entries, features, &distance);
+      if (tuned && distance < kSame) {
+        *origin = "tuned here";
+        return tuned->shape;
+      }
+    }
+    RopeCudaShape shape = Nearest(kTable, features, &distance)->shape;
+    if (features.bytes >= kLeastBytes && !HasRules(call, features, rows, distance)) {
+      if (device.measured && distance < kSame) *origin = "table";
+      // The table's accesses are of elements of two bytes.
+      const int bytes = RopeDtypeBytes(call.variant.dtype);
+      if (shape.few) shape.vector = static_cast<uint8_t>(std::max(1, shape.vector * 2 / bytes));
+      return shape;
+    }
+  }
+  return RopeCudaShapeByRules(call, device, layout);
 }
 
 namespace {

@@ -14,6 +14,8 @@ RopeCudaFeatures FeaturesOf(const RopeCall& call, const CudaDevice& device);
 // "model", the nearest call of the table, or rules where it has none.
 RopeCudaShape ChooseRopeCudaShape(const RopeCall& call, const CudaDevice& device, RopeCudaLayout layout,
                                   const char** origin);
+// By rules alone, which have few variants for all numbers of tokens.
+RopeCudaShape RopeCudaShapeByRules(const RopeCall& call, const CudaDevice& device, RopeCudaLayout layout);
 
 // Shapes that may be fast for a call, for a search on its device: the one that is chosen first, then those that differ
 // from it in what matters most. `near`: instead those that differ from that shape in one thing.

@@ -22,22 +22,22 @@ typedef struct {
 #if defined(__cplusplus)
 namespace ropewalk {
 
-ROPEWALK_HOST_DEVICE constexpr int GroupsPerWarp(const rope_grid& g) { return 32 / g.lanes; }
+ROPEWALK_HOST_DEVICE constexpr int GroupsPerWarp(rope_grid g) { return 32 / g.lanes; }
 // Groups of a warp that work on the same token.
-ROPEWALK_HOST_DEVICE constexpr int WarpShare(const rope_grid& g) {
+ROPEWALK_HOST_DEVICE constexpr int WarpShare(rope_grid g) {
   return g.token_groups < GroupsPerWarp(g) ? g.token_groups : GroupsPerWarp(g);
 }
-ROPEWALK_HOST_DEVICE constexpr int WarpTokens(const rope_grid& g) { return GroupsPerWarp(g) / WarpShare(g); }
-ROPEWALK_HOST_DEVICE constexpr int TokenWarps(const rope_grid& g) { return g.token_groups / WarpShare(g); }
-ROPEWALK_HOST_DEVICE constexpr int BlockTokens(const rope_grid& g) {
+ROPEWALK_HOST_DEVICE constexpr int WarpTokens(rope_grid g) { return GroupsPerWarp(g) / WarpShare(g); }
+ROPEWALK_HOST_DEVICE constexpr int TokenWarps(rope_grid g) { return g.token_groups / WarpShare(g); }
+ROPEWALK_HOST_DEVICE constexpr int BlockTokens(rope_grid g) {
   return g.threads / 32 / TokenWarps(g) * WarpTokens(g);
 }
 // Heads of a token that a warp, and that all its warps, take in a turn.
-ROPEWALK_HOST_DEVICE constexpr int WarpHeads(const rope_grid& g) { return WarpShare(g) * g.rounds; }
-ROPEWALK_HOST_DEVICE constexpr int HeadsAtOnce(const rope_grid& g) { return TokenWarps(g) * WarpHeads(g); }
+ROPEWALK_HOST_DEVICE constexpr int WarpHeads(rope_grid g) { return WarpShare(g) * g.rounds; }
+ROPEWALK_HOST_DEVICE constexpr int HeadsAtOnce(rope_grid g) { return TokenWarps(g) * WarpHeads(g); }
 
 // Whether the groups of a block can be dealt so that none is left over.
-ROPEWALK_HOST_DEVICE constexpr bool Deals(const rope_grid& g) {
+ROPEWALK_HOST_DEVICE constexpr bool Deals(rope_grid g) {
   return g.lanes >= 1 && g.lanes <= 32 && g.threads >= 32 && g.threads % 32 == 0 && g.rounds >= 1 &&
          g.token_groups >= 1 &&
          (g.token_groups < GroupsPerWarp(g)
@@ -47,22 +47,22 @@ ROPEWALK_HOST_DEVICE constexpr bool Deals(const rope_grid& g) {
 }
 
 // Of a thread of a block. An idle one has the group beside it.
-ROPEWALK_HOST_DEVICE constexpr bool Idle(const rope_grid& g, int thread) {
+ROPEWALK_HOST_DEVICE constexpr bool Idle(rope_grid g, int thread) {
   return GroupsPerWarp(g) * g.lanes != 32 && thread % 32 >= GroupsPerWarp(g) * g.lanes;
 }
-ROPEWALK_HOST_DEVICE constexpr int GroupInWarp(const rope_grid& g, int thread) {
+ROPEWALK_HOST_DEVICE constexpr int GroupInWarp(rope_grid g, int thread) {
   return Idle(g, thread) ? GroupsPerWarp(g) - 1 : thread % 32 / g.lanes;
 }
 // The token among those of the block.
-ROPEWALK_HOST_DEVICE constexpr int TokenInBlock(const rope_grid& g, int thread) {
+ROPEWALK_HOST_DEVICE constexpr int TokenInBlock(rope_grid g, int thread) {
   return thread / 32 / TokenWarps(g) * WarpTokens(g) + GroupInWarp(g, thread) / WarpShare(g);
 }
 // The first head of the thread's warp among those that the block takes in a turn, and of its group: round r takes the
 // one WarpShare * r behind that.
-ROPEWALK_HOST_DEVICE constexpr int WarpFirst(const rope_grid& g, int thread) {
+ROPEWALK_HOST_DEVICE constexpr int WarpFirst(rope_grid g, int thread) {
   return thread / 32 % TokenWarps(g) * WarpHeads(g);
 }
-ROPEWALK_HOST_DEVICE constexpr int GroupFirst(const rope_grid& g, int thread) {
+ROPEWALK_HOST_DEVICE constexpr int GroupFirst(rope_grid g, int thread) {
   return WarpFirst(g, thread) + GroupInWarp(g, thread) % WarpShare(g);
 }
 
