@@ -135,6 +135,7 @@ Model LoadModel(const fs::path& path) {
   model.json = ReadFile(path);
   const Status status = ReadModelConfig(model.json, model.path, &model.config);
   if (!status.ok()) throw Failure(status.text());
+  if (!model.config.warnings.empty()) fmt::print(stderr, "{}\n", model.config.warnings);
   if (model.config.name.empty()) model.config.name = path.stem().string();
   return model;
 }

@@ -287,6 +287,10 @@ const int32_t* ropewalk_frequencies_axes(const ropewalk_frequencies* frequencies
   return frequencies && !frequencies->axes.empty() ? frequencies->axes.data() : nullptr;
 }
 
+const char* ropewalk_frequencies_warnings(const ropewalk_frequencies* frequencies) {
+  return frequencies->warnings.c_str();
+}
+
 int ropewalk_frequencies_table(const ropewalk_frequencies* frequencies, DLTensor* cos, DLTensor* sin) {
   return Guard([&]() -> Status {
     if (!frequencies || !cos || !sin) return Status::Invalid("table: frequencies, cos and sin must not be null");

@@ -74,8 +74,8 @@ DoubleDouble Scaled(const RopeRule& rule, const YarnRange& yarn, int64_t i, Doub
     }
     case RopeType::kLlama3: {
       const DoubleDouble turns = w * static_cast<double>(rule.original_position) / kTwoPi;  // in the original length
-      if (turns > rule.high_freq_factor) return w;
       if (turns < rule.low_freq_factor) return w / rule.factor;
+      if (turns > rule.high_freq_factor || rule.high_freq_factor <= rule.low_freq_factor) return w;
       const DoubleDouble smooth =
           (turns - rule.low_freq_factor) / (DoubleDouble(rule.high_freq_factor) - rule.low_freq_factor);
       return w * ((1.0 - smooth) / rule.factor + smooth);
@@ -176,7 +176,8 @@ void AppendTable(const RopeRule& rule, int64_t dim, std::vector<float>* out) {
         const float low = F(rule.low_freq_factor);
         const float wavelength = F(D(F(1 / D(w))) * D(F(2 * 3.14159265358979323846)));
         const bool is_low = wavelength > F(original / rule.low_freq_factor);
-        const bool is_high = wavelength < F(original / rule.high_freq_factor);
+        const bool is_high =
+            wavelength < F(original / rule.high_freq_factor) || rule.high_freq_factor <= rule.low_freq_factor;
         if (is_low) {
           w = F(D(w) / D(factor));
         } else if (!is_high) {
@@ -215,6 +216,7 @@ Status FromRule(const RopeRule& rule, ropewalk_frequencies** out) {
   }
   made->attention_scaling = rule.attention_scaling;
   made->axes = rule.axes;
+  made->warnings = rule.warnings;
   return Finish(std::move(made), exact, out);
 }
 

@@ -21,6 +21,7 @@ struct ropewalk_frequencies {
   std::vector<uint64_t> turns;        // [rotary_dim/2] round(exact / 2pi * 2^64) modulo 2^64
   std::vector<int32_t> axes;          // empty, or [rotary_dim/2] the row of positions each pair takes
   std::vector<float> table_inv_freq;  // [rotary_dim/2] Hugging Face's own, for its table; empty: it uses double
+  std::string warnings;               // what was ignored in the configuration, a sentence a line
   mutable std::atomic<int64_t> references{1};
   uint64_t id = 0;  // unique in the process, so that backends can key device copies by it
 };

@@ -167,6 +167,11 @@ std::string Show(double value) {
   return {text, end.ptr};
 }
 
+std::string ShowKey(std::string_view key) {
+  const std::string shown = Show(Json(std::string(key)));
+  return shown.ends_with('"') ? shown.substr(1, shown.size() - 2) : shown.substr(1);
+}
+
 namespace {
 
 bool ReadNumber(const Json& value, double low, double high, double* out) {
@@ -265,9 +270,7 @@ Status Fields::Integers(std::string_view key, int64_t low, int64_t high, std::op
 Status Fields::RefuseOthers(std::string_view owner) const {
   for (const auto& [key, value] : object_.items()) {
     if (value.is_null() || key.starts_with("_") || known_.count(key) != 0) continue;
-    const std::string shown = Show(Json(key));  // quoted and escaped
-    return Status::Invalid(where_ + (shown.ends_with('"') ? shown.substr(1, shown.size() - 2) : shown.substr(1)) +
-                           " is not a field that " + std::string(owner) + " knows");
+    return Status::Invalid(where_ + ShowKey(key) + " is not a field that " + std::string(owner) + " knows");
   }
   return {};
 }

@@ -38,6 +38,8 @@ Status ParseJsonObject(std::string_view text, std::string_view name, OwnedJson* 
 // A value as messages show it: one line, not long.
 std::string Show(const Json& value);
 std::string Show(double value);
+// A key as messages show it, where it comes from the text and may be anything: escaped, not long.
+std::string ShowKey(std::string_view key);
 
 class Fields {
  public:
@@ -45,6 +47,7 @@ class Fields {
   Fields(const Json& object, std::string where) : object_(object), where_(std::move(where)) {}
 
   const std::string& where() const { return where_; }
+  const Json& object() const { return object_; }
   std::string Name(std::string_view key) const { return where_ + std::string(key); }
 
   // The field, or null where it is absent or null. From then on the field counts as known.
@@ -58,6 +61,10 @@ class Fields {
   Status Text(std::string_view key, std::optional<std::string>* out);
   Status Numbers(std::string_view key, double low, double high, std::optional<std::vector<double>>* out);
   Status Integers(std::string_view key, int64_t low, int64_t high, std::optional<std::vector<int64_t>>* out);
+
+  // Counts as known, though nobody looks at it.
+  void Ignore(std::string_view key) { known_.emplace(key); }
+  bool IsKnown(std::string_view key) const { return known_.find(key) != known_.end(); }
 
   // Names the first field that is not null and that nobody asked for; `owner` says who would have to know it.
   Status RefuseOthers(std::string_view owner) const;

@@ -2,6 +2,9 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "core/model_config.h"
 
+#include <algorithm>
+#include <iterator>
+
 #include "core/json_fields.h"
 #include "core/model_traits.h"
 #include "core/rope_config.h"
@@ -9,30 +12,37 @@
 namespace ropewalk {
 namespace {
 
+constexpr std::string_view kAlibi = "a model with ALiBi, without rotary embedding";
+constexpr std::string_view kAbsolute = "a model with absolute positions, without rotary embedding";
+constexpr std::string_view kRelative = "a model with relative positions, without rotary embedding";
+constexpr std::string_view kNope = "a model without position embedding (NoPE), so without rotary embedding";
+constexpr std::string_view kAxial = "which rotates by the rows and columns of images: that is not supported";
+constexpr std::string_view kOwn = "whose rotation is not by one rule for all of its configuration: it is not supported";
 constexpr auto kRms = TraitNorm::kRms;
 constexpr auto kRmsZeroCentered = TraitNorm::kRmsZeroCentered;
 
-// Only what differs from a plain Llama: halves, no norm, theta 10000, the whole head.
+// Each with what differs from a plain Llama: halves, no norm, theta 10000, the whole head.
 constexpr ModelTraits kTraits[] = {
     // interleaved pairs
     {.model_type = "axk1", .interleaved = true},
     {.model_type = "axk2", .interleaved = true},
-    {.model_type = "bailing_hybrid", .interleaved = true},
+    {.model_type = "bailing_hybrid", .interleaved = true, .theta = 6e6},
     {.model_type = "blt", .interleaved = true, .theta = 5e5},
     {.model_type = "blt_global_transformer", .interleaved = true, .theta = 5e5},
     {.model_type = "blt_local_decoder", .interleaved = true, .theta = 5e5},
     {.model_type = "blt_local_encoder", .interleaved = true, .theta = 5e5},
     {.model_type = "blt_patcher", .interleaved = true},
+    {.model_type = "chatglm", .fields = TraitFields::kChatglm, .interleaved = true, .partial = 0.5},
     {.model_type = "codegen", .interleaved = true},
     {.model_type = "cohere", .interleaved = true, .theta = 5e5},
     {.model_type = "cohere2", .interleaved = true},
-    {.model_type = "cohere2_moe", .interleaved = true},
+    {.model_type = "cohere2_moe", .rule = TraitRule::kNoScaling, .interleaved = true},
     {.model_type = "deepseek_v2", .interleaved = true},
     {.model_type = "deepseek_v3", .interleaved = true},
     {.model_type = "deepseek_v32", .interleaved = true},
-    {.model_type = "deepseek_v4", .interleaved = true},
-    {.model_type = "ernie4_5", .interleaved = true, .theta = 5e5},
-    {.model_type = "ernie4_5_moe", .interleaved = true, .theta = 5e5},
+    {.model_type = "deepseek_v4", .fields = TraitFields::kDeepseekV4, .interleaved = true},
+    {.model_type = "ernie4_5", .fields = TraitFields::kErnie, .interleaved = true, .theta = 5e5},
+    {.model_type = "ernie4_5_moe", .fields = TraitFields::kErnie, .interleaved = true, .theta = 5e5},
     {.model_type = "ernie4_5_vl_moe_text", .interleaved = true, .theta = 5e5, .mrope = TraitMrope::kErnie},
     {.model_type = "glm", .interleaved = true, .partial = 0.5},
     {.model_type = "glm4", .interleaved = true, .partial = 0.5},
@@ -42,18 +52,27 @@ constexpr ModelTraits kTraits[] = {
     {.model_type = "glm_ocr_text", .interleaved = true},
     {.model_type = "gptj", .interleaved = true},
     {.model_type = "helium", .interleaved = true, .theta = 1e5},
+    {.model_type = "kimi_k2", .interleaved = true},
     {.model_type = "llama4_text", .interleaved = true, .theta = 5e5},
     {.model_type = "longcat_flash", .interleaved = true, .theta = 1e7},
-    {.model_type = "mistral4", .interleaved = true},
-    {.model_type = "mistral_large4_text", .interleaved = true},
+    {.model_type = "mistral4", .rule = TraitRule::kGiven, .interleaved = true},
+    {.model_type = "mistral_large4_text", .rule = TraitRule::kGiven, .interleaved = true},
+    {.model_type = kMistralParams, .fields = TraitFields::kMistralParams, .interleaved = true},
+    {.model_type = "openai_privacy_filter", .rule = TraitRule::kGiven, .interleaved = true, .theta = 150000},
     {.model_type = "youtu", .interleaved = true},
     // RMSNorm of each head before the rotation
     {.model_type = "afmoe", .norm = kRms},
-    {.model_type = "apertus", .norm = kRms, .theta = 1.2e7},
+    {.model_type = "apertus", .rule = TraitRule::kGiven, .norm = kRms, .theta = 1.2e7},
+    {.model_type = "bailing_moe", .norm = kRms, .norm_if_asked = true},
+    {.model_type = "bailing_moe_v2", .norm = kRms, .norm_if_asked = true},
+    {.model_type = "beam", .rule = TraitRule::kNested, .norm = kRms},
+    {.model_type = "diffusion_gemma_text", .rule = TraitRule::kNested, .norm = kRms},
     {.model_type = "doge", .norm = kRms},
     {.model_type = "dots1", .norm = kRms},
+    {.model_type = "embedding_gemma2_text", .rule = TraitRule::kNested, .norm = kRms},
     {.model_type = "exaone4", .norm = kRms},
     {.model_type = "exaone_moe", .norm = kRms},
+    {.model_type = "flint", .norm = kRms},
     {.model_type = "gemma3_text",
      .norm = kRmsZeroCentered,
      .theta = 1e6,
@@ -62,12 +81,16 @@ constexpr ModelTraits kTraits[] = {
      .k_heads = 4,
      .head_dim = 256},
     {.model_type = "gemma3n_text", .norm = kRms, .theta = 1e6, .local_theta = 1e4},
-    {.model_type = "gemma4_text", .norm = kRms},
+    {.model_type = "gemma4_text", .rule = TraitRule::kNested, .norm = kRms},
+    {.model_type = "gemma4_unified_text", .rule = TraitRule::kNested, .norm = kRms},
     {.model_type = "glm4_moe", .norm = kRms, .norm_if_asked = true, .partial = 0.5},
     {.model_type = "hy_v3", .norm = kRms, .theta = 11158840},
-    {.model_type = "laguna", .norm = kRms},
+    {.model_type = "kolibri1", .norm = kRms},
+    {.model_type = "laguna", .rule = TraitRule::kNested, .norm = kRms},
     {.model_type = "lfm2", .norm = kRms, .theta = 1e6},
     {.model_type = "lfm2_moe", .norm = kRms, .theta = 1e6},
+    {.model_type = "lfm3", .rule = TraitRule::kNested, .norm = kRms},
+    {.model_type = "mellum", .rule = TraitRule::kNested, .norm = kRms},
     {.model_type = "qwen3", .norm = kRms},
     {.model_type = "qwen3_5_moe_text", .norm = kRmsZeroCentered, .partial = 0.25, .mrope = TraitMrope::kInterleaved},
     {.model_type = "qwen3_5_text", .norm = kRmsZeroCentered, .partial = 0.25, .mrope = TraitMrope::kInterleaved},
@@ -82,14 +105,15 @@ constexpr ModelTraits kTraits[] = {
     {.model_type = "bamba", .partial = 0.5},
     {.model_type = "bitnet", .theta = 5e5},
     {.model_type = "csm", .theta = 5e5},
-    {.model_type = "cwm", .theta = 1e6},
+    {.model_type = "cwm", .rule = TraitRule::kGiven, .theta = 1e6},
     {.model_type = "emu3_text_model", .theta = 1e6},
+    {.model_type = "evolla", .theta = 5e5},
     {.model_type = "flex_olmo", .theta = 5e5},
     {.model_type = "fuyu", .theta = 25000},
     {.model_type = "glm4v_moe_text", .partial = 0.5},
-    {.model_type = "gpt_neox", .partial = 0.25},
-    {.model_type = "gpt_neox_japanese", .partial = 1},
-    {.model_type = "gpt_oss", .theta = 150000},
+    {.model_type = "gpt_neox", .theta_key = "rotary_emb_base", .partial = 0.25},
+    {.model_type = "gpt_neox_japanese", .theta_key = "rotary_emb_base", .partial = 1},
+    {.model_type = "gpt_oss", .rule = TraitRule::kGiven, .theta = 150000},
     {.model_type = "gte", .theta = 160000},
     {.model_type = "hunyuan_vl_text", .mrope = TraitMrope::kUnsupported},
     {.model_type = "jina_embeddings_v3", .theta = 20000},
@@ -97,14 +121,15 @@ constexpr ModelTraits kTraits[] = {
     {.model_type = "minimax_m2", .theta = 5e6},
     {.model_type = "mixtral", .theta = 1e6},
     {.model_type = "mllama_text_model", .theta = 5e5},
-    {.model_type = "modernbert", .theta = 160000, .local_theta = 1e4},
-    {.model_type = "modernbert-decoder", .theta = 160000, .local_theta = 1e4},
+    {.model_type = "modernbert", .theta_key = "global_rope_theta", .theta = 160000, .local_theta = 1e4},
+    {.model_type = "modernbert-decoder", .theta_key = "global_rope_theta", .theta = 160000, .local_theta = 1e4},
     {.model_type = "nemotron", .partial = 0.5},
     {.model_type = "nomic_bert", .theta = 1000},
-    {.model_type = "olmo3", .theta = 5e5, .local_theta = 5e5},
+    {.model_type = "olmo3", .theta = 5e5, .local_theta = 5e5, .sliding_plain = true},
     {.model_type = "paddleocr_vl_text", .theta = 5e5},
     {.model_type = "persimmon", .partial = 0.5},
     {.model_type = "phi", .partial = 0.5},
+    {.model_type = "phi3small", .fields = TraitFields::kPhi3Small, .theta = 1e6},
     {.model_type = "phimoe", .theta = 1e6},
     {.model_type = "qwen2_5_omni_text", .theta = 1e6},
     {.model_type = "qwen2_5_vl", .theta = 1e6},
@@ -115,6 +140,195 @@ constexpr ModelTraits kTraits[] = {
     {.model_type = "smollm3", .theta = 2e6},
     {.model_type = "solar_open", .theta = 1e6},
     {.model_type = "stablelm", .partial = 0.25},
+    // as a plain Llama, but for fields of their own
+    {.model_type = "RefinedWebModel", .fields = TraitFields::kFalcon},
+    {.model_type = "dbrx", .fields = TraitFields::kDbrx},
+    {.model_type = "esm", .rotary_if = "position_embedding_type", .rule = TraitRule::kNone},
+    {.model_type = "falcon", .fields = TraitFields::kFalcon},
+    {.model_type = "granitemoehybrid", .rotary_if = "position_embedding_type"},
+    {.model_type = "mimo_v2_flash", .rule = TraitRule::kNested, .partial = -1},
+    {.model_type = "qwen", .fields = TraitFields::kQwen},
+    {.model_type = "zamba2", .rotary_if = "use_mem_rope"},
+    // as a plain Llama
+    {.model_type = "RefinedWeb"},
+    {.model_type = "arcee"},
+    {.model_type = "aria_text"},
+    {.model_type = "chameleon"},
+    {.model_type = "deepseek"},
+    {.model_type = "deepseek_ocr2_text"},
+    {.model_type = "diffllama"},
+    {.model_type = "eurobert"},
+    {.model_type = "exaone"},
+    {.model_type = "falcon_h1"},
+    {.model_type = "gemma"},
+    {.model_type = "gemma2"},
+    {.model_type = "glm_image_text"},
+    {.model_type = "granite"},
+    {.model_type = "granite4_vision_text"},
+    {.model_type = "granite_docling_text"},
+    {.model_type = "granite_swa", .fields = TraitFields::kLayerTheta},
+    {.model_type = "granitemoe"},
+    {.model_type = "granitemoe_swa", .fields = TraitFields::kLayerTheta},
+    {.model_type = "granitemoeshared"},
+    {.model_type = "higgs_audio_v2", .rule = TraitRule::kGiven},
+    {.model_type = "hunyuan_v1_dense"},
+    {.model_type = "hunyuan_v1_moe"},
+    {.model_type = "hyperclovax"},
+    {.model_type = "internlm"},
+    {.model_type = "internlm2"},
+    {.model_type = "jais2"},
+    {.model_type = "jetmoe"},
+    {.model_type = "llama"},
+    {.model_type = "minicpm"},
+    {.model_type = "minicpm3"},
+    {.model_type = "ministral"},
+    {.model_type = "ministral3", .rule = TraitRule::kGiven},
+    {.model_type = "mistral"},
+    {.model_type = "moshi"},
+    {.model_type = "olmo"},
+    {.model_type = "olmo2"},
+    {.model_type = "olmo_hybrid"},
+    {.model_type = "olmoe"},
+    {.model_type = "phi3"},
+    {.model_type = "phi4_multimodal"},
+    {.model_type = "qwen2"},
+    {.model_type = "qwen2_moe"},
+    {.model_type = "seed_oss"},
+    {.model_type = "starcoder2"},
+    {.model_type = "vaultgemma"},
+    // frequencies alone: pairing and norm are not told here
+    {.model_type = "cosmos3_edge_text", .rule = TraitRule::kGiven, .frequencies_only = true},
+    {.model_type = "dots3_note_text", .rule = TraitRule::kNested, .frequencies_only = true},
+    {.model_type = "minimax_m3_vl_text", .frequencies_only = true, .rotary_dim_unread = true, .theta = 5e6},
+    {.model_type = "molmo2_text", .fields = TraitFields::kMolmo2, .frequencies_only = true},
+    {.model_type = "moonshine_streaming", .rule = TraitRule::kGiven, .frequencies_only = true},
+    {.model_type = "muse_glimmer_text", .fields = TraitFields::kLayerTheta, .frequencies_only = true},
+    {.model_type = "muse_spark_text", .fields = TraitFields::kLayerTheta, .frequencies_only = true},
+    {.model_type = "nemotron3_5_transcribe_asr_audio", .rule = TraitRule::kGiven, .frequencies_only = true},
+    {.model_type = "step3p5", .rule = TraitRule::kNested, .frequencies_only = true},
+    {.model_type = "zaya", .rule = TraitRule::kNested, .frequencies_only = true},
+    // not of pairs of one head by one row of positions
+    {.model_type = "dots3_note_audio_encoder", .refused = kOwn},
+    {.model_type = "efficientloftr", .refused = kAxial},
+    {.model_type = "eomt_dinov3", .refused = kAxial},
+    {.model_type = "dinov3_vit", .refused = kAxial},
+    {.model_type = "edgetam_video", .refused = kAxial},
+    {.model_type = "llama4_vision_model", .refused = kAxial},
+    {.model_type = "musicflamingo", .refused = kOwn},
+    {.model_type = "neomme", .refused = kOwn},
+    {.model_type = "sam2_video", .refused = kAxial},
+    {.model_type = "sam3_tracker_video", .refused = kAxial},
+    {.model_type = "sapiens2", .refused = kAxial},
+    {.model_type = "vjepa2", .refused = kAxial},
+    // without rotary embedding
+    {.model_type = "albert", .refused = kAbsolute},
+    {.model_type = "bart", .refused = kAbsolute},
+    {.model_type = "bert", .refused = kAbsolute},
+    {.model_type = "bert-generation", .refused = kAbsolute},
+    {.model_type = "big_bird", .refused = kAbsolute},
+    {.model_type = "bigbird_pegasus", .refused = kAbsolute},
+    {.model_type = "biogpt", .refused = kAbsolute},
+    {.model_type = "blenderbot", .refused = kAbsolute},
+    {.model_type = "blenderbot-small", .refused = kAbsolute},
+    {.model_type = "bloom", .refused = kAlibi},
+    {.model_type = "camembert", .refused = kAbsolute},
+    {.model_type = "canine", .refused = kAbsolute},
+    {.model_type = "clip", .refused = kAbsolute},
+    {.model_type = "clip_text_model", .refused = kAbsolute},
+    {.model_type = "clip_vision_model", .refused = kAbsolute},
+    {.model_type = "convbert", .refused = kAbsolute},
+    {.model_type = "data2vec-text", .refused = kAbsolute},
+    {.model_type = "deberta", .refused = kRelative},
+    {.model_type = "deberta-v2", .refused = kRelative},
+    {.model_type = "distilbert", .refused = kAbsolute},
+    {.model_type = "electra", .refused = kAbsolute},
+    {.model_type = "ernie", .refused = kAbsolute},
+    {.model_type = "fsmt", .refused = kRelative},
+    {.model_type = "funnel", .refused = kRelative},
+    {.model_type = "gpt2", .refused = kAbsolute},
+    {.model_type = "gpt_bigcode", .refused = kAbsolute},
+    {.model_type = "gpt_neo", .refused = kAbsolute},
+    {.model_type = "ibert", .refused = kRelative},
+    {.model_type = "imagegpt", .refused = kAbsolute},
+    {.model_type = "jamba", .refused = kNope},
+    {.model_type = "layoutlm", .refused = kAbsolute},
+    {.model_type = "led", .refused = kAbsolute},
+    {.model_type = "longformer", .refused = kAbsolute},
+    {.model_type = "longt5", .refused = kRelative},
+    {.model_type = "luke", .refused = kAbsolute},
+    {.model_type = "lxmert", .refused = kAbsolute},
+    {.model_type = "m2m_100", .refused = kAbsolute},
+    {.model_type = "mamba", .refused = kNope},
+    {.model_type = "mamba2", .refused = kNope},
+    {.model_type = "marian", .refused = kAbsolute},
+    {.model_type = "mbart", .refused = kAbsolute},
+    {.model_type = "megatron-bert", .refused = kAbsolute},
+    {.model_type = "mobilebert", .refused = kAbsolute},
+    {.model_type = "mpnet", .refused = kRelative},
+    {.model_type = "mpt", .refused = kAlibi},
+    {.model_type = "mt5", .refused = kRelative},
+    {.model_type = "mvp", .refused = kAbsolute},
+    {.model_type = "nystromformer", .refused = kAbsolute},
+    {.model_type = "openai-gpt", .refused = kAbsolute},
+    {.model_type = "opt", .refused = kAbsolute},
+    {.model_type = "pegasus", .refused = kAbsolute},
+    {.model_type = "plbart", .refused = kAbsolute},
+    {.model_type = "pop2piano", .refused = kRelative},
+    {.model_type = "rembert", .refused = kAbsolute},
+    {.model_type = "roberta", .refused = kAbsolute},
+    {.model_type = "roberta-prelayernorm", .refused = kAbsolute},
+    {.model_type = "rwkv", .refused = kNope},
+    {.model_type = "speech_to_text", .refused = kAbsolute},
+    {.model_type = "splinter", .refused = kAbsolute},
+    {.model_type = "squeezebert", .refused = kAbsolute},
+    {.model_type = "switch_transformers", .refused = kRelative},
+    {.model_type = "t5", .refused = kRelative},
+    {.model_type = "tapas", .refused = kAbsolute},
+    {.model_type = "transfo-xl", .refused = kRelative},
+    {.model_type = "trocr", .refused = kAbsolute},
+    {.model_type = "udop", .refused = kRelative},
+    {.model_type = "umt5", .refused = kRelative},
+    {.model_type = "visual_bert", .refused = kAbsolute},
+    {.model_type = "vit", .refused = kAbsolute},
+    {.model_type = "whisper", .refused = kAbsolute},
+    {.model_type = "xglm", .refused = kAbsolute},
+    {.model_type = "xlm", .refused = kAbsolute},
+    {.model_type = "xlm-roberta", .refused = kAbsolute},
+    {.model_type = "xlm-roberta-xl", .refused = kAbsolute},
+    {.model_type = "xlnet", .refused = kRelative},
+    {.model_type = "xmod", .refused = kAbsolute},
+    {.model_type = "yoso", .refused = kAbsolute},
+    // vision towers
+    {.model_type = "cohere_compass_vision", .refused = kAxial},
+    {.model_type = "dots3_note_vision_encoder", .refused = kAxial},
+    {.model_type = "ernie4_5_vl_moe_vision", .refused = kAxial},
+    {.model_type = "exaone4_5_vision", .refused = kAxial},
+    {.model_type = "gemma4_vision", .refused = kAxial},
+    {.model_type = "glm4v_moe_vision", .refused = kAxial},
+    {.model_type = "glm4v_vision", .refused = kAxial},
+    {.model_type = "glm5_next_vision", .refused = kAxial},
+    {.model_type = "glm_ocr_vision", .refused = kAxial},
+    {.model_type = "inkling2_vision", .refused = kAxial},
+    {.model_type = "kimi_k25_vision", .refused = kAxial},
+    {.model_type = "lfm3_vl_vision", .refused = kAxial},
+    {.model_type = "minimax_m3_vl_vision", .refused = kAxial},
+    {.model_type = "mlcd_vision_model", .refused = kAxial},
+    {.model_type = "muse_glimmer_vision", .refused = kAxial},
+    {.model_type = "muse_spark_vision", .refused = kAxial},
+    {.model_type = "paddleocr_vl_vision", .refused = kAxial},
+    {.model_type = "pixtral", .refused = kAxial},
+    {.model_type = "qwen2_5_omni_vision_encoder", .refused = kAxial},
+    {.model_type = "qwen2_5_vl_vision", .refused = kAxial},
+    {.model_type = "qwen2_vl_vision", .refused = kAxial},
+    {.model_type = "qwen3_5_moe_vision", .refused = kAxial},
+    {.model_type = "qwen3_5_vision", .refused = kAxial},
+    {.model_type = "qwen3_omni_moe_vision_encoder", .refused = kAxial},
+    {.model_type = "qwen3_vl_moe_vision", .refused = kAxial},
+    {.model_type = "qwen3_vl_vision", .refused = kAxial},
+    {.model_type = "qwen4_exp_vision", .refused = kAxial},
+    {.model_type = "sam3_vit_model", .refused = kAxial},
+    {.model_type = "step3p5_vision", .refused = kAxial},
+    {.model_type = "video_llama_3_vision", .refused = kAxial},
     // diffusion transformers
     {.model_type = "FluxTransformer2DModel",
      .interleaved = true,
@@ -133,6 +347,11 @@ constexpr ModelTraits kTraits[] = {
      .norm = kRms,
      .theta = 1e4,
      .axes_dims = {16, 56, 56}},
+    {.model_type = "HunyuanVideoTransformer3DModel",
+     .interleaved = true,
+     .norm = kRms,
+     .theta = 256,
+     .axes_dims = {16, 56, 56}},
     {.model_type = "ZImageTransformer2DModel",
      .interleaved = true,
      .norm = kRms,
@@ -143,18 +362,21 @@ constexpr ModelTraits kTraits[] = {
 
 }  // namespace
 
-const ModelTraits& TraitsOf(std::string_view model_type) {
-  static constexpr ModelTraits kPlain{};
-  for (const ModelTraits& traits : kTraits) {
-    if (traits.model_type == model_type) return traits;
-  }
-  return kPlain;
+const ModelTraits* FindTraits(std::string_view model_type) {
+  const auto found = std::ranges::find(kTraits, model_type, &ModelTraits::model_type);
+  return found == std::end(kTraits) ? nullptr : found;
 }
+
+std::span<const ModelTraits> AllTraits() { return kTraits; }
 
 Status ReadModelConfig(std::string_view json, std::string_view name, ModelConfig* out) {
   return WithoutThrowing([&]() -> Status {
     RopeConfig config;
     ROPEWALK_TRY(ReadRopeConfig(json, name, {}, 0, /*any_layer_type=*/true, &config));
+    if (!config.known) {
+      return Status::Invalid(std::string(name) + ": model_type " + Show(Json(config.model_type)) +
+                             " is not one that Ropewalk knows, and so neither are its pairing and its norm");
+    }
     out->name = std::move(config.name);
     out->model_type = std::move(config.model_type);
     out->q_heads = config.q_heads;
@@ -169,6 +391,7 @@ Status ReadModelConfig(std::string_view json, std::string_view name, ModelConfig
     out->eps = config.eps;
     out->axes = config.axes;
     out->layer_types = std::move(config.layer_types);
+    out->warnings = std::move(config.rule.warnings);
     return {};
   });
 }

@@ -25,9 +25,11 @@ struct ModelConfig {
   double eps = 1e-6;
   int axes = 1;                          // rows of positions: 1, or 3 for mrope, Flux and Qwen-Image
   std::vector<std::string> layer_types;  // keys for FrequenciesFromConfig; empty: one for all layers
+  std::string warnings;                  // what was ignored in it, a sentence a line
 };
 
-// `name` is what messages call the text (its path).
+// `name` is what messages call the text (its path). A model_type that is not in the table is refused, as its pairing
+// and norm are unknown.
 Status ReadModelConfig(std::string_view json, std::string_view name, ModelConfig* out);
 
 }  // namespace ropewalk

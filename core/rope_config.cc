@@ -10,16 +10,16 @@
 
 #include "core/fork.h"
 #include "core/json_fields.h"
+#include "core/model_fields.h"
 #include "core/model_traits.h"
 #include "core/text.h"
 
 namespace ropewalk {
 namespace {
 
-constexpr double kMaxTheta = 1e15, kMaxFactor = 1e6;
-constexpr int64_t kMaxLength = int64_t{1} << 40;  // of a sequence
-constexpr int64_t kMaxSize = int64_t{1} << 40;    // of a hidden state, before it is checked further
-constexpr int64_t kMaxHeads = int64_t{1} << 20;
+constexpr double kDeepseekV4CompressTheta = 160000;
+
+constexpr ModelTraits kUnknown{.model_type = "", .theta = 0};
 
 using RopeTypeMap = std::map<std::string, RopeType, std::less<>>;
 const RopeTypeMap* MakeRopeTypes() {
@@ -36,8 +36,6 @@ const RopeTypeMap* MakeRopeTypes() {
 const RopeTypeMap& RopeTypes() { return OnceMade<RopeTypeMap, MakeRopeTypes>::Get(); }
 
 const Json* MakeEmpty() { return new Json(Json::object()); }
-
-std::string Quoted(std::string_view text) { return Show(Json(std::string(text))); }
 
 // "a", "b" or "c".
 template <class Range>
@@ -81,31 +79,42 @@ struct Surroundings {
   int64_t sequence_length = 0;
   TraitMrope mrope = TraitMrope::kContiguous;
   std::string_view model_type;
+  bool known = false;  // the model_type
 };
 
-Status Missing(const Fields& fields, std::string_view key, std::string_view type) {
-  return Status::Invalid(fields.Name(key) + " is missing, but rope_type " + Quoted(type) + " needs it");
+void Warn(RopeRule* rule, std::string_view sentence) {
+  if (!rule->warnings.empty()) rule->warnings += '\n';
+  rule->warnings += sentence;
 }
 
-Status ReadType(Fields* fields, std::string* name, RopeType* out) {
+Status ReadType(Fields* fields, std::string* name, RopeRule* rule) {
   std::optional<std::string> new_name, old_name;
   ROPEWALK_TRY(fields->Text("rope_type", &new_name));
   ROPEWALK_TRY(fields->Text("type", &old_name));
   *name = new_name.value_or(old_name.value_or("default"));
-  for (const auto& [key, text] : {std::pair{"rope_type", new_name}, std::pair{"type", old_name}}) {
-    if (text && RopeTypes().count(*text) == 0) {
-      return Status::Invalid(fields->Name(key) + " must be one of " +
-                             AnyOf(std::vector<std::string>{"default", "linear", "dynamic", "yarn", "longrope",
-                                                            "llama3", "proportional"}) +
-                             ", but is " + Quoted(*text));
+  const auto found = RopeTypes().find(*name);
+  if (found == RopeTypes().end()) {
+    return Status::Invalid(
+        fields->Name(new_name ? "rope_type" : "type") + " must be one of " +
+        AnyOf(std::vector<std::string>{"default", "linear", "dynamic", "yarn", "longrope", "llama3", "proportional"}) +
+        ", but is " + Quoted(*name));
+  }
+  rule->type = found->second;
+  if (new_name && old_name) {  // a stale one stays behind when a tool rewrites the other
+    const auto old_type = RopeTypes().find(*old_name);
+    if (old_type == RopeTypes().end() || old_type->second != rule->type) {
+      Warn(rule, fields->Name("type") + " is ignored: it is " + Quoted(*old_name) + ", but rope_type is " +
+                     Quoted(*new_name));
     }
   }
-  *out = RopeTypes().find(*name)->second;
-  if (new_name && old_name && RopeTypes().find(*old_name)->second != *out) {
-    return Status::Invalid(fields->Name("rope_type") + " is " + Quoted(*new_name) + ", but " + fields->Name("type") +
-                           " is " + Quoted(*old_name));
-  }
   return {};
+}
+
+// What transformers, too, goes on without: left behind in the configurations of models whose own code had them.
+void IgnoreWithWarning(Fields* fields, RopeRule* rule) {
+  for (const char* key : {"attn_factor", "extrapolation_factor", "finetuned"}) {
+    if (fields->Has(key)) Warn(rule, fields->Name(key) + " is ignored, as transformers ignores it");
+  }
 }
 
 Status ReadOriginalPosition(Fields* fields, const Surroundings& around, std::optional<int64_t>* out) {
@@ -131,9 +140,9 @@ Status ReadYarn(Fields* fields, const Surroundings& around, RopeRule* rule) {
   if (!original) return Missing(*fields, "original_max_position_embeddings", "yarn");
   rule->beta_fast = beta_fast.value_or(32);
   rule->beta_slow = beta_slow.value_or(1);
-  if (rule->beta_fast < rule->beta_slow) {
-    return Status::Invalid(fields->Name("beta_fast") + " must be at least beta_slow, " + Show(rule->beta_slow) +
-                           ", but is " + Show(rule->beta_fast));
+  if (rule->beta_fast < rule->beta_slow) {  // the ramp then falls; transformers warns and goes on, too
+    Warn(rule, fields->Name("beta_fast") + " should be at least beta_slow, " + Show(rule->beta_slow) + ", but is " +
+                   Show(rule->beta_fast));
   }
   rule->truncate = truncate.value_or(true);
   rule->original_position = *original;
@@ -200,9 +209,9 @@ Status ReadLlama3(Fields* fields, const Surroundings& around, RopeRule* rule) {
   if (!low) return Missing(*fields, "low_freq_factor", "llama3");
   if (!high) return Missing(*fields, "high_freq_factor", "llama3");
   if (!original) return Missing(*fields, "original_max_position_embeddings", "llama3");
-  if (*high <= *low) {
-    return Status::Invalid(fields->Name("high_freq_factor") + " must be greater than low_freq_factor, " + Show(*low) +
-                           ", but is " + Show(*high));
+  if (*high < *low) {  // equal ones are Llama 4 Scout's: nothing is blended
+    Warn(rule, fields->Name("high_freq_factor") + " should be at least low_freq_factor, " + Show(*low) + ", but is " +
+                   Show(*high));
   }
   rule->low_freq_factor = *low;
   rule->high_freq_factor = *high;
@@ -232,8 +241,7 @@ Status ReadDynamic(Fields* fields, const Surroundings& around, std::optional<dou
   rule->max_position = *max_position;
   rule->sequence_length = std::max(around.sequence_length, *max_position);
   const double ratio = rule->factor * static_cast<double>(rule->sequence_length) / static_cast<double>(*max_position);
-  const auto dim = static_cast<double>(rule->rotary_dim);
-  if (!(rule->theta * std::pow(ratio - (rule->factor - 1), dim / (dim - 2)) < 1e30)) {  // the table's theta is float32
+  if (ThetaIsTooLarge(*rule, ratio - (rule->factor - 1))) {
     return Status::Invalid(fields->Name("factor") + " " + Show(rule->factor) + " is too large for a sequence of " +
                            std::to_string(rule->sequence_length));
   }
@@ -300,17 +308,26 @@ Status ReadSections(Fields* fields, const Surroundings& around, std::string_view
   return {};
 }
 
+Status MissingTheta(const Surroundings& around) {
+  const std::string which = around.model_type.empty() ? "a model_type, which would tell it, is missing, too"
+                            : around.known
+                                ? "model_type " + Quoted(around.model_type) + " has no default"
+                                : "model_type " + Quoted(around.model_type) + " is not one that Ropewalk knows";
+  return Status::Invalid(around.prefix + "rope_theta is missing, and " + which + ": give it, or " + kWayOut);
+}
+
 // The fields of one rope_parameters (rope_scaling) object.
 Status ReadRule(const Json& object, const std::string& where, const Surroundings& around, RopeRule* rule) {
   Fields fields(object, where);
   std::string type;
-  ROPEWALK_TRY(ReadType(&fields, &type, &rule->type));
+  ROPEWALK_TRY(ReadType(&fields, &type, rule));
+  IgnoreWithWarning(&fields, rule);
 
   std::optional<double> theta_inside, theta;
   ROPEWALK_TRY(fields.Number("rope_theta", 1, kMaxTheta, &theta_inside));
   ROPEWALK_TRY(Agree<double>(
       {{fields.Name("rope_theta"), theta_inside}, {around.prefix + around.theta_name, around.theta}}, &theta));
-  if (!theta && around.default_theta == 0) return Status::Invalid(around.prefix + "rope_theta is missing");
+  if (!theta && around.default_theta == 0) return MissingTheta(around);
   rule->theta = theta.value_or(around.default_theta);
   if (!(rule->theta > 1)) return Status::Invalid(around.prefix + "rope_theta must be greater than 1, but is 1");
 
@@ -320,18 +337,25 @@ Status ReadRule(const Json& object, const std::string& where, const Surroundings
   ROPEWALK_TRY(Agree<double>(
       {{fields.Name("partial_rotary_factor"), partial_inside}, {around.prefix + around.partial_name, around.partial}},
       &partial));
+  if (!partial && around.default_partial < 0) {
+    return Status::Invalid(around.prefix + "partial_rotary_factor is missing, and model_type " +
+                           Quoted(around.model_type) + " has no default: give it, or " + kWayOut);
+  }
   rule->rotary_dim = around.head_dim;
-  if (rule->type == RopeType::kProportional) {
+  const bool proportional = rule->type == RopeType::kProportional;
+  if (around.rotary_dim && !(proportional && *around.rotary_dim == around.head_dim)) {
+    const auto by_factor = static_cast<int64_t>(static_cast<double>(around.head_dim) * partial.value_or(1));
+    if (partial && by_factor != *around.rotary_dim && (*partial != 1 || around.head_dim == 0)) {
+      return Status::Invalid(
+          (partial_inside ? fields.Name("partial_rotary_factor") : around.prefix + around.partial_name) + " is " +
+          Show(*partial) + ", but rotary_dim is " + std::to_string(*around.rotary_dim) +
+          (around.head_dim > 0 ? " of a head of " + std::to_string(around.head_dim) : ""));
+    }
+  }
+  if (proportional) {
     rule->partial = partial.value_or(around.default_partial);
   } else if (around.rotary_dim) {
     rule->rotary_dim = *around.rotary_dim;
-    const auto by_factor = static_cast<int64_t>(static_cast<double>(around.head_dim) * partial.value_or(1));
-    if (partial && by_factor != rule->rotary_dim && (*partial != 1 || around.head_dim == 0)) {
-      return Status::Invalid(
-          (partial_inside ? fields.Name("partial_rotary_factor") : around.prefix + around.partial_name) + " is " +
-          Show(*partial) + ", but rotary_dim is " + std::to_string(rule->rotary_dim) +
-          (around.head_dim > 0 ? " of a head of " + std::to_string(around.head_dim) : ""));
-    }
   } else {
     const double part = partial.value_or(around.default_partial);
     rule->rotary_dim = static_cast<int64_t>(static_cast<double>(around.head_dim) * part);
@@ -364,15 +388,6 @@ Status ReadRule(const Json& object, const std::string& where, const Surroundings
 // ---------------------------------------------------------------------------------------------------------------------
 // config.json
 
-// An object inside the configuration, or null where it is absent.
-Status Inner(Fields* fields, std::string_view key, const Json** out) {
-  *out = fields->Find(key);
-  if (*out != nullptr && !(*out)->is_object()) {
-    return Status::Invalid(fields->Name(key) + " must be an object, but is " + Show(**out));
-  }
-  return {};
-}
-
 // The first of several spellings of an integer.
 Status FirstInteger(Fields* fields, std::initializer_list<std::string_view> keys, int64_t low, int64_t high,
                     std::optional<int64_t>* out, std::string* name = nullptr) {
@@ -380,18 +395,6 @@ Status FirstInteger(Fields* fields, std::initializer_list<std::string_view> keys
     ROPEWALK_TRY(fields->Integer(key, low, high, out));
     if (*out) {
       if (name != nullptr) *name = key;
-      return {};
-    }
-  }
-  return {};
-}
-
-Status FirstNumber(Fields* fields, std::initializer_list<std::string_view> keys, double low, double high,
-                   std::optional<double>* out, std::string* name) {
-  for (const std::string_view key : keys) {
-    ROPEWALK_TRY(fields->Number(key, low, high, out));
-    if (*out) {
-      *name = key;
       return {};
     }
   }
@@ -431,7 +434,9 @@ Status FindText(const Json& whole, std::string_view name, const Json** out, std:
 Status ReadShape(Fields* fields, const ModelTraits& traits, RopeConfig* config, Surroundings* around) {
   std::optional<int64_t> q_heads, k_heads, hidden, head_dim, rotated, not_rotated, rotary_dim, max_position;
   ROPEWALK_TRY(FirstInteger(fields, {"num_attention_heads", "n_head", "n_heads"}, 1, kMaxHeads, &q_heads));
-  ROPEWALK_TRY(FirstInteger(fields, {"num_key_value_heads", "num_kv_heads", "n_head_kv"}, 1, kMaxHeads, &k_heads));
+  ROPEWALK_TRY(
+      FirstInteger(fields, {"num_key_value_heads", "num_kv_heads", "n_head_kv", "n_kv_heads"}, 1, kMaxHeads, &k_heads));
+  ROPEWALK_TRY(ReadOwnHeads(fields, traits.fields, &k_heads));
   ROPEWALK_TRY(FirstInteger(fields, {"hidden_size", "n_embd", "d_model"}, 1, kMaxSize, &hidden));
   ROPEWALK_TRY(FirstInteger(fields, {"head_dim", "attention_head_dim", "kv_channels"}, 1, kMaxSize, &head_dim));
   ROPEWALK_TRY(FirstInteger(fields, {"qk_rope_head_dim"}, 1, kMaxSize, &rotated));
@@ -467,7 +472,7 @@ Status ReadShape(Fields* fields, const ModelTraits& traits, RopeConfig* config, 
       return Status::Invalid(fields->Name("rotary_dim") + " is " + std::to_string(*rotary_dim) +
                              ", more than the head of " + std::to_string(*head_dim));
     }
-    around->rotary_dim = rotary_dim;
+    if (!traits.rotary_dim_unread) around->rotary_dim = rotary_dim;
   }
   config->q_heads = *q_heads;
   config->k_heads = k_heads.value_or(*q_heads);
@@ -498,8 +503,12 @@ Status ReadDiffusion(Fields* fields, const ModelTraits& traits, RopeConfig* conf
       if (dim != 0) dims->push_back(dim);
     }
   }
-  if (!dims || dims->empty()) return Status::Invalid(fields->Name("axes_dims_rope") + " is missing");
-  if (!theta && traits.theta == 0) return Status::Invalid(fields->Name("rope_theta") + " is missing");
+  for (const auto& [key, missing] :
+       {std::pair{"axes_dims_rope", !dims || dims->empty()}, std::pair{"rope_theta", !theta && traits.theta == 0}}) {
+    if (!missing) continue;
+    return Status::Invalid(fields->Name(key) + " is missing, and _class_name " + Quoted(config->model_type) +
+                           " is not one that Ropewalk knows: give it, or " + kWayOut);
+  }
   if (theta && !(*theta > 1)) return Status::Invalid(fields->Name(theta_name) + " must be greater than 1, but is 1");
   if (!heads) return Status::Invalid(fields->Name("num_attention_heads") + " is missing");
   RopeRule* rule = &config->rule;
@@ -529,6 +538,9 @@ Status ReadDiffusion(Fields* fields, const ModelTraits& traits, RopeConfig* conf
   return {};
 }
 
+// ---------------------------------------------------------------------------------------------------------------------
+// Layer types
+
 // Which object of rope parameters serves a layer type. `object` null: this layer type has no rotary embedding.
 struct Choice {
   std::string layer_type;
@@ -537,14 +549,24 @@ struct Choice {
   bool inherits_theta;          // that of the configuration applies; else:
   std::optional<double> theta;  // Gemma3's rope_local_base_freq
   double default_theta;
+  std::string theta_name = "rope_theta";
 };
 
 Status ReadChoices(Fields* fields, const ModelTraits& traits, const Surroundings& around,
-                   const std::set<std::string>& layer_types, std::vector<Choice>* choices) {
+                   const std::set<std::string>& layer_types, Json* made, std::vector<Choice>* choices) {
   const Json& empty = OnceMade<Json, MakeEmpty>::Get();
   const Json *new_spelling = nullptr, *old_spelling = nullptr;
   ROPEWALK_TRY(Inner(fields, "rope_parameters", &new_spelling));
   ROPEWALK_TRY(Inner(fields, "rope_scaling", &old_spelling));
+  if (traits.fields == TraitFields::kMistralParams) {
+    const Json* yarn = nullptr;
+    ROPEWALK_TRY(Inner(fields, "yarn", &yarn));
+    if (yarn != nullptr) {
+      ROPEWALK_TRY(ReadMistralYarn(*yarn, fields->Name("yarn."), made));
+      choices->push_back({"", made, fields->Name("yarn."), true, {}, around.default_theta});
+      return {};
+    }
+  }
   if (new_spelling != nullptr && old_spelling != nullptr && *new_spelling != *old_spelling && !old_spelling->empty()) {
     return Status::Invalid(fields->Name("rope_scaling") + " and rope_parameters are both there and differ");
   }
@@ -557,9 +579,27 @@ Status ReadChoices(Fields* fields, const ModelTraits& traits, const Surroundings
   std::string local_name, global_name;
   ROPEWALK_TRY(
       FirstNumber(fields, {"rope_local_base_freq", "local_rope_theta"}, 1, kMaxTheta, &local_theta, &local_name));
-  ROPEWALK_TRY(FirstNumber(fields, {"global_rope_theta"}, 1, kMaxTheta, &global_theta, &global_name));
+  if (local_theta || traits.local_theta != 0) {
+    ROPEWALK_TRY(FirstNumber(fields, {"global_rope_theta"}, 1, kMaxTheta, &global_theta, &global_name));
+  }
 
+  if (traits.rule == TraitRule::kNoScaling && old_spelling != nullptr && !old_spelling->empty()) {
+    return Status::Invalid(fields->Name("rope_scaling") + " is not read by the code of model_type " +
+                           Quoted(traits.model_type) + ": give rope_parameters instead");
+  }
   const bool nested = std::any_of(object->begin(), object->end(), [](const Json& value) { return value.is_object(); });
+  // transformers passes over one for all layers where the model has two thetas.
+  const bool by_layer = traits.rule == TraitRule::kNested ||
+                        (use_new && !object->empty() && traits.local_theta != 0 && !traits.sliding_plain);
+  if (!nested && (by_layer || (traits.rule == TraitRule::kGiven && object->empty()))) {
+    return Status::Invalid(where + (object->empty() ? " is missing" : " is one for all layers") + ", but model_type " +
+                           Quoted(traits.model_type) + " needs " + (by_layer ? "one for each layer type" : "it") +
+                           ": give it, or " + kWayOut);
+  }
+  std::optional<double> compress_theta;
+  if (traits.fields == TraitFields::kDeepseekV4) {
+    ROPEWALK_TRY(fields->Number("compress_rope_theta", 1, kMaxTheta, &compress_theta));
+  }
   if (nested) {
     for (const auto& [key, value] : object->items()) {
       const std::string inner = Text(where, ".", key);
@@ -569,8 +609,28 @@ Status ReadChoices(Fields* fields, const ModelTraits& traits, const Surroundings
       // Serialised by transformers, a layer without rotary embedding is null.
       const bool inherits = value.is_null() || !value.contains("rope_theta") || value["rope_theta"].is_null();
       choices->push_back({key, value.is_null() ? nullptr : &value, inner + ".", inherits, {}, default_theta});
+      if (local_theta && key == "sliding_attention") {  // said twice
+        choices->back().inherits_theta = false;
+        choices->back().theta = local_theta;
+        choices->back().theta_name = local_name;
+      }
     }
-  } else if (local_theta || (traits.local_theta != 0 && !use_new)) {
+  } else if (traits.fields == TraitFields::kDeepseekV4) {
+    // The layers that compress have a theta and the rule, but none of yarn's scaling of the attention, unless asked.
+    *made = *object;
+    const auto type = made->find(made->contains("rope_type") ? "rope_type" : "type");
+    if (type != made->end() && *type == "yarn" && !made->contains("attention_factor")) {
+      (*made)["attention_factor"] = 1.0;
+    }
+    made->erase("rope_theta");  // of the other layers
+    choices->push_back({"main", &empty, where + ".", true, {}, default_theta});
+    choices->push_back({"compress", made, where + ".", false, compress_theta, kDeepseekV4CompressTheta});
+  } else if (traits.sliding_plain && use_new) {
+    // transformers passes it over; what was meant (vLLM): the rule for full attention alone, theta for both.
+    if (const auto theta = object->find("rope_theta"); theta != object->end()) (*made)["rope_theta"] = *theta;
+    choices->push_back({"full_attention", object, where + ".", true, {}, default_theta});
+    choices->push_back({"sliding_attention", made, where + ".", true, {}, default_theta});
+  } else if (local_theta || traits.local_theta != 0) {
     choices->push_back({"full_attention", object, where + ".", !global_theta, global_theta, default_theta});
     choices->push_back({"sliding_attention", &empty, where + ".", false, local_theta,
                         traits.local_theta != 0 ? traits.local_theta : default_theta});
@@ -591,6 +651,12 @@ Status Choose(const std::vector<Choice>& choices, const std::set<std::string>& l
   }
   std::string file(prefix);  // "config.json", "config.json: text_config"
   file.resize(file.size() - (file.ends_with(".") ? 1 : 2));
+  if (names == std::vector<std::string>{"main", "compress"}) {  // DeepSeek-V4's kinds of rotation, and who has them
+    if (layer_type == "sliding_attention") layer_type = "main";
+    if (layer_type == "compressed_sparse_attention" || layer_type == "heavily_compressed_attention") {
+      layer_type = "compress";
+    }
+  }
   for (const Choice& choice : choices) {
     if (!layer_type.empty() && choice.layer_type == layer_type) {
       if (choice.object == nullptr) {
@@ -644,6 +710,39 @@ Status ReadOverride(Fields* fields, const std::vector<std::string>& layer_list, 
   return {};
 }
 
+Status ReadLayerTypes(Fields* fields, std::vector<std::string>* of_each_layer) {
+  const Json* list = fields->Find("layer_types");
+  if (list == nullptr) return {};
+  if (!list->is_array()) {
+    return Status::Invalid(fields->Name("layer_types") + " must be an array, but is " + Show(*list));
+  }
+  for (const Json& entry : *list) {
+    if (!entry.is_string()) {
+      return Status::Invalid(fields->Name("layer_types") + " must hold strings, but holds " + Show(entry));
+    }
+    of_each_layer->push_back(entry.get<std::string>());
+  }
+  return {};
+}
+
+// Refuses what the configuration says and the model's code passes over.
+Status CheckIsRead(Fields* fields, const ModelTraits& traits, const Choice& choice, const Surroundings& around,
+                   const RopeRule& rule) {
+  const std::string code = "the code of model_type " + Quoted(traits.model_type);
+  if (traits.rule == TraitRule::kNone &&
+      (rule.type != RopeType::kDefault || rule.theta != around.theta.value_or(traits.theta))) {
+    return Status::Invalid(choice.where.substr(0, choice.where.size() - 1) + " is not read by " + code +
+                           ", which goes by rope_theta: give it, or " + kWayOut);
+  }
+  std::optional<int64_t> rotary_dim;
+  if (traits.rotary_dim_unread) ROPEWALK_TRY(fields->Integer("rotary_dim", 1, kMaxSize, &rotary_dim));
+  if (rotary_dim && *rotary_dim != rule.rotary_dim) {
+    return Status::Invalid(fields->Name("rotary_dim") + " is " + std::to_string(*rotary_dim) + ", but " + code +
+                           " rotates " + std::to_string(rule.rotary_dim));
+  }
+  return {};
+}
+
 }  // namespace
 
 Status ReadScaling(double theta, int64_t rotary_dim, std::string_view scaling_json, int64_t sequence_length,
@@ -691,13 +790,15 @@ Status ReadRopeConfig(std::string_view json, std::string_view name, std::string_
   out->name = model_name && !model_name->empty() ? *model_name : Stem(name);
 
   if (class_name) {
-    const ModelTraits& traits = TraitsOf(*class_name);
+    const ModelTraits* found = FindTraits(*class_name);
     out->model_type = *class_name;
+    out->known = found != nullptr;
     if (!layer_type.empty()) {
       return Status::Invalid("layer_type is " + Quoted(layer_type) + ", but " + std::string(name) +
                              " has no layer types");
     }
-    return ReadDiffusion(&top, traits, out);
+    ROPEWALK_TRY(ReadDiffusion(&top, found != nullptr ? *found : kUnknown, out));
+    return RefuseRotaryFields(top, /*inside=*/!out->known);
   }
 
   const Json* text = nullptr;
@@ -707,40 +808,48 @@ Status ReadRopeConfig(std::string_view json, std::string_view name, std::string_
   ROPEWALK_TRY(fields.Text("model_type", &model_type));
   if (!model_type) ROPEWALK_TRY(top.Text("model_type", &model_type));
   out->model_type = model_type.value_or("");
-  const ModelTraits& traits = TraitsOf(out->model_type);
+  const ModelTraits* found = FindTraits(out->model_type);
+  if (found == nullptr && out->model_type.empty() && fields.Has("dim") && fields.Has("n_heads")) {
+    found = FindTraits(kMistralParams);
+  }
+  around.known = found != nullptr;
+  out->known = found != nullptr && !found->frequencies_only;
+  const ModelTraits& traits = found != nullptr ? *found : kUnknown;
   around.model_type = out->model_type;
   around.mrope = traits.mrope;
   around.sequence_length = sequence_length;
-  ROPEWALK_TRY(ReadShape(&fields, traits, out, &around));
+  ROPEWALK_TRY(CheckIsRotary(&fields, traits));
 
-  around.default_theta = traits.theta != 0 ? traits.theta : 10000;
+  around.default_theta = traits.theta;
   if (traits.partial != 0) around.default_partial = traits.partial;
-  ROPEWALK_TRY(FirstNumber(&fields, {"rope_theta", "rotary_emb_base", "rope_base", "rotary_base"}, 1, kMaxTheta,
-                           &around.theta, &around.theta_name));
+  ROPEWALK_TRY(ReadOwnTheta(&fields, traits.fields, &around.theta, &around.theta_name));
+  if (!traits.theta_key.empty()) {
+    ROPEWALK_TRY(FirstNumber(&fields, {traits.theta_key}, 1, kMaxTheta, &around.theta, &around.theta_name));
+  } else if (!around.theta) {
+    ROPEWALK_TRY(FirstNumber(&fields, {"rope_theta", "rotary_emb_base", "rope_base", "rotary_base"}, 1, kMaxTheta,
+                             &around.theta, &around.theta_name));
+  }
   ROPEWALK_TRY(FirstNumber(&fields,
                            {"partial_rotary_factor", "rotary_pct", "rope_pct", "rotary_percent", "rotary_emb_fraction"},
                            0, 1, &around.partial, &around.partial_name));
   ROPEWALK_TRY(fields.Integer("original_max_position_embeddings", 1, kMaxLength, &around.original_position));
 
-  std::vector<std::string> layer_list;  // of each layer in turn
-  if (const Json* list = fields.Find("layer_types"); list != nullptr) {
-    if (!list->is_array())
-      return Status::Invalid(fields.Name("layer_types") + " must be an array, but is " + Show(*list));
-    for (const Json& entry : *list) {
-      if (!entry.is_string()) {
-        return Status::Invalid(fields.Name("layer_types") + " must hold strings, but holds " + Show(entry));
-      }
-      layer_list.push_back(entry.get<std::string>());
-    }
-  }
+  std::vector<std::string> layer_list;
+  ROPEWALK_TRY(ReadLayerTypes(&fields, &layer_list));
   const std::set<std::string> layer_types(layer_list.begin(), layer_list.end());
   std::vector<Choice> choices;
-  ROPEWALK_TRY(ReadChoices(&fields, traits, around, layer_types, &choices));
+  OwnedJson made;  // a rule that is written down here alone
+  static_cast<Json&>(made) = Json::object();
+  ROPEWALK_TRY(ReadChoices(&fields, traits, around, layer_types, &made, &choices));
   const Choice* choice = nullptr;
   ROPEWALK_TRY(Choose(choices, layer_types, around.prefix, layer_type, any_layer_type, &choice));
   for (const Choice& each : choices) {
     if (!each.layer_type.empty() && each.object != nullptr) out->layer_types.push_back(each.layer_type);
   }
+  if (choice->inherits_theta && !around.theta && !choice->object->contains("rope_theta") && traits.theta == 0) {
+    return MissingTheta(around);  // before the shape, which such a configuration often lacks as well
+  }
+  ROPEWALK_TRY(ReadShape(&fields, traits, out, &around));
 
   if (!choice->layer_type.empty()) {
     std::optional<int64_t> global_head_dim;  // Gemma4: full attention has larger heads
@@ -749,10 +858,15 @@ Status ReadRopeConfig(std::string_view json, std::string_view name, std::string_
     }
     ROPEWALK_TRY(ReadOverride(&fields, layer_list, choice->layer_type, &global_head_dim));
     if (global_head_dim && !around.rotary_dim) out->head_dim = around.head_dim = *global_head_dim;
-    if (!choice->inherits_theta) around.theta = choice->theta;
+    if (!choice->inherits_theta) {
+      around.theta = choice->theta;
+      around.theta_name = choice->theta_name;
+    }
     around.default_theta = choice->default_theta;
   }
   ROPEWALK_TRY(ReadRule(*choice->object, choice->where, around, &out->rule));
+  ROPEWALK_TRY(ReadOwnScaling(&fields, traits.fields, sequence_length, &out->rule));
+  ROPEWALK_TRY(CheckIsRead(&fields, traits, *choice, around, out->rule));
 
   std::optional<bool> interleave, qk_norm;
   std::optional<double> eps;
@@ -766,7 +880,13 @@ Status ReadRopeConfig(std::string_view json, std::string_view name, std::string_
   out->zero_centered_weight = out->norm && traits.norm == TraitNorm::kRmsZeroCentered;
   if (eps) out->eps = *eps;
   out->axes = out->rule.axes.empty() ? 1 : 3;
-  return {};
+  if (text != &whole) {  // around the text model: what is said there as well must be the same
+    for (const auto& [key, value] : whole.items()) {
+      if (text->contains(key) && (*text)[key] == value) top.Ignore(key);
+    }
+    ROPEWALK_TRY(RefuseRotaryFields(top, /*inside=*/false));
+  }
+  return RefuseRotaryFields(fields, /*inside=*/found == nullptr);
 }
 
 }  // namespace ropewalk

@@ -36,11 +36,13 @@ struct RopeRule {
   std::vector<int32_t> axes;       // the row of positions each pair takes; empty: one row
   std::vector<int64_t> axes_dims;  // diffusion: frequencies of each axis on its own, one after the other
   bool double_table = false;       // diffusion: its own table is made in double, not in float32
+  std::string warnings;            // fields that were ignored, a sentence a line
 };
 
 // A model as its config.json describes it, at one layer type.
 struct RopeConfig {
   std::string model_type, name;
+  bool known = false;  // the model type: then what its code fixes (pairing, norm) is known, too
   int64_t q_heads = 0, k_heads = 0, head_dim = 0, rotary_offset = 0, max_position = 0;
   bool interleaved = false, norm = false, zero_centered_weight = false;
   double eps = 1e-6;

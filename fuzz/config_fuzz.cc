@@ -37,7 +37,7 @@ void Check(const ropewalk::Status& status, ropewalk_frequencies* made) {
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   const std::string_view text(reinterpret_cast<const char*>(data), size);
-  for (const char* layer_type : {"", "full_attention", "sliding_attention"}) {
+  for (const char* layer_type : {"", "full_attention", "sliding_attention", "compress"}) {
     for (const int64_t length : {int64_t{0}, int64_t{100000}}) {
       ropewalk_frequencies* made = nullptr;
       const ropewalk::Status status = ropewalk::FrequenciesFromConfig(text, "config.json", layer_type, length, &made);

@@ -255,10 +255,11 @@ TEST(Frequencies, Longrope) {
   ExpectFrequencies(*made, [](int64_t i) { return Plain(10000, 4, i) / (i == 0 ? 2 : 32.5); });
   EXPECT_EQ(made->attention_scaling, std::sqrt(1 + std::log(32.0) / std::log(4096.0)));
   // Phi-3: the factor is the ratio of the lengths, and original_max_position_embeddings stands outside.
-  const Handle phi = FromConfig(R"({"head_dim": 4, "num_attention_heads": 1, "max_position_embeddings": 131072,
+  const Handle phi =
+      FromConfig(R"({"model_type": "phi3", "head_dim": 4, "num_attention_heads": 1, "max_position_embeddings": 131072,
       "original_max_position_embeddings": 4096, "rope_scaling": {"type": "su", "short_factor": [1, 1],
       "long_factor": [2, 3]}})",
-                                {}, 100000);
+                 {}, 100000);
   EXPECT_EQ(phi->attention_scaling, std::sqrt(1 + std::log(32.0) / std::log(4096.0)));
   EXPECT_EQ(phi->inv_freq[0], 0.5);
   // Phi-3.5-MoE: a scaling for each.
@@ -277,15 +278,16 @@ TEST(Frequencies, Proportional) {
 
 TEST(Frequencies, Partial) {
   for (const char* json :
-       {R"({"head_dim": 128, "num_attention_heads": 1, "partial_rotary_factor": 0.5})",
+       {R"({"model_type": "llama", "head_dim": 128, "num_attention_heads": 1, "partial_rotary_factor": 0.5})",
         R"({"head_dim": 128, "num_attention_heads": 1, "rotary_pct": 0.5, "rotary_emb_base": 10000})",
-        R"({"n_embd": 256, "n_head": 2, "rotary_dim": 64})",
+        R"({"model_type": "gptj", "n_embd": 256, "n_head": 2, "rotary_dim": 64})",
         R"({"hidden_size": 256, "num_attention_heads": 2, "model_type": "glm"})",
         R"({"head_dim": 128, "num_attention_heads": 1, "rope_parameters": {"rope_type": "default",
                                "rope_theta": 10000, "partial_rotary_factor": 0.5}})",
-        R"({"qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "num_attention_heads": 1})",
+        R"({"model_type": "deepseek_v3", "qk_rope_head_dim": 64, "qk_nope_head_dim": 128,
+             "num_attention_heads": 1})",
         R"({"head_dim": 512, "qk_rope_head_dim": 64, "partial_rotary_factor": 0.125,
-                               "num_attention_heads": 1})"}) {
+                               "num_attention_heads": 1, "rope_theta": 10000})"}) {
     const Handle made = FromConfig(json);
     ASSERT_NE(made, nullptr) << json;
     ExpectFrequencies(*made, [](int64_t i) { return Plain(10000, 64, i); });
@@ -326,6 +328,23 @@ TEST(Frequencies, LayerTypes) {
       "rope_local_base_freq": 1e4, "rope_scaling": {"rope_type": "linear", "factor": 8}})";
   ExpectFrequencies(*FromConfig(old, "full_attention"), [](int64_t i) { return Plain(1e6, 64, i) / 8; });
   ExpectFrequencies(*FromConfig(old, "sliding_attention"), [](int64_t i) { return Plain(1e4, 64, i); });
+  EXPECT_EQ(
+      ConfigError(R"({"model_type": "gemma3_text", "head_dim": 64, "rope_local_base_freq": 2e4,
+                "rope_parameters": {"full_attention": {"rope_theta": 1e6}, "sliding_attention": {"rope_theta": 1e4}}})",
+                  "sliding_attention"),
+      "config.json: rope_parameters.sliding_attention.rope_theta is 10000, but config.json: rope_local_base_freq is "
+      "20000");
+  EXPECT_EQ(
+      ConfigError(R"({"model_type": "gemma3_text", "head_dim": 64, "rope_parameters": {"rope_theta": 1e6}})"),
+      "config.json: rope_parameters is one for all layers, but model_type \"gemma3_text\" needs one for each layer "
+      "type: give it, or make Frequencies(theta=.., rotary_dim=..)");
+  EXPECT_EQ(ConfigError(R"({"model_type": "cwm", "head_dim": 64, "num_attention_heads": 1, "rope_theta": 1e6})"),
+            "config.json: rope_parameters is missing, but model_type \"cwm\" needs it: give it, or make "
+            "Frequencies(theta=.., rotary_dim=..)");
+  EXPECT_EQ(
+      ConfigError(R"({"model_type": "llama", "head_dim": 64, "num_attention_heads": 1, "global_rope_theta": 1e6})")
+          .rfind("config.json: global_rope_theta is not a field", 0),
+      0u);
   // One rule for all: any layer type that the configuration lists may be asked for.
   const char* flat =
       R"({"head_dim": 64, "num_attention_heads": 1, "layer_types": ["full_attention"], "rope_theta": 1e4})";
@@ -508,7 +527,7 @@ TEST(FrequenciesTable, BadArguments) {
   EXPECT_EQ(error(&good.tensor, &integers.tensor), "table: sin must be float32, float16 or bfloat16");
   DLTensor elsewhere = good.tensor;
   elsewhere.device.device_type = kDLCUDA;
-  EXPECT_EQ(error(&elsewhere, &good.tensor), "table: cos must be on the CPU");
+  EXPECT_EQ(error(&elsewhere, &good.tensor), "table: cos must be on the CPU, but is on cuda:0");
   DLTensor flat = good.tensor;
   flat.ndim = 1;
   EXPECT_EQ(error(&flat, &good.tensor), "table: cos must have 2 dimensions, but has 1");
@@ -557,8 +576,8 @@ TEST(FrequenciesErrors, Scaling) {
       "scaling.rope_type must be one of \"default\", \"linear\", \"dynamic\", \"yarn\", \"longrope\", \"llama3\" or "
       "\"proportional\", but is \"ntk\"");
   EXPECT_EQ(error(R"({"rope_type": 3})"), "scaling.rope_type must be a string, but is 3");
-  EXPECT_EQ(error(R"({"rope_type": "yarn", "type": "linear", "factor": 2})"),
-            "scaling.rope_type is \"yarn\", but scaling.type is \"linear\"");
+  EXPECT_EQ(error(R"({"rope_type": "yarn", "type": "linear", "factor": 2})"),  // the new name decides
+            "scaling.original_max_position_embeddings is missing, but rope_type \"yarn\" needs it");
   EXPECT_EQ(error(R"({"rope_type": "default", "rope_theta": 5})"), "scaling.rope_theta is 5, but theta is 10000");
   EXPECT_EQ(error(R"({"rope_type": "default", "factor": 2})"),
             "scaling.factor is not a field that rope_type \"default\" knows");
@@ -579,12 +598,10 @@ TEST(FrequenciesErrors, Scaling) {
   EXPECT_EQ(yarn(""), "scaling.original_max_position_embeddings is missing, but rope_type \"yarn\" needs it");
   EXPECT_EQ(yarn(R"(, "original_max_position_embeddings": 4096.5)"),
             "scaling.original_max_position_embeddings must be an integer from 1 to 1099511627776, but is 4096.5");
-  EXPECT_EQ(yarn(R"(, "original_max_position_embeddings": 4096, "beta_fast": 1, "beta_slow": 2)"),
-            "scaling.beta_fast must be at least beta_slow, 2, but is 1");
   EXPECT_EQ(yarn(R"(, "original_max_position_embeddings": 4096, "truncate": 0)"),
             "scaling.truncate must be true or false, but is 0");
-  EXPECT_EQ(yarn(R"(, "original_max_position_embeddings": 4096, "extrapolation_factor": 1)"),
-            "scaling.extrapolation_factor is not a field that rope_type \"yarn\" knows");
+  EXPECT_EQ(yarn(R"(, "original_max_position_embeddings": 4096, "exrapolation_factor": 1)"),
+            "scaling.exrapolation_factor is not a field that rope_type \"yarn\" knows");
   const auto longrope = [&](const std::string& more) { return error(R"({"rope_type": "longrope")" + more + "}"); };
   EXPECT_EQ(longrope(""), "scaling.short_factor is missing, but rope_type \"longrope\" needs it");
   EXPECT_EQ(longrope(R"(, "short_factor": [1])"),
@@ -608,8 +625,6 @@ TEST(FrequenciesErrors, Scaling) {
             "scaling.high_freq_factor is missing, but rope_type \"llama3\" needs it");
   EXPECT_EQ(llama3(R"(, "low_freq_factor": 1, "high_freq_factor": 4)"),
             "scaling.original_max_position_embeddings is missing, but rope_type \"llama3\" needs it");
-  EXPECT_EQ(llama3(original + R"(, "low_freq_factor": 4, "high_freq_factor": 4)"),
-            "scaling.high_freq_factor must be greater than low_freq_factor, 4, but is 4");
   EXPECT_EQ(error(R"({"type": "mrope"})"), "scaling.mrope_section is missing, but rope_type \"mrope\" needs it");
   EXPECT_EQ(error(R"({"mrope_interleaved": true})"),
             "scaling.mrope_section is missing, but mrope_interleaved needs it");
@@ -631,23 +646,30 @@ TEST(FrequenciesErrors, DynamicTooFar) {
 
 TEST(FrequenciesErrors, Config) {
   const auto error = [](std::string_view json) { return ConfigError(json); };
-  EXPECT_EQ(error("{}"), "config.json: num_attention_heads is missing");
-  EXPECT_EQ(error(R"({"num_attention_heads": 8})"), "config.json: head_dim is missing, and so is hidden_size");
-  EXPECT_EQ(error(R"({"num_attention_heads": 0})"),
+  EXPECT_EQ(
+      error("{}"),
+      "config.json: rope_theta is missing, and a model_type, which would tell it, is missing, too: give it, or make "
+      "Frequencies(theta=.., rotary_dim=..)");
+  EXPECT_EQ(error(R"({"model_type": "llama"})"), "config.json: num_attention_heads is missing");
+  EXPECT_EQ(error(R"({"rope_theta": 1e4, "num_attention_heads": 8})"),
+            "config.json: head_dim is missing, and so is hidden_size");
+  EXPECT_EQ(error(R"({"rope_theta": 1e4, "num_attention_heads": 0})"),
             "config.json: num_attention_heads must be an integer from 1 to 1048576, but is 0");
-  EXPECT_EQ(error(R"({"num_attention_heads": 8, "hidden_size": 100})"),
+  EXPECT_EQ(error(R"({"model_type": "llama", "num_attention_heads": 8, "hidden_size": 100})"),
             "config.json: hidden_size is 100, not a multiple of num_attention_heads, 8");
-  EXPECT_EQ(error(R"({"num_attention_heads": 8, "num_key_value_heads": 3, "head_dim": 64})"),
+  EXPECT_EQ(error(R"({"model_type": "llama", "num_attention_heads": 8, "num_key_value_heads": 3, "head_dim": 64})"),
             "config.json: num_attention_heads is 8, not a multiple of num_key_value_heads, 3");
-  EXPECT_EQ(error(R"({"num_attention_heads": 8, "head_dim": 63})"),
+  EXPECT_EQ(error(R"({"model_type": "llama", "num_attention_heads": 8, "head_dim": 63})"),
             "config.json: rotary_dim must be an even number from 2 to 8192, but is 63");
-  EXPECT_EQ(error(R"({"num_attention_heads": 8, "head_dim": 64, "rotary_dim": 1000000000000})"),
+  EXPECT_EQ(error(R"({"model_type": "llama", "num_attention_heads": 8, "head_dim": 64, "rotary_dim": 1000000000000})"),
             "config.json: rotary_dim is 1000000000000, more than the head of 64");
-  EXPECT_EQ(error(R"({"num_attention_heads": 8, "head_dim": 1000000000000})"),
+  EXPECT_EQ(error(R"({"model_type": "llama", "num_attention_heads": 8, "head_dim": 1000000000000})"),
             "config.json: rotary_dim must be an even number from 2 to 8192, but is 1000000000000");
-  EXPECT_EQ(error(R"({"num_attention_heads": 8, "head_dim": 64, "rotary_dim": 32, "partial_rotary_factor": 0.25})"),
-            "config.json: partial_rotary_factor is 0.25, but rotary_dim is 32 of a head of 64");
-  const std::string head = R"({"num_attention_heads": 8, "head_dim": 64, )";
+  EXPECT_EQ(
+      error(
+          R"({"model_type": "llama", "num_attention_heads": 8, "head_dim": 64, "rotary_dim": 32, "partial_rotary_factor": 0.25})"),
+      "config.json: partial_rotary_factor is 0.25, but rotary_dim is 32 of a head of 64");
+  const std::string head = R"({"model_type": "llama", "num_attention_heads": 8, "head_dim": 64, )";
   EXPECT_EQ(error(head + R"("rope_theta": -1})"),
             "config.json: rope_theta must be a number from 1 to 1e+15, but is -1");
   EXPECT_EQ(error(head + R"("rope_theta": 1})"), "config.json: rope_theta must be greater than 1, but is 1");
@@ -676,14 +698,20 @@ TEST(FrequenciesErrors, Config) {
   EXPECT_EQ(error(head + R"("rope_parameters": {"wat\n": 1}})"),
             "config.json: rope_parameters.wat\\n is not a field that rope_type \"default\" knows");
   EXPECT_EQ(error(head + R"("layer_types": 5})"), "config.json: layer_types must be an array, but is 5");
-  EXPECT_EQ(error(R"({"text_config": {"head_dim": 64}})"), "config.json: text_config.num_attention_heads is missing");
+  EXPECT_EQ(error(R"({"model_type": "llama", "text_config": {"head_dim": 64}})"),
+            "config.json: text_config.num_attention_heads is missing");
   EXPECT_EQ(
       error(R"({"model_type": "hunyuan_vl_text", "num_attention_heads": 8, "head_dim": 64,
                       "rope_parameters": {"mrope_section": [8, 12, 12]}})"),
       "config.json: rope_parameters.mrope_section: the multimodal rotation of model_type \"hunyuan_vl_text\" is not "
       "supported: it turns the two elements of a pair by different positions");
-  EXPECT_EQ(error(R"({"_class_name": "SomeTransformer", "num_attention_heads": 8})"),
-            "config.json: axes_dims_rope is missing");
+  for (const auto& [given, missing] :
+       {std::pair{"", "axes_dims_rope"}, {R"(, "axes_dims_rope": [16, 56, 56])", "rope_theta"}}) {
+    EXPECT_EQ(error(std::string(R"({"_class_name": "SomeTransformer", "num_attention_heads": 8)") + given + "}"),
+              std::string("config.json: ") + missing +
+                  " is missing, and _class_name \"SomeTransformer\" is not one that Ropewalk knows: give it, or make "
+                  "Frequencies(theta=.., rotary_dim=..)");
+  }
   EXPECT_EQ(error(R"({"_class_name": "FluxTransformer2DModel", "num_attention_heads": 8, "attention_head_dim": 64})"),
             "config.json: axes_dims_rope sums to more than the head of 64");
   EXPECT_EQ(error(R"({"_class_name": "FluxTransformer2DModel", "num_attention_heads": 8, "axes_dims_rope": [15]})"),
@@ -708,10 +736,11 @@ TEST(FrequenciesErrors, HostileJson) {
             "config.json: has the field \"rope_theta\" twice");
   EXPECT_EQ(ConfigError("7"), "config.json: must be a JSON object, but is 7");
   const std::string longest(100000, 'x');
-  EXPECT_LT(ConfigError("{\"num_attention_heads\": \"" + longest + "\"}").size(), 200u);
-  EXPECT_LT(
-      ConfigError(R"({"num_attention_heads": 1, "head_dim": 64, "rope_parameters": {")" + longest + "\": 1}}").size(),
-      200u);
+  EXPECT_LT(ConfigError("{\"rope_theta\": 1e4, \"num_attention_heads\": \"" + longest + "\"}").size(), 200u);
+  EXPECT_LT(ConfigError(R"({"rope_theta": 1e4, "num_attention_heads": 1, "head_dim": 64, "rope_parameters": {")" +
+                        longest + "\": 1}}")
+                .size(),
+            200u);
   // Truncated anywhere, and with any one byte changed: a sentence or frequencies, never a crash.
   const std::string whole = ReadFile(std::filesystem::path(ROPEWALK_MODELS_DIR) / "deepseek-v3.json");
   ASSERT_FALSE(whole.empty());
@@ -725,6 +754,297 @@ TEST(FrequenciesErrors, HostileJson) {
       delete made;
     }
   }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Model types
+
+// What a model's own code has, beside the fields that all have: by its configuration as published.
+TEST(ModelTypes, FieldsOfTheirOwn) {
+  const std::string heads = R"("hidden_size": 4096, "num_attention_heads": 32)";
+  const auto made = [&](const std::string& type, const std::string& more, int64_t length = 0, const char* layer = "") {
+    return FromConfig(R"({"model_type": ")" + type + "\", " + heads + ", " + more + "}", layer, length);
+  };
+  const auto plain = [](double theta, int64_t dim) { return [=](int64_t i) { return Plain(theta, dim, i); }; };
+  // microsoft/Phi-3-small-8k-instruct, and its modeling_phi3_small.py
+  ExpectFrequencies(*made("phi3small", R"("rope_embedding_base": 1000000, "rope_position_scale": 1.0)"),
+                    plain(1e6, 128));
+  // zai-org/glm-4-9b, and its modeling_chatglm.py: half the head, and the base is 10000 times rope_ratio
+  ExpectFrequencies(*made("chatglm", R"("kv_channels": 128, "rope_ratio": 500)"), plain(5e6, 64));
+  // databricks/dbrx-instruct; transformers reads rope_parameters instead, which must not say something else
+  ExpectFrequencies(*FromConfig(R"({"model_type": "dbrx", "d_model": 6144, "n_heads": 48,
+                                    "attn_config": {"kv_n_heads": 8, "rope_theta": 500000}})"),
+                    plain(5e5, 128));
+  EXPECT_EQ(
+      ConfigError(R"({"model_type": "dbrx", "d_model": 6144, "n_heads": 48, "rope_parameters": {"rope_theta": 1e4},
+                            "attn_config": {"kv_n_heads": 8, "rope_theta": 500000}})"),
+      "config.json: rope_parameters.rope_theta is 10000, but config.json: attn_config.rope_theta is 500000");
+  // Qwen/Qwen-7B, and its modeling_qwen.py: theta grows with 2^ceil(log2(length / seq_length) + 1) - 1
+  const std::string qwen =
+      R"("kv_channels": 128, "rotary_emb_base": 10000, "seq_length": 2048, "use_dynamic_ntk": true)";
+  for (const auto& [length, ratio] : {std::pair{0, 1}, {2048, 1}, {2049, 3}, {4096, 3}, {6000, 7}, {8193, 15}}) {
+    const Quad base = QuadLog(10000) + QuadLog(ratio) * 128 / 126;
+    ExpectFrequencies(*made("qwen", qwen, length), [&](int64_t i) { return QuadExp(-base * Quad(2 * i) / 128); });
+  }
+  // baidu/ERNIE-4.5 with compression_ratio: positions are divided by it
+  ExpectFrequencies(*made("ernie4_5", R"("head_dim": 128, "rope_theta": 500000, "compression_ratio": 2.0)"),
+                    [](int64_t i) { return Plain(5e5, 128, i) / 2; });
+  // Granite with a theta for each layer: one for those that have any
+  ExpectFrequencies(*made("granite_swa", R"("rope_theta": 1e4, "layer_rope_theta": [1e4, 0, 1e4])"), plain(1e4, 128));
+  EXPECT_EQ(ConfigError("{\"model_type\": \"granite_swa\", " + heads +
+                        R"(, "rope_theta": 1e4, "layer_rope_theta": [1e4, 5e5]})"),
+            "config.json: layer_rope_theta has layers of 500000, but rope_theta is 10000: make Frequencies(theta=.., "
+            "rotary_dim=..) for each");
+}
+
+// Mistral's own params.json (Magistral, Devstral): alpha and beta are yarn's betas.
+TEST(ModelTypes, MistralParams) {
+  const std::string params = R"({"dim": 4096, "n_layers": 40, "head_dim": 128, "n_heads": 32, "n_kv_heads": 8,
+      "rope_theta": 1e6, "norm_eps": 1e-5, "yarn": {"original_max_position_embeddings": 16384, "factor": 16,
+      "beta": 32, "alpha": 1, "apply_scale": )";
+  const auto index_of = [](double turns) {
+    return 128 * QuadLog(Quad(16384) / (Quad(turns) * 2 * kPi)) / (2 * QuadLog(1e6));
+  };
+  const auto floor_of = [](Quad x) { return Quad(std::floor(static_cast<double>(x))); };
+  const Handle plain = FromConfig(params + "false}}"), scaled = FromConfig(params + "true}}");
+  for (const Handle& made : {std::cref(plain), std::cref(scaled)}) {
+    ExpectFrequencies(
+        *made, [&](int64_t i) { return Yarn(1e6, 128, i, 16, floor_of(index_of(32)), floor_of(index_of(1)) + 1); });
+  }
+  EXPECT_EQ(plain->attention_scaling, 1.0);
+  EXPECT_EQ(scaled->attention_scaling, 0.1 * std::log(16.0) + 1.0);
+  EXPECT_EQ(ConfigError(R"({"dim": 4096, "head_dim": 128, "n_heads": 32, "yarn": {"factor": 16}})"),
+            "config.json: yarn.original_max_position_embeddings is missing, but rope_type \"yarn\" needs it");
+}
+
+// deepseek-ai/DeepSeek-V4: plain on sliding layers, another theta and yarn, without its scaling, where keys are
+// compressed.
+TEST(ModelTypes, DeepseekV4) {
+  const std::string released = R"({"model_type": "deepseek_v4", "hidden_size": 4096, "num_attention_heads": 64,
+      "num_key_value_heads": 1, "head_dim": 512, "qk_rope_head_dim": 64, "rope_theta": 10000,
+      "compress_rope_theta": 160000, "max_position_embeddings": 1048576, "rope_scaling": {"type": "yarn", "factor": 16,
+      "original_max_position_embeddings": 65536, "beta_fast": 32, "beta_slow": 1}})";
+  for (const char* layer : {"main", "sliding_attention"}) {
+    const Handle made = FromConfig(released, layer);
+    ExpectFrequencies(*made, [](int64_t i) { return Plain(1e4, 64, i); });
+    EXPECT_EQ(made->attention_scaling, 1.0);
+  }
+  for (const char* layer : {"compress", "compressed_sparse_attention", "heavily_compressed_attention"}) {
+    const Handle made = FromConfig(released, layer);
+    // 64 ln(65536 / (32 * 2 pi)) / (2 ln 160000) = 15.46, and 24.71 for one turn.
+    ExpectFrequencies(*made, [](int64_t i) { return Yarn(16e4, 64, i, 16, 15, 25); });
+    EXPECT_EQ(made->attention_scaling, 1.0);
+  }
+  EXPECT_EQ(ConfigError(released),
+            "layer_type is missing, but config.json has different rotary embeddings for \"main\" or \"compress\"");
+}
+
+// allenai/Olmo-3: yarn is for full attention; sliding layers are plain, in every spelling.
+TEST(ModelTypes, Olmo3) {
+  const std::string shape = R"({"model_type": "olmo3", "hidden_size": 4096, "num_attention_heads": 32,
+      "max_position_embeddings": 65536, "layer_types": ["sliding_attention", "full_attention"], )";
+  const std::string yarn = R"("factor": 8.0, "original_max_position_embeddings": 8192)";
+  for (const std::string& config :
+       {shape + R"("rope_theta": 500000, "rope_scaling": {"rope_type": "yarn", )" + yarn + "}}",
+        shape + R"("rope_parameters": {"rope_type": "yarn", "rope_theta": 500000, )" + yarn + "}}",
+        shape + R"("rope_parameters": {"sliding_attention": {"rope_type": "default", "rope_theta": 500000},
+            "full_attention": {"rope_type": "yarn", "rope_theta": 500000, )" +
+            yarn + "}}}"}) {
+    const Handle sliding = FromConfig(config, "sliding_attention"), full = FromConfig(config, "full_attention");
+    ExpectFrequencies(*sliding, [](int64_t i) { return Plain(5e5, 128, i); });
+    EXPECT_EQ(sliding->attention_scaling, 1.0);
+    EXPECT_EQ(full->attention_scaling, 0.1 * std::log(8.0) + 1.0);
+    EXPECT_LT(full->inv_freq.back(), sliding->inv_freq.back() / 7);
+  }
+}
+
+TEST(ModelTypes, UnknownIsServedIfItSaysEverything) {
+  const std::string shape = R"("hidden_size": 256, "num_attention_heads": 4)";
+  for (const std::string& type : {std::string(), std::string(R"("model_type": "never_heard_of", )")}) {
+    for (const char* theta :
+         {R"("rope_theta": 5e5)", R"("rope_parameters": {"rope_theta": 5e5})", R"("rotary_emb_base": 5e5)",
+          R"("rope_parameters": {"full_attention": {"rope_theta": 5e5}, "sliding_attention": {"rope_theta": 5e5}})",
+          R"("rope_theta": 5e5, "use_dynamic_ntk": false, "rope_scaling": null, "alibi": false)",
+          R"("rope_theta": 5e5, "position_embedding_type": "rope", "no_rope_layers": [1, 1])",
+          R"("rope_theta": 5e5, "vision_config": {"rope_theta": 100}, "ffn_config": {"ffn_hidden_size": 9})"}) {
+      const std::string config = "{" + type + shape + ", " + theta + "}";
+      const Handle made = FromConfig(config);
+      ASSERT_NE(made, nullptr) << config;
+      ExpectFrequencies(*made, [](int64_t i) { return Plain(5e5, 64, i); });
+    }
+    EXPECT_EQ(ConfigError("{" + type + shape + "}"),
+              "config.json: rope_theta is missing, and " +
+                  (type.empty() ? std::string("a model_type, which would tell it, is missing, too")
+                                : std::string("model_type \"never_heard_of\" is not one that Ropewalk knows")) +
+                  ": give it, or make Frequencies(theta=.., rotary_dim=..)");
+    EXPECT_EQ(ConfigError("{" + type + shape + R"(, "rope_scaling": {"type": "linear", "factor": 2}})")
+                  .find("config.json: rope_theta is missing"),
+              0u);
+  }
+  ModelConfig model;  // its pairing and norm are not known
+  EXPECT_EQ(
+      ReadModelConfig(R"({"model_type": "never_heard_of", "rope_theta": 1e4, "hidden_size": 256,
+                                "num_attention_heads": 4})",
+                      "config.json", &model)
+          .text(),
+      "config.json: model_type \"never_heard_of\" is not one that Ropewalk knows, and so neither are its pairing and "
+      "its norm");
+}
+
+// A field that may change the rotation, that nobody has read: of a model type that is known, of one that is not.
+TEST(ModelTypes, FieldsThatNobodyReadsAreRefused) {
+  for (const char* type : {"llama", "qwen3", "never_heard_of"}) {
+    const std::string config = std::string(R"({"model_type": ")") + type +
+                               R"(", "hidden_size": 256, "num_attention_heads": 4, "rope_theta": 1e4, )";
+    ASSERT_NE(FromConfig(config + R"("swan": null, "use_rope_3d": false, "theta_names": []})"), nullptr);
+    for (const char* field : {"rope_thetta",
+                              "rope_ratio",
+                              "rope_3d",
+                              "rope_base_local",
+                              "local_attention_rope_scaling",
+                              "rotary_scale_base",
+                              "rotary_scaling_factor",
+                              "partial_rotary_factors",
+                              "swa_qk_rope_head_dim",
+                              "swa_rope_theta",
+                              "use_dynamic_ntk",
+                              "ntk_alpha",
+                              "yarn_factor",
+                              "alibi_bias_max",
+                              "use_absolute_position_embeddings",
+                              "compress_rope_theta",
+                              "rope_embedding_base",
+                              "Rope_Scale",
+                              "rop_theta",
+                              "rope",
+                              "rotary",
+                              "use_rotary",
+                              "alibi",
+                              "position_embedding_type"}) {
+      for (const char* value : {"2", "true", "[1]", "{\"a\": 1}", "\"x\""}) {
+        const std::string_view name = field;
+        const bool said = value[0] == 't'
+                              ? name == "rope" || name == "rotary" || name == "use_rotary" || name == "alibi"
+                              : value[0] == '"' && name == "position_embedding_type";
+        if (said) continue;  // what kind of positions there are: below
+        EXPECT_EQ(ConfigError(config + "\"" + field + "\": " + value + "}"),
+                  "config.json: " + std::string(field) +
+                      " is not a field that Ropewalk knows, and may change the rotation: correct it, or make "
+                      "Frequencies(theta=.., rotary_dim=..)");
+      }
+    }
+  }
+  const std::string unknown =
+      R"({"model_type": "never_heard_of", "hidden_size": 256, "num_attention_heads": 4, "rope_theta": 1e4, )";
+  EXPECT_EQ(ConfigError(unknown + R"("attn_config": {"deep": {"rope_theta": 5e5}}})"),
+            "config.json: attn_config.deep.rope_theta is not a field that Ropewalk knows, and may change the rotation: "
+            "correct it, or make Frequencies(theta=.., rotary_dim=..)");
+  // Around the text model.
+  const std::string text = R"("text_config": {"model_type": "llama", "hidden_size": 256, "num_attention_heads": 4,
+                              "rope_theta": 1e4}})";
+  EXPECT_NE(FromConfig(R"({"rope_theta": 1e4, )" + text), nullptr);
+  EXPECT_EQ(ConfigError(R"({"rope_theta": 1e6, )" + text).rfind("config.json: rope_theta is not a field", 0), 0u);
+  // A diffusion transformer.
+  EXPECT_EQ(
+      ConfigError(R"({"_class_name": "FluxTransformer2DModel", "num_attention_heads": 24, "rope_max_seq_len": 1})")
+          .rfind("config.json: rope_max_seq_len is not a field", 0),
+      0u);
+}
+
+TEST(ModelTypes, WithoutRotaryEmbedding) {
+  const std::string shape = R"("hidden_size": 256, "num_attention_heads": 4, "rope_theta": 1e4)";
+  const auto error = [&](const std::string& more) { return ConfigError("{" + more + ", " + shape + "}"); };
+  EXPECT_EQ(error(R"("model_type": "bloom")"),
+            "config.json: model_type is \"bloom\", a model with ALiBi, without rotary embedding");
+  EXPECT_EQ(error(R"("model_type": "mpt", "attn_config": {"alibi": true})"),
+            "config.json: model_type is \"mpt\", a model with ALiBi, without rotary embedding");
+  EXPECT_EQ(error(R"("model_type": "gpt2")"),
+            "config.json: model_type is \"gpt2\", a model with absolute positions, without rotary embedding");
+  EXPECT_EQ(error(R"("model_type": "t5")"),
+            "config.json: model_type is \"t5\", a model with relative positions, without rotary embedding");
+  EXPECT_EQ(
+      error(R"("model_type": "jamba")"),
+      "config.json: model_type is \"jamba\", a model without position embedding (NoPE), so without rotary embedding");
+  for (const char* type : {"falcon", "never_heard_of"}) {
+    const std::string start = std::string(R"("model_type": ")") + type + "\", ";
+    EXPECT_EQ(error(start + R"("alibi": true)"),
+              "config.json: alibi is true: a model with ALiBi has no rotary embedding");
+    EXPECT_EQ(error(start + R"("attn_config": {"alibi": true})"),
+              "config.json: attn_config.alibi is true: a model with ALiBi has no rotary embedding");
+    EXPECT_EQ(error(start + R"("mla_use_nope": true)"),
+              "config.json: mla_use_nope is true: a model with NoPE has no rotary embedding");
+    for (const char* positions : {"absolute", "nope", "alibi", "relative_key", "learned"}) {
+      EXPECT_EQ(error(start + R"("position_embedding_type": ")" + positions + "\""),
+                std::string("config.json: position_embedding_type is \"") + positions +
+                    "\": a model with such positions has no rotary embedding");
+    }
+    EXPECT_EQ(error(start + R"("use_rotary": false)"),
+              "config.json: use_rotary is false: such a model has no rotary embedding");
+  }
+  EXPECT_EQ(error(R"("model_type": "granitemoehybrid")"),
+            "config.json: position_embedding_type is missing: without it model_type \"granitemoehybrid\" has no rotary "
+            "embedding");
+  EXPECT_NE(FromConfig(R"({"model_type": "granitemoehybrid", "position_embedding_type": "rope", )" + shape + "}"),
+            nullptr);
+  EXPECT_EQ(
+      error(R"("model_type": "qwen2_vl_vision")"),
+      "config.json: model_type is \"qwen2_vl_vision\", which rotates by the rows and columns of images: that is not "
+      "supported");
+  EXPECT_EQ(error(R"("model_type": "chatglm", "position_encoding_2d": true)"),
+            "config.json: position_encoding_2d is true: the rotation of ChatGLM's first version is not supported");
+}
+
+// meta-llama/Llama-4-Scout-17B-16E: low_freq_factor = high_freq_factor = 1. As transformers has it, wavelengths above
+// 8192 are divided and the others kept.
+TEST(Frequencies, Llama3WithoutBlend) {
+  const std::string rule = R"({"rope_type": "llama3", "factor": 16.0, "original_max_position_embeddings": 8192, )";
+  const Handle scout = Make(500000, 128, rule + R"("low_freq_factor": 1.0, "high_freq_factor": 1.0})");
+  int kept = 0, divided = 0;
+  ExpectFrequencies(*scout, [&](int64_t i) -> Quad {
+    const Quad w = Plain(500000, 128, i);
+    return 2 * kPi / w > 8192 ? (++divided, w / 16) : (++kept, w);
+  });
+  EXPECT_EQ(kept, 35);
+  EXPECT_EQ(divided, 29);
+  EXPECT_EQ(scout->warnings, "");
+  for (size_t i = 0; i < 64; ++i) {
+    EXPECT_NEAR(scout->table_inv_freq[i], scout->inv_freq[i], 4e-7 * scout->inv_freq[i]);
+  }
+  const Handle crossed = Make(500000, 128, rule + R"("low_freq_factor": 4.0, "high_freq_factor": 1.0})");
+  ExpectFrequencies(*crossed, [&](int64_t i) -> Quad {
+    const Quad w = Plain(500000, 128, i);
+    return 2 * kPi / w > 8192 / 4 ? w / 16 : w;
+  });
+  EXPECT_EQ(crossed->warnings, "scaling.high_freq_factor should be at least low_freq_factor, 4, but is 1");
+}
+
+// What transformers goes on without, or with, and only says.
+TEST(Frequencies, IgnoredWithAWarning) {
+  const std::string yarn = R"({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096)";
+  const Handle plain = Make(10000, 64, yarn + "}");
+  EXPECT_EQ(plain->warnings, "");
+  for (const auto& [more, warning] :
+       {std::pair{R"("attn_factor": 2.0)", "scaling.attn_factor is ignored, as transformers ignores it"},
+        {R"("extrapolation_factor": 1)", "scaling.extrapolation_factor is ignored, as transformers ignores it"},
+        {R"("finetuned": true)", "scaling.finetuned is ignored, as transformers ignores it"},
+        {R"("type": "linear")", "scaling.type is ignored: it is \"linear\", but rope_type is \"yarn\""},
+        {R"("type": "ntk-aware")", "scaling.type is ignored: it is \"ntk-aware\", but rope_type is \"yarn\""},
+        {R"("attn_factor": 1, "finetuned": false)",
+         "scaling.attn_factor is ignored, as transformers ignores it\nscaling.finetuned is ignored, as transformers "
+         "ignores it"},
+        {R"("type": "yarn")", ""},
+        {R"("attn_factor": null)", ""}}) {
+    const Handle made = Make(10000, 64, yarn + ", " + more + "}");
+    EXPECT_EQ(made->inv_freq, plain->inv_freq) << more;
+    EXPECT_EQ(made->attention_scaling, plain->attention_scaling) << more;
+    EXPECT_EQ(made->warnings, warning) << more;
+  }
+  // beta_fast < beta_slow: the ramp falls.
+  const Handle falling = Make(10000, 64, yarn + R"(, "beta_fast": 1, "beta_slow": 32})");
+  const Handle rising = Make(10000, 64, yarn + R"(, "beta_fast": 32, "beta_slow": 1})");
+  EXPECT_EQ(falling->warnings, "scaling.beta_fast should be at least beta_slow, 32, but is 1");
+  EXPECT_EQ(falling->inv_freq.front(), 1.0 / 4);
+  EXPECT_EQ(rising->inv_freq.front(), 1.0);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -792,10 +1112,79 @@ TEST(ModelConfigTest, EveryModel) {
   }
 }
 
+// Heads and pairing of models whose configurations say them in words of their own. The numbers are those of the
+// published config.json that is named; pairing and norm those of the model's code.
+TEST(ModelConfigTest, HeadsAndPairing) {
+  struct Expected {
+    const char* source;
+    const char* json;
+    int64_t q_heads, k_heads, head_dim, rotary_dim, rotary_offset;
+    bool interleaved, norm;
+  };
+  const Expected models[] = {
+      {"databricks/dbrx-instruct", R"({"model_type": "dbrx", "d_model": 6144, "n_heads": 48, "max_seq_len": 32768,
+           "attn_config": {"clip_qkv": 8, "kv_n_heads": 8, "model_type": "", "rope_theta": 500000}})",
+       48, 8, 128, 128, 0, false, false},
+      {"tiiuae/falcon-7b", R"({"model_type": "falcon", "alibi": false, "hidden_size": 4544, "multi_query": true,
+           "new_decoder_architecture": false, "num_attention_heads": 71, "parallel_attn": true})",
+       71, 1, 64, 64, 0, false, false},
+      {"tiiuae/falcon-40b", R"({"model_type": "falcon", "alibi": false, "hidden_size": 8192, "multi_query": true,
+           "new_decoder_architecture": true, "num_attention_heads": 128, "num_kv_heads": 8})",
+       128, 8, 64, 64, 0, false, false},
+      {"tiiuae/falcon-7b of 2023-05", R"({"model_type": "RefinedWebModel", "alibi": false, "hidden_size": 4544,
+           "multi_query": true, "n_head": 71})",
+       71, 1, 64, 64, 0, false, false},
+      {"zai-org/chatglm2-6b", R"({"model_type": "chatglm", "hidden_size": 4096, "kv_channels": 128,
+           "multi_query_attention": true, "multi_query_group_num": 2, "num_attention_heads": 32, "seq_length": 32768})",
+       32, 2, 128, 64, 0, true, false},
+      {"zai-org/glm-4-9b-chat", R"({"model_type": "chatglm", "hidden_size": 4096, "kv_channels": 128,
+           "multi_query_attention": true, "multi_query_group_num": 2, "num_attention_heads": 32, "rope_ratio": 500,
+           "seq_length": 131072})",
+       32, 2, 128, 64, 0, true, false},
+      {"moonshotai/Kimi-K2-Instruct", R"({"model_type": "kimi_k2", "hidden_size": 7168, "num_attention_heads": 64,
+           "num_key_value_heads": 64, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
+           "max_position_embeddings": 131072, "rope_theta": 50000.0, "rope_scaling": {"beta_fast": 1.0, "beta_slow": 1.0,
+           "factor": 32.0, "mscale": 1.0, "mscale_all_dim": 1.0, "original_max_position_embeddings": 4096,
+           "type": "yarn"}})",
+       64, 64, 192, 64, 128, true, false},
+      {"inclusionAI/Ling-mini-2.0", R"({"model_type": "bailing_moe", "hidden_size": 2048, "num_attention_heads": 16,
+           "num_key_value_heads": 4, "head_dim": 128, "rotary_dim": 64, "partial_rotary_factor": 0.5,
+           "rope_theta": 600000, "rope_scaling": null, "use_qk_norm": true, "rms_norm_eps": 1e-06})",
+       16, 4, 128, 64, 0, false, true},
+      {"inclusionAI/Ling-lite", R"({"model_type": "bailing_moe", "hidden_size": 2048, "num_attention_heads": 16,
+           "num_key_value_heads": 4, "head_dim": 128, "rope_theta": 600000, "rope_scaling": null})",
+       16, 4, 128, 128, 0, false, false},
+      {"hunyuanvideo-community/HunyuanVideo transformer", R"({"_class_name": "HunyuanVideoTransformer3DModel",
+           "attention_head_dim": 128, "num_attention_heads": 24, "qk_norm": "rms_norm", "rope_axes_dim": [16, 56, 56],
+           "rope_theta": 256.0})",
+       24, 24, 128, 128, 0, true, true},
+      {"microsoft/Phi-3-small-8k-instruct", R"({"model_type": "phi3small", "hidden_size": 4096,
+           "num_attention_heads": 32, "num_key_value_heads": 8, "rope_embedding_base": 1000000,
+           "rope_position_scale": 1.0})",
+       32, 8, 128, 128, 0, false, false},
+      {"mistralai/Devstral-Small-2507 params.json", R"({"dim": 5120, "n_layers": 40, "head_dim": 128, "n_heads": 32,
+           "n_kv_heads": 8, "rope_theta": 1000000000.0, "norm_eps": 1e-05})",
+       32, 8, 128, 128, 0, true, false},
+  };
+  for (const Expected& expected : models) {
+    ModelConfig model;
+    const Status status = ReadModelConfig(expected.json, "config.json", &model);
+    ASSERT_TRUE(status.ok()) << expected.source << ": " << status.text();
+    EXPECT_EQ(model.q_heads, expected.q_heads) << expected.source;
+    EXPECT_EQ(model.k_heads, expected.k_heads) << expected.source;
+    EXPECT_EQ(model.head_dim, expected.head_dim) << expected.source;
+    EXPECT_EQ(model.rotary_dim, expected.rotary_dim) << expected.source;
+    EXPECT_EQ(model.rotary_offset, expected.rotary_offset) << expected.source;
+    EXPECT_EQ(model.interleaved, expected.interleaved) << expected.source;
+    EXPECT_EQ(model.norm, expected.norm) << expected.source;
+  }
+}
+
 TEST(ModelConfigTest, NameAndEps) {
   ModelConfig model;
-  ASSERT_TRUE(
-      ReadModelConfig(R"({"n_head": 2, "n_embd": 128, "layer_norm_epsilon": 0.5})", "a/b/tiny.json", &model).ok());
+  ASSERT_TRUE(ReadModelConfig(R"({"model_type": "gptj", "n_head": 2, "n_embd": 128, "layer_norm_epsilon": 0.5})",
+                              "a/b/tiny.json", &model)
+                  .ok());
   EXPECT_EQ(model.name, "tiny");
   EXPECT_EQ(model.eps, 0.5);
   EXPECT_EQ(model.k_heads, 2);

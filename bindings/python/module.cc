@@ -381,6 +381,10 @@ EXPORT(frequencies_inv_freq, 1) {
 EXPORT(frequencies_axes, 1) {
   return ReturnBytes(result, ropewalk_frequencies_axes(Handle(args[0])), Pairs(args[0]) * sizeof(int32_t));
 }
+EXPORT(frequencies_warnings, 1) {
+  const std::string_view text = ropewalk_frequencies_warnings(Handle(args[0]));
+  return ReturnBytes(result, text.data(), text.size());
+}
 EXPORT(frequencies_table, 3) {
   DLTensor *cos = nullptr, *sin = nullptr;
   if (!GetTensor(args[1], &cos) || !GetTensor(args[2], &sin))

@@ -164,7 +164,8 @@ ROPEWALK_API int ropewalk_set_threads(int32_t threads);
 
 // Frequencies theta^(-2i/rotary_dim), i < rotary_dim/2, changed by a scaling rule in Hugging Face's spelling:
 // `scaling_json` is NULL or a JSON object such as {"rope_type": "yarn", "factor": 4.0, ..}. `sequence_length` chooses
-// what depends on it (dynamic, longrope); 0: the original length. Unknown or contradictory fields are refused by name.
+// what depends on it (dynamic, longrope); 0: the original length. Unknown or contradictory fields are refused by name;
+// those that transformers ignores are ignored, and ropewalk_frequencies_warnings names them.
 ROPEWALK_API int ropewalk_frequencies_create(double theta, int64_t rotary_dim, const char* scaling_json,
                                              int64_t sequence_length, ropewalk_frequencies** out);
 
@@ -173,7 +174,8 @@ ROPEWALK_API int ropewalk_frequencies_from_array(const double* inv_freq, int64_t
                                                  const int32_t* axes, ropewalk_frequencies** out);
 
 // From the text of a model's config.json. `name` is what messages call it (its path). `layer_type` is NULL or a key of
-// nested rope_parameters ("full_attention").
+// nested rope_parameters ("full_attention"). A model_type that is not in docs/models.md is served if fields with known
+// names say everything, and else refused, as is a model without rotary embedding.
 ROPEWALK_API int ropewalk_frequencies_from_config(const char* json, const char* name, const char* layer_type,
                                                   int64_t sequence_length, ropewalk_frequencies** out);
 
@@ -187,6 +189,8 @@ ROPEWALK_API double ropewalk_frequencies_attention_scaling(const ropewalk_freque
 ROPEWALK_API const double* ropewalk_frequencies_inv_freq(const ropewalk_frequencies* frequencies);  // [rotary_dim/2]
 // [rotary_dim/2] or NULL
 ROPEWALK_API const int32_t* ropewalk_frequencies_axes(const ropewalk_frequencies* frequencies);
+// What was ignored in the rule or the configuration, a sentence a line; "" for nothing. Lives as long as `frequencies`.
+ROPEWALK_API const char* ropewalk_frequencies_warnings(const ropewalk_frequencies* frequencies);
 
 // Fills cos and sin [rows, rotary_dim/2] (float32, float16 or bfloat16, on the host, any strides) for positions
 // 0 .. rows-1 as Hugging Face does: the angle is a float32 product of position and float32 frequency.

@@ -83,6 +83,7 @@ class Frequencies {
   int64_t rotary_dim() const { return ropewalk_frequencies_rotary_dim(handle_); }
   double attention_scaling() const { return ropewalk_frequencies_attention_scaling(handle_); }
   const double* inv_freq() const { return ropewalk_frequencies_inv_freq(handle_); }
+  const char* warnings() const { return ropewalk_frequencies_warnings(handle_); }
 
  private:
   ropewalk_frequencies* handle_ = nullptr;

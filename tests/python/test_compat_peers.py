@@ -5,6 +5,7 @@ and against the functions themselves where they are installed; gradients against
 import math
 
 import pytest
+import ropewalk
 import torch
 from ropewalk.compat import diffusers, flash_attn, flashinfer, liger, transformers, vllm
 from test_compat import DEVICES, DTYPES, draw, table, turned
@@ -332,3 +333,101 @@ def test_compiles(device):
     want = both(x)
     with torch.no_grad():
         assert torch.equal(torch.compile(both, backend="aot_eager", fullgraph=True)(x), want)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tokens without a row in the table, and tables of another pairing
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize(
+    "offsets", [-2, torch.tensor([-2, 0]), torch.tensor([-9, 3], dtype=torch.int32), torch.tensor([30, 0])]
+)
+def test_flash_attn_leaves_tokens_without_a_row(offsets, inplace):
+    """Left padding by negative offsets, and past the last row: x as it is. flash-attn's kernel loads 1 and 0 there."""
+    cos, sin = ropewalk.Frequencies(1e4, 16).table(32, torch.float32)
+    x = torch.randn(2, 6, 2, 24, generator=torch.Generator().manual_seed(3))
+    positions = (
+        torch.arange(6) + (offsets[:, None] if isinstance(offsets, torch.Tensor) else offsets) + torch.zeros(2, 1)
+    )
+    inside = (positions >= 0) & (positions < 32)
+    assert not inside.all() and inside.any()
+    clean = positions.clamp(0, 31).long()
+    c, s = cos[clean][:, :, None], sin[clean][:, :, None]
+    a, b = x[..., :8], x[..., 8:16]
+    want = torch.where(inside[..., None, None], torch.cat([a * c - b * s, b * c + a * s, x[..., 16:]], -1), x)
+    leaf = x.clone().requires_grad_()
+    got = flash_attn.apply_rotary_emb(leaf * 1 if inplace else leaf, cos, sin, inplace=inplace, seqlen_offsets=offsets)
+    torch.testing.assert_close(got.detach(), want, rtol=0, atol=1e-6)
+    assert torch.equal(got.detach()[~inside], x[~inside])  # to the bit
+    (got * want).sum().backward()  # the gradient is the rotation back, and 1 where nothing was turned
+    torch.testing.assert_close(leaf.grad, x, rtol=0, atol=1e-5)
+    if inplace:
+        with torch.no_grad():
+            there = x.clone()
+            assert flash_attn.apply_rotary_emb(there, cos, sin, inplace=True, seqlen_offsets=offsets) is there
+            torch.testing.assert_close(there, want, rtol=0, atol=1e-6)
+    ropewalk.check_faults()  # none is recorded
+
+
+def test_flash_attn_leaves_rows_behind_the_last_sequence():
+    cos, sin = ropewalk.Frequencies(1e4, 16).table(4, torch.float32)
+    x = torch.randn(9, 2, 16, generator=torch.Generator().manual_seed(3))
+    begins = torch.tensor([0, 2, 5], dtype=torch.int32)
+    got = flash_attn.apply_rotary_emb(x, cos, sin, cu_seqlens=begins, max_seqlen=4)
+    assert torch.equal(got[5:], x[5:])
+    whole = flash_attn.apply_rotary_emb(x[None, 2:5], cos, sin)[0]
+    assert torch.equal(got[2:5], whole)
+    padded = flash_attn.apply_rotary_emb(x, cos, sin, cu_seqlens=begins, seqlen_offsets=torch.tensor([-1, 2]))
+    assert torch.equal(padded[0], x[0]) and torch.equal(padded[4:], x[4:]) and padded.isfinite().all()
+
+
+def test_padding_stays_out_of_the_real_tokens():
+    """NaN in padding rows would go through the softmax's zero weights into every real token."""
+    cos, sin = ropewalk.Frequencies(1e4, 16).table(32, torch.float32)
+    generator = torch.Generator().manual_seed(4)
+    offsets = torch.tensor([-2, 0])
+    q, k, v = (torch.randn(2, 6, 2, 16, generator=generator) for _ in range(3))
+    q, k = (flash_attn.apply_rotary_emb(x, cos, sin, seqlen_offsets=offsets) for x in (q, k))
+    mask = torch.ones(2, 1, 6, 6, dtype=torch.bool).tril()
+    mask[0, :, :, :2] = False
+    mask[0, :, :2, 0] = True
+    out = torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), attn_mask=mask)
+    assert out.isfinite().all()
+
+
+def angles_of(pairing, dim=16, tokens=6):
+    angle = torch.arange(tokens)[:, None] * 1e4 ** (-torch.arange(0, dim, 2) / dim)
+    return torch.cat([angle, angle], -1) if pairing == "neox" else angle.repeat_interleave(2, -1)
+
+
+@pytest.mark.parametrize("batched", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tables_of_another_pairing_are_refused(dtype, batched):
+    """A table a a b b .. with halves, or a b .. a b .. with neighbours: half of its entries would be passed over."""
+    x = torch.randn(1, 4, 6, 16)
+    right = {
+        "apply_rotary_pos_emb": ("neox", lambda c, s: transformers.apply_rotary_pos_emb(x, x, c, s)),
+        "liger_rotary_pos_emb": ("neox", lambda c, s: liger.liger_rotary_pos_emb(x, x, c, s)),
+        "apply_rotary_emb": ("interleaved", lambda c, s: diffusers.apply_rotary_emb(x, (c, s))),
+        "apply_rotary_emb ": (
+            "neox",
+            lambda c, s: diffusers.apply_rotary_emb(x, (c, s), use_real_unbind_dim=-2),
+        ),
+    }
+    for name, (pairing, call) in right.items():
+        for given in ("neox", "interleaved"):
+            angle = angles_of(given)
+            cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
+            if batched and "apply_rotary_emb" != name.strip():
+                cos, sin = cos[None], sin[None]
+            if given == pairing:
+                call(cos, sin)
+                continue
+            match = rf"{name.strip()}: (cos|sin) must hold the entry of each pair twice, .* but the two differ"
+            with pytest.raises(ValueError, match=match):
+                call(cos, sin)
+            with pytest.raises(ValueError, match=match):  # also if the first rows alone are the same
+                call(torch.cat([cos[..., :1, :] * 0 + 1] * 5 + [cos[..., -1:, :]], -2), sin * 0)
+    nan = torch.full((6, 16), float("nan"))
+    assert transformers.apply_rotary_pos_emb(x, x, nan, nan)[0].isnan().all()  # equal, if no numbers

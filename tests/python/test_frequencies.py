@@ -1,7 +1,6 @@
 """Frequencies against transformers' own rope functions, and against 40 digits."""
 
 # SPDX-License-Identifier: Apache-2.0
-import glob
 import importlib
 import importlib.util
 import inspect
@@ -108,93 +107,6 @@ def test_rule(rule):
             again = ropewalk.Frequencies(theta, head_dim, scaling, length)
             assert np.array_equal(again.inv_freq, ours.inv_freq)
             assert again.attention_scaling == attention
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Every model of transformers that makes its frequencies from its configuration
-
-# Not a rotation of one head by one frequency per pair, or a configuration of an encoder that we do not read.
-NOT_OURS = {
-    "EfficientLoFTRRotaryEmbedding",  # partial_rotary_factor 4 of a width that is no head
-    "EomtDinov3RotaryEmbedding",  # 2-D, a quarter of the frequencies
-    "MoonshineRotaryEmbedding",  # encoder_num_attention_heads
-    "MusicFlamingoRotaryEmbedding",  # times in seconds
-    "DiaRotaryEmbedding",  # an encoder and a decoder in one configuration, likewise:
-    "T5GemmaRotaryEmbedding",
-    "MiniMaxM3VLRotaryEmbedding",  # its default configuration has a rotary_dim that its code does not read
-    # Their configurations' own defaults contradict themselves: hidden_size is no multiple of num_attention_heads.
-    "Glm4MoeRotaryEmbedding",
-    "Glm4vMoeTextRotaryEmbedding",
-    "Qwen3OmniMoeRotaryEmbedding",
-    "Qwen3OmniMoeTalkerRotaryEmbedding",
-    "Qwen3OmniMoeThinkerTextRotaryEmbedding",
-}
-
-
-def rotary_embeddings():
-    """(name, configuration, module) of each rotary embedding that transformers can build by default."""
-    root = os.path.join(os.path.dirname(transformers.__file__), "models")
-    for path in sorted(glob.glob(os.path.join(root, "*", "modeling_*.py"))):
-        if "compute_default_rope_parameters" not in pathlib.Path(path).read_text(encoding="utf-8"):
-            continue
-        folder, name = path.split(os.sep)[-2:]
-        try:
-            module = importlib.import_module(f"transformers.models.{folder}.{name[:-3]}")
-        except ImportError:  # needs a package that is not here
-            continue
-        for class_name, cls in inspect.getmembers(module, inspect.isclass):
-            if cls.__module__ != module.__name__ or not hasattr(cls, "compute_default_rope_parameters"):
-                continue
-            annotation = inspect.signature(cls.__init__).parameters["config"].annotation
-            if isinstance(annotation, str):
-                annotation = getattr(module, annotation, None)
-            if not inspect.isclass(annotation) or class_name in NOT_OURS:
-                continue
-            try:
-                config = annotation()
-                text = config.get_text_config()
-                yield class_name, config, cls(text)
-            except Exception:  # a default configuration that its own model cannot use
-                continue
-
-
-def test_every_model_of_transformers():
-    done, failures, table_differs, elements = set(), [], 0, 0
-    for name, config, module in rotary_embeddings():
-        buffers = {k: v for k, v in module.named_buffers() if k.endswith("inv_freq") and "original" not in k}
-        for key, theirs in buffers.items():
-            layer_type = None if key == "inv_freq" else key[: -len("_inv_freq")]
-            attention = getattr(module, f"{layer_type}_attention_scaling" if layer_type else "attention_scaling", 1.0)
-            try:
-                ours = ropewalk.Frequencies.from_config(config, layer_type=layer_type)
-            except ValueError as error:
-                failures.append((name, layer_type, str(error)))
-                continue
-            values = ours.inv_freq
-            if name.startswith("Ernie4_5_VL"):  # theirs are stored as height, width, time; used in the natural order
-                values = np.concatenate([values[:44:2], values[1:44:2], values[44:]])
-            # llama3 and yarn by default: see RELATIVE_OF_BLENDS.
-            limit = RELATIVE if name != "HiggsAudioV2RotaryEmbedding" else 4.1e-7
-            if values.shape != tuple(theirs.shape) or relative_difference(values, theirs) > limit:
-                failures.append((name, layer_type, f"{theirs.shape}, ours {values.shape}: frequencies differ"))
-                continue
-            if ours.attention_scaling != attention:
-                failures.append((name, layer_type, f"{ours.attention_scaling} is not {attention}"))
-                continue
-            done.add(type(config).__name__)
-            if name.startswith("Ernie4_5_VL"):
-                continue
-            # The table's row of position 1 tells whether the float32 frequencies are theirs to the bit.
-            cos, sin = ours.table(2, torch.float32)
-            expected = torch.sin(theirs.double()).float() * attention
-            table_differs += int((sin[1] != expected).sum())
-            elements += theirs.numel()
-    print(f"{len(done)} configuration classes; of {elements} sines {table_differs} differ")
-    assert not failures, "\n".join(map(str, failures))
-    assert len(done) >= 40
-    # Those that differ come from frequencies one unit off, on CPUs whose torch takes other blocks through its vector
-    # power; on x86-64 with AVX-512 there are none.
-    assert table_differs <= elements // 100
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -454,7 +366,8 @@ def test_mrope_axes():
 
 def test_errors_name_the_field_and_the_file(tmp_path):
     path = tmp_path / "config.json"
-    path.write_text('{"num_attention_heads": 8, "head_dim": 64, "rope_parameters": {"rope_type": "yarn"}}')
+    path.write_text('{"model_type": "llama", "num_attention_heads": 8, "head_dim": 64, '
+                    '"rope_parameters": {"rope_type": "yarn"}}')  # fmt: skip
     missing = r'config\.json: rope_parameters\.factor is missing, but rope_type "yarn" needs it'
     with pytest.raises(ValueError, match=missing):
         ropewalk.Frequencies.from_config(path)
@@ -464,3 +377,94 @@ def test_errors_name_the_field_and_the_file(tmp_path):
         ropewalk.Frequencies(1e4, 63)
     with pytest.raises(ValueError, match=r'layer_type is missing, but .*"full_attention" or "sliding_attention"'):
         ropewalk.Frequencies.from_config(MODELS / "gemma-3-4b.json")
+    with pytest.raises(
+        ValueError, match=r"config\.json: rope_theta is missing, and model_type \"new\" is not one that Rope"
+    ):
+        path.write_text('{"model_type": "new", "num_attention_heads": 8, "head_dim": 64}')
+        ropewalk.Frequencies.from_config(path)
+
+
+WITHOUT = """Bert GPT2 OPT Bloom Mpt GPTBigCode Roberta Albert Electra BioGpt CTRL ViT CLIP ImageGPT Jamba T5 Whisper"""
+
+
+@pytest.mark.parametrize("name", [f"{name}Config" for name in WITHOUT.split()])
+def test_models_without_rotary_embedding_are_refused(name):
+    with pytest.raises(ValueError, match="rotary embedding|is missing"):
+        ropewalk.Frequencies.from_config(getattr(transformers, name)())
+
+
+def test_warns_of_what_is_ignored():
+    rule = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096}
+    plain = ropewalk.Frequencies(1e4, 64, rule)
+    for more, sentence in (
+        ({"attn_factor": 2.0}, r"scaling\.attn_factor is ignored, as transformers ignores it"),
+        ({"type": "linear"}, r"scaling\.type is ignored: it is \"linear\", but rope_type is \"yarn\""),
+    ):
+        with pytest.warns(UserWarning, match=sentence) as caught:
+            made = ropewalk.Frequencies(1e4, 64, {**rule, **more})
+        assert np.array_equal(made.inv_freq, plain.inv_freq) and made.attention_scaling == plain.attention_scaling
+        assert caught[0].filename == __file__
+    config = {
+        "model_type": "llama",
+        "num_attention_heads": 8,
+        "head_dim": 64,
+        "rope_scaling": {**rule, "finetuned": True},
+    }
+    with pytest.warns(UserWarning, match=r"config: rope_scaling\.finetuned is ignored") as caught:
+        ropewalk.Frequencies.from_config(config)
+    assert caught[0].filename == __file__
+
+
+def test_scout(tmp_path):
+    """low_freq_factor = high_freq_factor: transformers warns, and nothing is blended."""
+    rule = {"rope_type": "llama3", "factor": 16.0, "low_freq_factor": 1.0, "high_freq_factor": 1.0,
+            "original_max_position_embeddings": 8192}  # fmt: skip
+    config = llama(rule, 5e5, 128)
+    theirs, attention = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
+    ours = ropewalk.Frequencies.from_config(config)
+    assert relative_difference(ours.inv_freq, theirs) <= RELATIVE and ours.attention_scaling == attention == 1
+    released = {"model_type": "llama4", "text_config": {"model_type": "llama4_text", "head_dim": 128,
+                "num_attention_heads": 40, "num_key_value_heads": 8, "rope_theta": 500000.0, "rope_scaling": rule,
+                "no_rope_layers": [1, 1, 1, 0], "attn_temperature_tuning": True}}  # fmt: skip
+    assert np.array_equal(ropewalk.Frequencies.from_config(released).inv_freq, ours.inv_freq)
+
+
+def test_hunyuan_video():
+    """Against diffusers' own table: axes, theta and pairs of neighbours."""
+    hunyuan = pytest.importorskip("diffusers.models.transformers.transformer_hunyuan_video")
+    config = {"_class_name": "HunyuanVideoTransformer3DModel", "attention_head_dim": 128, "num_attention_heads": 24,
+              "qk_norm": "rms_norm", "rope_axes_dim": [16, 56, 56], "rope_theta": 256.0}  # fmt: skip
+    ours = ropewalk.Frequencies.from_config(config)
+    cos, sin = hunyuan.HunyuanVideoRotaryPosEmbed(2, 1, [16, 56, 56], 256.0)(torch.zeros(1, 16, 3, 8, 10))
+    where = np.stack(np.meshgrid(np.arange(3), np.arange(4), np.arange(5), indexing="ij"), -1).reshape(-1, 3)
+    angle = where[:, ours.axes] * ours.inv_freq
+    for theirs, want in ((cos, np.cos(angle)), (sin, np.sin(angle))):
+        assert np.allclose(theirs.double().numpy(), np.repeat(want, 2, axis=1), rtol=0, atol=1e-5)
+
+
+def test_scalars_of_numpy_are_numbers():
+    plain = ropewalk.Frequencies(1e4, 64, {"rope_type": "linear", "factor": 4.0})
+    for number in (np.float32(4), np.int64(4), torch.tensor(4.0)):
+        ours = ropewalk.Frequencies(1e4, 64, {"rope_type": "linear", "factor": number})
+        assert np.array_equal(ours.inv_freq, plain.inv_freq)
+    config = {"model_type": "llama", "num_attention_heads": np.int32(8), "head_dim": 64, "rope_theta": np.float64(5e5)}
+    assert np.array_equal(ropewalk.Frequencies.from_config(config).inv_freq, ropewalk.Frequencies(5e5, 64).inv_freq)
+    with pytest.raises(TypeError, match="scaling must be a dict, but is a str"):
+        ropewalk.Frequencies(1e4, 64, "yarn")
+
+
+def test_files_that_are_no_json(tmp_path):
+    path = tmp_path / "config.json"
+    for data, sentence in (
+        ('{"model_type": "llama"}'.encode("utf-16"), "is not JSON in UTF-8: invalid start byte at byte 0"),
+        (b"GGUF\x03\x00\xff\xfe", "is not JSON in UTF-8"),
+        (b" " * (9 << 20), "is larger than 8 MiB"),
+    ):
+        path.write_bytes(data)
+        with pytest.raises(ValueError, match=rf"config\.json: {sentence}"):
+            ropewalk.Frequencies.from_config(path)
+    if os.path.exists("/dev/zero"):
+        with pytest.raises(ValueError, match="/dev/zero: is larger than 8 MiB"):
+            ropewalk.Frequencies.from_config("/dev/zero")
+    path.write_bytes('\ufeff{"model_type": "llama", "head_dim": 64, "num_attention_heads": 8}'.encode())
+    assert ropewalk.Frequencies.from_config(path).rotary_dim == 64

@@ -171,12 +171,93 @@ def test_an_unknown_body_is_refused(monkeypatch):
     assert all("forward" not in module.__dict__ for module in model.modules())
 
 
-def test_other_frequencies_than_the_configuration_says_are_refused():
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "change", ["another theta", "a scaling", "a rule that the configuration hides", "half precision"]
+)
+def test_a_rule_of_its_own_is_taken_and_said(change):
+    """A model that does not turn by its configuration goes on turning as it did."""
+    model, prompt = make("llama"), ids()
+    rotary = model.model.rotary_emb
+    if change == "another theta":
+        for buffer in (rotary.inv_freq, rotary.original_inv_freq):
+            buffer.copy_(5e5 ** (-torch.arange(0, 16, 2) / 16))
+    elif change == "a scaling":
+        rotary.attention_scaling = 1.25
+    elif change == "a rule that the configuration hides":
+        model.config.rope_parameters["rope_thetta"] = 7.0  # refused by name, while the module turns by theta
+        model.config.rope_ratio = 2
+    else:
+        for buffer in (rotary.inv_freq, rotary.original_inv_freq):
+            buffer.copy_(5e5 ** (-torch.arange(0, 16, 2) / 16))
+        model.to(torch.bfloat16)
+    want = model(prompt).logits
+    with pytest.warns(UserWarning, match="patch: the frequencies of LlamaRotaryEmbedding are not those of its config"):
+        patch = ropewalk.transformers.patch(model)
+    before = launches()
+    got = model(prompt).logits
+    assert launches() == before + 2  # by Ropewalk
+    limit = 3e-2 if change == "half precision" else 1e-6
+    assert (got - want).abs().max() <= limit * want.abs().max()
+    patch.unpatch()
+    assert torch.equal(model(prompt).logits, want)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("fill", [float("nan"), 1e34, 0.0])
+def test_frequencies_that_were_never_made_are_refused(fill):
     model = make("llama")
-    model.model.rotary_emb.inv_freq *= 2
-    model.model.rotary_emb.original_inv_freq *= 2
-    with pytest.raises(ValueError, match="not those of its configuration"):
+    for buffer in (model.model.rotary_emb.inv_freq, model.model.rotary_emb.original_inv_freq):
+        buffer.fill_(fill)  # as to_empty leaves them
+    with pytest.raises(ValueError, match="patch: the frequencies of LlamaRotaryEmbedding are not those of its config"):
         ropewalk.transformers.patch(model)
+    assert all("forward" not in module.__dict__ for module in model.modules())
+
+
+@torch.no_grad()
+def test_a_rule_that_changes_with_the_length_is_refused():
+    """The numbers of such a module are of one moment."""
+    model = make("llama dynamic")
+    for buffer in (model.model.rotary_emb.inv_freq, model.model.rotary_emb.original_inv_freq):
+        buffer *= 0.5
+    with pytest.raises(ValueError, match=r"they differ\): give angles='table'"):
+        ropewalk.transformers.patch(model)
+
+
+@torch.no_grad()
+def test_fields_that_transformers_ignores_do_not_hinder(recwarn):
+    rule = {"rope_type": "yarn", "type": "linear", "rope_theta": 1e4, "factor": 4.0, "attn_factor": 2.0,
+            "original_max_position_embeddings": 64, "finetuned": True, "extrapolation_factor": 1.0}  # fmt: skip
+    model, prompt = make("llama"), ids()
+    config = type(model.config)(**{**model.config.to_dict(), "rope_parameters": rule})
+    model = AutoModelForCausalLM.from_config(config).eval()
+    want = model(prompt).logits
+    with ropewalk.transformers.patch(model):
+        got = model(prompt).logits
+    assert (got - want).abs().max() <= 1e-6 * want.abs().max()
+    assert not [warning for warning in recwarn if "patch" in str(warning.message)]
+
+
+@torch.no_grad()
+def test_a_buffer_in_another_order_is_judged_by_its_effect():
+    """ERNIE 4.5 VL stores its frequencies by height, width, time, and turns by their natural order."""
+    from transformers.models.ernie4_5_vl_moe import modeling_ernie4_5_vl_moe as ernie
+
+    config = ernie.Ernie4_5_VLMoeTextConfig(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=128, max_position_embeddings=256, head_dim=16, moe_num_experts=4, moe_k=2,
+        moe_intermediate_size=[32, 32],
+        rope_parameters={"rope_type": "default", "rope_theta": 5e5, "mrope_section": [3, 3, 2]},
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model, prompt, token = ernie.Ernie4_5_VLMoeTextModel(config).eval(), ids(1, 12), torch.arange(12)[None]
+    ours = torch.from_numpy(ropewalk.Frequencies.from_config(config).inv_freq)
+    assert not torch.allclose(model.rotary_emb.inv_freq.double(), ours, rtol=1e-3)
+    for positions in (None, torch.stack([token, token // 3, token % 5])):
+        want = model(input_ids=prompt, position_ids=positions).last_hidden_state
+        with ropewalk.transformers.patch(model) as patch:
+            got = model(input_ids=prompt, position_ids=positions).last_hidden_state
+        assert patch.layers == 2 and (got - want).abs().max() <= 1e-6 * want.abs().max()
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
 """Ropewalk: rotary position embedding on queries and keys, exact at every position, at the speed of memory.
 
 One operation in three stages: normalise each head (optional), rotate, store (in place, into new tensors, or into a KV
-cache). Tensors are anything with DLPack: torch, numpy, jax, cupy.
+cache). Tensors are anything with DLPack: torch, numpy, cupy; jax arrays on the CPU, which `rope` alone takes.
 """
 
 # SPDX-License-Identifier: Apache-2.0
@@ -283,11 +283,12 @@ def rope(q: Any, k: Any = None, **options: Unpack[RopeOptions]) -> tuple[Any, An
     """As `rope_`, but into new tensors: q and k are left as they are. KV caches are written as there.
 
     Returns:
-        The new q and k, each like its own (torch, numpy, jax or cupy); None for no k, and with k_store_only.
+        The new q and k, like their own (torch, numpy, cupy, or jax on the CPU); None for no k, or with k_store_only.
     """
     q_out = _arrays.empty_like("q", q)
     k_out = None if k is None or options.get("k_store_only") else _arrays.empty_like("k", k)
-    return rope_(q, k, q_out=q_out, k_out=k_out, **options)
+    new = rope_(q, k, q_out=q_out, k_out=k_out, **options)
+    return new if isinstance(q, _Tensor) else (_arrays.as_given(q, new[0]), _arrays.as_given(k, new[1]))
 
 
 def prepare(q: Any, k: Any = None, **options: Unpack[RopeOptions]) -> None:

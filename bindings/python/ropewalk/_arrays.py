@@ -132,6 +132,25 @@ def check_torch(name: str, value: Any) -> None:
         raise ValueError(f"rope: {name} is a lazily negated view: call {name}.resolve_neg() first")
 
 
+def _is_jax(value: Any) -> bool:
+    return type(value).__module__.partition(".")[0] in ("jax", "jaxlib")
+
+
+def _check_jax(name: str, value: Any) -> None:
+    """Refuses arrays that have no data yet, and those whose memory is not in one place that a call can write."""
+    jax = sys.modules["jax"]
+    if isinstance(value, jax.core.Tracer):
+        raise ValueError(
+            f"rope: {name} is traced by jax (jit, grad, vmap), and has no data: call it outside, on arrays"
+        )
+    places = sorted({device.platform for device in value.devices()})
+    if len(value.devices()) != 1 or places != ["cpu"]:
+        raise ValueError(
+            f"rope: {name} must be on one CPU device if it is a jax array, but is on {len(value.devices())} of "
+            f"{', '.join(places)}: give a torch or cupy array of the same memory (torch.from_dlpack)"
+        )
+
+
 def convert(name: str, value: Any, written: bool) -> Any:
     """A tensor argument, ready for the module. Raises a ValueError or TypeError that names it."""
     if torch is not None and isinstance(value, torch.Tensor):
@@ -143,8 +162,10 @@ def convert(name: str, value: Any, written: bool) -> Any:
         raise TypeError(
             f"rope: {name} must be a tensor with DLPack (torch, numpy, jax, cupy, ..), but is a {_type_name(value)}"
         )
-    if written and type(value).__module__.partition(".")[0] in ("jax", "jaxlib"):
-        raise ValueError(f"rope: {name} would be written, but jax arrays are immutable: use torch, numpy or cupy")
+    if _is_jax(value):
+        _check_jax(name, value)
+        if written:
+            raise ValueError(f"rope: {name} would be written, but jax arrays are immutable: use torch, numpy or cupy")
     try:
         return tvm_ffi.from_dlpack(value)
     except (BufferError, RuntimeError, ValueError, TypeError) as error:
@@ -232,16 +253,24 @@ def empty(shape: tuple[int, ...], dtype: Any) -> Any:
 
 
 def empty_like(name: str, value: Any) -> Any:
-    """A new array like a given one, of its own kind."""
+    """A new array like a given one, of its own kind; of numpy's where that is jax's: `as_given` makes it jax's."""
     if torch is not None and isinstance(value, torch.Tensor):
         return torch.empty_like(value)
     if numpy is not None and isinstance(value, numpy.ndarray):
         return numpy.empty_like(value, subok=False)
     module = sys.modules.get(type(value).__module__.partition(".")[0])
-    if module is not None and module.__name__ not in ("jax", "jaxlib") and hasattr(module, "empty_like"):
+    if module is not None and _is_jax(value):
+        _check_jax(name, value)
+        return sys.modules["numpy"].empty(value.shape, value.dtype)
+    if module is not None and hasattr(module, "empty_like"):
         return module.empty_like(value)  # cupy
-    if module is not None and module.__name__ in ("jax", "jaxlib"):
-        return sys.modules["jax"].numpy.array(value, copy=True)  # our own copy, which no one else has seen
     raise TypeError(
         f"rope: {name} must be a torch, numpy, jax or cupy array to get a new one like it, but is a {_type_name(value)}"
     )
+
+
+def as_given(value: Any, array: Any) -> Any:
+    """What was written for `value` by way of `empty_like`, as an array of its kind."""
+    if array is None or value is array or not _is_jax(value):
+        return array
+    return sys.modules["jax"].device_put(array, value.sharding)

@@ -7,6 +7,7 @@ import array
 import json
 import os
 import sys
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -20,11 +21,10 @@ _rotary_dim = _module.function("frequencies_rotary_dim")
 _attention_scaling = _module.function("frequencies_attention_scaling")
 _inv_freq = _module.function("frequencies_inv_freq")
 _axes = _module.function("frequencies_axes")
+_warnings = _module.function("frequencies_warnings")
 _table = _module.function("frequencies_table")
 
-
-# More than the core takes, so that it refuses what is longer, and nothing reads on for ever.
-_MOST_TEXT = 16 << 20
+_MOST_BYTES = 8 << 20  # of a config.json, as in the core: a larger file is not read
 
 
 def _length(sequence_length: int | None) -> int:
@@ -34,6 +34,32 @@ def _length(sequence_length: int | None) -> int:
     if length < 1:
         raise ValueError(f"frequencies: sequence_length must be at least 1, or None, but is {length}")
     return length
+
+
+def _json(value: Mapping[str, Any]) -> str:
+    """The text of a configuration or a rule: numpy's and torch's scalars as the numbers that they are."""
+    if not isinstance(value, Mapping):
+        raise TypeError(f"frequencies: scaling must be a dict, but is a {type(value).__name__}")
+
+    def plain(item: Any) -> Any:
+        if getattr(item, "shape", None) == () and hasattr(item, "item"):
+            return item.item()
+        return item.tolist() if hasattr(item, "tolist") else str(item)
+
+    return json.dumps(dict(value), default=plain)
+
+
+def _read(path: str) -> str:
+    if os.path.isdir(path):
+        path = os.path.join(path, "config.json")
+    with open(path, "rb") as file:
+        data = file.read(_MOST_BYTES + 1)
+    if len(data) > _MOST_BYTES:
+        raise ValueError(f"{path}: is larger than {_MOST_BYTES >> 20} MiB")
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: is not JSON in UTF-8: {error.reason} at byte {error.start}") from None
 
 
 class Frequencies:
@@ -53,6 +79,9 @@ class Frequencies:
 
     Raises:
         ValueError: a field is unknown, missing or contradictory. The message names it.
+
+    Warns:
+        UserWarning: a field was ignored, as transformers ignores it (`attn_factor`, a stale `type`).
     """
 
     __slots__ = ("__weakref__", "_handle", "_key", "_recipe")
@@ -67,7 +96,7 @@ class Frequencies:
         scaling: Mapping[str, Any] | None = None,
         sequence_length: int | None = None,
     ) -> None:
-        text = None if scaling is None else json.dumps(dict(scaling), default=str)
+        text = None if scaling is None else _json(scaling)
         base = _arrays.number("frequencies: theta", theta)
         dim = _arrays.integer("frequencies: rotary_dim", rotary_dim)
         self._own(_create(base, dim, text, _length(sequence_length)))
@@ -116,19 +145,21 @@ class Frequencies:
             sequence_length: in tokens, for the rules that depend on it (dynamic, longrope). None: the original length.
 
         Raises:
-            ValueError: a field is unknown, missing or contradictory. The message names the field and the file.
+            ValueError: a field is unknown, missing or contradictory; or the model has no rotary embedding (ALiBi,
+                absolute positions, NoPE). The message names the field and the file. A `model_type` that is not in
+                docs/models.md is served if fields with known names say everything, `rope_theta` among them.
             OSError: the file cannot be read.
+
+        Warns:
+            UserWarning: a field was ignored, as transformers ignores it.
         """
         if isinstance(config, (str, os.PathLike)):
-            path = os.fspath(config)
-            if os.path.isdir(path):
-                path = os.path.join(path, "config.json")
-            with open(path, encoding="utf-8") as file:
-                text, name = file.read(_MOST_TEXT), path
+            name = os.fspath(config)
+            text = _read(name)
         elif isinstance(config, Mapping):
-            text, name = json.dumps(dict(config), default=str), "config"
+            text, name = _json(config), "config"
         elif hasattr(config, "to_dict"):
-            text, name = json.dumps(config.to_dict(), default=str), type(config).__name__
+            text, name = _json(config.to_dict()), type(config).__name__
         else:
             raise TypeError(
                 "frequencies: config must be a path, a dict or a transformers configuration, "
@@ -139,7 +170,7 @@ class Frequencies:
     @classmethod
     def _parsed(cls, text: str, name: str, layer_type: str | None, sequence_length: int | None) -> Frequencies:
         self = cls.__new__(cls)
-        self._own(_from_config(text, name, layer_type, _length(sequence_length)))
+        self._own(_from_config(text, name, layer_type, _length(sequence_length)), callers=2)
         self._recipe = ("_parsed", (text, name, layer_type, sequence_length))
         return self
 
@@ -147,9 +178,11 @@ class Frequencies:
     def _again(cls, theta: float, rotary_dim: int, scaling: str | None, sequence_length: int | None) -> Frequencies:
         return cls(theta, rotary_dim, None if scaling is None else json.loads(scaling), sequence_length)
 
-    def _own(self, handle: int) -> None:
+    def _own(self, handle: int, callers: int = 1) -> None:
         self._handle = handle
         self._key = _arrays.register_handle(handle)
+        for sentence in _warnings(handle).decode().splitlines():
+            warnings.warn(sentence, stacklevel=2 + callers)
 
     def __del__(self, release: Any = _release, forget: Any = _arrays.forget_handle) -> None:
         if hasattr(self, "_handle"):

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from . import Frequencies, rope, rope_
+from ._rotary_module import frequencies_of
 
 _APPLY = "apply_rotary_pos_emb"
 _TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -107,7 +108,8 @@ def patch(model: torch.nn.Module, *, angles: str = "exact", rounding: str = "fus
     Args:
         model: a transformers model whose attention calls `apply_rotary_pos_emb` (Llama, Mistral, Qwen3, Gemma 3, ..).
         angles: "exact" computes the angles from the frequencies of the model's configuration, exact at every position;
-            "table" uses the model's own cosines and sines, for parity.
+            where the model turns by others, from the model's own, and a warning says so. "table" uses the model's own
+            cosines and sines, for parity.
         rounding: as in `ropewalk.rope_`.
         fuse_norm: do the per-head RMSNorm of q and k in the same pass where the model has one.
 
@@ -173,6 +175,7 @@ class _Rotary:
         self.stock = module.forward  # bound to the module, of its class
         self.takes_layer_type = "layer_type" in inspect.signature(type(module).forward).parameters
         self.cache: dict[Any, _Angles] = {}
+        self.own: dict[str | None, Frequencies | None] = {}  # by layer type, where they are not the configuration's
 
     def _rule(self, layer_type: str | None) -> dict[str, Any]:
         parameters = getattr(self.config, "rope_parameters", None) or {}
@@ -197,22 +200,26 @@ class _Rotary:
         if found is None:
             if len(self.cache) > 64:
                 self.cache.clear()
-            found = _Angles(Frequencies.from_config(self.config, layer_type, key[1] or None))
+            own = self.own.get(layer_type)
+            found = _Angles(own or Frequencies.from_config(self.config, layer_type, key[1] or None))
             self.cache[key] = found
         return found
 
     def check(self, layer_type: str | None) -> None:
-        """Compares our frequencies with the module's, which `model.to(bfloat16)` rounds to 8 bits."""
-        prefix = f"{layer_type}_" if self.takes_layer_type else ""
-        stock = getattr(self.module, f"{prefix}original_inv_freq", getattr(self.module, f"{prefix}inv_freq", None))
-        if stock is None:
+        """Compares our angles with the module's, and takes its own frequencies where they differ."""
+        if layer_type in self.own:
             return
-        ours = torch.from_numpy(Frequencies.from_config(self.config, layer_type).inv_freq)
-        stock, tolerance = stock.double().cpu(), 1e-5 if stock.dtype == torch.float32 else 1e-2
-        if stock.shape != ours.shape or not torch.allclose(ours, stock, atol=0.0, rtol=tolerance):
-            raise ValueError(
-                f"patch: the frequencies of {type(self.module).__name__} are not those of its configuration"
-            )
+        device = next((buffer.device for buffer in self.module.buffers()), None)
+
+        def tables(positions: Any) -> tuple[Any, Any]:
+            positions = positions.to(device)
+            tables = self.call_stock(torch.zeros(1, dtype=torch.float32, device=device), positions, layer_type)
+            cos, sin = (table.reshape(-1, *table.shape[-2:])[0] for table in tables)
+            take = _layout(cos)
+            return take(cos), take(sin)
+
+        changes = self._rule(layer_type).get("rope_type", "default") in ("dynamic", "longrope")
+        self.own[layer_type] = frequencies_of(self.module, layer_type, tables, changes)
 
     def forward(self, x: Any, position_ids: Any = None, layer_type: str | None = None) -> tuple[Any, Any]:
         if torch.is_grad_enabled():
@@ -252,9 +259,9 @@ def _patch_attention(
     ).to(weight)
     layer_type = _layer_type(rotary, attention)
     stock_tables = rotary.call_stock(hidden, positions, layer_type)
-    ours = (positions, rotary.angles(layer_type, positions)) if angles == "exact" else stock_tables
     if angles == "exact":
         rotary.check(layer_type)
+    ours = (positions, rotary.angles(layer_type, positions)) if angles == "exact" else stock_tables
 
     stock_function = inspect.unwrap(type(attention).forward)
     stock_apply = stock_function.__globals__[_APPLY]

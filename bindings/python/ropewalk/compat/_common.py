@@ -280,6 +280,31 @@ def of_all_batches(table: Any) -> Any:
     return table[0] if table.dim() == 3 and table.shape[0] == 1 else table
 
 
+_looked_at: set[tuple[Any, ...]] = set()  # kinds of tables on devices
+
+
+def _check_copies(function: str, name: str, table: Any, first: Any, second: Any, neighbours: bool) -> None:
+    """Refuses a table whose two entries of a pair differ, as one of them would be passed over. On a device only the
+    first table of each kind is looked at, as that waits for the device; none while a graph is recorded or compiled."""
+    if torch.compiler.is_compiling() or table.is_meta:
+        return
+    if table.device.type != "cpu":
+        kind = (function, neighbours, table.device.type, table.dtype, table.shape[-1])
+        if kind in _looked_at or (table.is_cuda and torch.cuda.is_current_stream_capturing()):
+            return
+        _looked_at.add(kind)
+    try:
+        same = torch.equal(first, second) or bool(((first == second) | (first != first) & (second != second)).all())
+    except RuntimeError:  # a tensor without data of its own (a fake one, or one that vmap made)
+        return
+    if not same:
+        where = "side by side" if neighbours else "in each half"
+        raise ValueError(
+            f"{function}: {name} must hold the entry of each pair twice, {where}, but the two differ: "
+            "it belongs to another pairing"
+        )
+
+
 def half_tables(function: str, cos: Any, sin: Any, neighbours: bool = False) -> dict[str, Any]:
     """Of tables as wide as what is rotated, in which each pair's entry stands twice: the first half, or, of pairs of
     neighbours, every second one."""
@@ -292,7 +317,10 @@ def half_tables(function: str, cos: Any, sin: Any, neighbours: bool = False) -> 
                 f"but is {list(table.shape)}"
             )
         table = of_all_batches(table)
-        made[name] = table[..., 0::2] if neighbours else table[..., : table.shape[-1] // 2]
+        half = table.shape[-1] // 2
+        first, second = (table[..., 0::2], table[..., 1::2]) if neighbours else (table[..., :half], table[..., half:])
+        _check_copies(function, name, table, first, second, neighbours)
+        made[name] = first
     return made
 
 

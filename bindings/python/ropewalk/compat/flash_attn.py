@@ -32,7 +32,8 @@ def apply_rotary_emb(
         max_seqlen: taken and ignored.
 
     Returns:
-        x, or a tensor like it.
+        x, or a tensor like it. Tokens without a row in the table are as they are in x: those before the first row, by
+        negative offsets (left padding), those past the last, by offsets in a tensor, and those behind cu_seqlens[-1].
 
     Raises:
         ValueError: an argument does not fit. Nothing was written.
@@ -42,18 +43,38 @@ def apply_rotary_emb(
     if x.dim() != (4 if cu_seqlens is None else 3):
         shape = "[batch, tokens, heads, head_dim]" if cu_seqlens is None else "[tokens, heads, head_dim]"
         raise ValueError(f"{function}: x must be {shape}, but is {list(x.shape)}")
-    positions = None
+    rows, positions, inside = cos.shape[0], None, None
     if cu_seqlens is not None:
         _common.tensors(function, cu_seqlens=cu_seqlens)
         positions = _common.ragged(cu_seqlens, seqlen_offsets, x.shape[0])
+        inside = torch.arange(x.shape[0], device=x.device) < cu_seqlens[-1]
+        inside = inside & (positions >= 0) & (positions < rows)
     elif isinstance(seqlen_offsets, torch.Tensor):
         if seqlen_offsets.shape != x.shape[:1]:
             raise ValueError(f"{function}: seqlen_offsets must be [{x.shape[0]}], but is {list(seqlen_offsets.shape)}")
         token = torch.arange(x.shape[1], device=x.device, dtype=seqlen_offsets.dtype)
         positions = seqlen_offsets[:, None] + token
+        inside = (positions >= 0) & (positions < rows)
     else:
         _common.whole(function, "seqlen_offsets", seqlen_offsets)
+        if seqlen_offsets + x.shape[1] > rows:
+            raise ValueError(
+                f"{function}: cos and sin must have a row for each token, {seqlen_offsets + x.shape[1]} with "
+                f"seqlen_offsets, but have {rows}"
+            )
         if seqlen_offsets != 0:
             positions = torch.arange(seqlen_offsets, seqlen_offsets + x.shape[1], device=x.device)[None]
-    return _common.differentiable(function, {"q": "x"}, x, None, inplace, cos=cos, sin=sin, positions=positions,
-                                  pairing=_common.pairing(not interleaved))[0]  # fmt: skip
+            inside = (positions >= 0).expand(x.shape[:2]) if seqlen_offsets < 0 else None
+    known = inside is not None and inside.device.type == "cpu" and not torch.compiler.is_compiling()
+    if known and inside.all():
+        inside = None  # elsewhere a look would wait for the device
+    options = {"cos": cos, "sin": sin, "pairing": _common.pairing(not interleaved)}
+    if inside is None:
+        return _common.differentiable(function, {"q": "x"}, x, None, inplace, positions=positions, **options)[0]
+    positions = torch.where(inside, positions, 0)
+    turned = _common.differentiable(function, {"q": "x"}, x, None, positions=positions, **options)[0]
+    if known:
+        turned[~inside] = x[~inside]
+    else:
+        turned = torch.where(inside[..., None, None], turned, x)
+    return x.copy_(turned) if inplace else turned
