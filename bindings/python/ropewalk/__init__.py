@@ -176,8 +176,8 @@ def rope_(
             torch.xpu.Stream or the address of a sycl::queue. None: torch's current one.
         disable_pdl: on NVIDIA GPUs from sm_90 on, do not let the kernel begin before the one before it in the stream
             has ended (programmatic dependent launch); it reads nothing before that in either case.
-        k_store_only: k goes to k_cache alone, a tenth fewer bytes; its own memory is only read. For callers that read
-            k from the cache.
+        k_store_only: k goes to k_cache alone; its own memory is only read. For callers that read k from the cache: 8 %
+            fewer bytes at 32/8 heads with a store of k and v, 14 % at 32/32.
 
     Returns:
         q and k, or what was written instead of them. None for k with k_store_only: k itself is not rotated.
