@@ -275,7 +275,7 @@ struct CaseCall::Builder {
     std::vector<Heads> wanted = {{"q", c.q_heads, c.head_dim}};
     if (c.k_heads) wanted.push_back({"k", c.k_heads, c.head_dim});
     const bool stored = c.cache != Cache::kNone && c.store_v, v = stored || c.v_behind;
-    if (v) wanted.push_back({"v", c.k_heads, c.v_dim ? c.v_dim : c.head_dim});
+    if (v) wanted.push_back({"v", c.k_heads, c.v_dim});
     const std::vector<Tensor*> inputs = NewHeads(wanted);
     for (Tensor* tensor : inputs) FillData(tensor);
     call.host_args_.q = &inputs[0]->on_host;
@@ -586,6 +586,7 @@ CaseCall::~CaseCall() {
 Status CaseCall::Make(const RopeCase& c, DeviceMemory& memory, std::unique_ptr<CaseCall>* out) {
   std::unique_ptr<CaseCall> call(new CaseCall(c, memory));
   if (call->case_.rotary_dim == 0) call->case_.rotary_dim = c.head_dim;
+  if (call->case_.cache != Cache::kNone && call->case_.v_dim == 0) call->case_.v_dim = c.head_dim;
   Builder builder{*call, call->case_, Random(c.name)};
   ROPEWALK_TRY(builder.Make());
   *out = std::move(call);
