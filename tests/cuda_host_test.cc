@@ -493,6 +493,9 @@ TEST_F(CudaHost, OnlyFilesOfItsOwnAreLoaded) {
 // A child that is forked while other threads compile and launch does not wait for them.
 TEST_F(CudaHost, ForksWhileThreadsCompile) {
   InFreshProcess({{"FAKE_NVRTC_DELAY_MS", "300"}}, [] {
+    // Before the threads: a child that is forked while one of them loads an OpenCL driver hangs in the C library's own
+    // lock over exit handlers when it loads one too.
+    StartDriver();
     std::vector<std::thread> threads;
     for (int i = 0; i < 3; ++i) {
       threads.emplace_back([i] {
