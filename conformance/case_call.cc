@@ -586,7 +586,7 @@ CaseCall::~CaseCall() {
 Status CaseCall::Make(const RopeCase& c, DeviceMemory& memory, std::unique_ptr<CaseCall>* out) {
   std::unique_ptr<CaseCall> call(new CaseCall(c, memory));
   if (call->case_.rotary_dim == 0) call->case_.rotary_dim = c.head_dim;
-  if (call->case_.cache != Cache::kNone && call->case_.v_dim == 0) call->case_.v_dim = c.head_dim;
+  if ((c.cache != Cache::kNone || c.v_behind) && c.v_dim == 0) call->case_.v_dim = c.head_dim;
   Builder builder{*call, call->case_, Random(c.name)};
   ROPEWALK_TRY(builder.Make());
   *out = std::move(call);
