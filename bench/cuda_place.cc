@@ -22,7 +22,7 @@ namespace {
 
 constexpr double kGraphSeconds = 2e-3;  // a graph shall take about so long
 constexpr int64_t kMaxGraphCalls = 1600;
-constexpr size_t kFinalists = 3;    // floors that are timed beside ours
+constexpr size_t kFinalists = 3;  // floors that are timed beside ours
 
 // Ours or a floor, in a graph.
 struct Contender {

@@ -23,9 +23,9 @@
 namespace ropewalk::bench {
 namespace {
 
-constexpr double kHopeless = 1.25;      // times the best: not timed again
-constexpr size_t kVaried = 2;           // the best of the first round, whose neighbours are tried
-constexpr size_t kFinalists = 4;        // that are timed in turns with the one chosen before
+constexpr double kHopeless = 1.25;  // times the best: not timed again
+constexpr size_t kVaried = 2;       // the best of the first round, whose neighbours are tried
+constexpr size_t kFinalists = 4;    // that are timed in turns with the one chosen before
 constexpr int kSamples = 3, kRounds = 7;
 
 // Memory that is not asked for while a stream is captured: the driver would give the capture up.

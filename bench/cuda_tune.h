@@ -20,9 +20,9 @@ namespace ropewalk::bench {
 
 struct TriedShape {
   RopeCudaShape shape;
-  double seconds = 0;    // of a call, the median
-  bool compared = false; // in the last round, beside the shape that was chosen before
-  std::string wrong;     // why it was not timed: its result differs from the reference
+  double seconds = 0;     // of a call, the median
+  bool compared = false;  // in the last round, beside the shape that was chosen before
+  std::string wrong;      // why it was not timed: its result differs from the reference
 };
 
 struct TunedCase {

@@ -37,7 +37,10 @@ void TokenCheck::Choose(const CaseCall& call, int64_t samples) {
     for (int64_t i = 0; i < samples; ++i) {
       const int64_t token = samples > 1 ? i * (tokens - 1) / (samples - 1) : 0;
       RopeReferenceToken(before, b, token, [&](const ExpectedRow& row) {
-        rows_.push_back({row.output, row.outer, row.token, row.head,
+        rows_.push_back({row.output,
+                         row.outer,
+                         row.token,
+                         row.head,
                          RowIn(*OutputTensor(before, row.output), row.outer, row.token, row.head),
                          {row.elements.begin(), row.elements.end()}});
       });
@@ -45,7 +48,8 @@ void TokenCheck::Choose(const CaseCall& call, int64_t samples) {
   }
 }
 
-Status TokenCheck::Run(const ropewalk_rope_args& args, DeviceMemory& memory, std::string* message, double* worst) const {
+Status TokenCheck::Run(const ropewalk_rope_args& args, DeviceMemory& memory, std::string* message,
+                       double* worst) const {
   message->clear();
   const bool on_host = memory.device().device_type == kDLCPU;
   std::vector<char> fetched;
@@ -73,7 +77,8 @@ Status TokenCheck::Run(const ropewalk_rope_args& args, DeviceMemory& memory, std
         const Expected& want = row.elements[e];
         double units = 0;
         if (want.want == Expected::Want::kSame) {
-          units = std::memcmp(data, row.before + static_cast<int64_t>(e) * bytes, static_cast<size_t>(bytes)) ? HUGE_VAL : 0;
+          units = std::memcmp(data, row.before + static_cast<int64_t>(e) * bytes, static_cast<size_t>(bytes)) ? HUGE_VAL
+                                                                                                              : 0;
         } else if (want.want == Expected::Want::kBits) {
           units = std::memcmp(data, &want.bits, static_cast<size_t>(bytes)) ? HUGE_VAL : 0;
         } else {
@@ -81,8 +86,9 @@ Status TokenCheck::Run(const ropewalk_rope_args& args, DeviceMemory& memory, std
         }
         *worst = std::max(*worst, units);
         if (units > 1 && message->empty()) {
-          *message = Text(OutputName(args, row.output), " of token ", row.token, ", head ", row.head, ", element ", e, " is ",
-                          LoadNumber(dtype, data), ", but must be ", want.value, " (", want.low, " to ", want.high, ")");
+          *message =
+              Text(OutputName(args, row.output), " of token ", row.token, ", head ", row.head, ", element ", e, " is ",
+                   LoadNumber(dtype, data), ", but must be ", want.value, " (", want.low, " to ", want.high, ")");
         }
       }
     }

@@ -141,8 +141,11 @@ int Tune(const Options& options) {
       const double gain = tuned.before / best.seconds;
       if (gain > kWorthKeeping) found.push_back({FeaturesOf(tuned.call, tuner->device().properties), best.shape});
       most = std::max(most, gain);
-      const std::string stages = fmt::format("{}{}{}", bench::OpName(c), c.angles == Angles::kFrequencies ? "" : " table",
-                                             c.cache == Cache::kNone ? "" : c.cache_dtype & kFp8 ? " + fp8 store" : " + store");
+      const std::string stages =
+          fmt::format("{}{}{}", bench::OpName(c), c.angles == Angles::kFrequencies ? "" : " table",
+                      c.cache == Cache::kNone ? ""
+                      : c.cache_dtype & kFp8  ? " + fp8 store"
+                                              : " + store");
       table.Add({fmt::format("{}/{}x{}", c.q_heads, c.k_heads, c.head_dim), std::to_string(c.tokens), stages,
                  fmt::format("{:.2f}", tuned.before * 1e6), fmt::format("{:.2f}", best.seconds * 1e6),
                  fmt::format("{:.3f}", gain), ShapeText(best.shape), tuned.origin});
@@ -160,7 +163,9 @@ int Tune(const Options& options) {
                     {"norm", c.norm},
                     {"table", c.angles != Angles::kFrequencies},
                     {"interleaved", c.pairing != ROPEWALK_NEOX},
-                    {"cache", c.cache == Cache::kNone ? 0 : c.cache_dtype & kFp8 ? 2 : 1},
+                    {"cache", c.cache == Cache::kNone ? 0
+                              : c.cache_dtype & kFp8  ? 2
+                                                      : 1},
                     {"before_us", tuned.before * 1e6},
                     {"tried", tried}}
                    .dump() +
@@ -176,7 +181,8 @@ int Tune(const Options& options) {
     std::string path;
     const Status kept = KeepTunedShapes(tuner->device().name, tuner->driver().version, found, &path);
     if (!kept.ok()) throw Failure(kept.text(), kNotHeld);
-    fmt::print("{} kept in {}: later processes take them (`ropewalk explain` says \"tuned here\").\n", found.size(), path);
+    fmt::print("{} kept in {}: later processes take them (`ropewalk explain` says \"tuned here\").\n", found.size(),
+               path);
   }
   for (const std::string& failure : failures) fmt::print(stderr, "{}  {}\n", Verdict(false), failure);
   return failures.empty() && done > 0 ? kHeld : kNotHeld;
@@ -201,7 +207,8 @@ void AddTune(CLI::App* app, int* exit_code) {
       ->type_name("PAIRING");
   command->add_option("--op", options->ops, "of shapes: rope, norm+rope, either with +store or +store:fp8")
       ->delimiter(',')
-      ->check(CLI::IsMember({"rope", "norm+rope", "rope+store", "norm+rope+store", "rope+store:fp8", "norm+rope+store:fp8"}))
+      ->check(CLI::IsMember(
+          {"rope", "norm+rope", "rope+store", "norm+rope+store", "rope+store:fp8", "norm+rope+store:fp8"}))
       ->type_name("OP");
   command->add_option("--angles", options->angles, "of shapes: frequencies, table (default: both; stores: frequencies)")
       ->delimiter(',')
@@ -216,7 +223,8 @@ void AddTune(CLI::App* app, int* exit_code) {
       "Examples:\n"
       "  ropewalk tune --model qwen3-8b                   a model's shapes at 1 to 4096 tokens\n"
       "  ropewalk tune --shape 512,28,4,128               one shape, every stage\n\n"
-      "Each candidate's result is compared with the reference before it is timed. What gains 2 % or more is kept beside the\n"
+      "Each candidate's result is compared with the reference before it is timed. What gains 2 % or more is kept "
+      "beside the\n"
       "compiled kernels, for this device, driver and version of Ropewalk.\n"
       "Exit code 0 only if every candidate was right.");
   command->callback([options, exit_code] { *exit_code = Tune(*options); });

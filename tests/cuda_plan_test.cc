@@ -16,9 +16,9 @@ namespace ropewalk {
 namespace {
 
 CudaDevice DrawDevice(PlanDraw& draw) {
-  constexpr CudaDevice kDevices[] = {{132, 9, 0, true}, {132, 9, 0, true}, {132, 9, 0, false}, {108, 8, 0, false},
-                                     {84, 8, 6, false}, {142, 8, 9, false}, {148, 10, 0, false}, {188, 12, 0, false},
-                                     {1, 8, 7, false}};
+  constexpr CudaDevice kDevices[] = {{132, 9, 0, true},   {132, 9, 0, true},   {132, 9, 0, false},
+                                     {108, 8, 0, false},  {84, 8, 6, false},   {142, 8, 9, false},
+                                     {148, 10, 0, false}, {188, 12, 0, false}, {1, 8, 7, false}};
   return draw.Of(kDevices);
 }
 
@@ -186,18 +186,26 @@ INSTANTIATE_TEST_SUITE_P(
         Broken{"ATokenMore", [](RopeCudaPlan* p) { ++p->grid_x; }, "has a block without a token"},
         Broken{"ATokenLess", [](RopeCudaPlan* p) { p->grid_x -= p->grid_x > 1; }, "too few blocks for the tokens"},
         Broken{"FullThatIsNot", [](RopeCudaPlan* p) { p->key.full = 1; }, "every group has a head"},
-        Broken{"AlikeThatIsNot", [](RopeCudaPlan* p) { if (!p->key.alike) p->key.alike = 1; }, "of one tensor"},
+        Broken{"AlikeThatIsNot",
+               [](RopeCudaPlan* p) {
+                 if (!p->key.alike) p->key.alike = 1;
+               },
+               "of one tensor"},
         Broken{"MoreWarps", [](RopeCudaPlan* p) { p->key.threads = static_cast<uint16_t>(p->key.threads + 32); },
                "left over", false},
         Broken{"OtherTeams", [](RopeCudaPlan* p) { p->key.token_groups = 3; }, "left over", false},
         Broken{"OtherHeads", [](RopeCudaPlan* p) { p->key.q_heads = p->key.q_heads ? 41 : 0; }, "numbers of heads"},
-        Broken{"OtherStride", [](RopeCudaPlan* p) { p->key.q_token += p->key.q_token ? 8 : 0; }, "other strides than q"},
+        Broken{"OtherStride", [](RopeCudaPlan* p) { p->key.q_token += p->key.q_token ? 8 : 0; },
+               "other strides than q"},
         Broken{"NotPacked", [](RopeCudaPlan* p) { p->key.packed = p->key.packed ? p->key.packed : 1; },
                "q's neighbour"},
         Broken{"WiderVectors", [](RopeCudaPlan* p) { p->key.vector = 32; }, "has vectors"},
         Broken{"NoLanes", [](RopeCudaPlan* p) { p->key.lanes = 0; }, "no vectors, lanes"},
-        Broken{"TooManyStages", [](RopeCudaPlan* p) { if (p->key.vector >= 4) p->key.in_flight = 200; }, "shared memory",
-               false},
+        Broken{"TooManyStages",
+               [](RopeCudaPlan* p) {
+                 if (p->key.vector >= 4) p->key.in_flight = 200;
+               },
+               "shared memory", false},
         Broken{"OtherPages", [](RopeCudaPlan* p) { p->key.page_shift = 31; }, "pages of another size", true, true},
         Broken{"OtherCache", [](RopeCudaPlan* p) { p->key.cache_token += p->key.cache_head ? 8 : 0; },
                "other strides than a cache", true, true},

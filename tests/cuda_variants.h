@@ -49,11 +49,10 @@ inline std::vector<CudaVariant> CoveringVariants(const std::vector<CudaVariant>&
     uint8_t bytes[sizeof(RopeVariant)];
     std::memcpy(bytes, &key.variant, sizeof(bytes));
     std::vector<int> choices(bytes, bytes + sizeof(bytes));
-    choices.insert(choices.end(),
-                   {key.vector, (key.lanes & (key.lanes - 1)) == 0, key.in_flight, key.few_tokens, key.table_vector,
-                    key.rotary_dim != key.head_dim, key.rotary_offset != 0, key.head_dim % 16 == 0, key.flat,
-                   BlockTokens(ShapeOf(ChoicesOf(key)).grid) > 1, WarpTokens(ShapeOf(ChoicesOf(key)).grid) > 1, key.full,
-                   key.alike, key.min_blocks});
+    choices.insert(choices.end(), {key.vector, (key.lanes & (key.lanes - 1)) == 0, key.in_flight, key.few_tokens,
+                                   key.table_vector, key.rotary_dim != key.head_dim, key.rotary_offset != 0,
+                                   key.head_dim % 16 == 0, key.flat, BlockTokens(ShapeOf(ChoicesOf(key)).grid) > 1,
+                                   WarpTokens(ShapeOf(ChoicesOf(key)).grid) > 1, key.full, key.alike, key.min_blocks});
     return choices;
   });
 }

@@ -31,10 +31,10 @@ std::string Line(const RopeCudaTuned::Entry& entry) {
   const RopeCudaFeatures& f = entry.features;
   const RopeCudaShape& s = entry.shape;
   char line[256];
-  std::snprintf(line, sizeof(line), "%d %d %d %d %.4f %.4f %.4f %.4f %d %d %d %d %d %d %d %d\n", f.norm, f.table, f.store,
-                f.regular, static_cast<double>(f.lanes), static_cast<double>(f.bytes), static_cast<double>(f.turns),
-                static_cast<double>(f.tokens), s.few, s.vector, s.in_flight, s.flat, s.cut, s.warp_tokens, s.tokens,
-                s.resident);
+  std::snprintf(line, sizeof(line), "%d %d %d %d %.4f %.4f %.4f %.4f %d %d %d %d %d %d %d %d\n", f.norm, f.table,
+                f.store, f.regular, static_cast<double>(f.lanes), static_cast<double>(f.bytes),
+                static_cast<double>(f.turns), static_cast<double>(f.tokens), s.few, s.vector, s.in_flight, s.flat,
+                s.cut, s.warp_tokens, s.tokens, s.resident);
   return line;
 }
 bool Parse(const std::string& line, RopeCudaTuned::Entry* entry) {

@@ -1,5 +1,5 @@
-// What `ropewalk tune` found, kept beside the kernels: a file for each device, driver and version of Ropewalk, which every
-// later process reads when it opens the driver.
+// What `ropewalk tune` found, kept beside the kernels: a file for each device, driver and version of Ropewalk, which
+// every later process reads when it opens the driver.
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 

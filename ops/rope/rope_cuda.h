@@ -19,8 +19,8 @@ struct RopeCudaTuned;
 
 struct CudaDevice {
   int sm_count = 0;
-  int major = 0, minor = 0;  // compute capability
-  bool measured = false;     // it is one that the table of shapes was searched on
+  int major = 0, minor = 0;              // compute capability
+  bool measured = false;                 // it is one that the table of shapes was searched on
   const RopeCudaTuned* tuned = nullptr;  // what `ropewalk tune` found on it; null: nothing
 };
 
@@ -59,8 +59,8 @@ struct RopeCudaKey {
   uint8_t min_blocks = 0;        // of a multiprocessor, for which registers are limited; 0: the compiler's choice
   uint8_t scale_pointers = 0;    // a scale of an fp8 cache lies on the device
   // Facts of the grid that the kernel relies on; CheckRopeCudaPlan proves them.
-  uint8_t full = 0;           // few tokens: every group has a head
-  uint8_t alike = 0;          // few tokens: the heads of a warp are all of one tensor
+  uint8_t full = 0;   // few tokens: every group has a head
+  uint8_t alike = 0;  // few tokens: the heads of a warp are all of one tensor
   uint8_t unused = 0;
   uint16_t token_groups = 0;  // groups of a block that share the heads of a token (rope_shape.h)
   uint16_t unused_too = 0;
@@ -71,12 +71,24 @@ static_assert(sizeof(RopeCudaKey) == 84);
 
 inline rope_choices ChoicesOf(const RopeCudaKey& key) {
   const RopeVariant& v = key.variant;
-  return {RopeDtypeBytes(v.dtype), key.head_dim,      key.rotary_dim,
-          key.rotary_offset,       key.v_dim,         key.vector,
-          key.lanes,               key.in_flight,     key.flat,
-          key.threads,             key.token_groups,  key.packed,
-          key.few_tokens != 0,     v.pairing != 0,    v.norm || v.out_of_place || v.store_k,
-          v.store_k != 0,          v.store_v != 0,    v.cache_dtype != v.dtype};
+  return {RopeDtypeBytes(v.dtype),
+          key.head_dim,
+          key.rotary_dim,
+          key.rotary_offset,
+          key.v_dim,
+          key.vector,
+          key.lanes,
+          key.in_flight,
+          key.flat,
+          key.threads,
+          key.token_groups,
+          key.packed,
+          key.few_tokens != 0,
+          v.pairing != 0,
+          v.norm || v.out_of_place || v.store_k,
+          v.store_k != 0,
+          v.store_v != 0,
+          v.cache_dtype != v.dtype};
 }
 
 // What of a plan is free: which layout, how the work is cut. Any of them gives a right result; tables of measured ones
@@ -89,7 +101,8 @@ struct RopeCudaShape {
   uint8_t cut = 1;          // few: about so many warps a block for a token; many: turns in which its heads are taken
   uint8_t warp_tokens = 1;  // many: tokens that share a warp
   uint8_t tokens = 1;       // of a block
-  uint8_t resident = 0;     // many: warps that a multiprocessor is to hold, which limits registers; 0: as the compiler likes
+  uint8_t resident =
+      0;  // many: warps that a multiprocessor is to hold, which limits registers; 0: as the compiler likes
 
   bool operator==(const RopeCudaShape&) const = default;
 };
@@ -97,10 +110,10 @@ struct RopeCudaShape {
 // What of a call its shape depends on. Logarithms to base 2.
 struct RopeCudaFeatures {
   uint8_t norm = 0, table = 0, store = 0, regular = 0;  // store: 1 of the same dtype, 2 of fp8; a power of two of lanes
-  float lanes = 0;   // of a head, with the widest accesses
-  float bytes = 0;   // of q and k for each multiprocessor
-  float turns = 0;   // of a warp for all heads of a token
-  float tokens = 0;  // as many as an H200 would have for each multiprocessor
+  float lanes = 0;                                      // of a head, with the widest accesses
+  float bytes = 0;                                      // of q and k for each multiprocessor
+  float turns = 0;                                      // of a warp for all heads of a token
+  float tokens = 0;                                     // as many as an H200 would have for each multiprocessor
 };
 
 // Shapes that `ropewalk tune` found on a device.

@@ -1,5 +1,5 @@
-// Whether a plan of the CUDA kernel is true of its call. What the kernel does with its constants is said by rope_shape.h,
-// which it reads too; what they must be is told here once more, from the call alone.
+// Whether a plan of the CUDA kernel is true of its call. What the kernel does with its constants is said by
+// rope_shape.h, which it reads too; what they must be is told here once more, from the call alone.
 // SPDX-License-Identifier: Apache-2.0
 #include <algorithm>
 #include <array>
@@ -48,17 +48,18 @@ class PlanProof {
   }
   Status Result() const {
     if (ok()) return {};
-    return Status::Internal(Text("rope: the CUDA plan (", RopeCudaName(key_), ", grid ", plan_.grid_x, " x ", plan_.grid_y,
-                                 ") is wrong: it ", why_));
+    return Status::Internal(Text("rope: the CUDA plan (", RopeCudaName(key_), ", grid ", plan_.grid_x, " x ",
+                                 plan_.grid_y, ") is wrong: it ", why_));
   }
 
   // The call's own numbers.
   void Sizes() {
     Require(key_.variant == v_, "is of another variant");
-    Require(key_.head_dim == p_.head_dim && key_.rotary_dim == p_.rotary_dim && key_.rotary_offset == p_.rotary_offset &&
-                key_.v_dim == (v_.store_v ? p_.v_dim : 0),
+    Require(key_.head_dim == p_.head_dim && key_.rotary_dim == p_.rotary_dim &&
+                key_.rotary_offset == p_.rotary_offset && key_.v_dim == (v_.store_v ? p_.v_dim : 0),
             "is of other heads");
-    Require(key_.q_heads == 0 || (key_.q_heads == p_.q_heads && key_.k_heads == p_.k_heads), "is of other numbers of heads");
+    Require(key_.q_heads == 0 || (key_.q_heads == p_.q_heads && key_.k_heads == p_.k_heads),
+            "is of other numbers of heads");
     Require(key_.batched == (p_.batch > 1), "takes a batch for none, or none for one");
     Require(key_.unit_scaling == (p_.attention_scaling == 1.0f), "is of another attention scaling");
     Require(std::bit_cast<uint32_t>(key_.eps) == std::bit_cast<uint32_t>(v_.norm ? p_.eps : 0.0f), "is of another eps");
@@ -124,8 +125,9 @@ class PlanProof {
     const int64_t places = int64_t{plan_.grid_y} * at_once;
     Require(!key_.few_tokens || places >= turns_end, "leaves heads without a block");
     Require(!key_.few_tokens || places - at_once < std::max(turns_end, all_heads_), "has a block without a head");
-    Require(!key_.full || (key_.few_tokens && places == turns_end && GroupsPerWarp(g) * g.lanes == 32 && key_.q_heads != 0),
-            "says that every group has a head, but one has none");
+    Require(
+        !key_.full || (key_.few_tokens && places == turns_end && GroupsPerWarp(g) * g.lanes == 32 && key_.q_heads != 0),
+        "says that every group has a head, but one has none");
     if (key_.alike) {
       const int64_t k_heads = t_.k ? p_.k_heads : 0;
       Require(key_.few_tokens && key_.q_heads != 0 && p_.q_heads % WarpHeads(g) == 0 && k_heads % WarpHeads(g) == 0,
@@ -163,10 +165,10 @@ class PlanProof {
     }
     if (v_.cache_dtype != kRopeNoDtype) {
       const auto page_size = static_cast<uint64_t>(p_.page_size);
-      Require(key_.page_shift == 0 || (key_.page_shift == kFlatPages
-                                           ? p_.page_size == p_.slots
-                                           : page_size == uint64_t{1} << (key_.page_shift - 1)),
-              "has pages of another size");
+      Require(
+          key_.page_shift == 0 || (key_.page_shift == kFlatPages ? p_.page_size == p_.slots
+                                                                 : page_size == uint64_t{1} << (key_.page_shift - 1)),
+          "has pages of another size");
       if (key_.cache_head) {
         const auto is = [&](const rope_strides& s) {
           return (p_.k_heads == 1 || s.head == key_.cache_head) && s.token == key_.cache_token &&

@@ -25,7 +25,8 @@ int OddVector(const RopeCall& call, int64_t rows) {
   const auto fits = [&](int vector) {
     return FlatVectorFits(call, vector) && std::has_single_bit(static_cast<unsigned>(half / vector));
   };
-  if (fits(10) && call.variant.table_dtype == kRopeNoDtype) return 10;  // a table's entries take registers that it lacks
+  if (fits(10) && call.variant.table_dtype == kRopeNoDtype)
+    return 10;  // a table's entries take registers that it lacks
   return fits(6) || (half % 8 != 0 && FlatVectorFits(call, 6) && half / 6 <= 16) ? 6 : 0;
 }
 
@@ -64,8 +65,8 @@ RopeCudaShape FewShape(const RopeVariant& v, int64_t bytes_per_multiprocessor) {
   return v.norm ? shape(8, 5, 2) : shape(4, 10, 2);
 }
 
-// Many tokens, a block for each. Searched on an H200 (docs/cuda.md): the more tokens, the less there is to gain from many
-// loads of one, and the more from many blocks of a multiprocessor.
+// Many tokens, a block for each. Searched on an H200 (docs/cuda.md): the more tokens, the less there is to gain from
+// many loads of one, and the more from many blocks of a multiprocessor.
 RopeCudaShape ManyShape(const RopeCall& call, const HeadDeal& deal, bool flat, int64_t rows, int64_t heads,
                         int64_t all_heads) {
   const RopeVariant& v = call.variant;
@@ -132,9 +133,10 @@ bool FlatVectorFits(const RopeCall& call, int vector) {
   const RopeVariant& v = call.variant;
   const rope_params& p = call.params;
   const int half = p.rotary_dim / 2;
-  return vector > 0 && vector <= 14 && vector % 2 == 0 && half % vector == 0 && half / vector <= 32 && v.norm && !v.out_of_place &&
-         p.rotary_dim == p.head_dim && (!v.store_v || p.v_dim == p.head_dim) && v.rounding == kRopeRoundFused &&
-         RopeDtypeBytes(v.dtype) == 2 && RopeDtypeBytes(v.weight_dtype) == 2 && ChooseVector(call, 16, true) == 8;
+  return vector > 0 && vector <= 14 && vector % 2 == 0 && half % vector == 0 && half / vector <= 32 && v.norm &&
+         !v.out_of_place && p.rotary_dim == p.head_dim && (!v.store_v || p.v_dim == p.head_dim) &&
+         v.rounding == kRopeRoundFused && RopeDtypeBytes(v.dtype) == 2 && RopeDtypeBytes(v.weight_dtype) == 2 &&
+         ChooseVector(call, 16, true) == 8;
 }
 
 HeadDeal DealHead(const RopeCall& call, int vector) {
@@ -203,11 +205,11 @@ const Entry* Nearest(std::span<const Entry> entries, const RopeCudaFeatures& fea
   return nearest;
 }
 
-constexpr float kSame = 0.0625f;  // within a quarter of an octave of a call that was searched
+constexpr float kSame = 0.0625f;      // within a quarter of an octave of a call that was searched
 constexpr float kLeastBytes = 11.5f;  // 2.9 KB for a multiprocessor: below, latency alone decides
 
-// Of heads that no power of two of lanes works on, and of such of which a part is rotated, many tokens have rules of their
-// own, but for what was searched nearby.
+// Of heads that no power of two of lanes works on, and of such of which a part is rotated, many tokens have rules of
+// their own, but for what was searched nearby.
 bool HasRules(const RopeCall& call, const RopeCudaFeatures& features, int64_t rows, float distance) {
   const bool part = call.params.rotary_dim != call.params.head_dim;
   return rows >= 3072 && (part || (!features.regular && distance > 0.5f));
@@ -264,26 +266,27 @@ RopeCudaShape ChooseRopeCudaShape(const RopeCall& call, const CudaDevice& device
 
 namespace {
 
-// Shapes that came within 3 % of the best of some call in searches of everything (docs/results, H200): few tokens by bytes
-// of an access, heads at once, warps, tokens of a block; many by stages, rounds side by side, turns, tokens of a warp and
-// of a block, warps that a multiprocessor holds.
+// Shapes that came within 3 % of the best of some call in searches of everything (docs/results, H200): few tokens by
+// bytes of an access, heads at once, warps, tokens of a block; many by stages, rounds side by side, turns, tokens of a
+// warp and of a block, warps that a multiprocessor holds.
 struct FewCandidate {
   int bytes, heads, warps, tokens;
 };
-constexpr FewCandidate kFewCandidates[] = {
-    {4, 1, 4, 4},  {4, 1, 6, 1},  {4, 1, 8, 1},  {4, 2, 4, 1},  {4, 2, 4, 2},  {4, 2, 6, 1},  {4, 2, 6, 2},
-    {4, 2, 12, 1}, {4, 3, 6, 1},  {4, 4, 8, 1},  {4, 4, 10, 1}, {4, 4, 12, 1}, {8, 1, 10, 1}, {8, 1, 10, 2},
-    {8, 2, 2, 1},  {8, 2, 2, 2},  {8, 2, 2, 4},  {8, 2, 4, 1},  {8, 2, 4, 2},  {8, 2, 5, 1},  {8, 2, 6, 1},
-    {8, 2, 8, 2},  {8, 2, 12, 1}, {8, 2, 12, 4}, {8, 4, 4, 1},  {8, 4, 12, 1}, {16, 2, 2, 1}, {16, 2, 2, 2},
-    {16, 2, 12, 2}};
+constexpr FewCandidate kFewCandidates[] = {{4, 1, 4, 4},  {4, 1, 6, 1},  {4, 1, 8, 1},  {4, 2, 4, 1},  {4, 2, 4, 2},
+                                           {4, 2, 6, 1},  {4, 2, 6, 2},  {4, 2, 12, 1}, {4, 3, 6, 1},  {4, 4, 8, 1},
+                                           {4, 4, 10, 1}, {4, 4, 12, 1}, {8, 1, 10, 1}, {8, 1, 10, 2}, {8, 2, 2, 1},
+                                           {8, 2, 2, 2},  {8, 2, 2, 4},  {8, 2, 4, 1},  {8, 2, 4, 2},  {8, 2, 5, 1},
+                                           {8, 2, 6, 1},  {8, 2, 8, 2},  {8, 2, 12, 1}, {8, 2, 12, 4}, {8, 4, 4, 1},
+                                           {8, 4, 12, 1}, {16, 2, 2, 1}, {16, 2, 2, 2}, {16, 2, 12, 2}};
 struct ManyCandidate {
   int stages, flat, turns, warp_tokens, tokens, resident;
 };
 constexpr ManyCandidate kManyCandidates[] = {
-    {1, 0, 2, 1, 1, 32}, {1, 0, 1, 1, 1, 0}, {2, 0, 2, 1, 1, 0}, {2, 0, 2, 1, 2, 0}, {2, 0, 3, 1, 1, 0}, {2, 0, 3, 1, 4, 0},
-    {2, 0, 4, 1, 1, 0},  {2, 0, 6, 1, 2, 0}, {2, 1, 2, 1, 1, 0}, {2, 1, 2, 1, 2, 0}, {2, 1, 3, 1, 2, 0}, {2, 1, 4, 1, 1, 0},
-    {3, 0, 1, 2, 8, 0},  {3, 0, 3, 1, 2, 0}, {3, 1, 4, 1, 4, 0}, {3, 1, 4, 1, 2, 0}, {4, 0, 1, 4, 4, 0}, {4, 0, 4, 1, 1, 0},
-    {4, 1, 4, 1, 1, 0},  {5, 0, 6, 1, 1, 0}, {5, 0, 6, 1, 2, 0}, {5, 1, 9, 1, 2, 0}, {5, 1, 5, 1, 1, 0}};
+    {1, 0, 2, 1, 1, 32}, {1, 0, 1, 1, 1, 0}, {2, 0, 2, 1, 1, 0}, {2, 0, 2, 1, 2, 0}, {2, 0, 3, 1, 1, 0},
+    {2, 0, 3, 1, 4, 0},  {2, 0, 4, 1, 1, 0}, {2, 0, 6, 1, 2, 0}, {2, 1, 2, 1, 1, 0}, {2, 1, 2, 1, 2, 0},
+    {2, 1, 3, 1, 2, 0},  {2, 1, 4, 1, 1, 0}, {3, 0, 1, 2, 8, 0}, {3, 0, 3, 1, 2, 0}, {3, 1, 4, 1, 4, 0},
+    {3, 1, 4, 1, 2, 0},  {4, 0, 1, 4, 4, 0}, {4, 0, 4, 1, 1, 0}, {4, 1, 4, 1, 1, 0}, {5, 0, 6, 1, 1, 0},
+    {5, 0, 6, 1, 2, 0},  {5, 1, 9, 1, 2, 0}, {5, 1, 5, 1, 1, 0}};
 constexpr ManyCandidate kOddCandidates[] = {{2, 1, 5, 1, 1, 0}, {2, 1, 2, 1, 4, 0}, {3, 2, 3, 1, 1, 0}};
 
 RopeCudaShape ShapeOf(const ManyCandidate& c, int vector) {

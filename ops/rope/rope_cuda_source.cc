@@ -82,15 +82,17 @@ std::string RopeCudaName(const RopeCudaKey& key) {
   if (v.positions_dtype) Append(&name, Text(" positions:", kDtypes[v.positions_dtype]));
   if (v.offsets_dtype) Append(&name, Text(" offsets:", kDtypes[v.offsets_dtype]));
   if (v.cache_dtype) {
-    Append(&name, Text(" store", v.store_k ? "_k" : "", v.store_k == kRopeStoreOnly ? "_only" : "", v.store_v ? "_v" : "", ":", kDtypes[v.cache_dtype],
-                       " slots:", kDtypes[v.slots_dtype], v.store_v ? Text(" v", key.v_dim) : ""));
+    Append(&name,
+           Text(" store", v.store_k ? "_k" : "", v.store_k == kRopeStoreOnly ? "_only" : "", v.store_v ? "_v" : "", ":",
+                kDtypes[v.cache_dtype], " slots:", kDtypes[v.slots_dtype], v.store_v ? Text(" v", key.v_dim) : ""));
   }
   if (v.out_of_place) name += " out";
-  return Text(name, " d", key.head_dim, " r", key.rotary_dim, key.rotary_offset ? Text("@", key.rotary_offset) : "",
-              key.q_heads ? Text(" h", key.q_heads, "/", key.k_heads) : Text(), key.few_tokens ? " few" : " many", " v",
-              key.vector, " l", key.lanes, " x", key.in_flight, " t", key.threads,
-              BlockTokens(ShapeOf(ChoicesOf(key)).grid) > 1 ? Text("/", BlockTokens(ShapeOf(ChoicesOf(key)).grid)) : Text(),
-              key.flat ? Text(" flat", key.flat) : Text(), key.dependent_launch ? " pdl" : "");
+  return Text(
+      name, " d", key.head_dim, " r", key.rotary_dim, key.rotary_offset ? Text("@", key.rotary_offset) : "",
+      key.q_heads ? Text(" h", key.q_heads, "/", key.k_heads) : Text(), key.few_tokens ? " few" : " many", " v",
+      key.vector, " l", key.lanes, " x", key.in_flight, " t", key.threads,
+      BlockTokens(ShapeOf(ChoicesOf(key)).grid) > 1 ? Text("/", BlockTokens(ShapeOf(ChoicesOf(key)).grid)) : Text(),
+      key.flat ? Text(" flat", key.flat) : Text(), key.dependent_launch ? " pdl" : "");
 }
 
 }  // namespace ropewalk

@@ -1,8 +1,8 @@
 // Who works on what in a launch of the CUDA kernel, and with what in its hands, said once: the kernel asks for its own
 // thread, with the constants of its variant; the plan asks for its sizes, and its check for every thread.
 //
-// A group of `lanes` threads works on one head at a time; threads that are left over in a warp are idle. The groups of a
-// block are dealt to its tokens, `token_groups` to each, and in a turn a group takes `rounds` heads of its token:
+// A group of `lanes` threads works on one head at a time; threads that are left over in a warp are idle. The groups of
+// a block are dealt to its tokens, `token_groups` to each, and in a turn a group takes `rounds` heads of its token:
 //
 //   a warp of 4 groups, token_groups 4, rounds 2:  group 0 takes heads 0 and 4, group 1 heads 1 and 5, ..
 //   the same with token_groups 1, rounds 1:        every group takes head 0 of a token of its own, then head 1, ..
@@ -29,9 +29,7 @@ ROPEWALK_HOST_DEVICE constexpr int WarpShare(rope_grid g) {
 }
 ROPEWALK_HOST_DEVICE constexpr int WarpTokens(rope_grid g) { return GroupsPerWarp(g) / WarpShare(g); }
 ROPEWALK_HOST_DEVICE constexpr int TokenWarps(rope_grid g) { return g.token_groups / WarpShare(g); }
-ROPEWALK_HOST_DEVICE constexpr int BlockTokens(rope_grid g) {
-  return g.threads / 32 / TokenWarps(g) * WarpTokens(g);
-}
+ROPEWALK_HOST_DEVICE constexpr int BlockTokens(rope_grid g) { return g.threads / 32 / TokenWarps(g) * WarpTokens(g); }
 // Heads of a token that a warp, and that all its warps, take in a turn.
 ROPEWALK_HOST_DEVICE constexpr int WarpHeads(rope_grid g) { return WarpShare(g) * g.rounds; }
 ROPEWALK_HOST_DEVICE constexpr int HeadsAtOnce(rope_grid g) { return TokenWarps(g) * WarpHeads(g); }
@@ -42,8 +40,7 @@ ROPEWALK_HOST_DEVICE constexpr bool Deals(rope_grid g) {
          g.token_groups >= 1 &&
          (g.token_groups < GroupsPerWarp(g)
               ? GroupsPerWarp(g) * g.lanes == 32 && GroupsPerWarp(g) % g.token_groups == 0
-              : g.token_groups % GroupsPerWarp(g) == 0 &&
-                    g.threads / 32 % (g.token_groups / GroupsPerWarp(g)) == 0);
+              : g.token_groups % GroupsPerWarp(g) == 0 && g.threads / 32 % (g.token_groups / GroupsPerWarp(g)) == 0);
 }
 
 // Of a thread of a block. An idle one has the group beside it.
@@ -84,18 +81,18 @@ struct rope_shape {
   int before, rest, rest_per_lane;  // vectors outside the rotated part, and how many of them lie in front of it
   bool staged;                      // through shared memory: what one asynchronous copy can carry
   // The lanes of a warp fetch and write its heads side by side in 16 bytes each, whatever a lane works on. That keeps
-  // accesses whole where the halves of a head do not fill lines of 128 bytes, and lets a vector be of any even number of
-  // elements. Of a head, `span` elements from `span_begin` on.
+  // accesses whole where the halves of a head do not fill lines of 128 bytes, and lets a vector be of any even number
+  // of elements. Of a head, `span` elements from `span_begin` on.
   bool flat;
   int span_begin, span, span_bytes;
-  // Flat, both vectors of a unit of neighbours may follow each other, and so all its pairs. Those of an access lie apart
-  // all the same: in shared memory that is faster, and half of them are enough for a load of cosines.
+  // Flat, both vectors of a unit of neighbours may follow each other, and so all its pairs. Those of an access lie
+  // apart all the same: in shared memory that is faster, and half of them are enough for a load of cosines.
   bool adjacent;
-  int run;             // pairs that follow each other
-  int block_heads;     // that a block takes in a turn, of all its tokens
-  bool linear;         // a warp's heads follow each other in memory
-  bool v_rides;        // heads of v take the way of the others, where they fill the same vectors
-  bool staged_codes;   // fp8 codes of vectors that no access can carry go side by side to the cache, too
+  int run;                        // pairs that follow each other
+  int block_heads;                // that a block takes in a turn, of all its tokens
+  bool linear;                    // a warp's heads follow each other in memory
+  bool v_rides;                   // heads of v take the way of the others, where they fill the same vectors
+  bool staged_codes;              // fp8 codes of vectors that no access can carry go side by side to the cache, too
   int stage_bytes, shared_bytes;  // of one stage; of the block
 };
 
@@ -123,8 +120,8 @@ ROPEWALK_HOST_DEVICE constexpr rope_shape ShapeOf(const rope_choices& c) {
   s.linear = c.packed != 0 && s.span == c.head_dim;
   s.v_rides = c.store_v && c.v_dim == c.rotary_dim && (!s.flat || c.v_dim == s.span);
   s.staged_codes = s.flat && c.store_k && c.converts && vector_bytes % 16 != 0;
-  s.stage_bytes = s.flat ? s.block_heads * s.span_bytes
-                         : (2 * s.units_per_lane + s.rest_per_lane) * c.threads * vector_bytes;
+  s.stage_bytes =
+      s.flat ? s.block_heads * s.span_bytes : (2 * s.units_per_lane + s.rest_per_lane) * c.threads * vector_bytes;
   s.shared_bytes = (s.staged ? c.in_flight * s.stage_bytes : 0) + (s.staged_codes ? s.block_heads * s.span : 0);
   return s;
 }
