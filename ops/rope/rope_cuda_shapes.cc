@@ -6,6 +6,8 @@
 #include <cmath>
 #include <cstdint>
 #include <initializer_list>
+#include <iterator>
+#include <limits>
 #include <span>
 
 namespace ropewalk {
@@ -193,16 +195,42 @@ constexpr Entry kTable[] = {
 #include "ops/rope/rope_cuda_table.inc"
 };
 
-// The entry for the call most like this one; null if there is none.
+// The entry for the call most like this one; null if there is none. *distance: how unlike it is, at most as it was.
 const Entry* Nearest(std::span<const Entry> entries, const RopeCudaFeatures& features, float* distance) {
   const Entry* nearest = nullptr;
   for (const Entry& entry : entries) {
+    const float bytes = entry.features.bytes - features.bytes;
+    if (bytes * bytes >= *distance) continue;  // mostly the bytes alone rule an entry out
     const float other = Distance(entry.features, features);
-    if (nearest && other >= *distance) continue;
+    if (other >= *distance) continue;
     nearest = &entry;
     *distance = other;
   }
   return nearest;
+}
+
+// Where the table's entries without a store end, and those with one of the same dtype: it is sorted so.
+constexpr size_t EntriesUpTo(int store) {
+  return static_cast<size_t>(
+      std::ranges::count_if(kTable, [store](const Entry& e) { return e.features.store <= store; }));
+}
+constexpr size_t kStoreEnds[] = {0, EntriesUpTo(0), EntriesUpTo(1), EntriesUpTo(2)};
+static_assert(std::ranges::is_sorted(kTable, {}, [](const Entry& e) { return e.features.store; }));
+static_assert(kStoreEnds[3] == std::size(kTable));
+
+// Calls with the same store first: one of another kind is at least so far away.
+RopeCudaShape NearestInTable(const RopeCudaFeatures& features, float* distance) {
+  constexpr float kOtherStore = 0.25f;
+  const std::span<const Entry> table = kTable;
+  const size_t begin = kStoreEnds[features.store], end = kStoreEnds[features.store + 1];
+  *distance = std::numeric_limits<float>::max();
+  const Entry* nearest = Nearest(table.subspan(begin, end - begin), features, distance);
+  if (*distance > kOtherStore) {
+    for (const auto& others : {table.subspan(0, begin), table.subspan(end)}) {
+      if (const Entry* other = Nearest(others, features, distance)) nearest = other;
+    }
+  }
+  return nearest->shape;
 }
 
 constexpr float kSame = 0.0625f;      // within a quarter of an octave of a call that was searched
@@ -244,15 +272,15 @@ RopeCudaShape ChooseRopeCudaShape(const RopeCall& call, const CudaDevice& device
   if (layout == RopeCudaLayout::kAny) {
     const RopeCudaFeatures features = FeaturesOf(call, device);
     const int64_t rows = call.params.batch * call.params.tokens;
-    float distance = 0;
+    float distance = kSame;
     if (device.tuned) {
       const Entry* tuned = Nearest(device.tuned->entries, features, &distance);
-      if (tuned && distance < kSame) {
+      if (tuned) {
         *origin = "tuned here";
         return tuned->shape;
       }
     }
-    RopeCudaShape shape = Nearest(kTable, features, &distance)->shape;
+    RopeCudaShape shape = NearestInTable(features, &distance);
     if (features.bytes >= kLeastBytes && !HasRules(call, features, rows, distance)) {
       if (device.measured && distance < kSame) *origin = "table";
       // The table's accesses are of elements of two bytes.
