@@ -8,7 +8,7 @@
 namespace ropewalk {
 namespace {
 
-constexpr int kMostSteps = 1 << 16;  // a millisecond; tensors of real models take tens
+constexpr int kMostSteps = 1 << 16;
 
 // Splits the footprint with the longer outermost axis until the ranges are apart or dense runs meet.
 bool Search(Footprint a, Footprint b, int* budget) {
@@ -76,12 +76,12 @@ Footprint FootprintOf(const DLTensor& tensor) {
   f.base = reinterpret_cast<uintptr_t>(DataOf(tensor));
   f.item = bytes;
   for (int i = 0; i < tensor.ndim; ++i) {
+    if (tensor.shape[i] != 0) continue;
+    f.item = 0;  // and strides may be anything
+    return f;
+  }
+  for (int i = 0; i < tensor.ndim; ++i) {
     const int64_t size = tensor.shape[i];
-    if (size == 0) {
-      f.item = 0;
-      f.count = 0;
-      return f;
-    }
     if (size == 1) continue;
     int64_t stride = StrideOf(tensor, i) * bytes;
     if (stride < 0) {
