@@ -5,6 +5,7 @@ numbers are medians. What favours torch: its cosines and sines are made beforeha
 gets static shapes. Ropewalk computes the angles in the call.
 
     .venv/bin/python bench/cpu_compare.py --tokens 1,64 --heads 32,8,128
+    .venv/bin/python bench/cpu_compare.py --tokens 64 --heads 32,32,96,24     # of which 24 are rotated
     .venv/bin/python bench/cpu_compare.py --record          # all shapes, into docs/results/
 """
 
@@ -31,7 +32,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm, apply_rotary_
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 TOKENS = [1, 4, 16, 64, 256, 1024, 4096]
-HEADS = [(32, 8, 128), (24, 24, 128), (16, 4, 256), (8, 8, 64)]
+HEADS = [(32, 8, 128, 128), (24, 24, 128, 128), (16, 4, 256, 256), (8, 8, 64, 64)]
 THETA, EPS = 1e6, 1e-6
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
 # Norms in place drift from call to call: weights near 1 and fresh data after so many calls keep values normal.
@@ -41,8 +42,8 @@ CALLS_BEFORE_RESTORE = 32
 class Problem:
     """One shape: q and k [1, tokens, heads, head_dim], positions, weights, and the tables that transformers takes."""
 
-    def __init__(self, tokens: int, heads: tuple[int, int, int], norm: bool, dtype: torch.dtype) -> None:
-        q_heads, k_heads, head_dim = heads
+    def __init__(self, tokens: int, heads: tuple[int, int, int, int], norm: bool, dtype: torch.dtype) -> None:
+        q_heads, k_heads, head_dim, self.rotary_dim = heads
         generator = torch.Generator().manual_seed(1)
         self.norm = norm
         self.first_q = torch.randn(1, tokens, q_heads, head_dim, generator=generator).to(dtype)
@@ -50,12 +51,12 @@ class Problem:
         self.q, self.k = self.first_q.clone(), self.first_k.clone()
         start = torch.randint(0, 4096, (1,), generator=generator)
         self.positions = (torch.arange(tokens) + start)[None]
-        self.frequencies = ropewalk.Frequencies(theta=THETA, rotary_dim=head_dim)
+        self.frequencies = ropewalk.Frequencies(theta=THETA, rotary_dim=self.rotary_dim)
         self.q_norm, self.k_norm = Qwen3RMSNorm(head_dim, eps=EPS), Qwen3RMSNorm(head_dim, eps=EPS)
         for module in (self.q_norm, self.k_norm):
             module.weight.data = (1 + torch.randn(head_dim, generator=generator) / 64).to(dtype)
             module.weight.requires_grad_(False)
-        inv_freq = 1.0 / THETA ** (torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+        inv_freq = 1.0 / THETA ** (torch.arange(0, self.rotary_dim, 2, dtype=torch.float64) / self.rotary_dim)
         self.angles = self.positions[0, :, None].double() * inv_freq
         wide = torch.cat([self.angles, self.angles], dim=-1)[None]
         self.cos, self.sin = wide.cos().to(dtype), wide.sin().to(dtype)
@@ -71,10 +72,10 @@ class Problem:
         x = first.double()
         if self.norm:
             x = x * (x.pow(2).mean(-1, keepdim=True) + EPS).rsqrt() * module.weight.double()
-        half = x.shape[-1] // 2
-        a, b = x[..., :half], x[..., half:]
+        half = self.rotary_dim // 2
+        a, b, rest = x[..., :half], x[..., half : self.rotary_dim], x[..., self.rotary_dim :]
         cos, sin = self.angles.cos()[None, :, None], self.angles.sin()[None, :, None]
-        return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+        return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1)
 
 
 def ours(problem: Problem) -> Callable[[], tuple[torch.Tensor, torch.Tensor]]:
@@ -96,7 +97,13 @@ def chain(problem: Problem) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if p.norm:
             q, k = p.q_norm(q), p.k_norm(k)
-        return apply_rotary_pos_emb(q.transpose(1, 2), k.transpose(1, 2), cos, sin)
+        q, k = q.transpose(1, 2), k.transpose(1, 2)
+        if p.rotary_dim == q.shape[-1]:
+            return apply_rotary_pos_emb(q, k, cos, sin)
+        # As GPT-NeoX, StableLM and Phi do.
+        (q, q_rest), (k, k_rest) = (x.split([p.rotary_dim, x.shape[-1] - p.rotary_dim], dim=-1) for x in (q, k))
+        q, k = apply_rotary_pos_emb(q, k, cos, sin)
+        return torch.cat([q, q_rest], dim=-1), torch.cat([k, k_rest], dim=-1)
 
     return call
 
@@ -143,7 +150,7 @@ def measure(problem: Problem, contenders: dict[str, Callable[[], Any]], seconds:
     return {name: statistics.median(values) for name, values in samples.items()}
 
 
-def compare(tokens: int, heads: tuple[int, int, int], norm: bool, options: argparse.Namespace) -> dict[str, Any]:
+def compare(tokens: int, heads: tuple[int, int, int, int], norm: bool, options: argparse.Namespace) -> dict[str, Any]:
     dtype = DTYPES[options.dtype]
     problem = Problem(tokens, heads, norm, dtype)
     p = problem
@@ -174,6 +181,7 @@ def compare(tokens: int, heads: tuple[int, int, int], norm: bool, options: argpa
         "q_heads": heads[0],
         "k_heads": heads[1],
         "head_dim": heads[2],
+        "rotary_dim": heads[3],
         "dtype": options.dtype,
         "threads": torch.get_num_threads(),
         "bytes": p.bytes(),
@@ -190,11 +198,11 @@ def cpu_name() -> str:
     return found.group(1) if found else "unknown CPU"
 
 
-def parse_heads(text: str) -> tuple[int, int, int]:
+def parse_heads(text: str) -> tuple[int, int, int, int]:
     numbers = tuple(int(part) for part in text.split(","))
-    if len(numbers) != 3:
-        raise argparse.ArgumentTypeError(f"must be q_heads,k_heads,head_dim, but is {text}")
-    return numbers  # type: ignore[return-value]
+    if len(numbers) not in (3, 4):
+        raise argparse.ArgumentTypeError(f"must be q_heads,k_heads,head_dim[,rotary_dim], but is {text}")
+    return (*numbers, numbers[2])[:4]  # type: ignore[return-value]
 
 
 def parse_numbers(text: str) -> list[int]:
@@ -204,7 +212,8 @@ def parse_numbers(text: str) -> list[int]:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=parse_numbers, default=TOKENS, help="as in 1,64,4096")
-    parser.add_argument("--heads", type=parse_heads, action="append", help="q_heads,k_heads,head_dim; may be repeated")
+    heads_help = "q_heads,k_heads,head_dim[,rotary_dim]; may be repeated"
+    parser.add_argument("--heads", type=parse_heads, action="append", help=heads_help)
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--threads", type=parse_numbers, help="torch's, which serve Ropewalk too; as in 1,2")
     parser.add_argument("--op", choices=["rope", "norm+rope"], action="append", help="default: both")
@@ -220,7 +229,10 @@ def main() -> int:
     threads = options.threads or sorted({1, min(2, len(os.sched_getaffinity(0)))})
     ops = options.op or ["rope", "norm+rope"]
     results = []
-    print("op         threads  tokens  heads     dim  ropewalk us   eager us  compile us    GB/s  of eager  of compile")
+    print(
+        "op         threads  tokens  heads     dim  rotated  ropewalk us   eager us  compile us    GB/s  of eager"
+        "  of compile"
+    )
     with torch.inference_mode():
         for count in threads:
             torch.set_num_threads(count)
@@ -236,7 +248,7 @@ def main() -> int:
                         us, faster = row["us"], row["faster_than"]
                         print(
                             f"{op:9}  {count:7}  {tokens:6}  {f'{heads[0]}/{heads[1]}':8}  {heads[2]:3}"
-                            f"  {us['ropewalk']:11.2f}  {us['eager']:9.2f}"
+                            f"  {heads[3]:7}  {us['ropewalk']:11.2f}  {us['eager']:9.2f}"
                             f"  {us.get('compile', float('nan')):10.2f}"
                             f"  {row['gb_per_s']:6.1f}  {faster['eager']:7.1f}x"
                             f"  {faster.get('compile', float('nan')):9.1f}x",

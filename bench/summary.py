@@ -9,7 +9,9 @@ from __future__ import annotations
 import argparse
 import json
 import pathlib
+import statistics
 import sys
+from collections.abc import Callable
 from typing import Any
 
 
@@ -59,6 +61,45 @@ def floor_part(bench: dict[str, Any]) -> str:
     )
 
 
+def sweep_part(sweep: dict[str, Any]) -> str:
+    machine, results, aim = sweep["machine"], sweep["results"], sweep["aim"]
+    groups: dict[tuple[str, str, str], list[float]] = {}
+    for row in results:
+        groups.setdefault((row["dtype"], row["op"], row["pairing"]), []).append(row["ratio"])
+    summary = [
+        [*group, f"{sum(ratio > aim for ratio in ratios)} of {len(ratios)}", f"{statistics.median(ratios):.2f}",
+         f"{max(ratios):.2f}"]
+        for group, ratios in groups.items()
+    ]  # fmt: skip
+
+    def line(row: dict[str, Any]) -> list[str]:
+        part = f"{row['rotary_dim']} of {row['head_dim']}"
+        part += f" at {row['rotary_offset']}" if row["rotary_offset"] else ""
+        return [part, row["dtype"], f"{row['op']} {row['pairing']}", row["angles"], str(row["tokens"]),
+                f"{row['us']:.2f}", f"{row['us_128_of_128']:.2f}", f"{row['ratio']:.2f}"]  # fmt: skip
+
+    headings = ["part", "dtype", "op", "angles", ">tokens", ">us", ">128 of 128 us", ">ratio"]
+    models = [(24, 96), (32, 80), (20, 80), (80, 80), (32, 128), (16, 64), (64, 192), (64, 256), (96, 96)]
+    real = [
+        line(row)
+        for row in sorted(results, key=lambda row: (row["rotary_dim"], row["head_dim"], row["op"], row["pairing"]))
+        if (row["rotary_dim"], row["head_dim"]) in models and row["dtype"] == "bf16" and row["angles"] == "frequencies"
+    ]
+    return (
+        "## Other head sizes and rotated parts\n\n"
+        f"{machine['cpu']}, {machine['date']}, load {machine['load_before']:.2f} before; one thread, "
+        f"{results[0]['q_heads']}/{results[0]['k_heads']} heads, in place, in the caches: `ropewalk bench --sweep`. "
+        "`ratio` is the time of a byte that must be read and written (the rotated part; with the norm whole heads) "
+        f"over that of 128 of 128 in the same run, in turns; the aim is {aim}. {sweep['above']} of {len(results)} lines are "
+        "above it. Each result was checked first.\n\n"
+        + table(["dtype", "op", "pairing", ">above the aim", ">median", ">worst"], summary)
+        + "\nThe ten worst:\n\n"
+        + table(headings, [line(row) for row in results[:10]])
+        + "\nParts of real models, bfloat16:\n\n"
+        + table(headings, real)
+    )
+
+
 def call_part(google: dict[str, Any]) -> str:
     rows = [
         [row["name"], f"{row['real_time']:.0f}"]
@@ -82,12 +123,18 @@ def python_part(numbers: dict[str, float]) -> str:
     )
 
 
-def torch_part(compared: dict[str, Any]) -> str:
+def heads(row: dict[str, Any]) -> str:
+    text = f"{row['q_heads']}/{row['k_heads']}x{row['head_dim']}"
+    rotary_dim = row.get("rotary_dim", row["head_dim"])  # older results rotate all
+    return text if rotary_dim == row["head_dim"] else f"{text}, {rotary_dim} rotated"
+
+
+def torch_part(compared: dict[str, Any], of: str = "") -> str:
     rows = []
     for row in compared["results"]:
         us, faster = row["us"], row["faster_than"]
         rows.append([
-            row["op"], str(row["threads"]), str(row["tokens"]), f"{row['q_heads']}/{row['k_heads']}x{row['head_dim']}",
+            row["op"], str(row["threads"]), str(row["tokens"]), heads(row),
             f"{us['ropewalk']:.2f}", f"{us['eager']:.2f}", f"{us['compile']:.2f}" if "compile" in us else "",
             f"{faster['eager']:.1f}", f"{faster['compile']:.1f}" if "compile" in faster else "",
         ])  # fmt: skip
@@ -95,7 +142,7 @@ def torch_part(compared: dict[str, Any]) -> str:
     headings = ["op", ">threads", ">tokens", "heads", ">ropewalk us", ">eager us", ">compile us"]
     headings += [">times faster than eager", ">than compile"]
     return (
-        "## Beside torch\n\n"
+        f"## Beside torch{of}\n\n"
         f"torch {compared['torch']}, transformers {compared['transformers']}, {compared['cpu']}, "
         f"{compared['date']}; "
         f"{compared['results'][0]['dtype']}, neox, from Python, medians. Eager and torch.compile (static shapes) "
@@ -108,11 +155,21 @@ def torch_part(compared: dict[str, Any]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stem", required=True, help="what the names of the JSON files begin with")
+    parser.add_argument("--parts-stem", help="of STEM-sweep.json and STEM-torch-parts.json, if another")
     parser.add_argument("--markdown", metavar="FILE", help="write the page here instead of to stdout")
     arguments = parser.parse_args()
     parts = []
-    for kind, part in (("bench", floor_part), ("google", call_part), ("python", python_part), ("torch", torch_part)):
-        path = pathlib.Path(f"{arguments.stem}-{kind}.json")
+    kinds: dict[str, Callable[[Any], str]] = {
+        "bench": floor_part,
+        "sweep": sweep_part,
+        "google": call_part,
+        "python": python_part,
+        "torch": torch_part,
+        "torch-parts": lambda compared: torch_part(compared, ": parts of heads"),
+    }
+    for kind, part in kinds.items():
+        of_parts = kind in ("sweep", "torch-parts")
+        path = pathlib.Path(f"{(of_parts and arguments.parts_stem) or arguments.stem}-{kind}.json")
         if path.exists():
             parts.append(part(json.loads(path.read_text())))
     if not parts:

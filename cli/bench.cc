@@ -12,6 +12,7 @@
 #include "bench/timed_case.h"
 #include "cli/common.h"
 #include "cli/model_cases.h"
+#include "cli/sweep.h"
 
 namespace ropewalk::cli {
 namespace {
@@ -25,6 +26,7 @@ struct Options {
   std::vector<int32_t> threads;
   std::string backend, json, csv;
   double seconds = 0.4;
+  bool sweep = false;
 };
 
 struct Item {
@@ -131,6 +133,8 @@ Json ToJson(const Item& item, const bench::Place& place, const bench::TimedCase&
           {"kernel", timed.kernel}};
 }
 
+}  // namespace
+
 std::string Csv(const Json& results) {
   std::string out;
   std::vector<std::string> cells;
@@ -145,7 +149,7 @@ std::string Csv(const Json& results) {
   return out;
 }
 
-Json Machine(const bench::Place& place) {
+Json MachineOf(const bench::Place& place) {
   const bench::Caches caches = bench::CacheSizes();
   double load[3] = {0, 0, 0};
   if (getloadavg(load, 3) < 1) load[0] = -1;
@@ -161,11 +165,32 @@ Json Machine(const bench::Place& place) {
           {"date", fmt::format("{:%Y-%m-%d}", fmt::gmtime(now))}};
 }
 
+namespace {
+
 int Bench(const Options& options) {
+  if (options.sweep) {
+    if (!options.models.empty() || !options.shapes.empty() || !options.threads.empty() || options.tokens.size() > 1) {
+      throw Failure(
+          "--sweep has shapes of its own and runs on one thread: it goes with one number of --tokens, and not "
+          "with --model, --shape or --threads");
+    }
+    if (!options.backend.starts_with("cpu") && !options.backend.empty()) {
+      throw Failure(fmt::format("--sweep is of the CPU's kernels, so --backend must be cpu or cpu:TARGET, but is {}",
+                                options.backend));
+    }
+    PlaceOf(options.backend);
+    return Sweep({.dtypes = options.dtypes,
+                  .pairings = options.pairings,
+                  .ops = options.ops,
+                  .tokens = options.tokens.empty() ? 0 : options.tokens[0],
+                  .seconds = options.seconds,
+                  .json = options.json,
+                  .csv = options.csv});
+  }
   bench::Place& place = PlaceOf(options.backend);
   const std::vector<Item> items = Items(options, place);
   if (items.empty()) throw Failure("nothing to time", kNotHeld);
-  const Json machine = Machine(place);
+  const Json machine = MachineOf(place);
   Table table(
       {"shape", "data in", "dtype", ">threads", ">tokens", "op", ">floor us", ">us", ">GB/s", ">of floor", "kernel"});
   Json results = Json::array();
@@ -245,6 +270,9 @@ void AddBench(CLI::App* app, int* exit_code) {
       ->check(Whole(1, 1024));
   command->add_option("--seconds", options->seconds, "of timing for each line")->check(Above0())->capture_default_str();
   AddPlaceOption(command, &options->backend);
+  command->add_flag("--sweep", options->sweep,
+                    "head sizes and rotated parts of every kind on one thread of the CPU, each beside 128 of 128; the "
+                    "worst first");
   command->add_option("--json", options->json, "write JSON to this file; -: to stdout")->type_name("FILE");
   command->add_option("--csv", options->csv, "write CSV to this file; -: to stdout")->type_name("FILE");
   command->footer(
@@ -253,6 +281,7 @@ void AddBench(CLI::App* app, int* exit_code) {
       "  ropewalk bench --shape 4096,24,24,128 --dtype bf16      one shape\n"
       "  ropewalk bench --model qwen3-8b --threads 1,2,4         a model's own pairing and norm\n"
       "  ropewalk bench --backend cuda --dtype bf16              on the first NVIDIA GPU\n"
+      "  ropewalk bench --sweep --seconds 0.05                   what other head sizes and parts cost\n"
       "  ropewalk bench --json out.json --csv out.csv            for machines\n\n"
       "Exit code 0 only if every result was right; speed never fails.");
   command->callback([options, exit_code] { *exit_code = Bench(*options); });
