@@ -212,7 +212,8 @@ def parse_numbers(text: str) -> list[int]:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=parse_numbers, default=TOKENS, help="as in 1,64,4096")
-    parser.add_argument("--heads", type=parse_heads, action="append", help="q_heads,k_heads,head_dim[,rotary_dim]; may be repeated")
+    heads_help = "q_heads,k_heads,head_dim[,rotary_dim]; may be repeated"
+    parser.add_argument("--heads", type=parse_heads, action="append", help=heads_help)
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--threads", type=parse_numbers, help="torch's, which serve Ropewalk too; as in 1,2")
     parser.add_argument("--op", choices=["rope", "norm+rope"], action="append", help="default: both")
@@ -228,7 +229,10 @@ def main() -> int:
     threads = options.threads or sorted({1, min(2, len(os.sched_getaffinity(0)))})
     ops = options.op or ["rope", "norm+rope"]
     results = []
-    print("op         threads  tokens  heads     dim  rotated  ropewalk us   eager us  compile us    GB/s  of eager  of compile")
+    print(
+        "op         threads  tokens  heads     dim  rotated  ropewalk us   eager us  compile us    GB/s  of eager"
+        "  of compile"
+    )
     with torch.inference_mode():
         for count in threads:
             torch.set_num_threads(count)
@@ -243,8 +247,8 @@ def main() -> int:
                         results.append(row)
                         us, faster = row["us"], row["faster_than"]
                         print(
-                            f"{op:9}  {count:7}  {tokens:6}  {f'{heads[0]}/{heads[1]}':8}  {heads[2]:3}  {heads[3]:7}"
-                            f"  {us['ropewalk']:11.2f}  {us['eager']:9.2f}"
+                            f"{op:9}  {count:7}  {tokens:6}  {f'{heads[0]}/{heads[1]}':8}  {heads[2]:3}"
+                            f"  {heads[3]:7}  {us['ropewalk']:11.2f}  {us['eager']:9.2f}"
                             f"  {us.get('compile', float('nan')):10.2f}"
                             f"  {row['gb_per_s']:6.1f}  {faster['eager']:7.1f}x"
                             f"  {faster.get('compile', float('nan')):9.1f}x",

@@ -11,6 +11,7 @@ import json
 import pathlib
 import statistics
 import sys
+from collections.abc import Callable
 from typing import Any
 
 
@@ -88,8 +89,8 @@ def sweep_part(sweep: dict[str, Any]) -> str:
         "## Other head sizes and rotated parts\n\n"
         f"{machine['cpu']}, {machine['date']}, load {machine['load_before']:.2f} before; one thread, "
         f"{results[0]['q_heads']}/{results[0]['k_heads']} heads, in place, in the caches: `ropewalk bench --sweep`. "
-        "`ratio` is the time of a byte that must be read and written (the rotated part; with the norm whole heads) over "
-        f"that of 128 of 128 in the same run, in turns; the aim is {aim}. {sweep['above']} of {len(results)} lines are "
+        "`ratio` is the time of a byte that must be read and written (the rotated part; with the norm whole heads) "
+        f"over that of 128 of 128 in the same run, in turns; the aim is {aim}. {sweep['above']} of {len(results)} lines are "
         "above it. Each result was checked first.\n\n"
         + table(["dtype", "op", "pairing", ">above the aim", ">median", ">worst"], summary)
         + "\nThe ten worst:\n\n"
@@ -158,8 +159,14 @@ def main() -> int:
     parser.add_argument("--markdown", metavar="FILE", help="write the page here instead of to stdout")
     arguments = parser.parse_args()
     parts = []
-    kinds = {"bench": floor_part, "sweep": sweep_part, "google": call_part, "python": python_part, "torch": torch_part,
-             "torch-parts": lambda compared: torch_part(compared, ": parts of heads")}  # fmt: skip
+    kinds: dict[str, Callable[[Any], str]] = {
+        "bench": floor_part,
+        "sweep": sweep_part,
+        "google": call_part,
+        "python": python_part,
+        "torch": torch_part,
+        "torch-parts": lambda compared: torch_part(compared, ": parts of heads"),
+    }
     for kind, part in kinds.items():
         of_parts = kind in ("sweep", "torch-parts")
         path = pathlib.Path(f"{(of_parts and arguments.parts_stem) or arguments.stem}-{kind}.json")

@@ -5,6 +5,7 @@
 
 #include <cstdio>
 #include <cstdlib>
+#include <nlohmann/json.hpp>
 #include <string>
 
 #include "core/text.h"
@@ -76,6 +77,37 @@ TEST_F(Cli, AModelIsNotReadForEver) {
   const Ended ended = Command("explain --model /dev/zero");
   EXPECT_EQ(ended.code, 2);
   EXPECT_NE(ended.said.find("/dev/zero: is larger than 8 MiB"), std::string::npos) << ended.said;
+}
+
+TEST_F(Cli, TheSweepHasEveryPartWorstFirst) {
+  const Ended ended =
+      Command("bench --sweep --dtype f32 --op rope --pairing neox --tokens 1 --seconds 0.0001 --json - 2>/dev/null");
+  EXPECT_EQ(ended.code, 0) << ended.said;
+  const nlohmann::json sweep = nlohmann::json::parse(ended.said, nullptr, false);
+  ASSERT_FALSE(sweep.is_discarded()) << ended.said;
+  EXPECT_TRUE(sweep.at("held"));
+  const auto& results = sweep.at("results");
+  ASSERT_GE(results.size(), 100u);
+  bool real = false;
+  for (size_t i = 0; i < results.size(); ++i) {
+    EXPECT_GT(results[i].at("us"), 0);
+    if (i > 0) {
+      EXPECT_LE(results[i].at("ratio"), results[i - 1].at("ratio"));
+    }
+    real |= results[i].at("rotary_dim") == 64 && results[i].at("rotary_offset") == 128;
+  }
+  EXPECT_TRUE(real);
+}
+
+TEST_F(Cli, TheSweepRefusesWhatItWouldPassOver) {
+  for (const char* option : {"--threads 2", "--shape 1,2,2,64", "--model qwen3-8b", "--tokens 1,2"}) {
+    const Ended ended = Command(Text("bench --sweep ", option));
+    EXPECT_EQ(ended.code, 2) << option;
+    EXPECT_NE(ended.said.find("--sweep has shapes of its own"), std::string::npos) << ended.said;
+  }
+  const Ended ended = Command("bench --sweep --backend cuda");
+  EXPECT_EQ(ended.code, 2);
+  EXPECT_NE(ended.said.find("--backend must be cpu or cpu:TARGET, but is cuda"), std::string::npos) << ended.said;
 }
 
 // A target that is none is not passed over.

@@ -2,8 +2,8 @@
 // No include guard: it is read again for each.
 //
 // A token's sines are computed once, for all its heads (rope_tables-inl.h). A head is worked on by vectors, or by pairs
-// of them, the last ones of a part with what is behind it left out (rope_heads-inl.h). Rows, and the choice among
-// variants, are here.
+// of them, the last ones of a part with what is behind it left out (rope_store-inl.h, rope_heads-inl.h). Rows, and the
+// choice among variants, are here.
 // SPDX-License-Identifier: Apache-2.0
 
 HWY_BEFORE_NAMESPACE();
@@ -28,6 +28,7 @@ constexpr int64_t kPrefetchBytes = 8192;  // of a tensor, ahead of the work on i
 #include "ops/rope/rope_dtypes-inl.h"
 #include "ops/rope/rope_tables-inl.h"
 #include "ops/rope/rope_norm-inl.h"
+#include "ops/rope/rope_store-inl.h"
 #include "ops/rope/rope_heads-inl.h"
 // clang-format on
 
