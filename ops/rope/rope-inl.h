@@ -124,7 +124,7 @@ HWY_NOINLINE void RopeRows(const RopeCall& call, int64_t begin, int64_t end, Fir
 
   // The sums of squares of a token are made while the heads of the one before are rotated.
   constexpr bool kSumsAhead = C::kNorm && !C::kReference;
-  const bool sums_ahead = kSumsAhead && q.count <= q.at_once && k.count <= k.at_once;
+  const bool sums_ahead = kSumsAhead && q.count <= q.at_once && k.count <= k.at_once && p.head_dim <= kSquaresAtOnce;
   const auto tokens_ahead = [&](int64_t heads) {
     const int64_t bytes = heads * p.head_dim * static_cast<int64_t>(sizeof(Raw));
     return std::max<int64_t>(1, kPrefetchBytes / std::max<int64_t>(1, bytes)) + sums_ahead;

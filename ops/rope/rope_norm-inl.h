@@ -67,9 +67,12 @@ HWY_INLINE V AddSquares(Span span, const typename T::Raw* p, V sums) {
   }
 }
 
-// The squares of a head; what is left to add up is the lanes.
+// So many squares are added one to the other; with 8,192 the error of a float32 sum would reach the result.
+constexpr int kSquaresAtOnce = 1024;
+
+// The squares of up to so many elements; what is left to add up is the lanes.
 template <class T, bool kNative>
-HWY_INLINE V SquaresOf(const typename T::Raw* head, int count) {
+HWY_INLINE V SquaresOfPiece(const typename T::Raw* head, int count) {
   V even = hn::Zero(df), odd = even;
   int i = 0;
   for (; i + 2 * kBlock <= count; i += 2 * kBlock) {
@@ -82,6 +85,16 @@ HWY_INLINE V SquaresOf(const typename T::Raw* head, int count) {
   }
   if (i < count) odd = AddSquares<T, kNative>(First<DF>{count - i}, head + i, odd);
   return hn::Add(even, odd);
+}
+
+// The squares of a head.
+template <class T, bool kNative>
+HWY_INLINE V SquaresOf(const typename T::Raw* head, int count) {
+  V sum = SquaresOfPiece<T, kNative>(head, std::min(count, kSquaresAtOnce));
+  for (int i = kSquaresAtOnce; i < count; i += kSquaresAtOnce) {
+    sum = hn::Add(sum, SquaresOfPiece<T, kNative>(head + i, std::min(count - i, kSquaresAtOnce)));
+  }
+  return sum;
 }
 
 // The sums of kLanes / kRows lanes that lie together, of each of kRows vectors.
