@@ -238,8 +238,8 @@ def rope_(
         handle = None if frequencies is None else _handle_of(frequencies)
         if (
             q_out is k_out is v is k_cache is v_cache is slots is k_scale is v_scale is sycl_queue is None
-            and not disable_pdl
-            and not k_store_only
+            and disable_pdl is False
+            and k_store_only is False
         ):
             # What is left out at the end need not be handed over.
             if (

@@ -31,7 +31,8 @@ def _keep_gil() -> None:
     where it comes back from a call of ours. So from here on calls do not give the GIL away, and those that did are
     waited for."""
     own = threading.current_thread()
-    if not any(thread.daemon for thread in threading.enumerate() if thread is not own):
+    others = sum(thread.daemon for thread in threading.enumerate() if thread is not own)
+    if not others:
         return
     for each in _functions:
         each.release_gil = False
@@ -40,7 +41,7 @@ def _keep_gil() -> None:
     pause = 0.005  # the interval in which Python's threads take turns
     while in_flight() > 1 and time.monotonic() < until:  # itself
         time.sleep(pause)
-    time.sleep(2 * pause)  # they are back, and have the GIL once more
+    time.sleep(4 * pause * (others + 1))  # each comes back and has the GIL once more, for one interval at a time
 
 
 @functools.cache
