@@ -241,6 +241,9 @@ int ArchNumber(const std::string& arch) {
 // -default-device: functions without __device__ are the device's too.
 std::vector<std::string> Options() {
   std::vector<std::string> options = {"-std=c++17", "-default-device", "--fmad=true"};
+#ifndef NDEBUG
+  options.push_back("-DROPEWALK_CHECK_PLANS");  // rope_group.cuh
+#endif
   if (EnvironmentText("ROPEWALK_CUDA_LINEINFO") == "1") options.push_back("-lineinfo");  // for profilers
   return options;
 }
