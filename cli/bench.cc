@@ -36,24 +36,6 @@ struct Item {
   int32_t threads;  // 0: not a question here
 };
 
-RopeCase ParseShape(const std::string& text, uint32_t dtype) {
-  std::vector<int64_t> numbers;
-  for (const std::string& part : CLI::detail::split(text, ',')) {
-    int64_t number = 0;
-    if (!CLI::detail::lexical_cast(part, number) || number < 0) {
-      throw Failure(fmt::format("--shape must be tokens,q_heads,k_heads,head_dim[,rotary_dim], but is {}", text));
-    }
-    numbers.push_back(number);
-  }
-  if (numbers.size() != 4 && numbers.size() != 5) {
-    throw Failure(fmt::format("--shape must be tokens,q_heads,k_heads,head_dim[,rotary_dim], but is {}", text));
-  }
-  RopeCase c = bench::ShapeCase(numbers[0], numbers[1], numbers[2], numbers[3], dtype);
-  if (numbers.size() == 5) c.rotary_dim = numbers[4];
-  bench::Complete(&c);
-  return c;
-}
-
 // A shape with every op and pairing asked for.
 void AddVariants(const Options& options, const bench::Place& place, RopeCase c, std::vector<Item>* items,
                  int32_t threads) {

@@ -72,6 +72,24 @@ const char* ShortDtype(uint32_t dtype) {
   return "?";
 }
 
+RopeCase ParseShape(const std::string& text, uint32_t dtype) {
+  std::vector<int64_t> numbers;
+  for (const std::string& part : CLI::detail::split(text, ',')) {
+    int64_t number = 0;
+    if (!CLI::detail::lexical_cast(part, number) || number < 0) {
+      throw Failure(fmt::format("--shape must be tokens,q_heads,k_heads,head_dim[,rotary_dim], but is {}", text));
+    }
+    numbers.push_back(number);
+  }
+  if (numbers.size() != 4 && numbers.size() != 5) {
+    throw Failure(fmt::format("--shape must be tokens,q_heads,k_heads,head_dim[,rotary_dim], but is {}", text));
+  }
+  RopeCase c = bench::ShapeCase(numbers[0], numbers[1], numbers[2], numbers[3], dtype);
+  if (numbers.size() == 5) c.rotary_dim = numbers[4];
+  bench::Complete(&c);
+  return c;
+}
+
 std::vector<RopeCase> ModelCases(const Model& model, int64_t tokens, uint32_t dtype) {
   std::vector<RopeCase> cases = CasesOfModel(model.config, model.json, tokens, dtype);
   if (cases.empty()) throw Failure(fmt::format("{}: no layer of this model rotates queries and keys", model.path));

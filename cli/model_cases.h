@@ -25,6 +25,9 @@ std::string ThreadsText(int32_t threads);                       // ", 2 threads"
 uint32_t ParseDtype(const std::string& name);  // "bf16", "bfloat16", ..
 const char* ShortDtype(uint32_t dtype);        // "bf16"
 
+// A case from "tokens,q_heads,k_heads,head_dim[,rotary_dim]". Throws Failure.
+RopeCase ParseShape(const std::string& text, uint32_t dtype);
+
 // The operation on the model's shapes, one case a layer type. Throws Failure.
 std::vector<RopeCase> ModelCases(const Model& model, int64_t tokens, uint32_t dtype);
 // "Gemma-3-4B (sliding_attention)"

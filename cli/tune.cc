@@ -56,19 +56,7 @@ std::vector<RopeCase> Cases(const Options& options) {
   std::vector<RopeCase> cases;
   const uint32_t dtype = ParseDtype(options.dtype);
   std::vector<RopeCase> bases;
-  for (const std::string& text : options.shapes) {
-    std::vector<int64_t> numbers;
-    for (const std::string& part : CLI::detail::split(text, ',')) {
-      int64_t number = 0;
-      if (!CLI::detail::lexical_cast(part, number) || number < 0) numbers.clear();
-      numbers.push_back(number);
-    }
-    if (numbers.size() != 4 && numbers.size() != 5) {
-      throw Failure(fmt::format("--shape must be tokens,q_heads,k_heads,head_dim[,rotary_dim], but is {}", text));
-    }
-    bases.push_back(bench::ShapeCase(numbers[0], numbers[1], numbers[2], numbers[3], dtype));
-    if (numbers.size() == 5) bases.back().rotary_dim = numbers[4];
-  }
+  for (const std::string& text : options.shapes) bases.push_back(ParseShape(text, dtype));
   for (const int64_t count : tokens.empty() ? std::vector<int64_t>{0} : tokens) {
     for (const RopeCase& base : bases) {
       RopeCase c = bench::ShapeCase(count ? count : base.tokens, base.q_heads, base.k_heads, base.head_dim, dtype);

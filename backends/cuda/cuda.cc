@@ -58,11 +58,15 @@ Status Usable(const CudaDriver& driver, const RopeCall& call) {
   return {};
 }
 
-// Whether there is a compiler, or the kernel is kept already.
+// Whether there is a compiler, or the kernel is kept already. Once there is one, later calls take no lock to know.
 bool CanBeHad(const RopeCudaKey& key, const CudaDevice& device) {
+  static constinit std::atomic<bool> compiler{false};
+  if (compiler.load(std::memory_order_relaxed)) return true;
   NvrtcFile file;
   std::string source;
-  return LocateNvrtc(&file).ok() || FindCubinSource(key, device, &source).ok();
+  if (!LocateNvrtc(&file).ok()) return FindCubinSource(key, device, &source).ok();
+  compiler.store(true, std::memory_order_relaxed);
+  return true;
 }
 
 Status Plan(const CudaDriver& driver, const RopeCall& call, RopeCudaLayout layout, RopeCudaPlan* plan) {

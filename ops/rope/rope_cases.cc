@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "core/text.h"
+#include "ops/rope/rope_draw.h"
 #include "ops/rope/rope_models.h"
 
 namespace ropewalk {
@@ -53,29 +54,6 @@ const char* Name(Slots slots) { return Entry({"all", "skips", "nothing"}, slots)
 const char* Name(Data data) { return Entry({"normal", "large", "tiny", "nonfinite", "mixed"}, data); }
 const char* Name(Bad bad) { return Entry({"none", "position", "slot", "axis", "padding"}, bad); }
 const char* Name(Weight weight) { return Entry({"none", "plain", "zero_centered"}, weight); }
-
-// Draws numbers that are the same everywhere.
-class Draw {
- public:
-  explicit Draw(uint64_t seed) : state_(seed) {}
-  uint64_t Next() {
-    uint64_t z = state_ += 0x9E3779B97F4A7C15u;
-    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9u;
-    z = (z ^ z >> 27) * 0x94D049BB133111EBu;
-    return z ^ z >> 31;
-  }
-  template <class T, size_t n>
-  T Of(const T (&choices)[n]) {
-    return choices[Next() % n];
-  }
-  int64_t From(int64_t low, int64_t high) {
-    return low + static_cast<int64_t>(Next() % static_cast<uint64_t>(high - low + 1));
-  }
-  bool OneIn(uint64_t n) { return Next() % n == 0; }
-
- private:
-  uint64_t state_;
-};
 
 constexpr uint32_t kDtypes[] = {kF32, kF16, kBF16};
 constexpr int32_t kPairings[] = {ROPEWALK_NEOX, ROPEWALK_INTERLEAVED};

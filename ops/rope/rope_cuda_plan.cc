@@ -16,11 +16,6 @@ int MostCudaBlocks(const CudaDevice& device) {
 
 namespace {
 
-int64_t Ceil(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-bool Stores(const RopeVariant& v) { return v.cache_dtype != kRopeNoDtype; }
-bool StoresFp8(const RopeVariant& v) { return Stores(v) && v.cache_dtype != v.dtype; }
-
 constexpr int64_t kSharedBytes = 48 * 1024, kMostGridY = 65535;
 
 // What the shape says of the work of a block, as far as the call has it: never more warps, stages or tokens than there
@@ -141,7 +136,7 @@ Status PlanRopeCuda(const RopeCall& call, const CudaDevice& device, RopeCudaOpti
                               : options.rules ? RopeCudaShapeByRules(call, device, options.layout)
                                               : ChooseRopeCudaShape(call, device, options.layout, &plan->origin);
   LayOut(call, shape, rows, all_heads, plan);
-  const bool few = shape.few != 0;
+  const bool few = key.few_tokens != 0;
   const int vector = key.vector;
   // The next kernel of the stream may take its place beside this one where all blocks of this one have theirs at once,
   // and where the last of many leave room; in between it would crowd them.

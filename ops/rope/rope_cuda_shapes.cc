@@ -13,11 +13,6 @@
 namespace ropewalk {
 namespace {
 
-int64_t Ceil(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-bool Stores(const RopeVariant& v) { return v.cache_dtype != kRopeNoDtype; }
-bool StoresFp8(const RopeVariant& v) { return Stores(v) && v.cache_dtype != v.dtype; }
-
 // Heads with a norm whose halves make no power of two of vectors of 16 bytes, fetched side by side: vectors of another
 // size, so that fewer threads idle and more heads share a warp (docs/cuda.md). 0: those of an access are best.
 int OddVector(const RopeCall& call, int64_t rows) {

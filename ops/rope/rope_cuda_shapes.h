@@ -2,11 +2,16 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <cstdint>
 #include <vector>
 
 #include "ops/rope/rope_cuda.h"
 
 namespace ropewalk {
+
+inline int64_t Ceil(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline bool Stores(const RopeVariant& v) { return v.cache_dtype != kRopeNoDtype; }
+inline bool StoresFp8(const RopeVariant& v) { return Stores(v) && v.cache_dtype != v.dtype; }
 
 RopeCudaFeatures FeaturesOf(const RopeCall& call, const CudaDevice& device);
 
