@@ -90,21 +90,25 @@ int OddWarps(const RopeCudaKey& key) {
 }
 
 // How many blocks a multiprocessor is to hold at least, which limits registers: for `resident` warps where that was
-// searched for, else 1, with which nothing spills. With 0 the compiler chooses, and spills a few bytes of some kernels
-// for the sake of occupancy.
+// searched for and does not make it spill, else 1, with which nothing spills. With 0 the compiler chooses, and spills a
+// few bytes of some kernels for the sake of occupancy.
 int MinBlocks(const RopeCudaKey& key, const CudaDevice& device, int64_t rows, int resident) {
   const RopeVariant& v = key.variant;
   const int warps = key.threads / 32;
   const bool table = v.table_dtype != kRopeNoDtype, partial = key.rotary_dim != key.head_dim;
+  const bool regular = std::has_single_bit(key.lanes);
   const bool usual = v.rounding == kRopeRoundFused && !v.out_of_place && key.q_heads != 0 &&
                      key.rotary_dim == 2 * key.vector * key.lanes;
   if (!usual || key.few_tokens || v.dtype == kRopeF32 || key.vector < 6) return 1;
   if (resident == 0) {
     const bool spills = (key.flat && rows < 3072) || (partial && table && v.table_dtype != kRopeF32) ||
-                        (v.norm && table && (partial || v.axes));
+                        (v.norm && table && (partial || v.axes)) ||
+                        (v.norm && !table && key.in_flight == 1 && !std::has_single_bit(static_cast<unsigned>(warps)));
     return device.major == 9 && !spills ? 0 : 1;
   }
   if (partial || (table && key.table_vector == 1 && key.vector == 8)) return 1;
+  if (table && Stores(v) && key.flat && !regular) return 1;  // needs more than 64 registers
+  if (v.table_dtype == kRopeF32 && (!regular || key.lanes == 32)) resident = std::min(resident, 32);  // ditto, 48
   return std::clamp(resident / warps, 1, key.vector == 8 ? 16 : MostCudaBlocks(device));
 }
 

@@ -75,7 +75,10 @@ def go(i):
         calls[i] += 1
 threads = [threading.Thread(target=go, args=(i,)) for i in range(3)]
 for thread in threads: thread.start()
-for n in range(300): ropewalk.set_threads(1 + n % 4 if n % 5 else None)
+n = 0
+while n < 300 or min(calls) < 3:  # however late a thread gets its first turn
+    ropewalk.set_threads(1 + n % 4 if n % 5 else None)
+    n += 1
 stop.set()
 for thread in threads: thread.join()
 print(min(calls) > 0)
