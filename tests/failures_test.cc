@@ -3,6 +3,9 @@
 #include <gtest/gtest.h>
 #include <sys/mman.h>
 #include <unistd.h>
+#if defined(__x86_64__)
+#include <xmmintrin.h>
+#endif
 
 #include <cmath>
 #include <cstring>
@@ -10,8 +13,10 @@
 #include <memory>
 #include <numbers>
 #include <string>
+#include <utility>
 #include <vector>
 
+#include "backends/cpu/dispatch.h"
 #include "conformance/case_call.h"
 #include "conformance/runner.h"
 #include "core/text.h"
@@ -414,6 +419,48 @@ TEST(Failures, SubnormalsAreKeptBesideOthers) {
     }
   }
 }
+
+#if defined(__x86_64__)
+// llvm#57589: another library of the process has set flush-to-zero and denormals-are-zero. A subnormal float16 is a
+// number all the same, and the caller's modes are as they were.
+TEST(Failures, TheCallersModesOfFloats) {
+  constexpr unsigned kFlags = 0x3f, kFlushAndZero = 0x8040;
+  int calls = 0;
+  for (const CpuTarget& target : CpuTargets()) {
+    if (!target.supported()) continue;
+    SCOPED_TRACE(target.name);
+    ASSERT_EQ(ropewalk_force_backend(Text("cpu:", target.name).c_str()), ROPEWALK_OK);
+    for (const auto& [dtype, data] :
+         {std::pair{kF16, Data::kTiny}, std::pair{kF16, Data::kMixed}, std::pair{kF16, Data::kNormal},
+          std::pair{kBF16, Data::kNormal}, std::pair{kF32, Data::kNormal}}) {
+      for (const bool norm : {false, true}) {
+        for (const int64_t head_dim : {64, 96}) {
+          for (const int32_t pairing : {ROPEWALK_NEOX, ROPEWALK_INTERLEAVED}) {
+            const auto call = MakeCall({.dtype = dtype,
+                                        .tokens = 5,
+                                        .head_dim = head_dim,
+                                        .data = data,
+                                        .pairing = pairing,
+                                        .norm = norm,
+                                        .positions = Positions::kRandom});
+            const unsigned before = _mm_getcsr(), during = (before & ~kFlags) | kFlushAndZero;
+            _mm_setcsr(during);
+            const Status status = call->Run();
+            const unsigned after = _mm_getcsr();
+            _mm_setcsr(before);
+            ASSERT_TRUE(status.ok()) << status.text();
+            EXPECT_EQ(after & ~kFlags, during);
+            EXPECT_EQ(MessageOf(*call), "") << call->test_case().name;
+            ++calls;
+          }
+        }
+      }
+    }
+  }
+  EXPECT_GE(calls, 40);
+  ASSERT_EQ(ropewalk_force_backend(nullptr), ROPEWALK_OK);
+}
+#endif
 
 // pegainfer#174, batch invariance: a token's bits do not depend on what else is in the call.
 TEST(Failures, TokensDoNotDependOnTheirNeighbours) {

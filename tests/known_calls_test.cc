@@ -3,6 +3,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <gtest/gtest.h>
 
+#include <cmath>
 #include <cstring>
 #include <functional>
 #include <iostream>
@@ -13,6 +14,7 @@
 #include <vector>
 
 #include "core/text.h"
+#include "ops/rope/host_scales.h"
 #include "ops/rope/known_calls.h"
 #include "ops/rope/rope_cuda.h"
 #include "tests/make_call.h"
@@ -76,7 +78,8 @@ std::vector<Change> ChangesOf(const OwnArgs& original) {
       const auto it = original.tensors.find(arg.name);
       if (it == original.tensors.end()) continue;
       const DLTensor& tensor = it->second->tensor;
-      if (!IsHostValue(arg, tensor)) {  // whose memory is read
+      const bool read = HoldsHostScales(arg, tensor);  // and only where it lies
+      if (!read) {
         for (const int64_t bytes : {int64_t{1}, int64_t{2}, int64_t{8}, int64_t{16}, int64_t{32}, int64_t{-64},
                                     int64_t{4096}, int64_t{1} << 40}) {
           on_tensor(arg, Text("moved by ", bytes), [bytes](OwnArgs::Own* own) { Move(&own->tensor, bytes); });
@@ -95,6 +98,7 @@ std::vector<Change> ChangesOf(const OwnArgs& original) {
       on_tensor(arg, "of vectors", [](OwnArgs::Own* own) { own->tensor.dtype.lanes = 2; });
       for (int i = 0; i < tensor.ndim; ++i) {
         for (const int64_t by : {-1, 1, 2}) {
+          if (read) continue;
           on_tensor(arg, Text("dimension ", i, " by ", by), [i, by](OwnArgs::Own* own) { own->shape[i] += by; });
           on_tensor(arg, Text("stride ", i, " by ", by), [i, by](OwnArgs::Own* own) { own->strides[i] += by; });
         }
@@ -108,7 +112,7 @@ std::vector<Change> ChangesOf(const OwnArgs& original) {
       }
       changes.push_back({Text("no ", arg.name), [&arg](OwnArgs* o) { o->Set(arg, static_cast<DLTensor*>(nullptr)); }});
       for (const auto& [other, unused] : original.tensors) {
-        if (other == arg.name || IsHostValue(arg, tensor)) continue;
+        if (other == arg.name || read) continue;
         changes.push_back({Text(arg.name, " where ", other, " is"), [name = std::string(arg.name), other](OwnArgs* o) {
                              const DLTensor& there = o->tensors.at(other)->tensor;
                              DLTensor& moved = o->tensors.at(name)->tensor;
@@ -131,12 +135,17 @@ std::vector<Change> ChangesOf(const OwnArgs& original) {
   }
   const auto scale = original.tensors.find("k_scale");
   if (scale != original.tensors.end() && scale->second->tensor.device.device_type == kDLCPU) {
-    changes.push_back({"another value of k_scale", [](OwnArgs* o) {
-                         static const float other = 3.75f;
-                         DLTensor& tensor = o->tensors.at("k_scale")->tensor;
-                         tensor.data = const_cast<float*>(&other);
-                         tensor.byte_offset = 0;
-                       }});
+    for (const float value : {3.75f, 0.0f, NAN}) {
+      changes.push_back({Text("k_scale of ", value), [value](OwnArgs* o) {
+                           static std::vector<float> others;
+                           DLTensor& tensor = o->tensors.at("k_scale")->tensor;
+                           others.assign(static_cast<size_t>(tensor.ndim == 0 ? 1 : tensor.shape[0]), 1.0f);
+                           if (!others.empty()) others.back() = value;
+                           tensor.data = others.data();
+                           tensor.strides = nullptr;
+                           tensor.byte_offset = 0;
+                         }});
+    }
   }
   return changes;
 }
@@ -188,7 +197,7 @@ void CheckCase(const RopeCase& c, Counts* counts) {
   OwnArgs elsewhere(original.args);
   for (const Arg& arg : RopeDescription()) {
     const auto it = elsewhere.tensors.find(arg.name);
-    if (it != elsewhere.tensors.end() && !IsHostValue(arg, it->second->tensor)) Move(&it->second->tensor, 1 << 20);
+    if (it != elsewhere.tensors.end() && !HoldsHostScales(arg, it->second->tensor)) Move(&it->second->tensor, 1 << 20);
   }
   EXPECT_NE(calls->Find(elsewhere.args, nullptr), nullptr) << "a workspace that moved is like the one before";
 

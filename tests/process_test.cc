@@ -5,8 +5,10 @@
 #include <gtest/gtest.h>
 #include <pthread.h>
 #include <signal.h>
+#include <sys/auxv.h>
 #include <sys/mman.h>
 #include <sys/resource.h>
+#include <sys/stat.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -16,6 +18,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <exception>
+#include <filesystem>
 #include <fstream>
 #include <functional>
 #include <memory>
@@ -26,6 +29,8 @@
 #include "backends/cpu/dispatch.h"
 #include "conformance/case_call.h"
 #include "conformance/runner.h"
+#include "core/environment.h"
+#include "core/text.h"
 #include "tests/fresh_process.h"
 #include "tests/make_call.h"
 
@@ -458,6 +463,48 @@ TEST(Ends, TheLibraryIsClosed) {
     }
   });
   EXPECT_EQ(status, 0);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Other rights than the caller's
+
+// In a process of its own, by the test below: what the system says of its rights, and whether a call is served.
+TEST(Rights, DISABLED_Probe) {
+  const auto call = MakeCall(Splittable());
+  std::printf("secure %lu, code %d, variable %s\n", getauxval(AT_SECURE), ropewalk_rope(&call->args(), nullptr),
+              EnvironmentVariable("ROPEWALK_CPU_TARGET") ? "read" : "not read");
+}
+
+// A caller of a setuid program must not say which code it loads: the variables are as if they were not set.
+TEST(Rights, ASetuidProgramReadsNoVariables) {
+#ifdef ROPEWALK_SANITIZED
+  GTEST_SKIP() << "sanitizers are not for setuid programs";
+#endif
+  if (geteuid() != 0) GTEST_SKIP() << "only root can make a program of another user";
+  // Beside this one, as the place for temporary files may be mounted without setuid.
+  const std::string self = std::filesystem::read_symlink("/proc/self/exe").string();
+  const std::string copy = Text(self, ".", getpid(), ".setuid");
+  const auto said = [&] {
+    const std::string command = Text("ROPEWALK_CPU_TARGET=none '", copy,
+                                     "' --gtest_also_run_disabled_tests --gtest_filter=Rights.DISABLED_Probe");
+    std::string text;
+    FILE* pipe = popen(command.c_str(), "r");
+    if (!pipe) return text;
+    char line[512];
+    while (fgets(line, sizeof(line), pipe)) text += line;
+    pclose(pipe);
+    const size_t begin = text.find("secure ");
+    return begin == std::string::npos ? text : text.substr(begin, text.find('\n', begin) - begin);
+  };
+  std::filesystem::copy_file(self, copy);
+  EXPECT_EQ(said(), "secure 0, code 2, variable read") << "no such target";
+  constexpr uid_t kNobody = 65534;
+  const bool made = chown(copy.c_str(), kNobody, kNobody) == 0 && chmod(copy.c_str(), 04755) == 0;
+  const std::string with_other_rights = made ? said() : "";
+  std::filesystem::remove(copy);
+  ASSERT_TRUE(made);
+  if (with_other_rights.starts_with("secure 0")) GTEST_SKIP() << "programs here do not change their user";
+  EXPECT_EQ(with_other_rights, "secure 1, code 0, variable not read");
 }
 
 }  // namespace

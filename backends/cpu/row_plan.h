@@ -75,7 +75,8 @@ inline RowPlan PlanRow(const RopeCall& call, int64_t row, int64_t* positions) {
   if (call.variant.axes) {
     const int pairs = p.rotary_dim / 2;
     for (int i = 0; i < pairs; ++i) {
-      const int axis = call.tensors.axes ? LoadOnce(call.tensors.axes + i) : call.frequencies->axes[i];
+      const int axis =
+          call.tensors.axes ? LoadOnce(call.tensors.axes + i) : call.frequencies->axes[static_cast<size_t>(i)];
       positions[i] = axis;
       if (axis >= 0 && axis < p.axes) continue;
       plan.fault = kRopeFaultAxis;

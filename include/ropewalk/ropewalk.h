@@ -116,9 +116,9 @@ typedef struct ropewalk_rope_args {
 ROPEWALK_API int ropewalk_rope(const ropewalk_rope_args* args, void* stream);
 
 // Makes everything a later ropewalk_rope with such arguments needs (code, device copies), so that it neither compiles
-// nor allocates and may be captured. Tensors' data is neither read nor written, but for scales of one value on the
-// host, which this function and ropewalk_explain read, and which must be numbers from 2^-126 on. Scales in an array are
-// the caller's to check: one of 0 or NaN spoils its head in the cache.
+// nor allocates and may be captured. Tensors' data is neither read nor written, but for scales on the host, which this
+// function and ropewalk_explain read too, and which must be finite numbers from 2^-126 on. Scales on a device are the
+// caller's to check: one of 0 or NaN spoils its head in the cache.
 ROPEWALK_API int ropewalk_prepare(const ropewalk_rope_args* args);
 
 // Which backend, kernel and source would serve the call, and why: a JSON object. NULL if the arguments are refused.

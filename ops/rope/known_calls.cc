@@ -7,6 +7,7 @@
 #include <cstring>
 
 #include "core/overlap.h"
+#include "ops/rope/host_scales.h"
 
 namespace ropewalk {
 namespace {
@@ -47,6 +48,7 @@ Known::Tensor Describe(const Arg& arg, const DLTensor& tensor) {
   t.end = static_cast<int64_t>(footprint.end() - t.address);
   t.is_value = IsHostValue(arg, tensor);
   if (t.is_value) t.value = *static_cast<const float*>(DataOf(tensor));
+  t.is_scales = HoldsHostScales(arg, tensor) && !t.is_value;
   return t;
 }
 
@@ -83,6 +85,7 @@ bool Matches(const Known& known, const ropewalk_rope_args& args) {
     const uintptr_t address = AddressOf(*tensor);
     if ((address ^ t.address) % kAddressClass != 0 || (!tensor->data && !t.empty)) return false;
     if (t.is_value && std::memcmp(DataOf(*tensor), &t.value, sizeof(float)) != 0) return false;
+    if (t.is_scales && FirstBadScale(*tensor) >= 0) return false;  // for lowering to refuse
     begin[i] = address + static_cast<uintptr_t>(t.begin);
     end[i] = address + static_cast<uintptr_t>(t.end);
     moved[i] = static_cast<intptr_t>(address - t.address);

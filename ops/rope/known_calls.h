@@ -22,7 +22,7 @@ class KnownCalls {
   struct Known {
     struct Tensor {
       uint16_t offset;  // in ropewalk_rope_args
-      bool strided, empty, written, is_value;
+      bool strided, empty, written, is_value, is_scales;
       DLDevice device;
       int32_t ndim;
       DLDataType dtype;

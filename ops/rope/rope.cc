@@ -7,6 +7,7 @@
 
 #include "core/overlap.h"
 #include "core/text.h"
+#include "ops/rope/host_scales.h"
 #include "ops/rope/rope_call.h"
 
 namespace ropewalk {
@@ -99,6 +100,13 @@ uint8_t Constant(const DLTensor* tensor) {
     case kI64: return kRopeI64;
     default: return kRopeNoDtype;
   }
+}
+
+// Kernels multiply by a scale's inverse, which must be finite too.
+constexpr float kLeastScale = std::numeric_limits<float>::min(), kMostScale = std::numeric_limits<float>::max();
+
+float ScaleAt(const DLTensor& tensor, int64_t i) {
+  return static_cast<const float*>(DataOf(tensor))[tensor.ndim == 0 ? 0 : i * StrideOf(tensor, 0)];
 }
 
 template <class... Parts>
@@ -233,8 +241,21 @@ rope_strides HeadStrides(const Strides& s, Dim heads) { return {s[Dim::kBatch], 
 
 std::span<const Arg> RopeDescription() { return kArgs; }
 
+bool HoldsHostScales(const Arg& arg, const DLTensor& tensor) {
+  return (arg.flags & kHostScalar) && DeviceType(tensor.device) == kDLCPU;
+}
+
 bool IsHostValue(const Arg& arg, const DLTensor& tensor) {
-  return (arg.flags & kHostScalar) && DeviceType(tensor.device) == kDLCPU && (tensor.ndim == 0 || tensor.shape[0] == 1);
+  return HoldsHostScales(arg, tensor) && (tensor.ndim == 0 || tensor.shape[0] == 1);
+}
+
+int64_t FirstBadScale(const DLTensor& tensor) {
+  const int64_t count = tensor.ndim == 0 ? 1 : tensor.shape[0];
+  for (int64_t i = 0; i < count; ++i) {
+    const float scale = ScaleAt(tensor, i);
+    if (!(scale >= kLeastScale && scale <= kMostScale)) return i;
+  }
+  return -1;
 }
 
 void SetTensors(const ropewalk_rope_args& a, RopeCall* call) {
@@ -396,18 +417,21 @@ Status LowerRope(const ropewalk_rope_args& a, void* stream, RopeCall* call) {
     const auto scale = [&](const DLTensor* tensor, size_t i, float* value, rw_i32* stride) -> Status {
       if (!tensor) return {};
       const char* name = kArgs[i].name;
-      if (IsHostValue(kArgs[i], *tensor)) {
-        *value = *static_cast<const float*>(DataOf(*tensor));
-        // Kernels multiply by its inverse, which must be finite too.
-        constexpr float kLeast = std::numeric_limits<float>::min(), kMost = std::numeric_limits<float>::max();
-        if (!(*value > 0.0f) || *value > kMost) return Invalid(name, " must be a finite number > 0, but is ", *value);
-        if (*value < kLeast) return Invalid(name, " must be at least ", kLeast, ", but is ", *value);
-        return {};
-      }
       const int64_t step = strides_of(i)[Dim::kKHeads];
       if (step > INT32_MAX || step < INT32_MIN)
         return Invalid(name, " must have a stride below 2^31, but its stride is ", step);
-      *stride = static_cast<rw_i32>(step);
+      if (const int64_t bad = HoldsHostScales(kArgs[i], *tensor) ? FirstBadScale(*tensor) : -1; bad >= 0) {
+        const float found = ScaleAt(*tensor, bad);
+        const std::string place = IsHostValue(kArgs[i], *tensor) ? "" : Text("[", bad, "]");
+        if (found > 0.0f && found < kLeastScale)
+          return Invalid(name, place, " must be at least ", kLeastScale, ", but is ", found);
+        return Invalid(name, place, " must be a finite number > 0, but is ", found);
+      }
+      if (IsHostValue(kArgs[i], *tensor)) {
+        *value = *static_cast<const float*>(DataOf(*tensor));
+      } else {
+        *stride = static_cast<rw_i32>(step);
+      }
       return {};
     };
     ROPEWALK_TRY(scale(a.k_scale, Index("k_scale"), &p.k_scale, &p.k_scale_head));

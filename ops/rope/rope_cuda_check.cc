@@ -20,8 +20,7 @@ constexpr int64_t kMostThreads = 1024, kMostGridX = INT32_MAX, kMostGridY = 6553
 class PlanProof {
  public:
   PlanProof(const RopeCall& call, const CudaDevice& device, const RopeCudaPlan& plan)
-      : call_(call),
-        v_(call.variant),
+      : v_(call.variant),
         p_(call.params),
         t_(call.tensors),
         device_(device),
@@ -261,7 +260,6 @@ class PlanProof {
     }
   }
 
-  const RopeCall& call_;
   const RopeVariant& v_;
   const rope_params& p_;
   const RopeTensors& t_;
