@@ -18,6 +18,9 @@ digest() {
 fresh() { [[ -f $stamps/$1 && $(<"$stamps/$1") == "$2" ]]; }
 mark() { mkdir -p "$stamps"; printf '%s\n' "$2" >"$stamps/$1"; }
 
+# The wheel and the tests are compiled with the same flags, so that ccache gives one what the other has compiled.
+if command -v ccache >/dev/null; then export CMAKE_CXX_COMPILER_LAUNCHER=${CMAKE_CXX_COMPILER_LAUNCHER-ccache}; fi
+
 # The newest of the names given that is a g++ of 12 or later, unless CXX says which.
 choose_compiler() {
   [[ -n ${CXX:-} ]] && return

@@ -38,7 +38,8 @@ install_system() {
   fi
   say "$stage: installing ${missing[*]}"
   "${sudo[@]}" env DEBIAN_FRONTEND=noninteractive apt-get update -q
-  "${sudo[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install --no-install-recommends -y -q "${missing[@]}"
+  "${sudo[@]}" env DEBIAN_FRONTEND=noninteractive apt-get -o DPkg::Lock::Timeout=300 install --no-install-recommends -y -q \
+    "${missing[@]}"
 }
 
 # The packages named after clang's version, whatever this release of the system calls them.
@@ -65,7 +66,7 @@ stage_system() {
   [[ -r /etc/os-release ]] && id=$(. /etc/os-release && echo "$ID-${VERSION_ID:-}")
   [[ $id == ubuntu-22.04 ]] && compiler=(g++-12) python=(python3.11 python3.11-venv)
   install_system system "${compiler[@]}" "${python[@]}" make clang libhwy-dev libdlpack-dev nlohmann-json3-dev \
-    libcli11-dev libfmt-dev libgtest-dev libbenchmark-dev zlib1g-dev
+    libcli11-dev libfmt-dev libgtest-dev libbenchmark-dev zlib1g-dev ccache
   # For Intel GPUs: what compiles the kernel, Intel's driver (simulated in the tests) and its offline compiler. Without
   # them, which not every release has, Ropewalk is built without those kernels, or their tests are skipped.
   command -v apt-get >/dev/null || return 0
@@ -176,7 +177,8 @@ stage_wheel() {
   if fresh wheel "$key" && [[ -x $venv/bin/ropewalk ]]; then return; fi
   say "wheel: building and installing Ropewalk (one to three minutes)"
   rm -rf build/dist
-  python -m pip wheel . --no-build-isolation --no-deps --wheel-dir build/dist -v 2>&1 | scripts/build_progress.sh
+  python -m pip wheel . --no-build-isolation --no-deps --wheel-dir build/dist -C cmake.define.ROPEWALK_WERROR=ON -v 2>&1 |
+    scripts/build_progress.sh
   python -m pip install --quiet --force-reinstall --no-deps build/dist/ropewalk-*.whl
   mark wheel "$key"
   say "wheel: $(ropewalk --version 2>/dev/null || echo installed) at .venv/bin/ropewalk"

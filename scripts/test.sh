@@ -66,7 +66,7 @@ case $mode in
     choose_compiler
     use_opencl_runtime
     part "C++ tests (build/dev)" cpp dev
-    part "Python tests (the installed wheel)" python -m pytest tests/python
+    part "Python tests (the installed wheel)" python -m pytest tests/python -n 2
     part "ropewalk check (the installed command)" ropewalk check
     if command -v ocloc >/dev/null && command -v iga64 >/dev/null && command -v spirv-opt >/dev/null; then
       part "Intel's compiler on the SPIR-V kernel" scripts/intel_report.sh
