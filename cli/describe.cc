@@ -33,8 +33,12 @@ std::string KindOf(const Json& arg) {
   if (kind == "handle") return "`Frequencies`";
   if (kind == "queue") return "a SYCL queue";
   if (kind == "choice") {
-    const Json& choices = arg["choices"];
-    return fmt::format("`\"{}\"` or `\"{}\"`", choices[0].get<std::string>(), choices[1].get<std::string>());
+    std::string names;
+    for (const Json& choice : arg["choices"]) {
+      const char* const joint = names.empty() ? "" : choice == arg["choices"].back() ? " or " : ", ";
+      names += fmt::format("{}`\"{}\"`", joint, choice.get<std::string>());
+    }
+    return names;
   }
   return Code(kind);
 }

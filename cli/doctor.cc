@@ -5,10 +5,8 @@
 #include <sched.h>
 #include <unistd.h>
 
-#include <cstdlib>
-#include <filesystem>
-#include <sstream>
-
+#include "backends/cuda/cache.h"
+#include "backends/cuda/nvrtc.h"
 #include "bench/floor.h"
 #include "bench/timed_case.h"
 #include "cli/common.h"
@@ -16,8 +14,6 @@
 
 namespace ropewalk::cli {
 namespace {
-
-namespace fs = std::filesystem;
 
 struct Options {
   bool json = false;
@@ -29,19 +25,8 @@ int Cores() {
   return static_cast<int>(sysconf(_SC_NPROCESSORS_ONLN));
 }
 
-// The program's path; "" if it is not in PATH.
-std::string FindProgram(const std::string& name) {
-  const char* path = std::getenv("PATH");
-  std::istringstream directories(path ? path : "");
-  for (std::string directory; std::getline(directories, directory, ':');) {
-    const fs::path candidate = fs::path(directory) / name;
-    if (access(candidate.c_str(), X_OK) == 0) return candidate.string();
-  }
-  return "";
-}
-
-// The path of the first of these libraries that the loader finds; "" if there is none. It stays open: NVRTC leaves
-// memory of its own behind when it is closed.
+// The name of the first of these libraries that the loader finds; "" if there is none. It stays open: some leave memory
+// of their own behind when they are closed.
 std::string FindLibrary(const std::vector<std::string>& names) {
   for (const std::string& name : names) {
     if (dlopen(name.c_str(), RTLD_LAZY | RTLD_LOCAL)) return name;
@@ -58,18 +43,16 @@ Json Tool(const char* what, const char* used_for, const std::string& found, cons
 Json Tools() {
   Json tools = Json::array();
   tools.push_back(Tool("NVIDIA driver", "cuda", FindLibrary({"libcuda.so.1"}), "install the NVIDIA driver"));
-  tools.push_back(Tool("NVRTC", "cuda, kernels compiled here",
-                       FindLibrary({"libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so"}),
-                       "install the CUDA toolkit, or the NVRTC of its Python packages"));
+  NvrtcFile nvrtc;  // the one that would serve
+  (void)LocateNvrtc(&nvrtc);
+  tools.push_back(Tool("NVRTC", "cuda, kernels compiled here", nvrtc.path,
+                       "install the CUDA toolkit, or pip install nvidia-cuda-nvrtc"));
   tools.push_back(Tool("Level Zero loader", "intel", FindLibrary({"libze_loader.so.1"}),
                        "apt-get install libze1 and Intel's GPU driver"));
   tools.push_back(Tool("libsycl", "intel, on the caller's sycl::queue", FindLibrary({"libsycl.so.9", "libsycl.so.8"}),
                        "comes with torch for XPU and with dpctl (pip install intel-sycl-rt)"));
   tools.push_back(Tool("OpenCL loader", "opencl; intel, on SYCL queues of OpenCL", FindLibrary({"libOpenCL.so.1"}),
                        "apt-get install ocl-icd-libopencl1"));
-  tools.push_back(Tool("nvcc", "building kernels ahead of time", FindProgram("nvcc"), "install the CUDA toolkit"));
-  tools.push_back(
-      Tool("ocloc", "building Intel kernels ahead of time", FindProgram("ocloc"), "apt-get install intel-opencl-icd"));
   return tools;
 }
 
@@ -102,7 +85,7 @@ Json Examine() {
   std::vector<std::string> tried;
   const std::string models = ModelsDirectory(&tried);
   out["models"] = {{"directory", models}, {"tried", tried}};
-  out["kernel_cache"] = "none: the kernels of the CPU are part of the library";
+  out["kernel_cache"] = DiskCacheText();
   return out;
 }
 
@@ -150,7 +133,7 @@ int Doctor(const Options& options) {
   const std::string models = found["models"]["directory"];
   fmt::print("\nmodels:       {}\n",
              models.empty() ? "none found: give --model CONFIG.json, or set ROPEWALK_MODELS" : models);
-  fmt::print("kernel cache: {}\n", found["kernel_cache"].get<std::string>());
+  fmt::print("CUDA cache:   {}\n", found["kernel_cache"].get<std::string>());
   std::string kernels;
   for (const auto& [kernel, count] : found["kernels_run"].items()) {
     kernels += (kernels.empty() ? "" : ", ") + kernel;

@@ -101,8 +101,13 @@ struct Checker {
         if (value != 0 && value != 1) return Invalid(arg, "must be 0 or 1, but is ", value);
         break;
       case Kind::kChoice:
-        if (value != 0 && value != 1) {
-          return Invalid(arg, "must be ", arg.choices[0], " (0) or ", arg.choices[1], " (1), but is ", value);
+        if (value < 0 || value >= arg.choice_count()) {
+          std::string names;
+          for (int i = 0; i < arg.choice_count(); ++i) {
+            const char* const joint = i == 0 ? "" : i + 1 < arg.choice_count() ? ", " : " or ";
+            Append(&names, Text(joint, arg.choices[static_cast<size_t>(i)], " (", i, ")"));
+          }
+          return Invalid(arg, "must be ", names, ", but is ", value);
         }
         break;
       default:
@@ -369,10 +374,14 @@ std::string DescriptionJson(const char* op, std::span<const Arg> args_table) {
                                                                 : "inout"),
                         ", \"shape\": ", JsonString(ShapeSpec(arg)), ", \"dtypes\": ", JsonString(dtypes),
                         ", \"unit_stride\": ", arg.flags & kUnitStride ? "true" : "false",
-                        ", \"required\": ", arg.flags & kRequired ? "true" : "false"));
+                        ", \"required\": ", arg.flags & kRequired ? "true" : "false",
+                        ", \"host_scalar\": ", arg.flags & kHostScalar ? "true" : "false"));
     }
     if (arg.kind == Kind::kChoice) {
-      Append(&out, Text(", \"choices\": [", JsonString(arg.choices[0]), ", ", JsonString(arg.choices[1]), "]"));
+      for (int k = 0; k < arg.choice_count(); ++k) {
+        Append(&out, Text(k ? ", " : ", \"choices\": [", JsonString(arg.choices[static_cast<size_t>(k)])));
+      }
+      out += "]";
     }
     out += "}";
   }

@@ -6,6 +6,7 @@
 
 #include <ropewalk/ropewalk.h>
 
+#include <algorithm>
 #include <array>
 #include <cstddef>
 #include <cstdint>
@@ -91,8 +92,12 @@ struct Arg {
   const char* like = nullptr;  // its dtype must be that of this argument (or one of `dtypes`)
   std::array<Dim, 4> dims = {};
   uint32_t flags = 0;
-  std::array<const char*, 2> choices = {};  // kChoice: the names of 0 and 1
+  std::array<const char*, 8> choices = {};  // kChoice: the names of 0, 1 and so on; null behind the last
   const char* default_text = "None";        // in Python
+
+  constexpr int choice_count() const {
+    return static_cast<int>(std::ranges::find(choices, static_cast<const char*>(nullptr)) - choices.begin());
+  }
 };
 
 // The sizes that a call's tensors agree on; -1 for a name that no tensor has.

@@ -110,6 +110,19 @@ TEST_F(Cli, TheSweepRefusesWhatItWouldPassOver) {
   EXPECT_NE(ended.said.find("--backend must be cpu or cpu:TARGET, but is cuda"), std::string::npos) << ended.said;
 }
 
+// Doctor tells of what would serve, not of what it finds by a search of its own.
+TEST_F(Cli, DoctorTellsWhatWouldServe) {
+  setenv("ROPEWALK_LIBNVRTC", "/nowhere/libnvrtc.so.13", 1);
+  setenv("ROPEWALK_CACHE_DIR", "/nowhere/kernels", 1);
+  const auto found = nlohmann::json::parse(Command("doctor --json").said);
+  EXPECT_EQ(found["kernel_cache"].get<std::string>().rfind("/nowhere/kernels", 0), 0u) << found["kernel_cache"];
+  for (const auto& tool : found["tools"]) {
+    EXPECT_TRUE(tool["what"] != "NVRTC" || tool["found"] == false) << tool;
+  }
+  unsetenv("ROPEWALK_LIBNVRTC");
+  unsetenv("ROPEWALK_CACHE_DIR");
+}
+
 // A target that is none is not passed over.
 TEST_F(Cli, AWrongTargetInTheEnvironmentIsSaid) {
   for (const char* target : {"avx9", "sse", "AVX2", "cpu:avx2"}) {

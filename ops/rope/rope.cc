@@ -8,6 +8,7 @@
 #include "core/overlap.h"
 #include "core/text.h"
 #include "ops/rope/host_scales.h"
+#include "ops/rope/known_calls.h"
 #include "ops/rope/rope_call.h"
 
 namespace ropewalk {
@@ -80,6 +81,9 @@ constexpr Arg kArgs[] = {
      .doc = "k goes to k_cache alone: its own memory is only read", .default_text = "False"},
 };
 // clang-format on
+
+static_assert(std::ranges::count(kArgs, Kind::kTensor, &Arg::kind) <= KnownCalls::Known::kMostTensors,
+              "known calls keep every tensor");
 
 consteval size_t Index(std::string_view name) {
   for (size_t i = 0; i < std::size(kArgs); ++i) {

@@ -35,7 +35,7 @@ struct RopeVariant {
 };
 static_assert(sizeof(RopeVariant) == 16, "hashed as bytes, as part of a kernel's key");
 
-// Data pointers in the order in which every kernel takes them. On the host or on the device of the call.
+// Data pointers. On the host or on the device of the call.
 struct RopeTensors {
   void* q = nullptr;
   void* k = nullptr;
