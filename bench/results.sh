@@ -29,7 +29,7 @@ stem=$out/$date-${cpu:-cpu}
 mkdir -p "$out"
 
 echo "load before: $(cut -d' ' -f1 /proc/loadavg)"
-"$ropewalk" bench "${bench_options[@]}" --json "$stem-bench.json" --csv "$stem-bench.csv"
+"$ropewalk" bench "${bench_options[@]}" --json "$stem-bench.json"
 "$ropewalk" bench --sweep "${sweep_options[@]}" --json "$stem-sweep.json"
 "$rope_bench" "${google_options[@]}" --benchmark_out="$stem-google.json" --benchmark_out_format=json
 [[ ! -e bench/python_call.py ]] || "$python" bench/python_call.py --json "$stem-python.json"

@@ -158,7 +158,7 @@ def main() -> int:
     parser.add_argument("--parts-stem", help="of STEM-sweep.json and STEM-torch-parts.json, if another")
     parser.add_argument("--markdown", metavar="FILE", help="write the page here instead of to stdout")
     arguments = parser.parse_args()
-    parts = []
+    parts, files = [], []
     kinds: dict[str, Callable[[Any], str]] = {
         "bench": floor_part,
         "sweep": sweep_part,
@@ -172,10 +172,11 @@ def main() -> int:
         path = pathlib.Path(f"{(of_parts and arguments.parts_stem) or arguments.stem}-{kind}.json")
         if path.exists():
             parts.append(part(json.loads(path.read_text())))
+            files.append(f"`{path.name}`")
     if not parts:
         print(f"error: there is no {arguments.stem}-*.json", file=sys.stderr)
         return 1
-    page = "# Speed on the CPU\n\nMade by `bench/results.sh`; do not edit.\n\n"
+    page = "# Speed on the CPU\n\nMade by `bench/results.sh` from " + ", ".join(files) + "; do not edit.\n\n"
     page += "\n".join(part for part in parts if part)
     if arguments.markdown:
         pathlib.Path(arguments.markdown).write_text(page)

@@ -1,0 +1,65 @@
+"""The documents say what is so: links lead somewhere, commands are understood, committed results are named."""
+
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import pathlib
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
+COMMAND = pathlib.Path(sys.executable).with_name("ropewalk")
+RESULTS = ROOT / "docs/results"
+
+
+def title(path: pathlib.Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=title)
+def test_links_lead_to_a_file(page: pathlib.Path) -> None:
+    targets = re.findall(r"\]\(([^)\s]+)\)", page.read_text())
+    relative = [t.partition("#")[0] for t in targets if not re.match(r"[a-z]+:", t)]
+    assert [t for t in relative if t and not (page.parent / t).exists()] == []
+
+
+def commands() -> list[tuple[str, str]]:
+    """Each `ropewalk ...` of a block of code or within a line, up to what is not its own: a comment, a pipe, prose."""
+    found = []
+    for page in PAGES:
+        if page.name == "CHANGELOG.md" or page.parent == RESULTS:
+            continue
+        text = page.read_text()
+        blocks = re.findall(r"^```\w*\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+        lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+        lines += re.findall(r"`(ropewalk [^`]*)`", text)
+        for line in lines:
+            match = re.match(r"(?:\$ )?(?:\.venv/bin/|build/dev/bin/)?ropewalk ([a-z]\S*.*)", line.strip())
+            if match:
+                found.append((title(page), re.split(r"\s#|\s{2,}|[|>&]", match[1])[0]))
+    return found
+
+
+@pytest.mark.parametrize(("page", "command"), commands())
+def test_commands_have_the_options_they_are_shown_with(page: str, command: str) -> None:
+    words = shlex.split(command)
+    told = subprocess.run([str(COMMAND), words[0], "--help"], capture_output=True, text=True, check=False)
+    assert told.returncode == 0, told.stderr
+    known = set(re.findall(r"(?<![\w-])--?[a-zA-Z][\w-]*", told.stdout))
+    assert [word for word in words if word.startswith("-") and word.partition("=")[0] not in known] == []
+
+
+def test_there_are_commands() -> None:
+    assert len(commands()) >= 20
+
+
+def test_every_result_is_named() -> None:
+    """By a page, or by the script that reads it or writes it."""
+    readers = [*PAGES, *ROOT.glob("bench/*"), *ROOT.glob("scripts/*"), *ROOT.glob("ops/**/*.inc")]
+    text = "\n".join(path.read_text() for path in readers if path.is_file())
+    assert [file.name for file in RESULTS.iterdir() if file.name not in text] == []
