@@ -27,6 +27,9 @@ changelog = find(r"^## \[?v?(\d+\.\d+\.\d+)", "CHANGELOG.md")
 if changelog != version:
     problems.append(f"CHANGELOG.md begins with {changelog}, but {header} says {version}")
 
+if (cited := find(r"^version: (\S+)$", "CITATION.cff")) != version:
+    problems.append(f"CITATION.cff cites {cited}, but {header} says {version}")
+
 for package in ("apache-tvm-ffi", "scikit-build-core"):
     pinned = find(rf"^{package}==(\S+)$", "requirements/base.txt")
     built = find(rf'requires = \[.*"{package}==([^"]+)"', "pyproject.toml")
