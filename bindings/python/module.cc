@@ -396,9 +396,9 @@ int MakeFrequencies(const TVMFFIAny* args, TVMFFIAny* result, Make make) {
   const std::string array(values);  // aligned, as small bytes may not be
   std::string ints;
   if (GetBytes(args[2], &axes)) ints = axes;
-  const int code = make(reinterpret_cast<const T*>(array.data()), static_cast<int64_t>(array.size() / sizeof(T)),
-                        scaling, IsNone(args[2]) ? nullptr : reinterpret_cast<const int32_t*>(ints.data()),
-                        &frequencies);
+  const int code =
+      make(reinterpret_cast<const T*>(array.data()), static_cast<int64_t>(array.size() / sizeof(T)), scaling,
+           IsNone(args[2]) ? nullptr : reinterpret_cast<const int32_t*>(ints.data()), &frequencies);
   return code < 0 ? code : ReturnFrequencies(result, code, frequencies);
 }
 EXPORT(frequencies_from_array, 3) { return MakeFrequencies<double>(args, result, ropewalk_frequencies_from_array); }

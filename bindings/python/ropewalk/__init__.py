@@ -211,7 +211,8 @@ def rope_(
             and k_store_only is False
         )
         plain = offsets is axes is cos is sin is cos_sin is q_weight is k_weight is None
-        if not isinstance(q, _Tensor):
+        is_torch = type(q) is _Tensor
+        if not is_torch:
             for array in (q, k, q_out, k_out, k_cache, v_cache):  # what is written must be known to be writeable
                 if array is not None and type(array) is not _NumpyArray:
                     raise TypeError
@@ -220,7 +221,6 @@ def rope_(
             # out: a loop over a list takes twice the time.
             if (
                 _dual._current_level >= 0
-                or type(q) is not _Tensor
                 or q.is_neg()
                 or (k is not None and (type(k) is not _Tensor or k.is_neg()))
                 or (positions is not None and type(positions) is not _Tensor)
@@ -302,7 +302,7 @@ def rope_(
             "k_store_only": k_store_only,
         }  # fmt: skip
     else:
-        if type(q) is _Tensor:
+        if is_torch:
             try:  # autograd is to notice
                 if inplace or (k_cache is None and v_cache is None):
                     _increment_version((new_q,) if new_k is None else (new_q, new_k))

@@ -199,7 +199,9 @@ class Frequencies:
                 raise ValueError
             handle = _from_turns(turns, float.fromhex(scaling), rows)
         except ValueError:
-            raise ValueError(f"rope: frequencies must be what a graph holds of ropewalk.Frequencies, but is {content!r}") from None
+            raise ValueError(
+                f"rope: frequencies must be what a graph holds of ropewalk.Frequencies, but is {content!r}"
+            ) from None
         self = cls.__new__(cls)
         self._own(handle)
         self._recipe = ("_of_content", (content,))

@@ -39,8 +39,8 @@ class Angles:
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(
             "the cosines and sines of a model under ropewalk.transformers.patch are no tensors, as its layers calculate "
-            f"the angles themselves, and have no {name!r}: use patch(model, angles='table'), or call the rotary module "
-            "with gradients enabled"
+            f"the angles, and have no {name!r}: use patch(model, angles='table'), or call the rotary module with "
+            "gradients enabled"
         )
 
     @classmethod
@@ -148,7 +148,10 @@ def _attention_forward(base: Any) -> Any:
                 tables = cos, _OfLayer(sin, self)
             elif not serves and isinstance(sin, Angles):
                 x = next(x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor))
-                tables = type(sin.rotary)._ropewalk_stock(sin.rotary, x, sin.positions, sin.layer_type)
+                cls = type(sin.rotary)
+                tables = call_rotary(
+                    getattr(cls, "_ropewalk_base", cls), sin.rotary, x, sin.positions, sin.layer_type
+                )
             if TABLES in kwargs:
                 kwargs = {**kwargs, TABLES: tables}
             else:
@@ -165,11 +168,14 @@ def call_rotary(base: Any, module: Any, x: Any, position_ids: Any, layer_type: s
 
 
 def _rotary_forward(base: Any) -> Any:
+    takes_layer_type = "layer_type" in inspect.signature(base.forward).parameters
+
     @functools.wraps(base.forward)
     def forward(self: Any, x: Any, position_ids: Any = None, layer_type: str | None = None) -> tuple[Any, Any]:
         rotary = getattr(self, STATE, None)
         if rotary is None or torch.is_grad_enabled():
-            return call_rotary(base, self, x, position_ids, layer_type)
+            more = (layer_type,) if takes_layer_type else ()
+            return base.forward(self, x, position_ids, *more)
         angles = Angles(position_ids, rotary.frequencies(layer_type, position_ids), self, layer_type)
         return angles, angles
 
@@ -199,8 +205,7 @@ def _class(base: Any, kind: str) -> Any:
         _, _, *state = base.__reduce_ex__(self, max(int(protocol), 2))
         return _new, (base, kind), *state
 
-    attributes = {"forward": _FORWARDS[kind](base), "__reduce_ex__": __reduce_ex__, "_ropewalk_base": base,
-                  "_ropewalk_stock": functools.partial(call_rotary, base)}  # fmt: skip
+    attributes = {"forward": _FORWARDS[kind](base), "__reduce_ex__": __reduce_ex__, "_ropewalk_base": base}
     made = type(base.__name__, (base,), {"__module__": base.__module__, "__doc__": base.__doc__, **attributes})
     made.__qualname__ = base.__qualname__
     return made
@@ -217,6 +222,7 @@ def _rebind(module: Any, old: Any, new: Any) -> None:
     for name in ("forward", "_old_forward"):
         if getattr(module.__dict__.get(name), "__func__", None) is old:
             module.__dict__[name] = types.MethodType(new, module)
+
 
 def put(module: Any, kind: str, state: Any) -> None:
     """Makes a module one of its class with the forward of that kind: "attention", "rotary" or "norm"."""

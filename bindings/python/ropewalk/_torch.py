@@ -186,7 +186,8 @@ def rope_(
     k_scale, v_scale = _scale(k_scale), _scale(v_scale)
     _check({"q": q, "k": k, "positions": positions, "offsets": offsets, "cos": cos, "sin": sin, "cos_sin": cos_sin,
             "axes": axes, "q_weight": q_weight, "k_weight": k_weight, "q_out": q_out, "k_out": k_out, "v": v,
-            "k_cache": k_cache, "v_cache": v_cache, "slots": slots, "k_scale": k_scale, "v_scale": v_scale})  # fmt: skip
+            "k_cache": k_cache, "v_cache": v_cache, "slots": slots, "k_scale": k_scale,
+            "v_scale": v_scale})  # fmt: skip
     operator = torch.ops.ropewalk.rope_ if q_out is None and k_out is None else torch.ops.ropewalk.rope_out
     operator(q, k, positions, offsets, "" if frequencies is None else frequencies._content, cos, sin, cos_sin, axes,
              _arrays.choice("pairing", pairing), rotary_dim or 0, rotary_offset, int(inverse),
