@@ -41,7 +41,7 @@ def main() -> None:
     handle = frequencies._handle
     arrays = [x.numpy() for x in (q, k, positions)]
     operator = torch.ops.ropewalk.rope_.default
-    key = frequencies._key
+    key = frequencies._content
 
     ours = {
         "module, tensors converted before (C and the border)": lambda: call(*tensors, None, handle),

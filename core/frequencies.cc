@@ -352,6 +352,19 @@ Status FrequenciesFromArray(const double* inv_freq, int64_t count, double attent
   });
 }
 
+Status FrequenciesFromTurns(const uint64_t* turns, int64_t count, double attention_scaling, const int32_t* axes,
+                            ropewalk_frequencies** out) {
+  return WithoutThrowing([&]() -> Status {
+    std::vector<double> inv_freq;
+    for (int64_t i = 0; i < count; ++i) {
+      inv_freq.push_back(static_cast<double>(static_cast<int64_t>(turns[i])) * static_cast<double>(kTwoPi) * 0x1p-64);
+    }
+    ROPEWALK_TRY(FrequenciesFromArray(inv_freq.data(), count, attention_scaling, axes, out));
+    std::copy_n(turns, count, (*out)->turns.begin());
+    return {};
+  });
+}
+
 Status FrequenciesFromConfig(std::string_view json, std::string_view name, std::string_view layer_type,
                              int64_t sequence_length, ropewalk_frequencies** out) {
   return WithoutThrowing([&]() -> Status {

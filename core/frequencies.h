@@ -34,6 +34,9 @@ Status MakeFrequencies(double theta, int64_t rotary_dim, std::string_view scalin
                        ropewalk_frequencies** out);
 Status FrequenciesFromArray(const double* inv_freq, int64_t count, double attention_scaling, const int32_t* axes,
                             ropewalk_frequencies** out);
+// From another's turns, the bits of which a call goes by. The frequencies in radians are the doubles next to them.
+Status FrequenciesFromTurns(const uint64_t* turns, int64_t count, double attention_scaling, const int32_t* axes,
+                            ropewalk_frequencies** out);
 Status FrequenciesFromConfig(std::string_view json, std::string_view name, std::string_view layer_type,
                              int64_t sequence_length, ropewalk_frequencies** out);
 // What a device's copy holds: the turns, then the axes, which begin after AxesOffset bytes.

@@ -16,6 +16,7 @@
 #include <string_view>
 
 #include "core/fork.h"
+#include "core/frequencies.h"
 #include "core/text.h"
 #include "ops/rope/rope_call.h"
 
@@ -235,6 +236,30 @@ bool UseTorchThreads() {
   return ropewalk_set_parallel_for(ParallelForByTorch, nullptr) == ROPEWALK_OK;
 }
 
+// ---- who watches torch's operators
+// -------------------------------------------------------------------------------------
+
+// c10::impl::tls_is_dispatch_key_included(DispatchKey) and at::impl::torch_function_mode_enabled(): a few instructions
+// each, where Python's own ways to ask take 40 ns a question. Null: not found, and Python asks itself.
+bool (*key_is_included)(uint16_t key) = nullptr;
+bool (*function_mode_is_enabled)() = nullptr;
+std::array<uint16_t, 4> watching_keys{};  // while one of them is included, somebody watches
+
+// Modes, torch.jit.trace and torch.func would not see a call that goes past torch's operators.
+bool SomebodyWatches() {
+  if (!key_is_included) return false;
+  for (const uint16_t key : watching_keys) {
+    if (key_is_included(key)) return true;
+  }
+  return function_mode_is_enabled();
+}
+
+template <class Function>
+Function Find(const char* library, const char* symbol) {
+  void* handle = dlopen(library, RTLD_NOW | RTLD_NOLOAD);
+  return handle ? reinterpret_cast<Function>(dlsym(handle, symbol)) : nullptr;
+}
+
 // ---- frequencies
 // ------------------------------------------------------------------------------------------------------
 
@@ -285,6 +310,20 @@ EXPORT(rope, 1) {
   RopeArgs rope_args{};
   if (const int error = rope_args.Fill(args, count)) return error;
   return Raise(ropewalk_rope(&rope_args.args, rope_args.stream));
+}
+// As rope, but a TypeError, and nothing written, where that would go past somebody who watches torch's operators.
+EXPORT(rope_unwatched, 1) {
+  if (SomebodyWatches()) return Raise("TypeError", "rope: torch's operators are watched");
+  return rope(args, count, result);
+}
+// (keys..): torch's dispatch keys that are included in a thread where somebody watches. Whether torch can be asked.
+EXPORT(set_watching_keys, 4) {
+  for (size_t i = 0; i < watching_keys.size(); ++i) watching_keys[i] = static_cast<uint16_t>(args[i].v_int64);
+  function_mode_is_enabled = Find<bool (*)()>("libtorch_cpu.so", "_ZN2at4impl27torch_function_mode_enabledEv");
+  const auto found =
+      Find<bool (*)(uint16_t)>("libc10.so", "_ZN3c104impl28tls_is_dispatch_key_includedENS_11DispatchKeyE");
+  if (function_mode_is_enabled) key_is_included = found;
+  return Return(result, key_is_included != nullptr, kTVMFFIBool);
 }
 EXPORT(prepare, 1) {
   RopeArgs rope_args{};
@@ -345,19 +384,29 @@ EXPORT(frequencies_create, 4) {
       ropewalk_frequencies_create(theta, rotary_dim, OptionalText(args[2], &scaling), sequence_length, &frequencies);
   return ReturnFrequencies(result, code, frequencies);
 }
-EXPORT(frequencies_from_array, 3) {  // (bytes of doubles, attention scaling, None or bytes of int32s)
+// (bytes of an array of Ts, attention scaling, None or bytes of as many int32s).
+// `make` gives a code of ropewalk.h, or -1 with the error raised.
+template <class T, class Make>
+int MakeFrequencies(const TVMFFIAny* args, TVMFFIAny* result, Make make) {
   std::string_view values, axes;
   ropewalk_frequencies* frequencies = nullptr;
-  if (!GetBytes(args[0], &values)) return Raise("TypeError", "frequencies_from_array: needs bytes");
+  if (!GetBytes(args[0], &values)) return Raise("TypeError", "frequencies: needs bytes");
   double scaling;
   if (GetDouble("frequencies: attention_scaling", args[1], &scaling)) return -1;
-  const std::string doubles(values);  // aligned, as small bytes may not be
+  const std::string array(values);  // aligned, as small bytes may not be
   std::string ints;
   if (GetBytes(args[2], &axes)) ints = axes;
-  const int code = ropewalk_frequencies_from_array(
-      reinterpret_cast<const double*>(doubles.data()), static_cast<int64_t>(doubles.size() / sizeof(double)), scaling,
-      IsNone(args[2]) ? nullptr : reinterpret_cast<const int32_t*>(ints.data()), &frequencies);
-  return ReturnFrequencies(result, code, frequencies);
+  const int code =
+      make(reinterpret_cast<const T*>(array.data()), static_cast<int64_t>(array.size() / sizeof(T)), scaling,
+           IsNone(args[2]) ? nullptr : reinterpret_cast<const int32_t*>(ints.data()), &frequencies);
+  return code < 0 ? code : ReturnFrequencies(result, code, frequencies);
+}
+EXPORT(frequencies_from_array, 3) { return MakeFrequencies<double>(args, result, ropewalk_frequencies_from_array); }
+EXPORT(frequencies_from_turns, 3) {
+  return MakeFrequencies<uint64_t>(args, result, [](auto... values) {
+    const ropewalk::Status status = ropewalk::FrequenciesFromTurns(values...);
+    return status.ok() ? 0 : Raise("ValueError", "frequencies: " + status.text());
+  });
 }
 EXPORT(frequencies_from_config, 4) {
   std::string json, name, layer_type;
@@ -377,6 +426,9 @@ EXPORT(frequencies_attention_scaling, 1) {
 }
 EXPORT(frequencies_inv_freq, 1) {
   return ReturnBytes(result, ropewalk_frequencies_inv_freq(Handle(args[0])), Pairs(args[0]) * sizeof(double));
+}
+EXPORT(frequencies_turns, 1) {
+  return ReturnBytes(result, Handle(args[0])->turns.data(), Pairs(args[0]) * sizeof(uint64_t));
 }
 EXPORT(frequencies_axes, 1) {
   return ReturnBytes(result, ropewalk_frequencies_axes(Handle(args[0])), Pairs(args[0]) * sizeof(int32_t));

@@ -609,7 +609,8 @@ def test_a_token_of_intel_that_is_not_stored_is_not_rotated(device, is_neox, ind
 
 
 def test_weights_may_be_parameters(device):
-    """Of a model's norm, in grad mode; a q that requires grad is refused, as its gradient would be lost."""
+    """Of a model's norm, without gradients; in grad mode what requires grad is refused, as its gradient would be lost.
+    """
     cache, positions = table(8, 64, device), torch.arange(4, device=device)
     weight = torch.nn.Parameter(1 + draw(64, device=device) / 4)
 
@@ -621,9 +622,13 @@ def test_weights_may_be_parameters(device):
         function(qkv[:, :2], qkv[:, 2:3], w, w, full, positions, is_neox=True, cache_has_full_width=True)
         return qkv
 
-    assert torch.equal(run(weight, draw(4, 4, 64, device=device)), run(weight.data, draw(4, 4, 64, device=device)))
-    with pytest.raises(ValueError, match="requires grad"):
-        run(weight, draw(4, 4, 64, device=device).requires_grad_().clone())
+    with torch.no_grad():
+        got = run(weight, draw(4, 4, 64, device=device))
+    assert torch.equal(got, run(weight.data, draw(4, 4, 64, device=device)))
+    with pytest.raises(ValueError, match="q_weight requires grad"):
+        run(weight, draw(4, 4, 64, device=device))
+    with pytest.raises(ValueError, match="q requires grad"):
+        run(weight.data, draw(4, 4, 64, device=device).requires_grad_().clone())
 
 
 def test_bad_input_of_two_passes_writes_nothing():

@@ -67,7 +67,7 @@ __all__ = [
 
 __version__: str = _module.function("version")()
 
-_rope = _module.function("rope")
+_rope = _any_rope = _module.function("rope")
 _prepare = _module.function("prepare")
 _explain = _module.function("explain")
 _check_faults = _module.function("check_faults")
@@ -96,11 +96,18 @@ if _arrays.torch is not None:
     from . import _torch
 
     _Tensor: Any = _arrays.torch.Tensor
-    _is_compiling = _arrays.torch.compiler.is_compiling
+    _PLAIN = _torch.PLAIN
+    _is_compiling = _arrays.torch.compiler.is_dynamo_compiling
     _grad_enabled = _arrays.torch.is_grad_enabled
+    _increment_version = _torch.increment_version
+    _dual = _torch.forward_ad
+    _rope = _torch.rope_unwatched
     _use_torch_threads()
 else:
     _Tensor = _Absent
+
+    def _is_compiling() -> bool:
+        return False
 
 
 def rope_(
@@ -157,7 +164,7 @@ def rope_(
         pairing: "neox", pairs (i, i + rotary_dim/2), or "interleaved", pairs (2i, 2i + 1).
         rotary_dim: how many elements of a head are rotated. None: what frequencies or the table say.
         rotary_offset: where the rotated part begins in the head.
-        inverse: rotate back.
+        inverse: turn by the negative angles. An attention scaling s multiplies both ways: there and back is s * s * x.
         axes: [rotary_dim/2] int32, the row of positions that each pair takes (mrope, 2-D and 3-D rope).
         norm: None, or "rms": each head is divided by the root of its mean square + eps (Zhang and Sennrich, "Root Mean
             Square Layer Normalization", 2019) before the rotation.
@@ -191,56 +198,77 @@ def rope_(
     A position past the table gives NaN in that token, a slot past the cache is not stored; check_faults() tells of
     both.
     """
+    if _is_compiling():
+        _torch.rope_(q, k, positions, offsets, frequencies, cos, sin, cos_sin, axes, pairing, rotary_dim,
+                     rotary_offset, inverse, norm, q_weight, k_weight, zero_centered_weight, eps, rounding, q_out,
+                     k_out, v, k_cache, v_cache, slots, k_scale, v_scale, sycl_queue, disable_pdl,
+                     k_store_only)  # fmt: skip
+        return q if q_out is None else q_out, None if k_store_only else k if k_out is None else k_out
     try:
-        if not isinstance(q, _Tensor):
+        inplace = (
+            q_out is k_out is v is k_cache is v_cache is slots is k_scale is v_scale is sycl_queue is None
+            and disable_pdl is False
+            and k_store_only is False
+        )
+        plain = offsets is axes is cos is sin is cos_sin is q_weight is k_weight is None
+        is_torch = type(q) is _Tensor
+        if not is_torch:
             for array in (q, k, q_out, k_out, k_cache, v_cache):  # what is written must be known to be writeable
                 if array is not None and type(array) is not _NumpyArray:
                     raise TypeError
-        elif _is_compiling():
-            _torch.rope_(q, k, positions, offsets, frequencies, cos, sin, cos_sin, axes, pairing, rotary_dim,
-                         rotary_offset, inverse, norm, q_weight, k_weight, zero_centered_weight, eps, rounding, q_out,
-                         k_out, v, k_cache, v_cache, slots, k_scale, v_scale, sycl_queue, disable_pdl,
-                         k_store_only)  # fmt: skip
-            return q if q_out is None else q_out, None if k_store_only else k if k_out is None else k_out
         else:
-            # What requires grad, is lazily negated or is not torch's is looked at in detail below. Written out: a loop
-            # over a list takes twice the time.
+            # What requires grad, is lazily negated, of a subclass or not torch's is looked at in detail below. Written
+            # out: a loop over a list takes twice the time.
             if (
-                q.is_neg()
-                or (k is not None and k.is_neg())
-                or (cos is not None and cos.is_neg())
-                or (sin is not None and sin.is_neg())
-                or (cos_sin is not None and cos_sin.is_neg())
-                or (q_weight is not None and q_weight.is_neg())
-                or (k_weight is not None and k_weight.is_neg())
-                or (q_out is not None and q_out.is_neg())
-                or (k_out is not None and k_out.is_neg())
-                or (v is not None and v.is_neg())
-                or (k_cache is not None and k_cache.is_neg())
-                or (v_cache is not None and v_cache.is_neg())
+                _dual._current_level >= 0
+                or q.is_neg()
+                or (k is not None and (type(k) is not _Tensor or k.is_neg()))
+                or (positions is not None and type(positions) is not _Tensor)
+            ):
+                raise TypeError
+            if not plain and (
+                (offsets is not None and type(offsets) is not _Tensor)
+                or (axes is not None and type(axes) is not _Tensor)
+                or (cos is not None and (type(cos) not in _PLAIN or cos.is_neg()))
+                or (sin is not None and (type(sin) not in _PLAIN or sin.is_neg()))
+                or (cos_sin is not None and (type(cos_sin) not in _PLAIN or cos_sin.is_neg()))
+                or (q_weight is not None and (type(q_weight) not in _PLAIN or q_weight.is_neg()))
+                or (k_weight is not None and (type(k_weight) not in _PLAIN or k_weight.is_neg()))
+            ):
+                raise TypeError
+            if not inplace and (
+                (q_out is not None and (type(q_out) is not _Tensor or q_out.is_neg()))
+                or (k_out is not None and (type(k_out) is not _Tensor or k_out.is_neg()))
+                or (v is not None and (type(v) is not _Tensor or v.is_neg()))
+                or (k_cache is not None and (type(k_cache) not in _PLAIN or k_cache.is_neg()))
+                or (v_cache is not None and (type(v_cache) not in _PLAIN or v_cache.is_neg()))
+                or (slots is not None and type(slots) is not _Tensor)
             ):
                 raise TypeError
             if _grad_enabled() and (
                 q.requires_grad
                 or (k is not None and k.requires_grad)
-                or (cos is not None and cos.requires_grad)
-                or (sin is not None and sin.requires_grad)
-                or (cos_sin is not None and cos_sin.requires_grad)
-                or (q_weight is not None and q_weight.requires_grad)
-                or (k_weight is not None and k_weight.requires_grad)
-                or (q_out is not None and q_out.requires_grad)
-                or (k_out is not None and k_out.requires_grad)
-                or (v is not None and v.requires_grad)
-                or (k_cache is not None and k_cache.requires_grad)
-                or (v_cache is not None and v_cache.requires_grad)
+                or not plain
+                and (
+                    (cos is not None and cos.requires_grad)
+                    or (sin is not None and sin.requires_grad)
+                    or (cos_sin is not None and cos_sin.requires_grad)
+                    or (q_weight is not None and q_weight.requires_grad)
+                    or (k_weight is not None and k_weight.requires_grad)
+                )
+                or not inplace
+                and (
+                    (q_out is not None and q_out.requires_grad)
+                    or (k_out is not None and k_out.requires_grad)
+                    or (v is not None and v.requires_grad)
+                    or (k_cache is not None and k_cache.requires_grad)
+                    or (v_cache is not None and v_cache.requires_grad)
+                )
             ):
                 raise TypeError
         handle = None if frequencies is None else _handle_of(frequencies)
-        if (
-            q_out is k_out is v is k_cache is v_cache is slots is k_scale is v_scale is sycl_queue is None
-            and disable_pdl is False
-            and k_store_only is False
-        ):
+        if inplace:
+            new_q, new_k = q, k
             # What is left out at the end need not be handed over.
             if (
                 norm is q_weight is k_weight is rotary_dim is None
@@ -250,19 +278,20 @@ def rope_(
                 and eps == 1e-6
             ):
                 _rope(q, k, positions, offsets, handle, cos, sin, cos_sin, axes, _PAIRING[pairing])
-                return q, k
+            else:
+                _rope(q, k, positions, offsets, handle, cos, sin, cos_sin, axes, _PAIRING[pairing], rotary_dim,
+                      rotary_offset, inverse, _NORM[norm], q_weight, k_weight, zero_centered_weight, eps,
+                      _ROUNDING[rounding])  # fmt: skip
+        else:
+            new_q, new_k = q if q_out is None else q_out, None if k_store_only else k if k_out is None else k_out
             _rope(q, k, positions, offsets, handle, cos, sin, cos_sin, axes, _PAIRING[pairing], rotary_dim,
                   rotary_offset, inverse, _NORM[norm], q_weight, k_weight, zero_centered_weight, eps,
-                  _ROUNDING[rounding])  # fmt: skip
-            return q, k
-        _rope(q, k, positions, offsets, handle, cos, sin, cos_sin, axes, _PAIRING[pairing], rotary_dim, rotary_offset,
-              inverse, _NORM[norm], q_weight, k_weight, zero_centered_weight, eps, _ROUNDING[rounding], q_out, k_out, v,
-              k_cache, v_cache, slots, k_scale, v_scale, sycl_queue, disable_pdl, k_store_only)  # fmt: skip
-        return q if q_out is None else q_out, None if k_store_only else k if k_out is None else k_out
-    except (TypeError, KeyError, AttributeError, BufferError, RuntimeError) as error:
-        # All but a RuntimeError come from the types of the arguments, before anything was written: once more, more
-        # slowly, and with messages that name the argument.
-        failure = error if isinstance(error, RuntimeError) else None
+                  _ROUNDING[rounding], q_out, k_out, v, k_cache, v_cache, slots, k_scale, v_scale, sycl_queue,
+                  disable_pdl, k_store_only)  # fmt: skip
+    except (TypeError, KeyError, AttributeError, BufferError, OverflowError, RuntimeError, ValueError) as error:
+        # Nothing was written: once more, more slowly. All but a RuntimeError and a ValueError come from the types of
+        # the arguments, and get messages that name the argument.
+        failure = error if isinstance(error, (RuntimeError, ValueError)) else None
         arguments = {
             "q": q, "k": k, "positions": positions, "offsets": offsets, "frequencies": frequencies, "cos": cos,
             "sin": sin, "cos_sin": cos_sin, "axes": axes, "pairing": pairing, "rotary_dim": rotary_dim,
@@ -272,11 +301,35 @@ def rope_(
             "k_scale": k_scale, "v_scale": v_scale, "sycl_queue": sycl_queue, "disable_pdl": disable_pdl,
             "k_store_only": k_store_only,
         }  # fmt: skip
+    else:
+        if is_torch:
+            try:  # autograd is to notice
+                if inplace or (k_cache is None and v_cache is None):
+                    _increment_version((new_q,) if new_k is None else (new_q, new_k))
+                else:
+                    _torch.wrote(new_q, new_k, k_cache, v_cache)
+            except RuntimeError:  # tensors of inference mode, which have no version
+                _torch.wrote(new_q, new_k)
+        return new_q, new_k
+    return _slow_rope_(arguments, failure)
+
+
+def _slow_rope_(arguments: dict[str, Any], failure: Exception | None) -> tuple[Any, Any]:
+    """A call that is no quick one, or that failed before anything was written."""
+    q, k, q_out, k_out = (arguments[name] for name in ("q", "k", "q_out", "k_out"))
+    new = q if q_out is None else q_out, None if arguments["k_store_only"] else k if k_out is None else k_out
+    if _arrays.torch is not None and _torch.is_watched(arguments.values()):
+        _torch.rope_(**arguments)
+        return new
+    if isinstance(failure, ValueError):
+        raise failure
     values = _arrays.values(arguments)
     if failure is not None:
         raise failure
-    _rope(*values)
-    return q if q_out is None else q_out, None if k_store_only else k if k_out is None else k_out
+    _any_rope(*values)
+    if _arrays.torch is not None:
+        _torch.wrote(*new, arguments["k_cache"], arguments["v_cache"])
+    return new
 
 
 def rope(q: Any, k: Any = None, **options: Unpack[RopeOptions]) -> tuple[Any, Any]:

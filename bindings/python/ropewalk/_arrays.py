@@ -6,7 +6,6 @@ The quick way of a call (ropewalk.rope_) hands torch tensors straight to the mod
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
-import itertools
 import operator
 import sys
 from collections.abc import Mapping
@@ -30,13 +29,6 @@ CHOICES: dict[str, dict[Any, int]] = {
 }
 
 
-class _Handles(dict[int, "int | None"]):
-    """Of Frequencies. Compiled graphs hold a number that is never used again, not an address that might be."""
-
-    def __missing__(self, key: int) -> None:
-        raise RuntimeError("rope: the Frequencies that this graph was compiled with have been freed")
-
-
 def handle_of(frequencies: Any) -> int:
     """The address of the core's object. Of nothing but a Frequencies: any int would be taken for one there."""
     from ._frequencies import Frequencies  # noqa: PLC0415  # which imports this module
@@ -44,20 +36,6 @@ def handle_of(frequencies: Any) -> int:
     if not issubclass(type(frequencies), Frequencies):  # not isinstance, which believes __class__
         raise TypeError(f"rope: frequencies must be a ropewalk.Frequencies, but is a {_type_name(frequencies)}")
     return frequencies._handle
-
-
-handles = _Handles({0: None})
-_next_key = itertools.count(1)
-
-
-def register_handle(handle: int) -> int:
-    key = next(_next_key)
-    handles[key] = handle
-    return key
-
-
-def forget_handle(key: int, handles: dict[int, int | None] = handles) -> None:
-    handles.pop(key, None)
 
 
 def _type_name(value: Any) -> str:
@@ -238,7 +216,7 @@ def choice(name: str, value: Any) -> int:
 def empty(shape: tuple[int, ...], dtype: Any) -> Any:
     """A new array of a torch dtype, a numpy dtype or a dtype's name."""
     if torch is not None and isinstance(dtype, torch.dtype):
-        return torch.empty(shape, dtype=dtype)
+        return torch.empty(shape, dtype=dtype, device="cpu")  # whatever torch's default device is
     if numpy is None:
         raise ValueError(f"frequencies: a table of dtype {dtype!r} needs numpy, which is not installed")
     if isinstance(dtype, str) and dtype == "bfloat16":

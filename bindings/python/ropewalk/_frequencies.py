@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import array
+import base64
 import json
 import os
 import sys
@@ -16,10 +17,12 @@ from . import _arrays, _module
 _create = _module.function("frequencies_create")
 _from_array = _module.function("frequencies_from_array")
 _from_config = _module.function("frequencies_from_config")
+_from_turns = _module.function("frequencies_from_turns")
 _release = _module.function("frequencies_release")
 _rotary_dim = _module.function("frequencies_rotary_dim")
 _attention_scaling = _module.function("frequencies_attention_scaling")
 _inv_freq = _module.function("frequencies_inv_freq")
+_turns = _module.function("frequencies_turns")
 _axes = _module.function("frequencies_axes")
 _warnings = _module.function("frequencies_warnings")
 _table = _module.function("frequencies_table")
@@ -84,9 +87,9 @@ class Frequencies:
         UserWarning: a field was ignored, as transformers ignores it (`attn_factor`, a stale `type`).
     """
 
-    __slots__ = ("__weakref__", "_handle", "_key", "_recipe")
+    __slots__ = ("__weakref__", "_content", "_handle", "_recipe")
     _handle: int  # address of the core's object, of which this one holds a reference
-    _key: int  # never used again in this process: what compiled graphs hold
+    _content: str  # all that a call goes by: what graphs hold, in any process; the same for equal frequencies
     _recipe: tuple[str, tuple[Any, ...]]  # how to make it again, for pickle
 
     def __init__(
@@ -180,13 +183,32 @@ class Frequencies:
 
     def _own(self, handle: int, callers: int = 1) -> None:
         self._handle = handle
-        self._key = _arrays.register_handle(handle)
+        rows = _axes(handle)
+        arrays = [base64.b64encode(data).decode() for data in (_turns(handle), rows) if data is not None]
+        self._content = " ".join((_attention_scaling(handle).hex(), *arrays))
         for sentence in _warnings(handle).decode().splitlines():
             warnings.warn(sentence, stacklevel=2 + callers)
 
-    def __del__(self, release: Any = _release, forget: Any = _arrays.forget_handle) -> None:
+    @classmethod
+    def _of_content(cls, content: str) -> Frequencies:
+        """As those of that content, in calls; `inv_freq` are the doubles next to theirs."""
+        try:
+            scaling, *arrays = content.split(" ")
+            turns, rows = ([base64.b64decode(data, validate=True) for data in arrays] + [None])[:2]
+            if len(arrays) not in (1, 2) or len(turns) % 8 or (rows is not None and 2 * len(rows) != len(turns)):
+                raise ValueError
+            handle = _from_turns(turns, float.fromhex(scaling), rows)
+        except ValueError:
+            raise ValueError(
+                f"rope: frequencies must be what a graph holds of ropewalk.Frequencies, but is {content!r}"
+            ) from None
+        self = cls.__new__(cls)
+        self._own(handle)
+        self._recipe = ("_of_content", (content,))
+        return self
+
+    def __del__(self, release: Any = _release) -> None:
         if hasattr(self, "_handle"):
-            forget(self._key)
             release(self._handle)
 
     @property

@@ -225,21 +225,31 @@ def ragged(indptr: Any, offsets: Any, total: int) -> Any:
 
 
 class _Rotation(torch.autograd.Function):
-    """Its gradient is the rotation by the negative angles."""
+    """Its gradient is the rotation by the negative angles. The tensors that it goes by are given by themselves, so that
+    autograd keeps them, and notices if they have been written before the gradient."""
+
+    generate_vmap_rule = True
 
     @staticmethod
-    def forward(ctx: Any, function: str, names: Any, options: dict[str, Any], inplace: bool, q: Any, k: Any) -> Any:
-        ctx.call = function, names, options
-        if inplace:
-            ctx.mark_dirty(*(x for x in (q, k) if x is not None))
+    def forward(call: Any, inplace: bool, q: Any, k: Any, *others: Any) -> Any:
+        function, names, options, of_tensors = call
+        options = {**options, **dict(zip(of_tensors, others, strict=True))}
         return rotated(function, names, options, inplace, q, k)
 
     @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.call, inplace, q, k, *others = inputs
+        if inplace:
+            ctx.mark_dirty(*(x for x in (q, k) if x is not None))
+        ctx.save_for_backward(*others)
+
+    @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
-        function, names, options = ctx.call
+        function, names, options, of_tensors = ctx.call
         dense = [g if g is None or g.stride(-1) == 1 else g.contiguous() for g in gradients]
         options = {**options, "inverse": not options.get("inverse", False)}
-        return None, None, None, None, *rotated(function, names, options, False, *dense)
+        new = _Rotation.apply((function, names, options, of_tensors), False, *dense, *ctx.saved_tensors)
+        return None, None, *new, *(None for _ in of_tensors)
 
 
 def rotated(function: str, names: Any, options: dict[str, Any], inplace: bool, q: Any, k: Any) -> tuple[Any, Any]:
@@ -269,7 +279,16 @@ def differentiable(
 
     q, k = turned(q), turned(k)
     if torch.is_grad_enabled() and (q.requires_grad or (k is not None and k.requires_grad)):
-        new = _Rotation.apply(function, names, options, inplace, q, k)
+        of_tensors = {name: value for name, value in options.items() if isinstance(value, torch.Tensor)}
+        for name, value in of_tensors.items():
+            if value.requires_grad:
+                name = names.get(name, name)  # noqa: PLW2901
+                raise ValueError(
+                    f"{function}: {name} requires grad, and Ropewalk calculates no gradient of tables: give "
+                    f"{name}.detach()"
+                )
+        options = {name: value for name, value in options.items() if name not in of_tensors}
+        new = _Rotation.apply((function, names, options, tuple(of_tensors)), inplace, q, k, *of_tensors.values())
     else:
         new = rotated(function, names, options, inplace, q, k)
     return turned(new[0]), turned(new[1])
@@ -328,13 +347,6 @@ def half_tables(function: str, cos: Any, sin: Any, neighbours: bool = False) -> 
 # With the norm, angles computed
 
 
-def unrecorded(*weights: Any) -> tuple[Any, ...]:
-    """Parameters are taken in grad mode too, as the originals take them; q and k that require grad are refused."""
-    if not torch.is_grad_enabled():
-        return weights
-    return tuple(w.detach() if isinstance(w, torch.Tensor) and w.requires_grad else w for w in weights)
-
-
 def norm_rope(
     function: str,
     qkv: Any,
@@ -370,7 +382,7 @@ def norm_rope_heads(
     **options: Any,
 ) -> None:
     """The norm and the rotation of heads that `packed` made. names: others than qkv."""
-    q_weight, k_weight = unrecorded(*weights)
+    q_weight, k_weight = weights
     call(function, {"q": "qkv", "k": "qkv", **names}, q, k, norm="rms", q_weight=q_weight,
          k_weight=k_weight if k is not None else None, eps=eps, pairing=pairing(is_neox), **options)  # fmt: skip
 
@@ -416,7 +428,6 @@ def inplace_norm_rope(
         firsts = slice(0, width // 2) if is_neox else slice(0, width, 2)
         seconds = slice(width // 2, width) if is_neox else slice(1, width, 2)
         tables = [{"cos": cos[:, part], "sin": sin[:, part]} for part in (firsts, seconds)]
-    q_weight, k_weight = unrecorded(q_weight, k_weight)
     norm = {"norm": "rms", "q_weight": q_weight, "k_weight": k_weight, "eps": eps}
     names = {**PARTIAL, "cos": "cos_sin_cache", "sin": "cos_sin_cache", **(output_names or {})}
     out = {} if outputs is None else {"q_out": outputs[0], "k_out": outputs[1]}

@@ -23,7 +23,7 @@ def apply_rotary_emb(
         x: [batch, heads, tokens, head_dim] bfloat16, float16 or float32; with sequence_dim=1, and without use_real,
             [batch, tokens, heads, head_dim].
         freqs_cis: with use_real cosines and sines, [tokens, head_dim] each; else [1 or batch, tokens, head_dim/2] or
-            [tokens, head_dim/2] complex64.
+            [tokens, head_dim/2] complex64, or complex128, which is rounded to that; the conjugate rotates back.
         use_real_unbind_dim: -1: pairs (2i, 2i + 1), whose entries stand side by side in the table; -2: pairs
             (i, i + head_dim/2), each half of the table holds them. Without use_real pairs (2i, 2i + 1).
         sequence_dim: 1 or 2.
@@ -42,6 +42,7 @@ def apply_rotary_emb(
         raise ValueError(f"{function}: sequence_dim must be 1 or 2, but is {sequence_dim}")
     if x.dim() != 4:
         raise ValueError(f"{function}: x must have 4 dimensions, but is {list(x.shape)}")
+    names = {"q": "x"}
     neighbours = not use_real or use_real_unbind_dim == -1
     if use_real:
         cos, sin = freqs_cis
@@ -51,6 +52,9 @@ def apply_rotary_emb(
         if not freqs_cis.is_complex():
             raise ValueError(f"{function}: freqs_cis must be complex without use_real, but is {freqs_cis.dtype}")
         table = _common.of_all_batches(freqs_cis)
-        tables = {"cos": table.real, "sin": table.imag}
-    return _common.differentiable(function, {"q": "x"}, x, None, heads_first=use_real and sequence_dim == 2,
+        if table.dtype == torch.complex128:
+            table = table.to(torch.complex64)
+        tables = dict(zip(("cos", "sin"), torch.view_as_real(table.resolve_conj()).unbind(-1), strict=True))
+        names.update(cos="freqs_cis", sin="freqs_cis")
+    return _common.differentiable(function, names, x, None, heads_first=use_real and sequence_dim == 2,
                                   pairing=_common.pairing(not neighbours), **tables)[0]  # fmt: skip

@@ -1,0 +1,353 @@
+"""Copies, pickles and wrappers of a patched transformers model, and what it does with gradients."""
+
+# SPDX-License-Identifier: Apache-2.0
+import copy
+import functools
+import inspect
+import io
+import os
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch._dynamo.testing
+
+pytest.importorskip("transformers")
+import ropewalk.transformers as rt
+from test_transformers import ids, launches, make
+from transformers import AutoConfig, AutoModelForCausalLM
+
+NAMES = ["llama", "qwen3", "gemma3_text", "gpt_neox"]
+
+
+def attentions(model):
+    return [m for m in model.modules() if "Attention" in type(m).__name__]
+
+
+def served(model, prompt):
+    """The logits, if every attention layer was served by Ropewalk."""
+    before = launches()
+    logits = model(prompt).logits
+    assert launches() == before + len(attentions(model))
+    return logits
+
+
+def stock(model, prompt):
+    before = launches()
+    logits = model(prompt).logits
+    assert launches() == before
+    return logits
+
+
+def close(got, want):
+    assert (got - want).abs().max() <= 1e-6 * want.abs().max()
+
+
+def change_norms(model):
+    for layer in attentions(model):
+        for name in ("q_norm", "k_norm"):
+            if hasattr(layer, name):
+                getattr(layer, name).weight.mul_(1.5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("angles", ["exact", "table"])
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
+def test_copies_go_by_their_own_weights(name, angles, how):
+    model, prompt = make(name), ids()
+    want = model(prompt).logits
+    other = make(name)
+    change_norms(other)
+    want_other = other(prompt).logits
+    patch = rt.patch(model, angles=angles)
+    if how == "deepcopy":
+        clone = copy.deepcopy(model)
+    elif how == "pickle":
+        clone = pickle.loads(pickle.dumps(model))
+    else:
+        data = io.BytesIO()
+        torch.save(model, data)
+        clone = torch.load(io.BytesIO(data.getvalue()), weights_only=False)
+    change_norms(clone)
+    close(served(clone, prompt), want_other)
+    close(served(model, prompt), want)
+    patch.unpatch()
+    assert torch.equal(stock(model, prompt), want)
+    close(served(clone, prompt), want_other)  # its patch is its own
+    rt.Patch(clone).unpatch()
+    assert torch.equal(stock(clone, prompt), want_other)
+    for one in (clone, model):
+        assert {type(m) for m in one.modules()} == {type(m) for m in other.modules()}
+
+
+@torch.no_grad()
+def test_shallow_copy_and_replica_of_a_layer():
+    """As torch.nn.DataParallel makes them: other weights in the same objects' copies."""
+    model, hidden = make("qwen3"), torch.randn(1, 6, 64)
+    tables = model.model.rotary_emb(hidden, torch.arange(6)[None])
+    rt.patch(model, angles="table")
+    layer = model.model.layers[0].self_attn
+    for clone in (copy.copy(layer), layer._replicate_for_data_parallel()):
+        clone._modules = dict(layer._modules)
+        clone.q_norm = copy.deepcopy(layer.q_norm)
+        clone.q_norm.weight.mul_(3)
+        plain = copy.deepcopy(clone)
+        rt.Patch(plain).unpatch()
+        want = plain(hidden, tables, None)[0]
+        close(clone(hidden, tables, None)[0], want)
+
+
+@torch.no_grad()
+def test_saved_model_in_another_process(tmp_path):
+    model, prompt = make("qwen3"), ids()
+    want = model(prompt).logits
+    rt.patch(model)
+    torch.save(model, tmp_path / "model.pt")
+    torch.save((prompt, want), tmp_path / "want.pt")
+    code = (
+        "import torch\n"
+        "model = torch.load('model.pt', weights_only=False)\n"
+        "import ropewalk\n"
+        "prompt, want = torch.load('want.pt')\n"
+        "with torch.no_grad():\n"
+        "    got = model(prompt).logits\n"
+        "assert sum(ropewalk.counters().values()) == 2\n"
+        "assert (got - want).abs().max() <= 1e-6 * want.abs().max()\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=600,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+
+
+@torch.no_grad()
+def test_save_pretrained_holds_the_model_alone(tmp_path):
+    model, prompt = make("qwen3"), ids()
+    want = model(prompt).logits
+    with rt.patch(model):
+        model.save_pretrained(tmp_path)
+        state = model.state_dict()
+    assert torch.equal(stock(AutoModelForCausalLM.from_pretrained(tmp_path).eval(), prompt), want)
+    assert state.keys() == model.state_dict().keys()
+
+
+# ---- what others put on forward
+
+
+class Hook:
+    """What accelerate's add_hook_to_module and remove_hook_from_module do with a module's forward."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def add(self, module):
+        old = module.forward
+        module._old_forward = old
+
+        def new_forward(module, *args, **kwargs):
+            self.calls += 1
+            return module._old_forward(*args, **kwargs)
+
+        module.forward = functools.update_wrapper(functools.partial(new_forward, module), old)
+
+    def remove(self, module):
+        module.forward = module._old_forward
+        del module._old_forward
+
+
+def hooked(model):
+    """The modules that a device map's hooks would be on."""
+    return [*attentions(model), *(m for m in model.modules() if type(m).__name__.endswith("RotaryEmbedding"))]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("angles", ["exact", "table"])
+@pytest.mark.parametrize("first", ["hooks", "patch"])
+@pytest.mark.parametrize("removed", ["never", "before unpatch", "after unpatch"])
+def test_hooks_survive(first, removed, angles):
+    model, prompt, hook = make("llama"), ids(), Hook()
+    want, modules = model(prompt).logits, hooked(model)
+    if first == "patch":
+        patch = rt.patch(model, angles=angles)
+    for module in modules:
+        hook.add(module)
+    if first == "hooks":
+        patch = rt.patch(model, angles=angles)
+    hook.calls = 0
+    close(served(model, prompt), want)
+    assert hook.calls == len(modules)
+    if removed == "before unpatch":
+        for module in modules:
+            hook.remove(module)
+        close(served(model, prompt), want)
+    patch.unpatch()
+    hook.calls = 0
+    assert torch.equal(stock(model, prompt), want)
+    assert hook.calls == (0 if removed == "before unpatch" else len(modules))
+    if removed == "after unpatch":
+        for module in modules:
+            hook.remove(module)
+        assert torch.equal(stock(model, prompt), want)
+    with rt.patch(model, angles=angles):
+        close(served(model, prompt), want)
+    assert torch.equal(stock(model, prompt), want)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("first", ["hooks", "patch"])
+def test_accelerate(first):
+    hooks = pytest.importorskip("accelerate.hooks")
+    model, prompt = make("qwen3"), ids()
+    want = model(prompt).logits
+    if first == "patch":
+        patch = rt.patch(model)
+    hooks.attach_align_device_hook_on_blocks(model, execution_device={"model": "cpu", "lm_head": "cpu"}, offload=False)
+    for module in hooked(model):
+        if not hasattr(module, "_hf_hook"):
+            hooks.add_hook_to_module(module, hooks.AlignDevicesHook("cpu"))
+    if first == "hooks":
+        patch = rt.patch(model)
+    close(served(model, prompt), want)
+    patch.unpatch()
+    assert torch.equal(stock(model, prompt), want)
+    assert all("forward" in module.__dict__ and hasattr(module, "_hf_hook") for module in hooked(model))
+    hooks.remove_hook_from_submodules(model)
+    assert torch.equal(stock(model, prompt), want)
+
+
+@torch.no_grad()
+def test_any_wrapper_put_on_later_stays():
+    model, prompt, calls = make("llama"), ids(), []
+    want = model(prompt).logits
+    patch = rt.patch(model)
+    layer = model.model.layers[0].self_attn
+    old = layer.forward
+
+    def wrapper(*args, **kwargs):
+        calls.append(1)
+        return old(*args, **kwargs)
+
+    layer.forward = wrapper
+    close(served(model, prompt), want)
+    patch.unpatch()
+    assert torch.equal(stock(model, prompt), want) and len(calls) == 2 and layer.forward is wrapper
+    with pytest.raises(ValueError, match="LlamaAttention is patched already, by others: its forward is .*wrapper"):
+        rt.patch(model)
+    assert torch.equal(stock(model, prompt), want)
+
+
+@torch.no_grad()
+def test_a_class_made_from_the_patched_one_stays():
+    """As FSDP's fully_shard makes them."""
+    model, prompt = make("qwen3"), ids()
+    want = model(prompt).logits
+    patch = rt.patch(model)
+    layer = model.model.layers[0].self_attn
+    layer.__class__ = type("ShardedAttention", (type(layer),), {})
+    close(served(model, prompt), want)
+    patch.unpatch()
+    assert torch.equal(stock(model, prompt), want) and type(layer).__name__ == "ShardedAttention"
+
+
+@torch.no_grad()
+def test_a_model_on_several_devices_is_told_so():
+    model = make("llama")
+    model.model.layers[1].to("meta")  # as offloading leaves it
+    with pytest.raises(ValueError, match="LlamaForCausalLM is spread over devices or offloaded, cpu, meta: .* before"):
+        rt.patch(model)
+
+
+# ---- gradients; cosines and sines that others take
+
+
+def test_gradients_of_a_layer_with_angles_made_without():
+    """The rotary module was called under no_grad, the layer is run with gradients, as by EAGLE's training."""
+    model, hidden, positions = make("qwen3"), torch.randn(1, 6, 64), torch.arange(6)[None]
+    layer = model.model.layers[0]
+
+    def gradient(tables):
+        layer.zero_grad()
+        out = layer(hidden, position_embeddings=tables)
+        (out[0] if isinstance(out, tuple) else out).sum().backward()
+        return layer.self_attn.q_proj.weight.grad.clone(), layer.self_attn.q_norm.weight.grad.clone()
+
+    with torch.no_grad():
+        want_tables = model.model.rotary_emb(hidden, positions)
+    want = gradient(want_tables)
+    with rt.patch(model):
+        with torch.no_grad():
+            tables = model.model.rotary_emb(hidden, positions)
+        got = gradient(tables)
+    assert all(torch.equal(x, y) for x, y in zip(got, want, strict=True))
+    with pytest.raises(AttributeError, match=r"ropewalk\.transformers\.patch"):
+        gradient(tables)  # unpatched since
+
+
+USES = {
+    "unsqueeze": lambda q, x: x.unsqueeze(1),
+    "shape": lambda q, x: x.shape,
+    "dtype": lambda q, x: x.dtype,
+    "times a tensor": lambda q, x: q * x,
+    "a tensor times": lambda q, x: x * q,
+    "index": lambda q, x: x[..., :4],
+    "negative": lambda q, x: -x,
+    "torch.cat": lambda q, x: torch.cat((x, x), -1),
+    "torch.sin": lambda q, x: torch.sin(x),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("use", USES)
+@pytest.mark.parametrize("which", [0, 1])
+def test_others_cannot_take_angles_for_tables(use, which):
+    model, hidden, positions = make("llama"), torch.randn(1, 6, 64), torch.arange(6)[None]
+    with rt.patch(model):
+        table = model.model.rotary_emb(hidden, positions)[which]
+        words = r"ropewalk\.transformers\.patch .* use patch\(model, angles='table'\)"
+        with pytest.raises(AttributeError, match=words):
+            USES[use](torch.randn(1, 4, 6, 16), table)
+    with rt.patch(model, angles="table"):
+        USES[use](torch.randn(1, 4, 6, 16), model.model.rotary_emb(hidden, positions)[which])
+
+
+def test_signatures_and_names_stay():
+    model = make("qwen3")
+    before = [(type(m).__name__, repr(m), inspect.signature(m.forward)) for m in model.modules()]
+    with rt.patch(model):
+        assert before == [(type(m).__name__, repr(m), inspect.signature(m.forward)) for m in model.modules()]
+
+
+@torch.no_grad()
+def test_layers_that_call_their_own_rotary_module_are_refused():
+    options = {"hidden_size": 64, "ffn_dim": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 16,
+               "vocab_size": 128, "max_position_embeddings": 64, "num_codebooks": 2}  # fmt: skip
+    from transformers.models.moshi.modeling_moshi import MoshiModel
+
+    model = MoshiModel(AutoConfig.for_model("moshi", **options)).eval()
+    with pytest.raises(ValueError, match="patch: Moshi.*Attention is not handed cosines and sines"):
+        rt.patch(model)
+    assert not rt.Patch(model)._patched
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("angles", ["exact", "table"])
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_layers_compiled_alone_are_one_graph(name, angles):
+    torch._dynamo.reset()
+    model = make(name)
+    config = type(model.config)(**{**model.config.to_dict(), "num_hidden_layers": 12, "layer_types": None})
+    model = AutoModelForCausalLM.from_config(config).eval()
+    hidden, positions = torch.randn(1, 6, 64), torch.arange(6)[None]
+    tables = model.model.rotary_emb(hidden, positions)
+    want = [layer(hidden, position_embeddings=tables) for layer in model.model.layers]
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    with rt.patch(model, angles=angles):
+        tables = model.model.rotary_emb(hidden, positions)
+        for layer, x in zip(model.model.layers, want, strict=True):
+            close(torch.compile(layer, fullgraph=True, backend=counter)(hidden, position_embeddings=tables), x)
+    assert counter.frame_count == 1
+    torch._dynamo.reset()
