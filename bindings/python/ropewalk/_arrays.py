@@ -30,6 +30,11 @@ CHOICES: dict[str, dict[Any, int]] = {
 }
 
 
+def is_a(value: Any, kind: type) -> bool:
+    """As isinstance, which believes an object's __class__."""
+    return issubclass(type(value), kind)
+
+
 class _Handles(dict[int, "int | None"]):
     """Of Frequencies. Compiled graphs hold a number that is never used again, not an address that might be."""
 
@@ -41,7 +46,7 @@ def handle_of(frequencies: Any) -> int:
     """The address of the core's object. Of nothing but a Frequencies: any int would be taken for one there."""
     from ._frequencies import Frequencies  # noqa: PLC0415  # which imports this module
 
-    if not issubclass(type(frequencies), Frequencies):  # not isinstance, which believes __class__
+    if not issubclass(type(frequencies), Frequencies):  # is_a, without the call
         raise TypeError(f"rope: frequencies must be a ropewalk.Frequencies, but is a {_type_name(frequencies)}")
     return frequencies._handle
 
@@ -75,7 +80,8 @@ def integer(name: str, value: Any, low: int = -(2**63), high: int = 2**63 - 1) -
         raise TypeError(f"{name} must be an int, but is a {_type_name(value)}")
     if not low <= whole <= high:
         shown = whole if whole.bit_length() <= 128 else f"one of {whole.bit_length()} bits"
-        raise ValueError(f"{name} must be from {low} to {high}, but is {shown}")
+        accepted = "an int of at most 64 bits" if (low, high) == (-(2**63), 2**63 - 1) else f"from {low} to {high}"
+        raise ValueError(f"{name} must be {accepted}, but is {shown}")
     return whole
 
 
@@ -153,10 +159,10 @@ def _check_jax(name: str, value: Any) -> None:
 
 def convert(name: str, value: Any, written: bool) -> Any:
     """A tensor argument, ready for the module. Raises a ValueError or TypeError that names it."""
-    if torch is not None and isinstance(value, torch.Tensor):
+    if torch is not None and is_a(value, torch.Tensor):
         check_torch(name, value)
         return value
-    if numpy is not None and isinstance(value, numpy.ndarray):
+    if numpy is not None and is_a(value, numpy.ndarray):
         return _convert_numpy(name, value, written)
     if not (hasattr(value, "__dlpack__") or isinstance(value, tvm_ffi.Tensor)):
         raise TypeError(
@@ -183,7 +189,7 @@ def values(arguments: Mapping[str, Any]) -> list[Any]:
         elif value is None:
             pass
         elif kind == "tensor":
-            if not (name in ("k_scale", "v_scale") and isinstance(value, (int, float))):
+            if not (name in ("k_scale", "v_scale") and (is_a(value, int) or is_a(value, float))):
                 replaced = name in ("q", "k") and arguments.get(f"{name}_out") is not None
                 replaced |= name == "k" and bool(arguments.get("k_store_only"))
                 value = convert(name, value, written=arg["intent"] != "in" and not replaced)
@@ -195,8 +201,8 @@ def values(arguments: Mapping[str, Any]) -> list[Any]:
             value = number(f"rope: {name}", value)
         elif kind == "int":
             value = integer(f"rope: {name}", value, -(2**31), 2**31 - 1)
-        elif not isinstance(value, bool):
-            if not isinstance(value, int):
+        elif not is_a(value, bool):
+            if not is_a(value, int):
                 raise TypeError(f"rope: {name} must be a bool, but is a {_type_name(value)}")
             value = integer(f"rope: {name}", value, -(2**31), 2**31 - 1)
         out.append(value)
@@ -205,7 +211,7 @@ def values(arguments: Mapping[str, Any]) -> list[Any]:
 
 def queue(value: Any) -> int | None:
     """The address of the sycl::queue that a queue of dpctl, a stream of torch or an address stands for."""
-    if value is None or (isinstance(value, int) and not isinstance(value, bool)):
+    if value is None or (is_a(value, int) and not is_a(value, bool)):
         return value
     if hasattr(value, "addressof_ref"):  # dpctl.SyclQueue
         return value.addressof_ref()
@@ -254,9 +260,9 @@ def empty(shape: tuple[int, ...], dtype: Any) -> Any:
 
 def empty_like(name: str, value: Any) -> Any:
     """A new array like a given one, of its own kind; of numpy's where that is jax's: `as_given` makes it jax's."""
-    if torch is not None and isinstance(value, torch.Tensor):
+    if torch is not None and is_a(value, torch.Tensor):
         return torch.empty_like(value)
-    if numpy is not None and isinstance(value, numpy.ndarray):
+    if numpy is not None and is_a(value, numpy.ndarray):
         return numpy.empty_like(value, subok=False)
     module = sys.modules.get(type(value).__module__.partition(".")[0])
     if module is not None and _is_jax(value):
