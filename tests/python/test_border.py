@@ -196,6 +196,15 @@ def test_objects_are_what_their_type_is() -> None:
         ropewalk.rope(SaysItIs(np.ndarray), frequencies=plain())
 
 
+def test_messages_are_short_whatever_is_given() -> None:
+    for name in ("pairing", "norm"):
+        with pytest.raises(TypeError, match=f"rope: {name} must be .*, but is a numpy.ndarray$"):
+            call(**{name: np.zeros((40, 40))})
+        with pytest.raises(ValueError, match=f"rope: {name} must be .*, but is 'x+'$") as raised:
+            call(**{name: "x" * 10000})
+        assert len(str(raised.value)) < 200
+
+
 def test_a_configuration_is_not_read_for_ever() -> None:
     with pytest.raises(ValueError, match="/dev/zero: is (not JSON|larger than 8 MiB)"):
         ropewalk.Frequencies.from_config("/dev/zero")

@@ -70,6 +70,15 @@ def _type_name(value: Any) -> str:
     return cls.__name__ if cls.__module__ in ("builtins", "__main__") else f"{cls.__module__}.{cls.__name__}"
 
 
+def _shown(value: Any) -> str:
+    """A text or a number as it is, if it is short; of anything else the type."""
+    if is_a(value, str):
+        return repr(value[:60])
+    if is_a(value, float) or (is_a(value, int) and value.bit_length() <= 128):
+        return repr(value)
+    return f"a {_type_name(value)}"
+
+
 def integer(name: str, value: Any, low: int = -(2**63), high: int = 2**63 - 1) -> int:
     """An int argument, called `name` in messages: of any integer type."""
     try:
@@ -235,10 +244,10 @@ def current_queue(device: int) -> int | None:
 def choice(name: str, value: Any) -> int:
     """The constant of ropewalk.h for the name of a choice."""
     accepted = CHOICES[name]
-    if isinstance(value, (str, type(None))) and value in accepted:
+    if (value is None or is_a(value, str)) and value in accepted:
         return accepted[value]
     names = " or ".join(repr(key) for key in accepted if key != "none")
-    raise (ValueError if isinstance(value, str) else TypeError)(f"rope: {name} must be {names}, but is {value!r}")
+    raise (ValueError if is_a(value, str) else TypeError)(f"rope: {name} must be {names}, but is {_shown(value)}")
 
 
 def empty(shape: tuple[int, ...], dtype: Any) -> Any:
