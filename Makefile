@@ -53,7 +53,7 @@ test-intel:  ## all cases on Intel's CPU OpenCL device, each with the exact kern
 	@scripts/test.sh intel
 
 fuzz:  ## each fuzz target for FUZZ_SECONDS seconds (600)
-	@$(setup) system fuzz base
+	@$(setup) system fuzz base sycl wheel
 	@scripts/fuzz.sh $(FUZZ_SECONDS)
 
 gpu-test:  ## the tests that need an NVIDIA GPU; report in docs/results/

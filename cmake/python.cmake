@@ -2,22 +2,11 @@
 # and nothing of Python's, so that one wheel serves every Python.
 # SPDX-License-Identifier: Apache-2.0
 
-find_package(Python COMPONENTS Interpreter REQUIRED)
-if(NOT tvm_ffi_ROOT)
-  # Found without importing it: the import would pull in torch where that is installed.
-  execute_process(OUTPUT_VARIABLE tvm_ffi_package OUTPUT_STRIP_TRAILING_WHITESPACE COMMAND ${Python_EXECUTABLE} -c
-    "import importlib.util as u; s = u.find_spec('tvm_ffi'); print(s.submodule_search_locations[0] if s else '')")
-  if(NOT tvm_ffi_package)
-    message(FATAL_ERROR "${Python_EXECUTABLE} has no apache-tvm-ffi. Run: ${Python_EXECUTABLE} -m pip install apache-tvm-ffi")
-  endif()
-  set(tvm_ffi_ROOT ${tvm_ffi_package}/share/cmake/tvm_ffi)
-endif()
-find_package(tvm_ffi CONFIG REQUIRED)
+include(cmake/tvm_ffi.cmake)
 
 add_library(ropewalk_python MODULE bindings/python/module.cc)
 set_target_properties(ropewalk_python PROPERTIES OUTPUT_NAME _ropewalk PREFIX ""
   LIBRARY_OUTPUT_DIRECTORY ${PROJECT_BINARY_DIR}/python/ropewalk)
-get_target_property(tvm_ffi_includes tvm_ffi::shared INTERFACE_INCLUDE_DIRECTORIES)
 target_include_directories(ropewalk_python SYSTEM PRIVATE ${tvm_ffi_includes})
 target_link_libraries(ropewalk_python PRIVATE $<LINK_LIBRARY:WHOLE_ARCHIVE,ropewalk_static> ropewalk_flags tvm_ffi::shared)
 target_include_directories(ropewalk_python PRIVATE ${PROJECT_SOURCE_DIR})

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # Runs each libFuzzer target for the seconds given (600), starting from its corpus in fuzz/corpus/; new inputs go to
-# build/fuzz/corpus/, and to fuzz/corpus/, minimised, with `scripts/fuzz.sh merge`.
+# build/fuzz/corpus/, and to fuzz/corpus/, minimised, with `scripts/fuzz.sh merge`. Then fuzz/python_fuzz.py for so long.
 # SPDX-License-Identifier: Apache-2.0
 source "$(dirname "$0")/common.sh"
 seconds=${1:-600}
 unset CC CXX
-cmake --preset fuzz && cmake --build --preset fuzz
+cmake --preset fuzz -DPython_EXECUTABLE="$venv/bin/python" && cmake --build --preset fuzz
 export ASAN_OPTIONS=allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1
 
 ran=0 failed=0
@@ -24,5 +24,10 @@ for target in build/fuzz/fuzz/*_fuzz; do
       -artifact_prefix="build/fuzz/$name-" "$found" "fuzz/corpus/$name" || failed=$((failed + 1))
   fi
 done
+if [[ $seconds != merge ]]; then
+  say "python_fuzz, of the installed package: $seconds s"
+  ran=$((ran + 1))
+  python fuzz/python_fuzz.py --seconds "$seconds" || failed=$((failed + 1))
+fi
 printf '%d passed, %d failed\n' $((ran - failed)) "$failed"
 ((ran > 0 && failed == 0))

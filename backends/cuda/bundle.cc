@@ -23,16 +23,14 @@ namespace {
 
 namespace fs = std::filesystem;
 
-constexpr std::string_view kBundleMagic = "RWBUNDL1";
 constexpr const char* kSuffix = ".bundle";
 constexpr size_t kMostBundleBytes = size_t{1} << 30;
 
-// One file. Its identity is lines of "name value"; its payload, for each kernel: the digest of its identity, a size,
-// bytes.
+// One file.
 struct Bundle {
-  std::string path, arch;
-  std::string bytes;  // what the views point into
-  std::map<Digest, std::string_view> kernels;
+  std::string path;
+  std::string bytes;  // what the content's views point into
+  BundleContent content;
 };
 
 struct Bundles {
@@ -61,28 +59,7 @@ std::string_view Line(std::string_view identity, std::string_view name) {
 // "" if the file serves, else why not.
 std::string Load(Bundle* bundle, Trust trust) {
   if (std::string why = ReadFile(bundle->path, trust, kMostBundleBytes, &bundle->bytes); !why.empty()) return why;
-  std::string_view identity, payload;
-  if (!Unseal(bundle->bytes, kBundleMagic, &identity, &payload)) return "it is damaged, or no bundle";
-  if (const auto version = Line(identity, "ropewalk"); version != ropewalk_version()) {
-    return Text("it was made by Ropewalk ", version, ", but this is ", ropewalk_version());
-  }
-  if (const auto sources = Line(identity, "sources"); sources != kCudaSourceDigest) {
-    return Text("it was made from other kernel sources (", sources.substr(0, 12), "), but this library has ",
-                std::string_view(kCudaSourceDigest).substr(0, 12));
-  }
-  bundle->arch = Line(identity, "arch");
-  while (!payload.empty()) {
-    Digest digest;
-    uint64_t size;
-    if (payload.size() < sizeof(digest) + sizeof(size)) return "it is damaged";
-    std::memcpy(&digest, payload.data(), sizeof(digest));
-    std::memcpy(&size, payload.data() + sizeof(digest), sizeof(size));
-    payload.remove_prefix(sizeof(digest) + sizeof(size));
-    if (payload.size() < size) return "it is damaged";
-    bundle->kernels[digest] = payload.substr(0, size);
-    payload.remove_prefix(size);
-  }
-  return "";
+  return ParseBundle(bundle->bytes, &bundle->content);
 }
 
 void LoadFrom(const fs::path& place, Trust trust, Bundles* bundles) {
@@ -151,11 +128,42 @@ const std::vector<ArchDevices>& KnownArchs() {
 
 }  // namespace
 
+// Its identity is lines of "name value"; its payload, for each kernel: the digest of its identity, a size, bytes.
+std::string ParseBundle(std::string_view bytes, BundleContent* content) {
+  std::string_view identity, payload;
+  if (!Unseal(bytes, kBundleMagic, &identity, &payload)) return "it is damaged, or no bundle";
+  if (const auto version = Line(identity, "ropewalk"); version != ropewalk_version()) {
+    return Text("it was made by Ropewalk ", version.substr(0, 32), ", but this is ", ropewalk_version());
+  }
+  if (const auto sources = Line(identity, "sources"); sources != kCudaSourceDigest) {
+    return Text("it was made from other kernel sources (", sources.substr(0, 12), "), but this library has ",
+                std::string_view(kCudaSourceDigest).substr(0, 12));
+  }
+  const std::string_view arch = Line(identity, "arch");
+  if (ArchNumber(std::string(arch.substr(0, 16))) == 0 || arch.size() > 16) {
+    return Text("it has kernels for an unknown architecture (", arch.substr(0, 16), ")");
+  }
+  content->arch = arch;
+  content->kernels.clear();
+  while (!payload.empty()) {
+    Digest digest;
+    uint64_t size;
+    if (payload.size() < sizeof(digest) + sizeof(size)) return "it is damaged";
+    std::memcpy(&digest, payload.data(), sizeof(digest));
+    std::memcpy(&size, payload.data() + sizeof(digest), sizeof(size));
+    payload.remove_prefix(sizeof(digest) + sizeof(size));
+    if (payload.size() < size) return "it is damaged";
+    content->kernels[digest] = payload.substr(0, size);
+    payload.remove_prefix(size);
+  }
+  return "";
+}
+
 bool FindInBundles(const RopeCudaKey& key, const CudaDevice& device, Cubin* out) {
   for (const auto& bundle : LoadedBundles().usable) {
-    if (!ArchServes(bundle->arch, device)) continue;
-    const auto it = bundle->kernels.find(DigestOf(KernelIdentity(key, bundle->arch)));
-    if (it == bundle->kernels.end()) continue;
+    if (!ArchServes(bundle->content.arch, device)) continue;
+    const auto it = bundle->content.kernels.find(DigestOf(KernelIdentity(key, bundle->content.arch)));
+    if (it == bundle->content.kernels.end()) continue;
     out->bytes = it->second;
     out->source = Text("bundle ", bundle->path);
     return true;
@@ -164,7 +172,8 @@ bool FindInBundles(const RopeCudaKey& key, const CudaDevice& device, Cubin* out)
 }
 
 bool BundlesServe(const CudaDevice& device) {
-  return std::ranges::any_of(LoadedBundles().usable, [&](const auto& b) { return ArchServes(b->arch, device); });
+  return std::ranges::any_of(LoadedBundles().usable,
+                             [&](const auto& b) { return ArchServes(b->content.arch, device); });
 }
 
 std::string BundleRefusals(const CudaDevice& device) {
@@ -172,11 +181,11 @@ std::string BundleRefusals(const CudaDevice& device) {
   std::string text;
   const auto add = [&](const std::string& sentence) { Append(&text, Text(text.empty() ? "" : "; ", sentence)); };
   for (const auto& bundle : bundles.usable) {
-    if (ArchServes(bundle->arch, device)) {
+    if (ArchServes(bundle->content.arch, device)) {
       add(Text("the bundle ", bundle->path, " does not hold this variant"));
     } else {
-      add(Text("the bundle ", bundle->path, " has kernels for ", bundle->arch, ", but the GPU is sm_", device.major,
-               device.minor));
+      add(Text("the bundle ", bundle->path, " has kernels for ", bundle->content.arch, ", but the GPU is sm_",
+               device.major, device.minor));
     }
   }
   for (const std::string& refused : bundles.refused) add(Text("the bundle ", refused));
@@ -186,7 +195,7 @@ std::string BundleRefusals(const CudaDevice& device) {
 std::vector<std::string> BundleTexts() {
   std::vector<std::string> texts;
   for (const auto& b : LoadedBundles().usable)
-    texts.push_back(Text(b->path, " (", b->arch, ", ", b->kernels.size(), " kernels)"));
+    texts.push_back(Text(b->path, " (", b->content.arch, ", ", b->content.kernels.size(), " kernels)"));
   for (const std::string& refused : LoadedBundles().refused) texts.push_back(Text("refused ", refused));
   return texts;
 }

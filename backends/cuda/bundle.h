@@ -7,6 +7,7 @@
 #include <functional>
 #include <map>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "backends/cuda/cache.h"
@@ -18,6 +19,15 @@ namespace ropewalk {
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Reading
+
+// What a bundle holds, by the digest of each kernel's identity. The views point into the bundle's bytes.
+struct BundleContent {
+  std::string arch;
+  std::map<Digest, std::string_view> kernels;
+};
+inline constexpr std::string_view kBundleMagic = "RWBUNDL1";
+// "" if the bytes are a bundle that this library can use, else why not.
+std::string ParseBundle(std::string_view bytes, BundleContent* content);
 
 // False if no bundle of this process has the variant for this device.
 bool FindInBundles(const RopeCudaKey& key, const CudaDevice& device, Cubin* out);

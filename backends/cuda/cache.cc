@@ -276,7 +276,7 @@ bool Unseal(std::string_view bytes, std::string_view magic, std::string_view* id
   if (bytes.size() < sizeof(header)) return false;
   std::memcpy(&header, bytes.data(), sizeof(header));
   const std::string_view body = bytes.substr(sizeof(header));
-  if (magic != std::string_view(header.magic, sizeof(header.magic))) return false;
+  if (magic != std::string_view(header.magic, sizeof(header.magic)) || header.reserved != 0) return false;
   if (header.identity_size > body.size() || header.payload_size != body.size() - header.identity_size) return false;
   if (DigestOf(body) != header.checksum) return false;
   *identity = body.substr(0, header.identity_size);

@@ -229,15 +229,6 @@ NvrtcFile FileAt(const std::string& path) {
   return {path, Text(fs::path(path).filename().string(), " ", error ? 0 : size)};
 }
 
-// `90` of "sm_90a"; 0 if it is no such name.
-int ArchNumber(const std::string& arch) {
-  if (!arch.starts_with("sm_")) return 0;
-  int number = 0;
-  const char* end = arch.data() + arch.size();
-  const auto [rest, error] = std::from_chars(arch.data() + 3, end, number);
-  return error == std::errc() && (rest == end || (rest + 1 == end && (*rest == 'a' || *rest == 'f'))) ? number : 0;
-}
-
 // -default-device: functions without __device__ are the device's too.
 std::vector<std::string> Options() {
   std::vector<std::string> options = {"-std=c++17", "-default-device", "--fmad=true"};
@@ -294,6 +285,15 @@ Status ChooseArch(const Nvrtc& nvrtc, const CudaDevice& device, std::string* arc
   }
   *arch = best == device.major * 10 + device.minor ? ExactArch(device) : Text("sm_", best);
   return {};
+}
+
+int ArchNumber(const std::string& arch) {
+  if (!arch.starts_with("sm_")) return 0;
+  int number = 0;
+  const char* end = arch.data() + arch.size();
+  const auto [rest, error] = std::from_chars(arch.data() + 3, end, number);
+  const bool named = rest == end || (rest + 1 == end && (*rest == 'a' || *rest == 'f'));
+  return error == std::errc() && number > 0 && named ? number : 0;
 }
 
 bool ArchServes(const std::string& arch, const CudaDevice& device) {

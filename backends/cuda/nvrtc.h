@@ -33,6 +33,8 @@ std::string NvrtcText(const Nvrtc& nvrtc);  // "NVRTC 13.0 (/usr/local/cuda/lib6
 Status ChooseArch(const Nvrtc& nvrtc, const CudaDevice& device, std::string* arch);
 // "sm_90a" for 9.0, "sm_86" for 8.6: from 9.0 on the instructions of that architecture alone are allowed.
 std::string ExactArch(const CudaDevice& device);
+// `90` of "sm_90a"; 0 if it is no such name.
+int ArchNumber(const std::string& arch);
 // Whether code for `arch` runs on the device: its own, and without the suffix a lower minor version's.
 bool ArchServes(const std::string& arch, const CudaDevice& device);
 

@@ -48,22 +48,14 @@ bool Parse(const std::string& line, RopeCudaTuned::Entry* entry) {
 
 // A file that is not as it was written, or of another device, has no entries.
 std::vector<RopeCudaTuned::Entry> Read(const std::string& identity) {
-  std::vector<RopeCudaTuned::Entry> entries;
   const std::string path = PathOf(identity);
   std::string bytes;
   std::string_view of, payload;
   if (path.empty() || !ReadFile(path, Trust::kOwn, kMostBytes, &bytes).empty() ||
       !Unseal(bytes, kMagic, &of, &payload) || of != identity) {
-    return entries;
+    return {};
   }
-  while (!payload.empty()) {
-    const size_t end = std::min(payload.find('\n'), payload.size());
-    RopeCudaTuned::Entry entry;
-    if (!Parse(std::string(payload.substr(0, end)), &entry)) return {};
-    entries.push_back(entry);
-    payload.remove_prefix(std::min(end + 1, payload.size()));
-  }
-  return entries;
+  return ParseTunedShapes(payload);
 }
 
 bool SameCall(const RopeCudaFeatures& a, const RopeCudaFeatures& b) {
@@ -73,6 +65,18 @@ bool SameCall(const RopeCudaFeatures& a, const RopeCudaFeatures& b) {
 }
 
 }  // namespace
+
+std::vector<RopeCudaTuned::Entry> ParseTunedShapes(std::string_view text) {
+  std::vector<RopeCudaTuned::Entry> entries;
+  while (!text.empty()) {
+    const size_t end = std::min(text.find('\n'), text.size());
+    RopeCudaTuned::Entry entry;
+    if (!Parse(std::string(text.substr(0, end)), &entry)) return {};
+    entries.push_back(entry);
+    text.remove_prefix(std::min(end + 1, text.size()));
+  }
+  return entries;
+}
 
 const RopeCudaTuned* LoadTunedShapes(const std::string& device, int driver_version) {
   std::vector<RopeCudaTuned::Entry> entries = Read(Identity(device, driver_version));

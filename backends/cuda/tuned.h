@@ -4,6 +4,7 @@
 #pragma once
 
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "core/status.h"
@@ -11,6 +12,8 @@
 
 namespace ropewalk {
 
+// The entries of such a file, one a line; none if a line is not as it was written.
+std::vector<RopeCudaTuned::Entry> ParseTunedShapes(std::string_view text);
 // Those of a device of this name under this driver; null if there are none, or nowhere to keep any. Never freed.
 const RopeCudaTuned* LoadTunedShapes(const std::string& device, int driver_version);
 // Adds entries, in place of those for the same calls. `path`: where they are now.

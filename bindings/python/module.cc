@@ -274,12 +274,23 @@ int ReturnFrequencies(TVMFFIAny* result, int code, const ropewalk_frequencies* f
   return Return(result, reinterpret_cast<int64_t>(frequencies));
 }
 
-// The text, or null for None. `storage` ends it with a zero.
-const char* OptionalText(const TVMFFIAny& value, std::string* storage) {
-  std::string_view text;
-  if (!GetBytes(value, &text)) return nullptr;
-  return storage->assign(text), storage->c_str();
-}
+// A text with a zero at its end, called `name` in messages, or null for None. 0, or -1 with the error raised: another
+// type, or a zero inside, behind which nothing would be read.
+struct OptionalText {
+  std::string storage;
+  const char* text = nullptr;
+
+  int Get(const char* name, const TVMFFIAny& value) {
+    if (IsNone(value)) return 0;
+    std::string_view given;
+    if (!GetBytes(value, &given)) return Raise("TypeError", ropewalk::Text(name, " must be a str or None"));
+    if (given.find('\0') != std::string_view::npos)
+      return Raise("ValueError", ropewalk::Text(name, " must not hold a zero byte, but has one at ", given.find('\0')));
+    storage = given;
+    text = storage.c_str();
+    return 0;
+  }
+};
 
 // How many calls are in the functions below.
 std::atomic<int64_t> in_flight_count{0};
@@ -358,8 +369,9 @@ EXPORT(set_find_sycl_queue, 1) {
 }
 EXPORT(default_threads, 0) { return Raise(ropewalk_set_parallel_for(nullptr, nullptr)); }
 EXPORT(force_backend, 1) {
-  std::string name;
-  return Raise(ropewalk_force_backend(OptionalText(args[0], &name)));
+  OptionalText name;
+  if (name.Get("force_backend: name", args[0])) return -1;
+  return Raise(ropewalk_force_backend(name.text));
 }
 // (tensor, code, bits): says what the elements of a tensor are, where the array's own DLPack cannot.
 EXPORT(set_dtype, 3) {
@@ -373,15 +385,15 @@ EXPORT(set_dtype, 3) {
 }
 
 EXPORT(frequencies_create, 4) {
-  std::string scaling;
+  OptionalText scaling;
   ropewalk_frequencies* frequencies = nullptr;
   double theta;
   int64_t rotary_dim, sequence_length;
   if (GetDouble("frequencies: theta", args[0], &theta)) return -1;
   if (GetInt("frequencies: rotary_dim", args[1], &rotary_dim)) return -1;
   if (GetInt("frequencies: sequence_length", args[3], &sequence_length)) return -1;
-  const int code =
-      ropewalk_frequencies_create(theta, rotary_dim, OptionalText(args[2], &scaling), sequence_length, &frequencies);
+  if (scaling.Get("frequencies: scaling", args[2])) return -1;
+  const int code = ropewalk_frequencies_create(theta, rotary_dim, scaling.text, sequence_length, &frequencies);
   return ReturnFrequencies(result, code, frequencies);
 }
 // (bytes of an array of Ts, attention scaling, None or bytes of as many int32s).
@@ -409,12 +421,15 @@ EXPORT(frequencies_from_turns, 3) {
   });
 }
 EXPORT(frequencies_from_config, 4) {
-  std::string json, name, layer_type;
+  OptionalText json, name, layer_type;
   ropewalk_frequencies* frequencies = nullptr;
   int64_t sequence_length;
   if (GetInt("frequencies: sequence_length", args[3], &sequence_length)) return -1;
-  const int code = ropewalk_frequencies_from_config(OptionalText(args[0], &json), OptionalText(args[1], &name),
-                                                    OptionalText(args[2], &layer_type), sequence_length, &frequencies);
+  if (json.Get("frequencies: config", args[0]) || name.Get("frequencies: config's name", args[1]) ||
+      layer_type.Get("frequencies: layer_type", args[2]))
+    return -1;
+  const int code =
+      ropewalk_frequencies_from_config(json.text, name.text, layer_type.text, sequence_length, &frequencies);
   return ReturnFrequencies(result, code, frequencies);
 }
 EXPORT(frequencies_release, 1) { return ropewalk_frequencies_release(Handle(args[0])), 0; }

@@ -17,6 +17,7 @@ int MostCudaBlocks(const CudaDevice& device) {
 namespace {
 
 constexpr int64_t kSharedBytes = 48 * 1024, kMostGridY = 65535;
+constexpr int kMostWarps = 64;  // of a multiprocessor
 
 // What the shape says of the work of a block, as far as the call has it: never more warps, stages or tokens than there
 // is work for.
@@ -109,7 +110,8 @@ int MinBlocks(const RopeCudaKey& key, const CudaDevice& device, int64_t rows, in
   if (partial || (table && key.table_vector == 1 && key.vector == 8)) return 1;
   if (table && Stores(v) && key.flat && !regular) return 1;  // needs more than 64 registers
   if (v.table_dtype == kRopeF32 && (!regular || key.lanes == 32)) resident = std::min(resident, 32);  // ditto, 48
-  return std::clamp(resident / warps, 1, key.vector == 8 ? 16 : MostCudaBlocks(device));
+  const int most = key.vector == 8 ? 16 : MostCudaBlocks(device);
+  return std::clamp(std::min(resident, kMostWarps) / warps, 1, most);
 }
 
 }  // namespace

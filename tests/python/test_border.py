@@ -7,6 +7,7 @@ import ctypes
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -153,6 +154,65 @@ def test_paths_may_hold_any_bytes(tmp_path: Any) -> None:
     assert done.stdout.strip().isdigit()
 
 
+def test_layer_types_are_texts() -> None:
+    config = {"model_type": "llama", "hidden_size": 64, "num_attention_heads": 2, "rope_theta": 1e4}
+    for value in (7, 1.5, True, b"full_attention", ["full_attention"], np.zeros(2), object()):
+        with pytest.raises(TypeError, match="layer_type must be a str or None"):
+            ropewalk.Frequencies.from_config(config, layer_type=value)
+
+
+def test_texts_are_read_to_their_end(tmp_path: Any) -> None:
+    """Behind a zero byte C would see nothing more."""
+    text = '{"model_type": "llama", "hidden_size": 64, "num_attention_heads": 2, "rope_theta": 1e4}'
+    path = tmp_path / "config.json"
+    path.write_text(text + "\0 and more")
+    with pytest.raises(ValueError, match=f"config must not hold a zero byte, but has one at {len(text)}"):
+        ropewalk.Frequencies.from_config(path)
+    path.write_text(text)
+    with pytest.raises(ValueError, match="layer_type must not hold a zero byte"):
+        ropewalk.Frequencies.from_config(path, layer_type="full_attention\0")
+    with pytest.raises(ValueError, match="name must not hold a zero byte"):
+        ropewalk.force_backend("cpu\0x")
+
+
+class SaysItIs:
+    """As unittest.mock's objects with a spec do."""
+
+    def __init__(self, kind: type) -> None:
+        self.kind = kind
+
+    @property
+    def __class__(self) -> type:  # type: ignore[override]
+        return self.kind
+
+
+def test_objects_are_what_their_type_is() -> None:
+    q = np.ones((2, 1, 64), "f4")
+    for name in ("q", "k", "positions", "cos", "k_scale"):
+        for kind in (np.ndarray, int, float):
+            with pytest.raises(TypeError, match=f"{name} must be a tensor"):
+                ropewalk.rope_(**{"q": q, "frequencies": plain(), name: SaysItIs(kind)})
+    with pytest.raises(TypeError, match="q must be a"):
+        ropewalk.rope(SaysItIs(np.ndarray), frequencies=plain())
+
+
+def test_messages_are_short_whatever_is_given() -> None:
+    for name in ("pairing", "norm"):
+        with pytest.raises(TypeError, match=f"rope: {name} must be .*, but is a numpy.ndarray$"):
+            call(**{name: np.zeros((40, 40))})
+        with pytest.raises(ValueError, match=f"rope: {name} must be .*, but is 'x+'$") as raised:
+            call(**{name: "x" * 10000})
+        assert len(str(raised.value)) < 200
+
+
 def test_a_configuration_is_not_read_for_ever() -> None:
     with pytest.raises(ValueError, match="/dev/zero: is (not JSON|larger than 8 MiB)"):
         ropewalk.Frequencies.from_config("/dev/zero")
+
+
+def test_random_objects_are_served_or_refused() -> None:
+    """Some calls of `make fuzz`, always the same ones."""
+    script = Path(__file__).parents[2] / "fuzz/python_fuzz.py"
+    command = [sys.executable, str(script), "--seed", "17", "--calls", "4000"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "python_fuzz: 4000 calls held\n"), done.stderr

@@ -29,11 +29,16 @@ CHOICES: dict[str, dict[Any, int]] = {
 }
 
 
+def is_a(value: Any, kind: type) -> bool:
+    """As isinstance, which believes an object's __class__."""
+    return issubclass(type(value), kind)
+
+
 def handle_of(frequencies: Any) -> int:
     """The address of the core's object. Of nothing but a Frequencies: any int would be taken for one there."""
     from ._frequencies import Frequencies  # noqa: PLC0415  # which imports this module
 
-    if not issubclass(type(frequencies), Frequencies):  # not isinstance, which believes __class__
+    if not issubclass(type(frequencies), Frequencies):  # is_a, without the call
         raise TypeError(f"rope: frequencies must be a ropewalk.Frequencies, but is a {_type_name(frequencies)}")
     return frequencies._handle
 
@@ -41,6 +46,15 @@ def handle_of(frequencies: Any) -> int:
 def _type_name(value: Any) -> str:
     cls = type(value)
     return cls.__name__ if cls.__module__ in ("builtins", "__main__") else f"{cls.__module__}.{cls.__name__}"
+
+
+def _shown(value: Any) -> str:
+    """A text or a number as it is, if it is short; of anything else the type."""
+    if is_a(value, str):
+        return repr(value[:60])
+    if is_a(value, float) or (is_a(value, int) and value.bit_length() <= 128):
+        return repr(value)
+    return f"a {_type_name(value)}"
 
 
 def integer(name: str, value: Any, low: int = -(2**63), high: int = 2**63 - 1) -> int:
@@ -53,7 +67,8 @@ def integer(name: str, value: Any, low: int = -(2**63), high: int = 2**63 - 1) -
         raise TypeError(f"{name} must be an int, but is a {_type_name(value)}")
     if not low <= whole <= high:
         shown = whole if whole.bit_length() <= 128 else f"one of {whole.bit_length()} bits"
-        raise ValueError(f"{name} must be from {low} to {high}, but is {shown}")
+        accepted = "an int of at most 64 bits" if (low, high) == (-(2**63), 2**63 - 1) else f"from {low} to {high}"
+        raise ValueError(f"{name} must be {accepted}, but is {shown}")
     return whole
 
 
@@ -131,10 +146,10 @@ def _check_jax(name: str, value: Any) -> None:
 
 def convert(name: str, value: Any, written: bool) -> Any:
     """A tensor argument, ready for the module. Raises a ValueError or TypeError that names it."""
-    if torch is not None and isinstance(value, torch.Tensor):
+    if torch is not None and is_a(value, torch.Tensor):
         check_torch(name, value)
         return value
-    if numpy is not None and isinstance(value, numpy.ndarray):
+    if numpy is not None and is_a(value, numpy.ndarray):
         return _convert_numpy(name, value, written)
     if not (hasattr(value, "__dlpack__") or isinstance(value, tvm_ffi.Tensor)):
         raise TypeError(
@@ -161,7 +176,7 @@ def values(arguments: Mapping[str, Any]) -> list[Any]:
         elif value is None:
             pass
         elif kind == "tensor":
-            if not (name in ("k_scale", "v_scale") and isinstance(value, (int, float))):
+            if not (name in ("k_scale", "v_scale") and (is_a(value, int) or is_a(value, float))):
                 replaced = name in ("q", "k") and arguments.get(f"{name}_out") is not None
                 replaced |= name == "k" and bool(arguments.get("k_store_only"))
                 value = convert(name, value, written=arg["intent"] != "in" and not replaced)
@@ -173,8 +188,8 @@ def values(arguments: Mapping[str, Any]) -> list[Any]:
             value = number(f"rope: {name}", value)
         elif kind == "int":
             value = integer(f"rope: {name}", value, -(2**31), 2**31 - 1)
-        elif not isinstance(value, bool):
-            if not isinstance(value, int):
+        elif not is_a(value, bool):
+            if not is_a(value, int):
                 raise TypeError(f"rope: {name} must be a bool, but is a {_type_name(value)}")
             value = integer(f"rope: {name}", value, -(2**31), 2**31 - 1)
         out.append(value)
@@ -183,7 +198,7 @@ def values(arguments: Mapping[str, Any]) -> list[Any]:
 
 def queue(value: Any) -> int | None:
     """The address of the sycl::queue that a queue of dpctl, a stream of torch or an address stands for."""
-    if value is None or (isinstance(value, int) and not isinstance(value, bool)):
+    if value is None or (is_a(value, int) and not is_a(value, bool)):
         return value
     if hasattr(value, "addressof_ref"):  # dpctl.SyclQueue
         return value.addressof_ref()
@@ -207,10 +222,10 @@ def current_queue(device: int) -> int | None:
 def choice(name: str, value: Any) -> int:
     """The constant of ropewalk.h for the name of a choice."""
     accepted = CHOICES[name]
-    if isinstance(value, (str, type(None))) and value in accepted:
+    if (value is None or is_a(value, str)) and value in accepted:
         return accepted[value]
     names = " or ".join(repr(key) for key in accepted if key != "none")
-    raise (ValueError if isinstance(value, str) else TypeError)(f"rope: {name} must be {names}, but is {value!r}")
+    raise (ValueError if is_a(value, str) else TypeError)(f"rope: {name} must be {names}, but is {_shown(value)}")
 
 
 def empty(shape: tuple[int, ...], dtype: Any) -> Any:
@@ -232,9 +247,9 @@ def empty(shape: tuple[int, ...], dtype: Any) -> Any:
 
 def empty_like(name: str, value: Any) -> Any:
     """A new array like a given one, of its own kind; of numpy's where that is jax's: `as_given` makes it jax's."""
-    if torch is not None and isinstance(value, torch.Tensor):
+    if torch is not None and is_a(value, torch.Tensor):
         return torch.empty_like(value)
-    if numpy is not None and isinstance(value, numpy.ndarray):
+    if numpy is not None and is_a(value, numpy.ndarray):
         return numpy.empty_like(value, subok=False)
     module = sys.modules.get(type(value).__module__.partition(".")[0])
     if module is not None and _is_jax(value):

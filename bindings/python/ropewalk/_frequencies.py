@@ -172,6 +172,8 @@ class Frequencies:
 
     @classmethod
     def _parsed(cls, text: str, name: str, layer_type: str | None, sequence_length: int | None) -> Frequencies:
+        if layer_type is not None and not _arrays.is_a(layer_type, str):
+            raise TypeError(f"frequencies: layer_type must be a str or None, but is a {type(layer_type).__name__}")
         self = cls.__new__(cls)
         self._own(_from_config(text, name, layer_type, _length(sequence_length)), callers=2)
         self._recipe = ("_parsed", (text, name, layer_type, sequence_length))
