@@ -1,4 +1,4 @@
-# Fuzzing: each fuzz/NAME_fuzz.cc defines LLVMFuzzerTestOneInput; its corpus is fuzz/corpus/NAME_fuzz/.
+# Fuzzing: each fuzz/NAME_fuzz.cc defines LLVMFuzzerTestOneInput; its corpus is NAME_fuzz/ of fuzz/corpus.tar.xz.
 # ROPEWALK_FUZZ: programs of libFuzzer, by clang. ROPEWALK_TESTS: the same files with fuzz/replay.cc, by any compiler,
 # which run every file of the corpus once as a test.
 # SPDX-License-Identifier: Apache-2.0
@@ -26,6 +26,12 @@ function(fuzz_target name)
   endif()
 endfunction()
 
+# 1,600 small files are one in git.
+set(fuzz_corpus ${PROJECT_BINARY_DIR}/seeds)
+set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS ${PROJECT_SOURCE_DIR}/fuzz/corpus.tar.xz)
+file(REMOVE_RECURSE ${fuzz_corpus})
+file(ARCHIVE_EXTRACT INPUT ${PROJECT_SOURCE_DIR}/fuzz/corpus.tar.xz DESTINATION ${fuzz_corpus})
+
 add_custom_target(fuzz)
 foreach(source IN LISTS fuzz_sources)
   get_filename_component(name ${source} NAME_WE)
@@ -37,7 +43,7 @@ foreach(source IN LISTS fuzz_sources)
   endif()
   if(ROPEWALK_TESTS)
     fuzz_target(${name}_replay ${source} fuzz/replay.cc)
-    add_test(NAME ${name}_replay COMMAND ${name}_replay ${PROJECT_SOURCE_DIR}/fuzz/corpus/${name})
+    add_test(NAME ${name}_replay COMMAND ${name}_replay ${fuzz_corpus}/${name})
     set_tests_properties(${name}_replay PROPERTIES LABELS fuzz TIMEOUT 600)
   endif()
 endforeach()

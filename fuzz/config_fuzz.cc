@@ -1,5 +1,5 @@
 // libFuzzer target: any bytes as config.json and as a scaling text must give frequencies or one sentence, never a
-// crash. The corpus in fuzz/corpus/config/ is small; run with -max_len=8192.
+// crash. Inputs of the corpus are small; run with -max_len=8192.
 // SPDX-License-Identifier: Apache-2.0
 #include <cmath>
 #include <cstddef>
