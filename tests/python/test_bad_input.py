@@ -247,3 +247,13 @@ def test_others():
     with pytest.raises(ValueError, match="threads"):
         ropewalk.set_threads(-1)
     ropewalk.set_threads(None)
+
+
+@pytest.mark.parametrize("name", ["pairing", "rotary_dim", "rotary_offset", "inverse", "norm", "zero_centered_weight",
+                                  "eps", "rounding", "disable_pdl", "k_store_only"])  # fmt: skip
+@pytest.mark.parametrize("value", [np.zeros(2), torch.zeros(2), np.zeros((0,))], ids=["numpy", "torch", "empty"])
+@pytest.mark.parametrize("q", [np.ones((2, 2, 64), "f4"), torch.ones(2, 2, 64)], ids=["numpy", "torch"])
+def test_arrays_where_one_value_belongs_are_refused_by_name(name, value, q):
+    with pytest.raises(TypeError, match=f"rope: {name} must be "):
+        ropewalk.rope_(q, frequencies=F64, **{name: value})
+    assert (q == 1).all()

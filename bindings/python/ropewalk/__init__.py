@@ -316,18 +316,17 @@ def rope_(
 
 def _slow_rope_(arguments: dict[str, Any], failure: Exception | None) -> tuple[Any, Any]:
     """A call that is no quick one, or that failed before anything was written."""
+    watched = _arrays.torch is not None and _torch.is_watched(arguments.values())
+    if watched:
+        _torch.rope_(**arguments)
+    else:
+        values = _arrays.values(arguments)  # names the argument where numpy said that an array is neither true nor false
+        if failure is not None:
+            raise failure
+        _any_rope(*values)
     q, k, q_out, k_out = (arguments[name] for name in ("q", "k", "q_out", "k_out"))
     new = q if q_out is None else q_out, None if arguments["k_store_only"] else k if k_out is None else k_out
-    if _arrays.torch is not None and _torch.is_watched(arguments.values()):
-        _torch.rope_(**arguments)
-        return new
-    if isinstance(failure, ValueError):
-        raise failure
-    values = _arrays.values(arguments)
-    if failure is not None:
-        raise failure
-    _any_rope(*values)
-    if _arrays.torch is not None:
+    if _arrays.torch is not None and not watched:
         _torch.wrote(*new, arguments["k_cache"], arguments["v_cache"])
     return new
 
