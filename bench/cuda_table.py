@@ -1,8 +1,8 @@
 """Makes the table of shapes of the CUDA kernel from searches: python bench/cuda_table.py [SEARCH.jsonl ..]
 
 A search is what `ropewalk tune --all --json` writes: a call, and the shapes that were tried with their microseconds. A
-single call's best shape is often best by noise. So a shape is scored for a call by its time over the best, averaged over
-the calls nearest to it, and the one with the least score is the table's entry. Entries that their neighbours answer for
+single call's best shape is often best by noise. So a shape is scored for a call by its time over the best, on average
+over the calls nearest to it, and the one with the least score is the table's entry. Entries that their neighbours answer for
 are left out. Writes ops/rope/rope_cuda_table.inc.
 """
 
@@ -60,7 +60,7 @@ class Call:
 
 
 def smoothed(call: Call, calls: list[Call]) -> Shape:
-    """The shape with the least average time over the best near the call. One that few neighbours tried counts as worse."""
+    """The shape with the least average time over the best near the call; one that few neighbours tried counts as worse."""
     weight: dict[Shape, float] = {}
     score: dict[Shape, float] = {}
     total = 0.0
@@ -94,7 +94,9 @@ def main(paths: list[Path]) -> None:
     entries = [(call, smoothed(call, calls)) for call in calls]
     table = entries if len(entries) < 2 else pruned(entries)
     lines = [
-        "// Shapes that a search on an H200 found, by bench/cuda_table.py from " + ", ".join(p.name for p in paths) + ":",
+        "// Shapes that a search on an H200 found, by bench/cuda_table.py from "
+        + ", ".join(p.name for p in paths)
+        + ":",
         "// norm, table, store, regular; lanes, bytes, turns, tokens; then the shape.",
     ]
     for call, shape in sorted(table, key=lambda e: (e[0].store, e[0].norm, e[0].table, e[0].bytes, e[0].turns)):
@@ -104,8 +106,10 @@ def main(paths: list[Path]) -> None:
     (ROOT / "ops/rope/rope_cuda_table.inc").write_text("\n".join(lines) + "\n")
     over = [call.over.get(min(table, key=lambda e: call.distance(e[0]))[1], math.nan) for call in calls]
     known = sorted(x for x in over if not math.isnan(x))
-    print(f"{len(calls)} calls, {len(table)} entries; time over the best: median {known[len(known) // 2]:.3f}, "
-          f"95 % below {known[int(0.95 * len(known))]:.3f}, {len(over) - len(known)} not tried there")
+    print(
+        f"{len(calls)} calls, {len(table)} entries; time over the best: median {known[len(known) // 2]:.3f}, "
+        f"95 % below {known[int(0.95 * len(known))]:.3f}, {len(over) - len(known)} not tried there"
+    )
 
 
 if __name__ == "__main__":

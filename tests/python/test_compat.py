@@ -609,8 +609,7 @@ def test_a_token_of_intel_that_is_not_stored_is_not_rotated(device, is_neox, ind
 
 
 def test_weights_may_be_parameters(device):
-    """Of a model's norm, without gradients; in grad mode what requires grad is refused, as its gradient would be lost.
-    """
+    """A norm's, without gradients; in grad mode what requires grad is refused, as its gradient would be lost."""
     cache, positions = table(8, 64, device), torch.arange(4, device=device)
     weight = torch.nn.Parameter(1 + draw(64, device=device) / 4)
 

@@ -30,8 +30,8 @@ def test_version_agrees_with_the_header():
         pytest.skip("not installed as a wheel")
 
 
-# 3.0 MB held until plans proved themselves, the CUDA kernel's shapes came from a table, configurations were refused by a
-# table of all known types, and the library was hardened (stack clash, protectors, _FORTIFY_SOURCE): together 0.25 MB.
+# 3.0 MB held until plans proved themselves, the CUDA kernel's shapes came from a table, configurations were refused by
+# a table of all known types, and the library was hardened (stack clash, protectors, _FORTIFY_SOURCE): together 0.25 MB.
 def test_the_module_which_holds_the_whole_library_has_at_most_3_25_mb():
     if os.environ.get("ROPEWALK_SANITIZED"):
         pytest.skip("built with sanitizers")

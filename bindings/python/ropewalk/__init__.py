@@ -320,7 +320,9 @@ def _slow_rope_(arguments: dict[str, Any], failure: Exception | None) -> tuple[A
     if watched:
         _torch.rope_(**arguments)
     else:
-        values = _arrays.values(arguments)  # names the argument where numpy said that an array is neither true nor false
+        values = _arrays.values(
+            arguments
+        )  # names the argument where numpy said that an array is neither true nor false
         if failure is not None:
             raise failure
         _any_rope(*values)

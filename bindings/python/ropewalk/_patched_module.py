@@ -38,8 +38,8 @@ class Angles:
 
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(
-            "the cosines and sines of a model under ropewalk.transformers.patch are no tensors, as its layers calculate "
-            f"the angles, and have no {name!r}: use patch(model, angles='table'), or call the rotary module with "
+            "the cosines and sines of a model under ropewalk.transformers.patch are no tensors, as its layers compute the "
+            f"angles, and have no {name!r}: use patch(model, angles='table'), or call the rotary module with "
             "gradients enabled"
         )
 
@@ -149,9 +149,7 @@ def _attention_forward(base: Any) -> Any:
             elif not serves and isinstance(sin, Angles):
                 x = next(x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor))
                 cls = type(sin.rotary)
-                tables = call_rotary(
-                    getattr(cls, "_ropewalk_base", cls), sin.rotary, x, sin.positions, sin.layer_type
-                )
+                tables = call_rotary(getattr(cls, "_ropewalk_base", cls), sin.rotary, x, sin.positions, sin.layer_type)
             if TABLES in kwargs:
                 kwargs = {**kwargs, TABLES: tables}
             else:
@@ -199,13 +197,13 @@ _FORWARDS = {"attention": _attention_forward, "rotary": _rotary_forward, "norm":
 def _class(base: Any, kind: str) -> Any:
     """`base` with the forward of that kind. It has the same name: what goes by names goes on."""
 
-    def __reduce_ex__(self: Any, protocol: Any) -> Any:
+    def reduce_ex(self: Any, protocol: Any) -> Any:
         if type(self) is not made:
             return base.__reduce_ex__(self, protocol)
         _, _, *state = base.__reduce_ex__(self, max(int(protocol), 2))
         return _new, (base, kind), *state
 
-    attributes = {"forward": _FORWARDS[kind](base), "__reduce_ex__": __reduce_ex__, "_ropewalk_base": base}
+    attributes = {"forward": _FORWARDS[kind](base), "__reduce_ex__": reduce_ex, "_ropewalk_base": base}
     made = type(base.__name__, (base,), {"__module__": base.__module__, "__doc__": base.__doc__, **attributes})
     made.__qualname__ = base.__qualname__
     return made
