@@ -90,8 +90,8 @@ def sweep_part(sweep: dict[str, Any]) -> str:
         f"{machine['cpu']}, {machine['date']}, load {machine['load_before']:.2f} before; one thread, "
         f"{results[0]['q_heads']}/{results[0]['k_heads']} heads, in place, in the caches: `ropewalk bench --sweep`. "
         "`ratio` is the time of a byte that must be read and written (the rotated part; with the norm whole heads) "
-        f"over that of 128 of 128 in the same run, in turns; the aim is {aim}. {sweep['above']} of {len(results)} lines "
-        "are above it. Each result was checked first.\n\n"
+        f"over that of 128 of 128 in the same run, in turns; the aim is {aim}. {sweep['above']} of {len(results)} "
+        "lines are above it. Each result was checked first.\n\n"
         + table(["dtype", "op", "pairing", ">above the aim", ">median", ">worst"], summary)
         + "\nThe ten worst:\n\n"
         + table(headings, [line(row) for row in results[:10]])

@@ -38,8 +38,8 @@ class Angles:
 
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(
-            "the cosines and sines of a model under ropewalk.transformers.patch are no tensors, as its layers compute the "
-            f"angles, and have no {name!r}: use patch(model, angles='table'), or call the rotary module with "
+            "the cosines and sines of a model under ropewalk.transformers.patch are no tensors, as its layers compute "
+            f"the angles, and have no {name!r}: use patch(model, angles='table'), or call the rotary module with "
             "gradients enabled"
         )
 
