@@ -2,8 +2,8 @@
 
 A search is what `ropewalk tune --all --json` writes: a call, and the shapes tried with their microseconds. A
 single call's best shape is often best by noise. So a shape's score for a call is its time over the best, on
-average over the calls nearest to it, and the one with the least score is the table's entry. Entries that their neighbours answer for
-are left out. Writes ops/rope/rope_cuda_table.inc.
+average over the calls nearest to it, and the one with the least score is the table's entry. Entries that their
+neighbours answer for are left out. Writes ops/rope/rope_cuda_table.inc.
 """
 
 # SPDX-License-Identifier: Apache-2.0
