@@ -163,6 +163,23 @@ TEST(Cpp, ServesAndRefuses) {
   EXPECT_FALSE(explain({.q = &q.tensor}).has_value());
 }
 
+TEST(Cpp, ViewsDescribeMemory) {
+  float data[24];
+  const View contiguous(data, kFloat32, {2, 3, 4});
+  EXPECT_EQ(contiguous.ndim, 3);
+  EXPECT_EQ(contiguous.data, data);
+  EXPECT_EQ(std::vector<int64_t>(contiguous.shape, contiguous.shape + 3), (std::vector<int64_t>{2, 3, 4}));
+  EXPECT_EQ(std::vector<int64_t>(contiguous.strides, contiguous.strides + 3), (std::vector<int64_t>{12, 4, 1}));
+  View copy(nullptr, kBfloat16, {1}, {7}, {kDLCUDA, 3});
+  EXPECT_EQ(copy.device.device_id, 3);
+  EXPECT_EQ(copy.strides[0], 7);
+  copy = View(contiguous);  // whose sizes are its own
+  EXPECT_NE(copy.shape, contiguous.shape);
+  EXPECT_EQ(copy.shape[2], 4);
+  EXPECT_THROW(View(data, kFloat32, {2, 3}, {3}), std::invalid_argument);
+  EXPECT_THROW(View(data, kFloat32, {1, 1, 1, 1, 1, 1, 1, 1, 1}), std::invalid_argument);
+}
+
 TEST(Cpp, FrequenciesAreShared) {
   Frequencies empty;
   EXPECT_FALSE(empty);

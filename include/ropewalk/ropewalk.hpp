@@ -1,8 +1,9 @@
 // The C++20 face of Ropewalk: arguments by designated initialisers, a Result, frequencies that free themselves. Nothing
 // here that is not in ropewalk.h.
 //
+//   ropewalk::View q(data, ropewalk::kBfloat16, {tokens, 32, 128});
 //   auto f = ropewalk::Frequencies::Make(1e6, 128);
-//   auto r = ropewalk::rope({.q = &q, .k = &k, .positions = &positions, .frequencies = f.get()});
+//   auto r = ropewalk::rope({.q = &q, .frequencies = f.get()});
 //   if (!r) std::puts(r.text.c_str());
 // SPDX-License-Identifier: Apache-2.0
 #ifndef ROPEWALK_ROPEWALK_HPP_
@@ -10,13 +11,67 @@
 
 #include <ropewalk/ropewalk.h>
 
+#include <algorithm>
+#include <array>
+#include <initializer_list>
 #include <optional>
+#include <stdexcept>
 #include <string>
 #include <utility>
 
 namespace ropewalk {
 
 using RopeArgs = ropewalk_rope_args;
+
+// The dtypes of tensors. fp8: DLPack's codes, which older copies of dlpack.h have no names for.
+inline constexpr DLDataType kFloat32 = {kDLFloat, 32, 1}, kFloat16 = {kDLFloat, 16, 1}, kBfloat16 = {kDLBfloat, 16, 1};
+inline constexpr DLDataType kFloat8E4m3fn = {10, 8, 1}, kFloat8E5m2 = {12, 8, 1};
+inline constexpr DLDataType kInt32 = {kDLInt, 32, 1}, kInt64 = {kDLInt, 64, 1};
+
+// A tensor of memory that the caller owns: a DLTensor whose sizes and strides lie in itself.
+class View : public DLTensor {
+ public:
+  static constexpr size_t kMostDims = 8;
+
+  // strides: in elements, one for each size; none: contiguous. Throws std::invalid_argument if there are more than
+  // eight sizes, or another number of strides.
+  View(void* pointer, DLDataType type, std::initializer_list<int64_t> sizes, std::initializer_list<int64_t> steps = {},
+       DLDevice where = {kDLCPU, 0})
+      : DLTensor{} {
+    if (sizes.size() > kMostDims) throw std::invalid_argument("ropewalk::View: at most eight sizes");
+    if (steps.size() != 0 && steps.size() != sizes.size()) {
+      throw std::invalid_argument("ropewalk::View: as many strides as sizes, or none");
+    }
+    data = pointer;
+    device = where;
+    ndim = static_cast<int32_t>(sizes.size());
+    dtype = type;
+    std::ranges::copy(sizes, sizes_.begin());
+    std::ranges::copy(steps, strides_.begin());
+    if (steps.size() == 0) {
+      int64_t step = 1;
+      for (size_t i = sizes.size(); i-- > 0; step *= sizes_[i]) strides_[i] = step;
+    }
+    Bind();
+  }
+  View(const View& other) : DLTensor(other), sizes_(other.sizes_), strides_(other.strides_) { Bind(); }
+  View& operator=(const View& other) {
+    static_cast<DLTensor&>(*this) = other;
+    sizes_ = other.sizes_;
+    strides_ = other.strides_;
+    Bind();
+    return *this;
+  }
+  ~View() = default;
+
+ private:
+  void Bind() {
+    shape = sizes_.data();
+    strides = strides_.data();
+  }
+
+  std::array<int64_t, kMostDims> sizes_ = {}, strides_ = {};
+};
 
 // What went wrong, or nothing.
 struct Result {
