@@ -1,4 +1,4 @@
-"""The README's table of what bench/gpu_compare.py has measured.
+"""The table of docs/performance.md of what bench/gpu_compare.py has measured.
 
     python bench/gpu_table.py RESULTS.json [--recorded SEED_FORM.json] [--also OTHER.json]
 

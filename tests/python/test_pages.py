@@ -15,6 +15,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 COMMAND = pathlib.Path(sys.executable).with_name("ropewalk")
 RESULTS = ROOT / "docs/results"
+README = (ROOT / "README.md").read_text()
 
 
 def title(path: pathlib.Path) -> str:
@@ -56,6 +57,21 @@ def test_commands_have_the_options_they_are_shown_with(page: str, command: str) 
 
 def test_there_are_commands() -> None:
     assert len(commands()) >= 20
+
+
+def test_the_readme_prints_what_it_shows() -> None:
+    code, shown = re.search(r"^```python\n(.*?)^```\n\n```text\n(.*?)^```", README, re.MULTILINE | re.DOTALL).groups()
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert (ran.returncode, ran.stdout) == (0, shown), ran.stderr
+
+
+def test_the_readme_shows_the_example_in_c_plus_plus() -> None:  # which tests/consumer builds and runs
+    code = re.search(r"^```cpp\n(.*?)^```", README, re.MULTILINE | re.DOTALL)[1]
+    assert (ROOT / "examples/rope.cc").read_text().endswith("\n" + code)
+
+
+def test_the_readme_is_short() -> None:
+    assert len(README.splitlines()) <= 120
 
 
 def test_every_result_is_named() -> None:
