@@ -5,8 +5,8 @@
 //
 // intel_report [--all] [--device pvc,dg2] [--csv FILE] [--known FILE] [--every N] [MODEL.json ..]: without --all, as
 // few variants as hold every pair of choices; --every: each Nth of those; models add their own shapes. --known takes
-// what the table of an earlier run says of the same kernel. intel_report --verify FILE [MODEL.json ..] compiles
-// nothing: ends with 1 unless the table is of this very kernel and has a good row for every variant.
+// what the table of an earlier run says of the same kernel. intel_report --verify PAGE [MODEL.json ..] compiles
+// nothing: ends with 1 unless the page is of this very kernel and of all its variants, none of them bad.
 // SPDX-License-Identifier: Apache-2.0
 #include <elf.h>
 #include <stdlib.h>
@@ -178,12 +178,23 @@ void CompileAll(const std::vector<SpirvVariant>& variants, const std::vector<siz
 // The table
 
 // Of the kernel's text, whose first line says how the modules are made of it.
-std::string KernelDigest() {
+std::string DigestOf(std::string_view bytes) {
   uint64_t hash = 0xcbf29ce484222325u;
-  for (const char* c = RopeOpenClSource(); *c; ++c) hash = (hash ^ static_cast<uint8_t>(*c)) * 0x100000001b3u;
+  for (const char c : bytes) hash = (hash ^ static_cast<uint8_t>(c)) * 0x100000001b3u;
   char text[17];
   std::snprintf(text, sizeof(text), "%016llx", static_cast<unsigned long long>(hash));
   return text;
+}
+
+std::string KernelDigest() { return DigestOf(RopeOpenClSource()); }
+
+// How many variants there are, and which: whatever the order of the cases that need them.
+std::string VariantsText(const Target& target, const std::vector<SpirvVariant>& variants) {
+  std::set<std::string> names;
+  for (const SpirvVariant& variant : variants) names.insert(RopeSpirvName(variant.key));
+  std::string all;
+  for (const std::string& name : names) Append(&all, Text(name, "\n"));
+  return Text(target.name, ": ", names.size(), " variants have the digest ", DigestOf(all));
 }
 
 std::string WidthsText(const Widths& widths) {
@@ -350,9 +361,12 @@ int Main(const Options& options) {
   const std::vector<RopeCase> all = RopeCases();
   cases.insert(cases.end(), all.begin(), all.end());
   std::map<std::string, Row> known;
-  for (const std::string& path : {options.known, options.verify}) {
-    if (path.empty()) continue;
-    if (const Status status = ReadTable(path, &known); !status.ok()) return fail(status.text());
+  if (!options.known.empty()) {
+    if (const Status status = ReadTable(options.known, &known); !status.ok()) return fail(status.text());
+  }
+  const std::string page = options.verify.empty() ? "" : ReadAll(options.verify);
+  if (!options.verify.empty() && page.find(Text("digest `", KernelDigest(), "`")) == std::string::npos) {
+    return fail(Text(options.verify, " is of another kernel than that of the digest ", KernelDigest()));
   }
   std::ofstream csv(options.csv.empty() ? "/dev/null" : options.csv);
   csv << "# kernel " << KernelDigest() << '\n' << kHead << '\n';
@@ -363,7 +377,15 @@ int Main(const Options& options) {
     std::vector<SpirvVariant> variants;
     if (const Status status = SpirvVariantsOf(cases, device, &variants); !status.ok()) return fail(status.text());
     const size_t all_variants = variants.size();
-    if (!options.all && options.verify.empty()) variants = CoveringSpirvVariants(variants);
+    const std::string digest = VariantsText(target, variants);
+    if (!options.verify.empty()) {
+      for (const std::string& line : {digest, Text(target.name, ": ", all_variants, " variants held, 0 bad")}) {
+        if (page.find(line) == std::string::npos) return fail(Text(options.verify, " lacks \"", line, "\""));
+      }
+      std::printf("%s\n", digest.c_str());
+      continue;
+    }
+    if (!options.all) variants = CoveringSpirvVariants(variants);
     if (options.every > 1) {
       for (size_t i = 0; i * options.every < variants.size(); ++i) variants[i] = variants[i * options.every];
       variants.resize((variants.size() + options.every - 1) / options.every);
@@ -378,12 +400,13 @@ int Main(const Options& options) {
       const Row* row = of_table(variants[i]);
       if (row) rows[i] = *row;
       if (!row) wanted.push_back(i);
-      if (!row && !options.verify.empty()) rows[i].error = "is not in the table";
     }
-    std::printf("%s: %zu cases need %zu variants; %zu of them %s\n", target.name, cases.size(), all_variants,
-                variants.size(), options.verify.empty() ? "compiled" : "looked for");
-    if (options.verify.empty()) CompileAll(variants, wanted, target, &rows);
-    bad += Report(target, variants, rows);
+    std::printf("%s: %zu cases need %zu variants; %zu of them compiled\n%s\n", target.name, cases.size(), all_variants,
+                variants.size(), digest.c_str());
+    CompileAll(variants, wanted, target, &rows);
+    const int of_target = Report(target, variants, rows);
+    bad += of_target;
+    if (of_target == 0) std::printf("%s: %zu variants held, 0 bad\n", target.name, variants.size());
     for (size_t i = 0; i < rows.size(); ++i) WriteRow(target, variants[i], rows[i], csv);
   }
   return bad ? 1 : 0;
@@ -410,7 +433,7 @@ int main(int count, char** arguments) {
   }
   const char* usage =
       "intel_report [--all] [--every N] [--device pvc,dg2] [--csv FILE] [--known FILE] [MODEL.json ..]\n"
-      "       intel_report --verify FILE [MODEL.json ..]";
+      "       intel_report --verify PAGE [MODEL.json ..]";
   return ropewalk::ParseOptions(static_cast<int>(shared.size()), shared.data(), "--device", usage, &options)
              ? ropewalk::Main(options)
              : 2;

@@ -29,8 +29,7 @@ lanes (such as the kernel's parameters). 16 bytes a lane are full vectors of row
 large and takes 8. A variant is bad if it spills, has less than 16 lanes or more than 128 registers, or if it is aligned
 and moves anything of a row by less than its vectors.
 
-What the models of `models/` need, and every sixtieth of the rest; all rows are in the file of the same name that ends
-in `.csv`.
+What the models of `models/` need, and every sixtieth of the rest.
 
 | {" | ".join(columns)} |
 |{"---|" * len(columns)}""")
