@@ -257,3 +257,45 @@ def test_arrays_where_one_value_belongs_are_refused_by_name(name, value, q):
     with pytest.raises(TypeError, match=f"rope: {name} must be "):
         ropewalk.rope_(q, frequencies=F64, **{name: value})
     assert (q == 1).all()
+
+
+def test_every_tensor_with_a_gradient_or_a_lazy_minus_is_refused_by_name():
+    """Those of the description, so that a new one is not forgotten."""
+    from ropewalk import _module
+
+    cache = {"k_cache": torch.zeros(8, 1, 64).to(torch.float8_e4m3fn),
+             "v_cache": torch.zeros(8, 1, 32).to(torch.float8_e4m3fn),
+             "k_scale": torch.ones(1), "v_scale": torch.ones(1)}  # fmt: skip
+    tables = {"frequencies": None, "cos_sin": torch.cat([COS, SIN], -1)}
+    out = {"q_out": torch.zeros(4, 2, 64), "k_out": torch.zeros(4, 1, 64)}
+    seen = set()
+    for arg in _module.description():
+        name = arg["name"]
+        more = cache if name in cache else tables if name == "cos_sin" else table() if name in ("cos", "sin") else {}
+        arguments = {**good(), **more, **(out if name in out else {})}
+        value = arguments.get(name)
+        if arg["kind"] != "tensor" or not torch.is_tensor(value) or value.dtype != torch.float32:
+            continue
+        seen.add(name)
+        kept = {key: x.clone() for key, x in arguments.items() if torch.is_tensor(x)}
+        negated = torch._neg_view(value.clone())
+        with pytest.raises(ValueError, match=f"rope: {name} is a lazily negated view"):
+            ropewalk.rope_(**{**arguments, name: negated})
+        with pytest.raises(ValueError, match=f"rope: {name} requires grad"):
+            ropewalk.rope_(**{**arguments, name: value.clone().requires_grad_()})
+        for key, x in kept.items():
+            assert torch.equal(x.float(), arguments[key].float()), (name, key)
+    assert seen >= {
+        "q",
+        "k",
+        "cos",
+        "sin",
+        "cos_sin",
+        "q_weight",
+        "k_weight",
+        "q_out",
+        "k_out",
+        "v",
+        "k_scale",
+        "v_scale",
+    }

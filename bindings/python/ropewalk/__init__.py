@@ -198,131 +198,136 @@ def rope_(
     A position past the table gives NaN in that token, a slot past the cache is not stored; check_faults() tells of
     both.
     """
-    if _is_compiling():
-        _torch.rope_(q, k, positions, offsets, frequencies, cos, sin, cos_sin, axes, pairing, rotary_dim,
-                     rotary_offset, inverse, norm, q_weight, k_weight, zero_centered_weight, eps, rounding, q_out,
-                     k_out, v, k_cache, v_cache, slots, k_scale, v_scale, sycl_queue, disable_pdl,
-                     k_store_only)  # fmt: skip
-        return q if q_out is None else q_out, None if k_store_only else k if k_out is None else k_out
-    try:
-        inplace = (
-            q_out is k_out is v is k_cache is v_cache is slots is k_scale is v_scale is sycl_queue is None
-            and disable_pdl is False
-            and k_store_only is False
-        )
-        plain = offsets is axes is cos is sin is cos_sin is q_weight is k_weight is None
-        is_torch = type(q) is _Tensor
-        if not is_torch:
-            for array in (q, k, q_out, k_out, k_cache, v_cache):  # what is written must be known to be writeable
-                if array is not None and type(array) is not _NumpyArray:
-                    raise TypeError
-        else:
-            # What requires grad, is lazily negated, of a subclass or not torch's is looked at in detail below. Written
-            # out: a loop over a list takes twice the time.
-            if (
-                _dual._current_level >= 0
-                or q.is_neg()
-                or (k is not None and (type(k) is not _Tensor or k.is_neg()))
-                or (positions is not None and type(positions) is not _Tensor)
-            ):
-                raise TypeError
-            if not plain and (
-                (offsets is not None and type(offsets) is not _Tensor)
-                or (axes is not None and type(axes) is not _Tensor)
-                or (cos is not None and (type(cos) not in _PLAIN or cos.is_neg()))
-                or (sin is not None and (type(sin) not in _PLAIN or sin.is_neg()))
-                or (cos_sin is not None and (type(cos_sin) not in _PLAIN or cos_sin.is_neg()))
-                or (q_weight is not None and (type(q_weight) not in _PLAIN or q_weight.is_neg()))
-                or (k_weight is not None and (type(k_weight) not in _PLAIN or k_weight.is_neg()))
-            ):
-                raise TypeError
-            if not inplace and (
-                (q_out is not None and (type(q_out) is not _Tensor or q_out.is_neg()))
-                or (k_out is not None and (type(k_out) is not _Tensor or k_out.is_neg()))
-                or (v is not None and (type(v) is not _Tensor or v.is_neg()))
-                or (k_cache is not None and (type(k_cache) not in _PLAIN or k_cache.is_neg()))
-                or (v_cache is not None and (type(v_cache) not in _PLAIN or v_cache.is_neg()))
-                or (slots is not None and type(slots) is not _Tensor)
-            ):
-                raise TypeError
-            if _grad_enabled() and (
-                q.requires_grad
-                or (k is not None and k.requires_grad)
-                or not plain
-                and (
-                    (cos is not None and cos.requires_grad)
-                    or (sin is not None and sin.requires_grad)
-                    or (cos_sin is not None and cos_sin.requires_grad)
-                    or (q_weight is not None and q_weight.requires_grad)
-                    or (k_weight is not None and k_weight.requires_grad)
-                )
-                or not inplace
-                and (
-                    (q_out is not None and q_out.requires_grad)
-                    or (k_out is not None and k_out.requires_grad)
-                    or (v is not None and v.requires_grad)
-                    or (k_cache is not None and k_cache.requires_grad)
-                    or (v_cache is not None and v_cache.requires_grad)
-                )
-            ):
-                raise TypeError
-        handle = None if frequencies is None else _handle_of(frequencies)
-        if inplace:
-            new_q, new_k = q, k
-            # What is left out at the end need not be handed over.
-            if (
-                norm is q_weight is k_weight is rotary_dim is None
-                and inverse is zero_centered_weight is False
-                and rotary_offset == 0
-                and rounding == "fused"
-                and eps == 1e-6
-            ):
-                _rope(q, k, positions, offsets, handle, cos, sin, cos_sin, axes, _PAIRING[pairing])
+    failure: Exception | None = None
+    if not _is_compiling():
+        try:
+            inplace = (
+                q_out is k_out is v is k_cache is v_cache is slots is k_scale is v_scale is sycl_queue is None
+                and disable_pdl is False
+                and k_store_only is False
+            )
+            plain = offsets is axes is cos is sin is cos_sin is q_weight is k_weight is None
+            is_torch = type(q) is _Tensor
+            if not is_torch:
+                for array in (q, k, q_out, k_out, k_cache, v_cache):  # what is written must be known to be writeable
+                    if array is not None and type(array) is not _NumpyArray:
+                        raise TypeError
             else:
+                # What requires grad, is lazily negated, of a subclass or not torch's is looked at in detail below.
+                # Written out: a loop over a list takes twice the time.
+                if (
+                    _dual._current_level >= 0
+                    or q.is_neg()
+                    or (k is not None and (type(k) is not _Tensor or k.is_neg()))
+                    or (positions is not None and type(positions) is not _Tensor)
+                ):
+                    raise TypeError
+                if not plain and (
+                    (offsets is not None and type(offsets) is not _Tensor)
+                    or (axes is not None and type(axes) is not _Tensor)
+                    or (cos is not None and (type(cos) not in _PLAIN or cos.is_neg()))
+                    or (sin is not None and (type(sin) not in _PLAIN or sin.is_neg()))
+                    or (cos_sin is not None and (type(cos_sin) not in _PLAIN or cos_sin.is_neg()))
+                    or (q_weight is not None and (type(q_weight) not in _PLAIN or q_weight.is_neg()))
+                    or (k_weight is not None and (type(k_weight) not in _PLAIN or k_weight.is_neg()))
+                ):
+                    raise TypeError
+                if not inplace and (
+                    (q_out is not None and (type(q_out) is not _Tensor or q_out.is_neg()))
+                    or (k_out is not None and (type(k_out) is not _Tensor or k_out.is_neg()))
+                    or (v is not None and (type(v) is not _Tensor or v.is_neg()))
+                    or (k_cache is not None and (type(k_cache) not in _PLAIN or k_cache.is_neg()))
+                    or (v_cache is not None and (type(v_cache) not in _PLAIN or v_cache.is_neg()))
+                    or (slots is not None and type(slots) is not _Tensor)
+                    or (
+                        k_scale is not None
+                        and type(k_scale) is not float
+                        and (type(k_scale) is not _Tensor or k_scale.is_neg())
+                    )
+                    or (
+                        v_scale is not None
+                        and type(v_scale) is not float
+                        and (type(v_scale) is not _Tensor or v_scale.is_neg())
+                    )
+                ):
+                    raise TypeError
+                if _grad_enabled() and (
+                    q.requires_grad
+                    or (k is not None and k.requires_grad)
+                    or not plain
+                    and (
+                        (cos is not None and cos.requires_grad)
+                        or (sin is not None and sin.requires_grad)
+                        or (cos_sin is not None and cos_sin.requires_grad)
+                        or (q_weight is not None and q_weight.requires_grad)
+                        or (k_weight is not None and k_weight.requires_grad)
+                    )
+                    or not inplace
+                    and (
+                        (q_out is not None and q_out.requires_grad)
+                        or (k_out is not None and k_out.requires_grad)
+                        or (v is not None and v.requires_grad)
+                        or (k_cache is not None and k_cache.requires_grad)
+                        or (v_cache is not None and v_cache.requires_grad)
+                        or (k_scale is not None and type(k_scale) is not float and k_scale.requires_grad)
+                        or (v_scale is not None and type(v_scale) is not float and v_scale.requires_grad)
+                    )
+                ):
+                    raise TypeError
+            handle = None if frequencies is None else _handle_of(frequencies)
+            if inplace:
+                new_q, new_k = q, k
+                # What is left out at the end need not be handed over.
+                if (
+                    norm is q_weight is k_weight is rotary_dim is None
+                    and inverse is zero_centered_weight is False
+                    and rotary_offset == 0
+                    and rounding == "fused"
+                    and eps == 1e-6
+                ):
+                    _rope(q, k, positions, offsets, handle, cos, sin, cos_sin, axes, _PAIRING[pairing])
+                else:
+                    _rope(q, k, positions, offsets, handle, cos, sin, cos_sin, axes, _PAIRING[pairing], rotary_dim,
+                          rotary_offset, inverse, _NORM[norm], q_weight, k_weight, zero_centered_weight, eps,
+                          _ROUNDING[rounding])  # fmt: skip
+            else:
+                new_q, new_k = q if q_out is None else q_out, None if k_store_only else k if k_out is None else k_out
                 _rope(q, k, positions, offsets, handle, cos, sin, cos_sin, axes, _PAIRING[pairing], rotary_dim,
                       rotary_offset, inverse, _NORM[norm], q_weight, k_weight, zero_centered_weight, eps,
-                      _ROUNDING[rounding])  # fmt: skip
+                      _ROUNDING[rounding], q_out, k_out, v, k_cache, v_cache, slots, k_scale, v_scale, sycl_queue,
+                      disable_pdl, k_store_only)  # fmt: skip
+        except (TypeError, KeyError, AttributeError, BufferError, OverflowError, RuntimeError, ValueError) as error:
+            # Nothing was written: once more, more slowly. All but a RuntimeError and a ValueError come from the types
+            # of the arguments, and get messages that name the argument.
+            failure = error if isinstance(error, (RuntimeError, ValueError)) else None
         else:
-            new_q, new_k = q if q_out is None else q_out, None if k_store_only else k if k_out is None else k_out
-            _rope(q, k, positions, offsets, handle, cos, sin, cos_sin, axes, _PAIRING[pairing], rotary_dim,
-                  rotary_offset, inverse, _NORM[norm], q_weight, k_weight, zero_centered_weight, eps,
-                  _ROUNDING[rounding], q_out, k_out, v, k_cache, v_cache, slots, k_scale, v_scale, sycl_queue,
-                  disable_pdl, k_store_only)  # fmt: skip
-    except (TypeError, KeyError, AttributeError, BufferError, OverflowError, RuntimeError, ValueError) as error:
-        # Nothing was written: once more, more slowly. All but a RuntimeError and a ValueError come from the types of
-        # the arguments, and get messages that name the argument.
-        failure = error if isinstance(error, (RuntimeError, ValueError)) else None
-        arguments = {
-            "q": q, "k": k, "positions": positions, "offsets": offsets, "frequencies": frequencies, "cos": cos,
-            "sin": sin, "cos_sin": cos_sin, "axes": axes, "pairing": pairing, "rotary_dim": rotary_dim,
-            "rotary_offset": rotary_offset, "inverse": inverse, "norm": norm, "q_weight": q_weight,
-            "k_weight": k_weight, "zero_centered_weight": zero_centered_weight, "eps": eps, "rounding": rounding,
-            "q_out": q_out, "k_out": k_out, "v": v, "k_cache": k_cache, "v_cache": v_cache, "slots": slots,
-            "k_scale": k_scale, "v_scale": v_scale, "sycl_queue": sycl_queue, "disable_pdl": disable_pdl,
-            "k_store_only": k_store_only,
-        }  # fmt: skip
-    else:
-        if is_torch:
-            try:  # autograd is to notice
-                if inplace or (k_cache is None and v_cache is None):
-                    _increment_version((new_q,) if new_k is None else (new_q, new_k))
-                else:
-                    _torch.wrote(new_q, new_k, k_cache, v_cache)
-            except RuntimeError:  # tensors of inference mode, which have no version
-                _torch.wrote(new_q, new_k)
-        return new_q, new_k
-    return _slow_rope_(arguments, failure)
+            if is_torch:
+                try:  # autograd is to notice
+                    if inplace or (k_cache is None and v_cache is None):
+                        _increment_version((new_q,) if new_k is None else (new_q, new_k))
+                    else:
+                        _torch.wrote(new_q, new_k, k_cache, v_cache)
+                except RuntimeError:  # tensors of inference mode, which have no version
+                    _torch.wrote(new_q, new_k)
+            return new_q, new_k
+    return _slow_rope_({
+        "q": q, "k": k, "positions": positions, "offsets": offsets, "frequencies": frequencies, "cos": cos,
+        "sin": sin, "cos_sin": cos_sin, "axes": axes, "pairing": pairing, "rotary_dim": rotary_dim,
+        "rotary_offset": rotary_offset, "inverse": inverse, "norm": norm, "q_weight": q_weight,
+        "k_weight": k_weight, "zero_centered_weight": zero_centered_weight, "eps": eps, "rounding": rounding,
+        "q_out": q_out, "k_out": k_out, "v": v, "k_cache": k_cache, "v_cache": v_cache, "slots": slots,
+        "k_scale": k_scale, "v_scale": v_scale, "sycl_queue": sycl_queue, "disable_pdl": disable_pdl,
+        "k_store_only": k_store_only,
+    }, failure)  # fmt: skip
 
 
 def _slow_rope_(arguments: dict[str, Any], failure: Exception | None) -> tuple[Any, Any]:
-    """A call that is no quick one, or that failed before anything was written."""
-    watched = _arrays.torch is not None and _torch.is_watched(arguments.values())
+    """A call that is compiled, that is no quick one, or that failed before anything was written."""
+    watched = _is_compiling() or (_arrays.torch is not None and _torch.is_watched(arguments.values()))
     if watched:
-        _torch.rope_(**arguments)
+        _torch.rope_(arguments)
     else:
-        values = _arrays.values(
-            arguments
-        )  # names the argument where numpy said that an array is neither true nor false
+        values = _arrays.values(arguments)  # names what numpy only says to be neither true nor false
         if failure is not None:
             raise failure
         _any_rope(*values)

@@ -21,11 +21,11 @@ numpy: Any = sys.modules.get("numpy")
 _set_dtype = _module.function("set_dtype")
 # DLPack's code and bits of the dtypes that numpy itself lacks (package ml_dtypes).
 _FOREIGN_DTYPES = {"bfloat16": (4, 16), "float8_e4m3fn": (10, 8), "float8_e5m2": (12, 8)}
-# Names of choices, to the constants of ropewalk.h.
+# Names of choices, to the constants of ropewalk.h; None for the first where that is Python's default.
 CHOICES: dict[str, dict[Any, int]] = {
-    "pairing": {"neox": 0, "interleaved": 1},
-    "norm": {None: 0, "rms": 1, "none": 0},
-    "rounding": {"fused": 0, "reference": 1},
+    arg["name"]: ({None: 0} if arg["default"] == "None" else {}) | {name: i for i, name in enumerate(arg["choices"])}
+    for arg in _module.description()
+    if arg["kind"] == "choice"
 }
 
 
@@ -176,7 +176,7 @@ def values(arguments: Mapping[str, Any]) -> list[Any]:
         elif value is None:
             pass
         elif kind == "tensor":
-            if not (name in ("k_scale", "v_scale") and (is_a(value, int) or is_a(value, float))):
+            if not (arg["host_scalar"] and (is_a(value, int) or is_a(value, float))):
                 replaced = name in ("q", "k") and arguments.get(f"{name}_out") is not None
                 replaced |= name == "k" and bool(arguments.get("k_store_only"))
                 value = convert(name, value, written=arg["intent"] != "in" and not replaced)

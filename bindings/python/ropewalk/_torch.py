@@ -19,6 +19,9 @@ from ._frequencies import Frequencies
 _call = _module.function("rope")
 _names = [arg["name"] for arg in _module.description()]
 _written = [arg["name"] for arg in _module.description() if arg.get("intent", "in") != "in"]
+_kinds = [(arg["name"], arg["kind"]) for arg in _module.description()]
+_tensors = [arg["name"] for arg in _module.description() if arg["kind"] == "tensor"]
+_host_scalars = [arg["name"] for arg in _module.description() if arg.get("host_scalar")]
 assert _names[:5] == ["q", "k", "positions", "offsets", "frequencies"]
 # A graph holds its frequencies themselves, as text: an address or a number would be another's in another process.
 _schema: str = _module.function("torch_schema")().replace("int frequencies=0", 'str frequencies=""', 1)
@@ -175,22 +178,21 @@ def is_watched(values: Any) -> bool:
     )
 
 
-def rope_(
-    q: Any, k: Any, positions: Any, offsets: Any, frequencies: Any, cos: Any, sin: Any, cos_sin: Any, axes: Any,
-    pairing: str, rotary_dim: int | None, rotary_offset: int, inverse: bool, norm: str | None, q_weight: Any,
-    k_weight: Any, zero_centered_weight: bool, eps: float, rounding: str, q_out: Any, k_out: Any, v: Any, k_cache: Any,
-    v_cache: Any, slots: Any, k_scale: Any, v_scale: Any, sycl_queue: Any, disable_pdl: bool,
-    k_store_only: bool,
-) -> None:  # fmt: skip
-    """The call as an operator of torch."""
-    k_scale, v_scale = _scale(k_scale), _scale(v_scale)
-    _check({"q": q, "k": k, "positions": positions, "offsets": offsets, "cos": cos, "sin": sin, "cos_sin": cos_sin,
-            "axes": axes, "q_weight": q_weight, "k_weight": k_weight, "q_out": q_out, "k_out": k_out, "v": v,
-            "k_cache": k_cache, "v_cache": v_cache, "slots": slots, "k_scale": k_scale,
-            "v_scale": v_scale})  # fmt: skip
-    operator = torch.ops.ropewalk.rope_ if q_out is None and k_out is None else torch.ops.ropewalk.rope_out
-    operator(q, k, positions, offsets, "" if frequencies is None else frequencies._content, cos, sin, cos_sin, axes,
-             _arrays.choice("pairing", pairing), rotary_dim or 0, rotary_offset, int(inverse),
-             _arrays.choice("norm", norm), q_weight, k_weight, int(zero_centered_weight), eps,
-             _arrays.choice("rounding", rounding), q_out, k_out, v, k_cache, v_cache, slots, k_scale,
-             v_scale, _arrays.queue(sycl_queue) or 0, int(disable_pdl), int(k_store_only))  # fmt: skip
+_TORCH_VALUES: dict[str, Any] = {
+    "tensor": lambda name, value: value,
+    "handle": lambda name, value: "" if value is None else value._content,
+    "queue": lambda name, value: _arrays.queue(value) or 0,
+    "choice": _arrays.choice,
+    "int": lambda name, value: value or 0,
+    "bool": lambda name, value: int(value),
+    "float": lambda name, value: value,
+}
+
+
+def rope_(arguments: dict[str, Any]) -> None:
+    """The call as an operator of torch. All arguments by name."""
+    arguments = {**arguments, **{name: _scale(arguments[name]) for name in _host_scalars}}
+    _check({name: arguments[name] for name in _tensors})
+    in_place = arguments["q_out"] is None and arguments["k_out"] is None
+    operator = torch.ops.ropewalk.rope_ if in_place else torch.ops.ropewalk.rope_out
+    operator(*[_TORCH_VALUES[kind](name, arguments[name]) for name, kind in _kinds])
