@@ -80,12 +80,9 @@ lint:  ## formatting, clang-tidy, ruff, headers, versions
 	@$(setup) system base dev
 	@scripts/lint.sh
 
-docs:  ## regenerate docs/arguments.md and docs/models.md from their tables
-	@$(setup) system base sycl wheel
-	.venv/bin/ropewalk describe --markdown > build/arguments.md
-	mv build/arguments.md docs/arguments.md
-	.venv/bin/ropewalk describe --models > build/models.md
-	mv build/models.md docs/models.md
+docs:  ## make docs/arguments.md, docs/models.md and Python's rope_ anew from their tables
+	@$(setup) system base
+	@scripts/docs.sh
 
 clean:  ## remove what was built; .venv stays
 	rm -rf build dist .venv/.stamps/wheel

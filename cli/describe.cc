@@ -6,13 +6,14 @@
 #include <vector>
 
 #include "cli/common.h"
+#include "cli/describe_python.h"
 #include "core/model_traits.h"
 
 namespace ropewalk::cli {
 namespace {
 
 struct Options {
-  bool json = false, schema = false, markdown = false, models = false;
+  bool json = false, schema = false, markdown = false, models = false, python = false;
 };
 
 // Text inside a table's cell.
@@ -51,15 +52,6 @@ std::string Notes(const Json& arg) {
   if (intent == "out") notes += " Written.";
   if (arg["unit_stride"].get<bool>()) notes += " Last stride 1.";
   return notes;
-}
-
-std::string Sentence(std::string text) {
-  if (text.empty()) return text;
-  if (text[0] >= 'a' && text[0] <= 'z' && (text.size() == 1 || text[1] != '_')) {
-    text[0] = static_cast<char>(text[0] - 'a' + 'A');
-  }
-  if (text.back() != '.') text += '.';
-  return text;
 }
 
 std::string Markdown(const Json& description) {
@@ -163,6 +155,10 @@ int Describe(const Options& options) {
     return kHeld;
   }
   const Json description = Parsed(ropewalk_description());
+  if (options.python) {
+    fmt::print("{}", PythonFace(description));
+    return kHeld;
+  }
   fmt::print("{}", options.json ? description.dump(2) + "\n" : Markdown(description));
   return kHeld;
 }
@@ -171,15 +167,17 @@ int Describe(const Options& options) {
 
 void AddDescribe(CLI::App* app, int* exit_code) {
   auto options = std::make_shared<Options>();
-  CLI::App* command =
-      app->add_subcommand("describe", "the operation's arguments: Markdown, JSON or torch schema; the model types");
+  CLI::App* command = app->add_subcommand(
+      "describe", "the operation's arguments: Markdown, JSON, Python or torch schema; the model types");
   auto* json = command->add_flag("--json", options->json, "the description as JSON");
   auto* schema = command->add_flag("--schema", options->schema, "the torch schema");
   auto* markdown = command->add_flag("--markdown", options->markdown, "the page of the docs (the default)");
   auto* models = command->add_flag("--models", options->models, "the page of the model types that Ropewalk knows");
-  json->excludes(schema)->excludes(markdown)->excludes(models);
-  schema->excludes(markdown)->excludes(models);
-  markdown->excludes(models);
+  auto* python = command->add_flag("--python", options->python, "the Python function rope_, as in the package");
+  json->excludes(schema)->excludes(markdown)->excludes(models)->excludes(python);
+  schema->excludes(markdown)->excludes(models)->excludes(python);
+  markdown->excludes(models)->excludes(python);
+  models->excludes(python);
   command->footer(
       "Examples:\n  ropewalk describe > docs/arguments.md\n  ropewalk describe --models > docs/models.md\n"
       "  ropewalk describe --schema");

@@ -1,0 +1,62 @@
+"""What a call of `rope_` needs besides its arguments: names for the quick way (ropewalk._face), and the slow way."""
+
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+from typing import Any
+
+from . import _arrays, _module
+from ._frequencies import Frequencies
+
+_launch = launch = _module.function("rope")
+# Of nothing but a Frequencies; as quick as the attribute itself.
+handle_of: Any = Frequencies._handle.__get__  # type: ignore[attr-defined]
+PAIRING = _arrays.CHOICES["pairing"]
+NORM = _arrays.CHOICES["norm"]
+ROUNDING = _arrays.CHOICES["rounding"]
+
+
+class _Absent:
+    """Stands for the array type of a package that is not installed."""
+
+
+NumpyArray: Any = _Absent if _arrays.numpy is None else _arrays.numpy.ndarray
+
+if _arrays.torch is not None:
+    from . import _torch
+
+    Tensor: Any = _arrays.torch.Tensor
+    PLAIN = _torch.PLAIN
+    is_compiling = _arrays.torch.compiler.is_dynamo_compiling
+    grad_enabled = _arrays.torch.is_grad_enabled
+    increment_version = _torch.increment_version
+    dual: Any = _torch.forward_ad
+    launch = _torch.rope_unwatched
+    wrote = _torch.wrote
+else:
+    Tensor = _Absent
+    PLAIN = frozenset()
+    grad_enabled = increment_version = dual = None
+
+    def is_compiling() -> bool:
+        return False
+
+    def wrote(*arrays: Any) -> None:
+        """Nobody but torch's autograd wants to know."""
+
+
+def slow(arguments: dict[str, Any], failure: Exception | None) -> tuple[Any, Any]:
+    """A call that is compiled, that is no quick one, or that failed before anything was written."""
+    watched = is_compiling() or (_arrays.torch is not None and _torch.is_watched(arguments.values()))
+    if watched:
+        _torch.rope_(arguments)
+    else:
+        values = _arrays.values(arguments)  # names what numpy only says to be neither true nor false
+        if failure is not None:
+            raise failure
+        _launch(*values)
+    q, k, q_out, k_out = (arguments[name] for name in ("q", "k", "q_out", "k_out"))
+    new = q if q_out is None else q_out, None if arguments["k_store_only"] else k if k_out is None else k_out
+    if not watched:
+        wrote(*new, arguments["k_cache"], arguments["v_cache"])
+    return new
