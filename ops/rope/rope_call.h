@@ -65,8 +65,8 @@ struct RopeCall {
   void* stream = nullptr;
   void* sycl_queue = nullptr;  // a sycl::queue*, instead of the stream
   bool disable_pdl = false;    // programmatic dependent launch
-  // Calls of one number differ in nothing that a plan depends on: only in addresses that agree modulo 32 bytes, in the
-  // stream, and not in how tensors lie towards those that they share spans with. 0: a number of its own.
+  // Calls with the same number may share a plan. They differ only in their stream and in their addresses; the addresses
+  // agree modulo 32 bytes, and tensors whose spans meet keep their distance. 0: the call shares with no other.
   uint64_t shape = 0;
 };
 

@@ -79,8 +79,9 @@ void LayOut(const RopeCall& call, RopeCudaShape shape, int64_t rows, int64_t all
   plan->why = tokens * warp_tokens > 1 ? "many tokens: a block for several of them" : "many tokens: a block for each";
 }
 
-// How many warps of those a multiprocessor is to hold: for vectors of 10 elements 64 registers, of 6 48; stores,
-// strides and tables that are not told take registers of their own.
+// How many warps a multiprocessor is to hold of a kernel with odd vectors. Vectors of 10 elements need 64 registers a
+// thread (32 warps), vectors of 6 need 48 (40 warps). Stores, strides that are no constants and tables read element by
+// element need more.
 int OddWarps(const RopeCudaKey& key) {
   const RopeVariant& v = key.variant;
   const bool regular = std::has_single_bit(key.lanes), fp8 = StoresFp8(v);

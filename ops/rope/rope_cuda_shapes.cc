@@ -13,8 +13,9 @@
 namespace ropewalk {
 namespace {
 
-// Heads with a norm whose halves make no power of two of vectors of 16 bytes, fetched side by side: vectors of another
-// size, so that fewer threads idle and more heads share a warp (docs/cuda.md). 0: those of an access are best.
+// The odd vector of a call, 6 or 10 elements, or 0 if vectors of 16 bytes are best. Odd vectors pay for heads with a
+// norm whose halves are not 1, 2, 4, .. vectors of 16 bytes: fewer threads idle, and more heads share a warp
+// (docs/cuda.md).
 int OddVector(const RopeCall& call, int64_t rows) {
   const int half = call.params.rotary_dim / 2;
   if (rows < 3072) return 0;
@@ -27,7 +28,7 @@ int OddVector(const RopeCall& call, int64_t rows) {
   return fits(6) || (half % 8 != 0 && FlatVectorFits(call, 6) && half / 6 <= 16) ? 6 : 0;
 }
 
-// The shape of a block for those: turns of a warp, and how many of them are on their way at once.
+// The shape of a block with odd vectors: how many turns a warp takes, and how many of them are on their way at once.
 RopeCudaShape OddShape(const RopeVariant& v, const HeadDeal& deal, int64_t heads) {
   const bool regular = deal.regular(), store = Stores(v);
   RopeCudaShape shape;

@@ -13,8 +13,8 @@
 
 namespace ropewalk {
 
-// One for each of batched or not (+ 1) and with offsets or not (+ 2), so that the message can say what the kernel does
-// not know.
+// The kernel does not know whether a call is batched or has offsets, but the message says so. Hence four records: the
+// index of a call's record is 1 if it is batched, plus 2 if it has offsets.
 inline constexpr size_t kRopeFaultRecords = 4;
 
 inline std::array<rope_fault, kRopeFaultRecords> NoRopeFaults() {
