@@ -125,7 +125,7 @@ struct HostScalar {
 
 struct RopeArgs {
   ropewalk_rope_args args;
-  std::array<HostScalar, 2> scalars;
+  std::array<HostScalar, ropewalk::kMostHostScalars> scalars;
   size_t scalars_used = 0;
   void* stream = nullptr;
 
@@ -140,9 +140,7 @@ struct RopeArgs {
       case Kind::kTensor: {
         DLTensor* tensor = nullptr;
         if (!GetTensor(value, &tensor)) {
-          if (!(arg.flags & ropewalk::kHostScalar) || scalars_used == scalars.size() || !GetDouble(value, &number)) {
-            return false;
-          }
+          if (!(arg.flags & ropewalk::kHostScalar) || !GetDouble(value, &number)) return false;
           HostScalar& scalar = scalars[scalars_used++];
           scalar.value = static_cast<float>(number);
           scalar.tensor.data = &scalar.value;

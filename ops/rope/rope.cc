@@ -93,6 +93,8 @@ constexpr Arg kArgs[] = {
 
 static_assert(std::ranges::count(kArgs, Kind::kTensor, &Arg::kind) <= KnownCalls::Known::kMostTensors,
               "known calls keep every tensor");
+static_assert(std::ranges::count_if(kArgs, [](const Arg& arg) { return arg.flags & kHostScalar; }) <= kMostHostScalars,
+              "bindings keep every value on the host");
 
 consteval size_t Index(std::string_view name) {
   for (size_t i = 0; i < std::size(kArgs); ++i) {

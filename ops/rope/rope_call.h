@@ -74,6 +74,8 @@ struct RopeCall {
 inline bool NeedsFrequencies(const RopeCall& call) { return call.variant.table_dtype == kRopeNoDtype; }
 
 std::span<const Arg> RopeDescription();
+// How many arguments at most may be one value on the host: a binding keeps room for them.
+inline constexpr int kMostHostScalars = 2;
 
 // Whether lowering reads the tensor: one scale on the host, instead of which the params carry its value.
 bool IsHostValue(const Arg& arg, const DLTensor& tensor);
