@@ -19,16 +19,11 @@ struct TensorName {
   const char* name;
   size_t offset;
 };
-#define ROPEWALK_TENSOR(name) \
-  { #name, offsetof(RopeTensors, name) }
 inline constexpr TensorName kTensorNames[] = {
-    ROPEWALK_TENSOR(q),        ROPEWALK_TENSOR(k),       ROPEWALK_TENSOR(positions), ROPEWALK_TENSOR(offsets),
-    ROPEWALK_TENSOR(cos),      ROPEWALK_TENSOR(sin),     ROPEWALK_TENSOR(axes),      ROPEWALK_TENSOR(q_weight),
-    ROPEWALK_TENSOR(k_weight), ROPEWALK_TENSOR(q_out),   ROPEWALK_TENSOR(k_out),     ROPEWALK_TENSOR(v),
-    ROPEWALK_TENSOR(k_cache),  ROPEWALK_TENSOR(v_cache), ROPEWALK_TENSOR(slots),     ROPEWALK_TENSOR(k_scale),
-    ROPEWALK_TENSOR(v_scale)};
-#undef ROPEWALK_TENSOR
-static_assert(sizeof(kTensorNames) / sizeof(TensorName) * sizeof(void*) == sizeof(RopeTensors));
+#define X(name, type) {#name, offsetof(RopeTensors, name)},
+    ROPE_TENSORS(X)
+#undef X
+};
 
 template <int kPageShift>
 class KnownPages {

@@ -234,26 +234,12 @@ Status PrepareLaunch(const CudaDriver& driver, CudaContext* context, const RopeC
 
 void SetAddresses(const RopeCall& call, const Ready& ready, rope_cuda_args* args) {
   const RopeTensors& t = call.tensors;
-  args->q = t.q;
-  args->k = t.k;
-  args->positions = t.positions;
-  args->offsets = t.offsets;
-  args->cos = t.cos;
-  args->sin = t.sin;
-  args->axes = t.axes;
+#define X(name, type) args->name = t.name;
+  ROPE_TENSORS(X)
+#undef X
   if (!t.axes && call.variant.axes) {
     args->axes = reinterpret_cast<const int*>(ready.frequencies + AxesOffset(*call.frequencies));
   }
-  args->q_weight = t.q_weight;
-  args->k_weight = t.k_weight;
-  args->q_out = t.q_out;
-  args->k_out = t.k_out;
-  args->v = t.v;
-  args->k_cache = t.k_cache;
-  args->v_cache = t.v_cache;
-  args->slots = t.slots;
-  args->k_scale = t.k_scale;
-  args->v_scale = t.v_scale;
 }
 
 Status LaunchPrepared(const RopeCall& call, Prepared* prepared) {

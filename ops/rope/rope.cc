@@ -278,29 +278,21 @@ void SetTensors(const ropewalk_rope_args& a, RopeCall* call) {
   const rope_params& p = call->params;
   RopeTensors& t = call->tensors;
   const auto data = [](const DLTensor* tensor) { return tensor ? DataOf(*tensor) : nullptr; };
-  t.q = data(a.q);
-  t.k = data(a.k);
-  t.positions = data(a.positions);
-  t.offsets = data(a.offsets);
-  t.cos = data(a.cos_sin ? a.cos_sin : a.cos);
-  t.sin = data(a.sin);
-  if (a.cos_sin && t.cos) {
-    t.sin = static_cast<const char*>(t.cos) + p.cos_pair * (p.rotary_dim / 2) * (a.cos_sin->dtype.bits / 8);
+#define X(name, type) t.name = static_cast<type*>(data(a.name));
+  ROPE_TENSORS(X)
+#undef X
+  if (a.cos_sin) {
+    t.cos = data(a.cos_sin);
+    if (t.cos) {
+      t.sin = static_cast<const char*>(t.cos) + p.cos_pair * (p.rotary_dim / 2) * (a.cos_sin->dtype.bits / 8);
+    }
   }
-  t.axes = v.axes == 2 ? static_cast<const int32_t*>(data(a.axes)) : nullptr;
-  t.q_weight = data(a.q_weight);
-  t.k_weight = data(a.k_weight);
-  t.q_out = a.q_out ? data(a.q_out) : t.q;
-  t.k_out = v.store_k == kRopeStoreOnly ? nullptr : a.k_out ? data(a.k_out) : t.k;
-  t.v = data(a.v);
-  t.k_cache = data(a.k_cache);
-  t.v_cache = data(a.v_cache);
-  t.slots = data(a.slots);
-  const auto scales = [&](const DLTensor* tensor, size_t i) {
-    return tensor && !IsHostValue(kArgs[i], *tensor) ? static_cast<const float*>(DataOf(*tensor)) : nullptr;
-  };
-  t.k_scale = scales(a.k_scale, Index("k_scale"));
-  t.v_scale = scales(a.v_scale, Index("v_scale"));
+  if (v.axes != 2) t.axes = nullptr;
+  if (!a.q_out) t.q_out = t.q;
+  if (!a.k_out) t.k_out = t.k;
+  if (v.store_k == kRopeStoreOnly) t.k_out = nullptr;
+  if (a.k_scale && IsHostValue(kArgs[Index("k_scale")], *a.k_scale)) t.k_scale = nullptr;
+  if (a.v_scale && IsHostValue(kArgs[Index("v_scale")], *a.v_scale)) t.v_scale = nullptr;
 }
 
 Status LowerRope(const ropewalk_rope_args& a, void* stream, RopeCall* call) {

@@ -8,6 +8,7 @@
 #include "core/op.h"
 #include "core/status.h"
 #include "ops/rope/rope_params.h"
+#include "ops/rope/rope_tensors.h"
 
 namespace ropewalk {
 
@@ -37,23 +38,9 @@ static_assert(sizeof(RopeVariant) == 16, "hashed as bytes, as part of a kernel's
 
 // Data pointers. On the host or on the device of the call.
 struct RopeTensors {
-  void* q = nullptr;
-  void* k = nullptr;
-  const void* positions = nullptr;
-  const void* offsets = nullptr;
-  const void* cos = nullptr;
-  const void* sin = nullptr;
-  const int32_t* axes = nullptr;  // the caller's tensor; null: those of `frequencies`, if the variant has axes
-  const void* q_weight = nullptr;
-  const void* k_weight = nullptr;
-  void* q_out = nullptr;  // q where in place
-  void* k_out = nullptr;  // null where k is only stored
-  const void* v = nullptr;
-  void* k_cache = nullptr;
-  void* v_cache = nullptr;
-  const void* slots = nullptr;
-  const float* k_scale = nullptr;  // null: params.k_scale
-  const float* v_scale = nullptr;
+#define X(name, type) type* name = nullptr;
+  ROPE_TENSORS(X)
+#undef X
 };
 
 struct RopeCall {

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <bit>
 #include <cstdint>
+#include <string_view>
 
 #include "core/text.h"
 #include "ops/rope/rope_access.h"
@@ -226,7 +227,10 @@ Status PlanRopeCuda(const RopeCall& call, const CudaDevice& device, RopeCudaOpti
     key.table_vector = static_cast<uint8_t>(v.axes ? 1 : table_vector);
   }
   const bool odd = key.vector == 6 || key.vector == 10;
-  key.min_blocks = static_cast<uint8_t>(MinBlocks(key, device, rows, odd ? OddWarps(key) : shape.resident));
+  // A limit of registers holds where it was searched: on another GPU the same text needs others, and may spill.
+  const bool searched = device.major == 9 || options.shape || std::string_view(plan->origin) == "tuned here";
+  const int blocks = searched ? MinBlocks(key, device, rows, odd ? OddWarps(key) : shape.resident) : 1;
+  key.min_blocks = static_cast<uint8_t>(blocks);
 
   // What the grid is, for the kernel to rely on; only where heads are constants, and none of its threads is idle.
   const rope_shape derived = ShapeOf(ChoicesOf(key));

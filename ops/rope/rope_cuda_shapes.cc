@@ -282,9 +282,6 @@ RopeCudaShape ChooseRopeCudaShape(const RopeCall& call, const CudaDevice& device
       // The table's accesses are of elements of two bytes.
       const int bytes = RopeDtypeBytes(call.variant.dtype);
       if (shape.few) shape.vector = static_cast<uint8_t>(std::max(1, shape.vector * 2 / bytes));
-      // How many warps are resident limits registers; for other GPUs than the searched ones the same kernel may need
-      // more of them, and spill.
-      if (device.major != 9) shape.resident = 0;
       return shape;
     }
   }
