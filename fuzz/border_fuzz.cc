@@ -20,6 +20,7 @@
 
 #include "conformance/case_call.h"
 #include "core/text.h"
+#include "fuzz/bytes.h"
 #include "ops/rope/rope_call.h"
 
 using Function = int(void*, const TVMFFIAny*, int32_t, TVMFFIAny*);
@@ -58,27 +59,6 @@ void Require(bool condition, const std::string& what) {
   std::fprintf(stderr, "border_fuzz: %s\n", what.c_str());
   std::abort();
 }
-
-class Bytes {
- public:
-  Bytes(const uint8_t* data, size_t size) : data_(data), size_(size) {}
-  uint8_t Next() { return at_ < size_ ? data_[at_++] : 0; }
-  bool OneIn(int n) { return Next() % n == n - 1; }  // zeros, which follow the end, mean no
-  int64_t Wide() {
-    uint64_t value = 0;
-    for (int i = 0; i < 8; ++i) value = value << 8 | Next();
-    return static_cast<int64_t>(value);
-  }
-  std::string Some(size_t most) {
-    std::string text(std::min({size_t{Next()}, most, size_ - at_}), '\0');
-    for (char& c : text) c = static_cast<char>(Next());
-    return text;
-  }
-
- private:
-  const uint8_t* data_;
-  size_t size_, at_ = 0;
-};
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Values

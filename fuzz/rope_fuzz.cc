@@ -15,6 +15,7 @@
 #include <string>
 #include <vector>
 
+#include "fuzz/bytes.h"
 #include "ops/rope/rope_call.h"
 #include "ops/rope/rope_reference.h"
 
@@ -43,22 +44,6 @@ void Describe(const ropewalk_rope_args& args) {
     }
   }
 }
-
-class Bytes {
- public:
-  Bytes(const uint8_t* data, size_t size) : data_(data), size_(size) {}
-  uint8_t Next() { return at_ < size_ ? data_[at_++] : 0; }
-  bool OneIn(int n) { return Next() % n == n - 1; }  // zeros, which follow the end, mean no
-  int64_t Wide() {
-    uint64_t value = 0;
-    for (int i = 0; i < 8; ++i) value = value << 8 | Next();
-    return static_cast<int64_t>(value);
-  }
-
- private:
-  const uint8_t* data_;
-  size_t size_, at_ = 0;
-};
 
 constexpr double kMostBytes = 1 << 16;
 
