@@ -43,6 +43,12 @@ if(ROPEWALK_FUZZ)
   add_compile_options(-fsanitize=fuzzer-no-link)  # coverage of the library too
 endif()
 
+# For what waits on others, where libraries made of headers are most of the code: the command's files compile in 7 s each
+# instead of 14.
+function(ropewalk_little_optimised target)
+  target_compile_options(${target} PRIVATE $<$<CONFIG:Release>:-O1>)
+endfunction()
+
 # Exports only the symbols of the patterns given, whatever static libraries are linked in.
 function(ropewalk_export_only target)
   list(JOIN ARGN "; " patterns)

@@ -176,21 +176,47 @@ stage_dev() {
   pip_stage dev "formatters and checkers"
 }
 
-stage_wheel() {
-  choose_compiler
-  local key; key=$(digest CMakeLists.txt pyproject.toml requirements/lock/base.txt LICENSE README.md \
-    requirements/lock/sycl9.txt requirements/lock/sycl8.txt backends bindings cli cmake conformance core include kernels models ops)-$CXX
-  if fresh wheel "$key" && [[ -x $venv/bin/ropewalk ]]; then return; fi
-  say "wheel: building and installing Ropewalk (one to three minutes)"
+# build_wheel: into build/dist, unless the wheel of these sources is installed; install_wheel: that one, into .venv.
+wheel_key() {
+  digest CMakeLists.txt pyproject.toml requirements/lock/base.txt LICENSE README.md requirements/lock/sycl9.txt \
+    requirements/lock/sycl8.txt backends bindings cli cmake conformance core include kernels models ops
+  echo "$CXX"
+}
+build_wheel() {
+  say "wheel: building Ropewalk (one to three minutes)"
   rm -rf build/dist
-  python -m pip wheel . --no-build-isolation --no-deps --wheel-dir build/dist --config-settings=cmake.define.ROPEWALK_WERROR=ON -v 2>&1 |
-    scripts/build_progress.sh
+  python -m pip wheel . --no-build-isolation --no-deps --wheel-dir build/dist \
+    --config-settings=cmake.define.ROPEWALK_WERROR=ON -v 2>&1 | scripts/build_progress.sh
+}
+install_wheel() {
   python -m pip install --quiet --force-reinstall --no-deps build/dist/ropewalk-*.whl
-  mark wheel "$key"
+  mark wheel "$1"
   say "wheel: $(ropewalk --version 2>/dev/null || echo installed) at .venv/bin/ropewalk"
 }
+stage_wheel() {
+  choose_compiler
+  local key; key=$(wheel_key)
+  if fresh wheel "$key" && [[ -x $venv/bin/ropewalk ]]; then return; fi
+  build_wheel
+  install_wheel "$key"
+}
+# Both, the wheel being built while pip downloads: 100 s less on two cores.
+stage_wheel_and_full() {
+  choose_compiler
+  local key builds=; key=$(wheel_key)
+  if ! fresh wheel "$key" || [[ ! -x $venv/bin/ropewalk ]]; then
+    trap wait EXIT  # if what pip does fails
+    build_wheel & builds=$!
+  fi
+  stage_full
+  [[ $builds ]] || return 0
+  wait "$builds"
+  install_wheel "$key"
+}
 
-for stage in "$@"; do
+stages=" $* "
+stages=${stages/ wheel full / wheel_and_full }
+for stage in $stages; do
   declare -F "stage_$stage" >/dev/null || fail "no stage '$stage'; see the head of $0"
   "stage_$stage"
 done

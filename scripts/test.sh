@@ -2,9 +2,9 @@
 # All tests: C++ by ctest, Python by pytest against the installed wheel, conformance by the installed command. Every
 # part runs even if one before it failed; the exit code is 0 only if all held. scripts/test.sh [asan|tsan|arm] runs the
 # C++ tests built that way instead (asan: the Python tests too); intel: every case on Intel's CPU OpenCL device with the
-# exact kernel that a GPU would have, where `make test` runs them all with general kernels; emulated: every case and 2,000
-# random ones with the CUDA kernel, run on the processor; models: the heads of every model of ops/rope/rope_models.cc, as
-# tensor-parallel ranks have them, in every mode, on the CPU and likewise.
+# exact kernel that a GPU would have and with a general one, of which `make test` runs two thirds; emulated: every case
+# and 2,000 random ones with the CUDA kernel, run on the processor; models: the heads of every model of
+# ops/rope/rope_models.cc, as tensor-parallel ranks have them, in every mode, on the CPU and likewise.
 # SPDX-License-Identifier: Apache-2.0
 source "$(dirname "$0")/common.sh"
 
@@ -116,6 +116,8 @@ case $mode in
       for pairing in neox interleaved; do
         part "exact kernels, $dtype $pairing (build/intel-$dtype-$pairing.txt)" bash -o pipefail -c \
           "ropewalk check --backend opencl --case '*.$dtype.$pairing.*' >build/intel-$dtype-$pairing.txt"
+        part "general kernels, $dtype $pairing" bash -o pipefail -c \
+          "ROPEWALK_OPENCL_GENERAL=1 ropewalk check --backend opencl --case '*.$dtype.$pairing.*' | tail -n1"
       done
     done
     tail -qn1 build/intel-{bf16,f16,f32}-{neox,interleaved}.txt

@@ -13,6 +13,7 @@
 #include <functional>
 #include <memory>
 #include <nlohmann/json.hpp>
+#include <optional>
 #include <ropewalk/compat.hpp>
 #include <set>
 #include <string>
@@ -80,26 +81,22 @@ std::vector<RopeCase> Every(size_t step, size_t from, const std::function<bool(c
 bool Float32Of64(const RopeCase& c) { return c.dtype == kF32 && c.head_dim == 64 && c.layout != Layout::kMisaligned; }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Conformance. By dtype, as a process builds each kernel that it meets, and a kernel is of one dtype.
+// Conformance. By dtype, as a process builds each kernel that it meets, and a kernel is of one dtype. A kernel takes
+// this device two seconds to build, so one pairing of the dtypes that differ in loads and stores alone; `make
+// test-intel` runs all cases.
 
-TEST(OpenClConformance, AllOfBFloat16) {
-  InFreshProcess({}, [] {
+void AllOf(uint32_t dtype, std::optional<int32_t> pairing, const std::string& what) {
+  InFreshProcess({}, [&] {
     NEEDS_DEVICE();
-    ExpectAllPass(Every(1, 0, [](const RopeCase& c) { return c.dtype == kBF16; }), HostMemory(), "all of bfloat16");
+    const std::vector<RopeCase> cases =
+        Every(1, 0, [&](const RopeCase& c) { return c.dtype == dtype && c.pairing == pairing.value_or(c.pairing); });
+    ASSERT_GE(cases.size(), 400u);
+    ExpectAllPass(cases, HostMemory(), "all of " + what);
   });
 }
-TEST(OpenClConformance, AllOfFloat16) {
-  InFreshProcess({}, [] {
-    NEEDS_DEVICE();
-    ExpectAllPass(Every(1, 0, [](const RopeCase& c) { return c.dtype == kF16; }), HostMemory(), "all of float16");
-  });
-}
-TEST(OpenClConformance, AllOfFloat32) {
-  InFreshProcess({}, [] {
-    NEEDS_DEVICE();
-    ExpectAllPass(Every(1, 0, [](const RopeCase& c) { return c.dtype == kF32; }), HostMemory(), "all of float32");
-  });
-}
+TEST(OpenClConformance, AllOfBFloat16) { AllOf(kBF16, std::nullopt, "bfloat16"); }
+TEST(OpenClConformance, AllInterleavedOfFloat16) { AllOf(kF16, ROPEWALK_INTERLEAVED, "float16, interleaved"); }
+TEST(OpenClConformance, AllNeoxOfFloat32) { AllOf(kF32, ROPEWALK_NEOX, "float32, neox"); }
 
 // As on GPUs: the choices are specialisation constants. Most cases have a kernel of their own, which takes this device
 // about a second to build, so these are as few as hold every pair of choices; `make test-intel` runs all cases so. The

@@ -3,11 +3,13 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -50,6 +52,14 @@ def test_ints_out_of_range_are_refused_by_name(name: str) -> None:
             INTS[name](n)
         if abs(n) < 2**63:
             assert str(n) in str(raised.value)
+
+
+@pytest.mark.parametrize("function", [ropewalk.rope_, ropewalk.rope, ropewalk.prepare, ropewalk.explain])
+def test_queues_out_of_range_are_refused_by_name(function: Any) -> None:
+    for n in HUGE:
+        for queue in (n, SimpleNamespace(sycl_queue=n), SimpleNamespace(addressof_ref=lambda n=n: n)):
+            with pytest.raises(ValueError, match="rope: sycl_queue "):
+                function(np.ones((1, 1, 64), "f4"), frequencies=plain(), sycl_queue=queue)
 
 
 @pytest.mark.parametrize("name", INTS)
@@ -106,6 +116,29 @@ def test_scales_whose_inverse_is_infinite_are_refused() -> None:
         with pytest.raises(ValueError, match="k_scale must be"):
             call(k=np.ones((1, 1, 64), "f4"), k_cache=cache, slots=np.zeros(1, "i8"), k_scale=scale)
     call(k=np.ones((1, 1, 64), "f4"), k_cache=cache, slots=np.zeros(1, "i8"), k_scale=1.2e-38)
+
+
+@pytest.mark.parametrize("traced", [False, True])
+def test_scales_are_numbers_of_any_type_and_size(traced: bool) -> None:
+    """tvm_ffi before 0.1.13 knows no int beyond 64 bits."""
+    torch = pytest.importorskip("torch")
+    watch = pytest.importorskip("torch.utils.flop_counter").FlopCounterMode(display=False)
+
+    def store(scale: Any) -> Any:
+        q, k, k_cache = torch.ones(1, 1, 64), torch.ones(1, 1, 64), torch.zeros(4, 1, 64, dtype=torch.float8_e4m3fn)
+        with watch if traced else contextlib.nullcontext():
+            ropewalk.rope_(q, k, frequencies=plain(), k_cache=k_cache, slots=torch.zeros(1, dtype=torch.int64),
+                           k_scale=scale)  # fmt: skip
+        return k_cache.view(torch.uint8)
+
+    want = store(2.0)
+    assert want.any()
+    for scale in (2, np.float32(2), np.float64(2), np.float16(2), np.int64(2), np.uint8(2)):
+        assert torch.equal(store(scale), want), repr(scale)
+    store(2**64)
+    for scale in (10**400, 2**1000, -(2**64), np.float32("nan"), np.int32(0)):
+        with pytest.raises(ValueError, match="k_scale must be a"):
+            store(scale)
 
 
 @pytest.mark.parametrize("handle", [0x1234, 0, 1, -1, 2**63, None, "x"])

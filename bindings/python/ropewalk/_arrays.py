@@ -84,6 +84,11 @@ def number(name: str, value: Any) -> float:
         raise ValueError(f"{name} must be a number that a float can hold, but is larger") from None
 
 
+def is_number(value: Any) -> bool:
+    """Whether it is one of Python's or numpy's own numbers: for arguments that may be a tensor as well."""
+    return issubclass(type(value), (int, float)) or (numpy is not None and issubclass(type(value), numpy.number))
+
+
 def _convert_numpy(name: str, value: Any, written: bool) -> Any:
     if written and not value.flags.writeable:
         raise ValueError(f"rope: {name} must be writeable, but is a read-only numpy array")
@@ -176,7 +181,9 @@ def values(arguments: Mapping[str, Any]) -> list[Any]:
         elif value is None:
             pass
         elif kind == "tensor":
-            if not (arg["host_scalar"] and (is_a(value, int) or is_a(value, float))):
+            if arg["host_scalar"] and is_number(value):
+                value = number(f"rope: {name}", value)
+            else:
                 replaced = name in ("q", "k") and arguments.get(f"{name}_out") is not None
                 replaced |= name == "k" and bool(arguments.get("k_store_only"))
                 value = convert(name, value, written=arg["intent"] != "in" and not replaced)
@@ -198,10 +205,12 @@ def values(arguments: Mapping[str, Any]) -> list[Any]:
 
 def queue(value: Any) -> int | None:
     """The address of the sycl::queue that a queue of dpctl, a stream of torch or an address stands for."""
-    if value is None or (is_a(value, int) and not is_a(value, bool)):
-        return value
+    if value is None:
+        return None
+    if is_a(value, int) and not is_a(value, bool):
+        return integer("rope: sycl_queue", value)
     if hasattr(value, "addressof_ref"):  # dpctl.SyclQueue
-        return value.addressof_ref()
+        return integer("rope: sycl_queue", value.addressof_ref())
     address = getattr(value, "sycl_queue", None)  # torch.xpu.Stream; dpctl's arrays and memory
     if address is not None:
         return queue(address)

@@ -133,8 +133,10 @@ for _definition in (_schema, _out_schema):
     )  # fmt: skip
 
 
-def _scale(value: Any) -> Any:
-    return torch.tensor(value, dtype=torch.float32, device="cpu") if isinstance(value, (int, float)) else value
+def _scale(name: str, value: Any) -> Any:
+    if not _arrays.is_number(value):
+        return value
+    return torch.tensor(_arrays.number(f"rope: {name}", value), dtype=torch.float32, device="cpu")
 
 
 def _check(tensors: dict[str, Any]) -> None:
@@ -191,7 +193,7 @@ _TORCH_VALUES: dict[str, Any] = {
 
 def rope_(arguments: dict[str, Any]) -> None:
     """The call as an operator of torch. All arguments by name."""
-    arguments = {**arguments, **{name: _scale(arguments[name]) for name in _host_scalars}}
+    arguments = {**arguments, **{name: _scale(name, arguments[name]) for name in _host_scalars}}
     _check({name: arguments[name] for name in _tensors})
     in_place = arguments["q_out"] is None and arguments["k_out"] is None
     operator = torch.ops.ropewalk.rope_ if in_place else torch.ops.ropewalk.rope_out
