@@ -66,7 +66,7 @@ case $mode in
     choose_compiler
     use_opencl_runtime
     part "C++ tests (build/dev)" cpp dev
-    part "Python tests (the installed wheel)" python -m pytest tests/python -n 2
+    part "Python tests (the installed wheel)" python -m pytest tests/python -n 2 --dist worksteal
     part "Python's border on the oldest tvm-ffi that serves" env PYTHONPATH="$venv/oldest" ROPEWALK_TEST_TVM_FFI=0.1.11 \
       python -m pytest -q tests/python/test_{rope,border,bad_input,import}.py
     part "ropewalk check (the installed command)" ropewalk check
