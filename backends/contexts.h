@@ -10,9 +10,9 @@
 #include <utility>
 #include <vector>
 
-#include "core/op.h"
-#include "core/text.h"
-#include "ops/rope/rope_call.h"
+#include "base/text.h"
+#include "rope/arguments.h"
+#include "rope/call.h"
 
 namespace ropewalk {
 

@@ -6,10 +6,10 @@
 
 #include <string>
 
-#include "core/environment.h"
-#include "core/fork.h"
-#include "core/status.h"
-#include "core/text.h"
+#include "base/environment.h"
+#include "base/fork.h"
+#include "base/status.h"
+#include "base/text.h"
 
 namespace ropewalk {
 

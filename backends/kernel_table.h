@@ -13,7 +13,7 @@
 #include <utility>
 #include <vector>
 
-#include "core/frequencies.h"
+#include "frequencies/frequencies.h"
 
 namespace ropewalk {
 

@@ -10,8 +10,8 @@
 #include <cstdint>
 #include <cstring>
 
-#include "core/status.h"
-#include "ops/rope/rope_call.h"
+#include "base/status.h"
+#include "rope/call.h"
 
 namespace ropewalk {
 

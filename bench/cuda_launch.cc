@@ -7,9 +7,9 @@
 #include <string>
 
 #include "backends/cuda/context.h"
-#include "bench/launch_cost.h"
+#include "backends/cuda/plan.h"
 #include "conformance/case_call.h"
-#include "ops/rope/rope_cuda.h"
+#include "measure/launch_cost.h"
 
 namespace ropewalk {
 namespace {

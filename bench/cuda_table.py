@@ -3,7 +3,7 @@
 A search is what `ropewalk tune --all --json` writes: a call, and the shapes tried with their microseconds. A
 single call's best shape is often best by noise. So a shape's score for a call is its time over the best, on
 average over the calls nearest to it, and the one with the least score is the table's entry. Entries that their
-neighbours answer for are left out. Writes ops/rope/rope_cuda_table.inc.
+neighbours answer for are left out. Writes backends/cuda/shapes_table.inc.
 """
 
 # SPDX-License-Identifier: Apache-2.0
@@ -15,7 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 SEARCHES = [ROOT / "docs/results/2026-11-29-h200-tune.jsonl"]
 MULTIPROCESSORS, BYTES = 132, 2
-WIDTH = 0.25  # of the average, in the units of Distance in ops/rope/rope_cuda_shapes.cc
+WIDTH = 0.25  # of the average, in the units of Distance in backends/cuda/shapes.cc
 TOLERANCE = 1.015  # an entry is left out if its neighbours' shape is no slower than this
 
 Shape = tuple[int, ...]
@@ -103,7 +103,7 @@ def main(paths: list[Path]) -> None:
         features = f"{call.norm}, {call.table}, {call.store}, {call.regular}, "
         features += ", ".join(f"{x:.2f}f" for x in (call.lanes, call.bytes, call.turns, call.tokens))
         lines.append(f"{{{{{features}}}, {{{', '.join(map(str, shape))}}}}},  // {call.name}")
-    (ROOT / "ops/rope/rope_cuda_table.inc").write_text("\n".join(lines) + "\n")
+    (ROOT / "backends/cuda/shapes_table.inc").write_text("\n".join(lines) + "\n")
     over = [call.over.get(min(table, key=lambda e: call.distance(e[0]))[1], math.nan) for call in calls]
     known = sorted(x for x in over if not math.isnan(x))
     print(

@@ -2,7 +2,7 @@
 
     python bench/gpu_compare.py [--quick] [--json FILE] [--shapes NAME,..] [--no-compile]
 
-Floor: an in-place read-modify-write of the same bytes, the best of a search over the kernels of bench/cuda_floor.cc.
+Floor: an in-place read-modify-write of the same bytes, the best of a search over the kernels of measure/cuda_floor.cc.
 Below 1,024 tokens it also reads what a rotation must read, a position and a weight; for a store it reads the slots and
 writes the caches. "Of floor" is time over the floor's. Peers: torch eager and torch.compile (static shapes) of the
 chain that transformers models run, and FlashInfer, Liger, flash-attn, sgl_kernel and vLLM if they are installed.
@@ -150,7 +150,7 @@ class Problem:
         ]
         self.frequencies = ropewalk.Frequencies(theta=THETA, rotary_dim=shape.rotary_dim)
         self.angles = first_angles(shape.tokens, shape.rotary_dim).to(device)  # float64
-        # What the floor flips bits by, as bench/cuda_floor.h says.
+        # What the floor flips bits by, as measure/cuda_floor.h says.
         self.floor_positions = torch.full((shape.tokens,), 0x80008000 - 2**32, dtype=torch.int32, device=device)
         self.floor_weight = torch.zeros(shape.head_dim, dtype=torch.bfloat16, device=device)
         self.cos_sin = torch.cat([self.angles.cos(), self.angles.sin()], -1).float()

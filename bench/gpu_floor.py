@@ -1,4 +1,4 @@
-"""The floor of bench/cuda_floor.cc for Python: `ropewalk floor` gives the kernels and their shapes, compiled by NVRTC;
+"""The floor of measure/cuda_floor.cc for Python: `ropewalk floor` gives the kernels and their shapes, compiled by NVRTC;
 here they are loaded and launched on torch's stream, so that they can be captured beside Ropewalk and its peers."""
 
 # SPDX-License-Identifier: Apache-2.0

@@ -6,8 +6,8 @@
 
 #include "backends/opencl/build.h"
 #include "backends/opencl/context.h"
-#include "bench/launch_cost.h"
 #include "conformance/case_call.h"
+#include "measure/launch_cost.h"
 
 namespace ropewalk {
 namespace {

@@ -6,11 +6,11 @@
 #include <memory>
 #include <string>
 
-#include "bench/floor.h"
-#include "bench/team.h"
-#include "bench/timed_case.h"
-#include "core/text.h"
-#include "ops/rope/rope_call.h"
+#include "base/text.h"
+#include "measure/floor.h"
+#include "measure/team.h"
+#include "measure/timed_case.h"
+#include "rope/call.h"
 
 namespace ropewalk::bench {
 namespace {

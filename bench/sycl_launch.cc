@@ -4,11 +4,11 @@
 #include <cstdio>
 #include <memory>
 
-#include "backends/sycl/shim.h"
-#include "backends/sycl/sycl.h"
-#include "bench/launch_cost.h"
+#include "backends/intel/sycl/shim.h"
+#include "backends/intel/sycl/sycl.h"
 #include "conformance/case_call.h"
-#include "tests/sycl_memory.h"
+#include "measure/launch_cost.h"
+#include "tests/intel/sycl_memory.h"
 
 namespace ropewalk {
 namespace {

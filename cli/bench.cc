@@ -9,10 +9,10 @@
 #include <cstdlib>
 #include <ctime>
 
-#include "bench/timed_case.h"
 #include "cli/common.h"
 #include "cli/model_cases.h"
 #include "cli/sweep.h"
+#include "measure/timed_case.h"
 
 namespace ropewalk::cli {
 namespace {

@@ -12,8 +12,8 @@
 #include <fstream>
 #include <utility>
 
-#include "core/environment.h"
-#include "core/json_fields.h"
+#include "base/environment.h"
+#include "models/json_fields.h"
 
 namespace ropewalk::cli {
 namespace fs = std::filesystem;
@@ -135,7 +135,7 @@ Model LoadModel(const fs::path& path) {
   model.json = ReadFile(path);
   const Status status = ReadModelConfig(model.json, model.path, &model.config);
   if (!status.ok()) throw Failure(status.text());
-  if (!model.config.warnings.empty()) fmt::print(stderr, "{}\n", model.config.warnings);
+  if (!model.config.rule.warnings.empty()) fmt::print(stderr, "{}\n", model.config.rule.warnings);
   if (model.config.name.empty()) model.config.name = path.stem().string();
   return model;
 }

@@ -13,7 +13,7 @@
 #include <string_view>
 #include <vector>
 
-#include "core/model_config.h"
+#include "models/model_config.h"
 
 namespace ropewalk::cli {
 

@@ -6,10 +6,10 @@
 #include <memory>
 
 #include "backends/cuda/bundle.h"
-#include "bench/timed_case.h"
 #include "cli/common.h"
 #include "cli/model_cases.h"
 #include "conformance/case_call.h"
+#include "measure/timed_case.h"
 
 namespace ropewalk::cli {
 namespace {

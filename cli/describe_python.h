@@ -1,3 +1,4 @@
+// What `ropewalk describe --python` prints: bindings/python/ropewalk/_face.py, from the description.
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 

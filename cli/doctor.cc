@@ -7,10 +7,10 @@
 
 #include "backends/cuda/cache.h"
 #include "backends/cuda/nvrtc.h"
-#include "bench/floor.h"
-#include "bench/timed_case.h"
 #include "cli/common.h"
 #include "conformance/runner.h"
+#include "measure/floor.h"
+#include "measure/timed_case.h"
 
 namespace ropewalk::cli {
 namespace {

@@ -4,10 +4,10 @@
 
 #include <algorithm>
 
-#include "bench/timed_case.h"
 #include "cli/common.h"
 #include "cli/model_cases.h"
 #include "conformance/case_call.h"
+#include "measure/timed_case.h"
 
 namespace ropewalk::cli {
 namespace {

@@ -4,9 +4,9 @@
 #include <fmt/format.h>
 
 #include "backends/cuda/nvrtc.h"
-#include "bench/cuda_floor.h"
 #include "cli/common.h"
 #include "cli/model_cases.h"
+#include "measure/cuda_floor.h"
 
 namespace ropewalk::cli {
 namespace {

@@ -3,7 +3,7 @@
 
 #include <fmt/format.h>
 
-#include "bench/timed_case.h"
+#include "measure/timed_case.h"
 
 namespace ropewalk::cli {
 

@@ -5,10 +5,10 @@
 #include <string>
 #include <vector>
 
-#include "bench/place.h"
 #include "cli/common.h"
-#include "core/op.h"
-#include "ops/rope/rope_cases.h"
+#include "conformance/cases.h"
+#include "measure/place.h"
+#include "rope/arguments.h"
 
 namespace ropewalk::cli {
 

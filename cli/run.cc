@@ -2,9 +2,9 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <fmt/format.h>
 
-#include "bench/timed_case.h"
 #include "cli/common.h"
 #include "cli/model_cases.h"
+#include "measure/timed_case.h"
 
 namespace ropewalk::cli {
 namespace {

@@ -6,9 +6,9 @@
 #include <algorithm>
 #include <memory>
 
-#include "bench/team.h"
-#include "bench/timed_case.h"
 #include "cli/model_cases.h"
+#include "measure/team.h"
+#include "measure/timed_case.h"
 
 namespace ropewalk::cli {
 namespace {

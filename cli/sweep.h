@@ -6,8 +6,8 @@
 #include <string>
 #include <vector>
 
-#include "bench/place.h"
 #include "cli/common.h"
+#include "measure/place.h"
 
 namespace ropewalk::cli {
 

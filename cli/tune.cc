@@ -7,12 +7,12 @@
 #include <cmath>
 #include <string>
 
+#include "backends/cuda/shapes.h"
 #include "backends/cuda/tuned.h"
-#include "bench/cuda_tune.h"
-#include "bench/timed_case.h"
 #include "cli/common.h"
 #include "cli/model_cases.h"
-#include "ops/rope/rope_cuda_shapes.h"
+#include "measure/cuda_tune.h"
+#include "measure/timed_case.h"
 
 namespace ropewalk::cli {
 namespace {

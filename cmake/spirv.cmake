@@ -1,5 +1,5 @@
-# ropewalk_spirv(output): a C++ file with the SPIR-V modules of ops/rope/rope.cl, one for each dtype and width of an access,
-# and with the kernel's text (ops/rope/rope_spirv_pack.h). clang makes LLVM's bitcode, llvm-spirv of the same version SPIR-V;
+# ropewalk_spirv(output): a C++ file with the SPIR-V modules of backends/spirv/kernel/rope.cl, one for each dtype and width of an access,
+# and with the kernel's text (backends/spirv/modules.h). clang makes LLVM's bitcode, llvm-spirv of the same version SPIR-V;
 # where they are missing, the file says so and the library is built without. Where zlib is, all is compressed. Included, this
 # file defines the function and ROPEWALK_WITH_ZLIB; run as a script, it writes the output.
 # SPDX-License-Identifier: Apache-2.0
@@ -37,8 +37,9 @@ function(ropewalk_spirv output)
   find_program(ROPEWALK_SPIRV_VAL spirv-val)
 
   # In the order in which the text without includes must have them.
-  set(sources kernels/kernel_types.h ops/rope/rope_params.h
-    ops/rope/rope_fault.h ops/rope/rope_spirv_args.h ops/rope/rope_spirv_index.h kernels/opencl/vector.clh kernels/opencl/angle.clh ops/rope/rope.cl)
+  set(kernel backends/spirv/kernel)
+  set(sources rope/kernel_types.h rope/params.h rope/fault.h rope/sincos.h ${kernel}/args.h ${kernel}/index.h
+    ${kernel}/vector.clh ${kernel}/sincos.clh ${kernel}/rope.cl)
   set(inputs ${sources})
   list(TRANSFORM inputs PREPEND ${PROJECT_SOURCE_DIR}/)
   # LLVM's own passes stay off: they leave what the translator refuses.
@@ -49,7 +50,7 @@ function(ropewalk_spirv output)
   file(MAKE_DIRECTORY ${directory})
   set(names "")
   set(modules "")
-  # Constants of rope_params.h: kRopeF32, kRopeF16, kRopeBF16.
+  # Constants of rope/params.h: kRopeF32, kRopeF16, kRopeBF16.
   foreach(module float32:1:4 float32:1:2 float32:1:1 float16:2:8 float16:2:4 float16:2:2 float16:2:1
                  bfloat16:3:8 bfloat16:3:4 bfloat16:3:2 bfloat16:3:1)
     if(missing)
@@ -66,7 +67,7 @@ function(ropewalk_spirv output)
     endif()
     add_custom_command(OUTPUT ${directory}/${name}.spv VERBATIM
       COMMAND ${clang} ${clang_flags} -DROPE_DTYPE=${dtype} -DROPE_VECTOR=${vector} -I${PROJECT_SOURCE_DIR}
-              ${PROJECT_SOURCE_DIR}/ops/rope/rope.cl -o ${directory}/${name}.bc
+              ${PROJECT_SOURCE_DIR}/backends/spirv/kernel/rope.cl -o ${directory}/${name}.bc
       COMMAND ${translator} ${translator_flags} ${directory}/${name}.bc -o ${directory}/${name}.spv
       ${validate}
       DEPENDS ${inputs} COMMENT "SPIR-V ${name}")
@@ -128,8 +129,8 @@ file(READ ${pack} bytes HEX)
 string(REGEX REPLACE "(..)" "0x\\1," bytes "${bytes}")
 string(REGEX REPLACE "(0x..,0x..,0x..,0x..,0x..,0x..,0x..,0x..,0x..,0x..,0x..,0x..,)" "\\1\n" bytes "${bytes}")
 file(WRITE ${OUTPUT} "// Written by cmake/spirv.cmake.
-#include \"ops/rope/rope_spirv.h\"
-#include \"ops/rope/rope_spirv_pack.h\"
+#include \"backends/spirv/plan.h\"
+#include \"backends/spirv/modules.h\"
 
 namespace ropewalk {
 namespace {

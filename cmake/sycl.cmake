@@ -1,4 +1,4 @@
-# The shims for SYCL queues (backends/sycl/shim.h): one library for each libsycl whose headers are found, compiled by the
+# The shims for SYCL queues (backends/intel/sycl/shim.h): one library for each libsycl whose headers are found, compiled by the
 # plain C++ compiler. Nothing links them: Ropewalk opens one when a queue is handed over. Without the headers there is
 # none, and `ropewalk doctor` says so.
 # SPDX-License-Identifier: Apache-2.0
@@ -19,7 +19,7 @@ foreach(version 9 8)  # of libsycl: 9 is that of the compilers of 2026, 8 of 202
        NOT EXISTS ${root}/lib/libsycl.so.${version} OR NOT CMAKE_SYSTEM_PROCESSOR STREQUAL "x86_64")
       continue()
     endif()
-    add_library(ropewalk_sycl${version} MODULE backends/sycl/shim.cc)
+    add_library(ropewalk_sycl${version} MODULE backends/intel/sycl/shim.cc)
     target_include_directories(ropewalk_sycl${version} PRIVATE ${PROJECT_SOURCE_DIR})
     target_include_directories(ropewalk_sycl${version} SYSTEM PRIVATE ${root}/include ${root}/include/sycl)
     target_compile_definitions(ropewalk_sycl${version} PRIVATE

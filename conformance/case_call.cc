@@ -7,9 +7,9 @@
 #include <limits>
 #include <utility>
 
-#include "core/text.h"
-#include "ops/rope/rope_call.h"
-#include "ops/rope/rope_reference.h"
+#include "base/text.h"
+#include "conformance/reference.h"
+#include "rope/call.h"
 
 #if defined(__SANITIZE_ADDRESS__)
 #define ROPEWALK_POISONS 1

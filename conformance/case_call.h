@@ -9,9 +9,9 @@
 #include <string>
 #include <vector>
 
+#include "base/status.h"
+#include "conformance/cases.h"
 #include "conformance/memory.h"
-#include "core/status.h"
-#include "ops/rope/rope_cases.h"
 
 namespace ropewalk {
 

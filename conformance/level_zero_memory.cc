@@ -2,10 +2,10 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <dlfcn.h>
 
-#include "backends/level_zero/context.h"
+#include "backends/intel/level_zero/context.h"
+#include "base/text.h"
 #include "conformance/memory.h"
-#include "core/op.h"
-#include "core/text.h"
+#include "rope/arguments.h"
 
 namespace ropewalk {
 namespace {

@@ -4,7 +4,7 @@
 #include <cstdlib>
 #include <cstring>
 
-#include "core/text.h"
+#include "base/text.h"
 
 namespace ropewalk {
 namespace {

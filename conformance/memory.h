@@ -7,7 +7,7 @@
 #include <cstddef>
 #include <string_view>
 
-#include "core/status.h"
+#include "base/status.h"
 
 namespace ropewalk {
 

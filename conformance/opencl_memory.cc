@@ -3,8 +3,8 @@
 #include <dlfcn.h>
 
 #include "backends/opencl/library.h"
+#include "base/text.h"
 #include "conformance/memory.h"
-#include "core/text.h"
 
 namespace ropewalk {
 namespace {

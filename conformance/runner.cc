@@ -10,8 +10,8 @@
 #include <nlohmann/json.hpp>
 #include <utility>
 
+#include "base/text.h"
 #include "conformance/case_call.h"
-#include "core/text.h"
 
 namespace ropewalk {
 namespace {

@@ -10,8 +10,8 @@
 #include <string_view>
 #include <vector>
 
+#include "conformance/cases.h"
 #include "conformance/memory.h"
-#include "ops/rope/rope_cases.h"
 
 namespace ropewalk {
 

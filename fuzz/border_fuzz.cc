@@ -18,10 +18,10 @@
 #include <string_view>
 #include <vector>
 
+#include "base/text.h"
 #include "conformance/case_call.h"
-#include "core/text.h"
 #include "fuzz/bytes.h"
-#include "ops/rope/rope_call.h"
+#include "rope/call.h"
 
 using Function = int(void*, const TVMFFIAny*, int32_t, TVMFFIAny*);
 #define ROPEWALK_FUNCTIONS(X)      \

@@ -13,11 +13,11 @@
 #include <vector>
 
 #include "backends/cuda/bundle.h"
+#include "backends/cuda/shapes.h"
 #include "backends/cuda/sources.h"
 #include "backends/cuda/tuned.h"
+#include "base/text.h"
 #include "conformance/case_call.h"
-#include "core/text.h"
-#include "ops/rope/rope_cuda_shapes.h"
 
 namespace ropewalk {
 namespace {

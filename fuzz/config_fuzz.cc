@@ -7,8 +7,9 @@
 #include <cstdlib>
 #include <string_view>
 
-#include "core/frequencies.h"
-#include "core/model_config.h"
+#include "frequencies/frequencies.h"
+#include "models/make_frequencies.h"
+#include "models/model_config.h"
 
 namespace {
 
@@ -47,7 +48,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   }
   ropewalk::ModelConfig model;
   if (const ropewalk::Status status = ropewalk::ReadModelConfig(text, "config.json", &model); status.ok()) {
-    Require(model.rotary_offset + model.rotary_dim <= model.head_dim && model.q_heads > 0 && model.k_heads > 0);
+    Require(model.rotary_offset + model.rule.rotary_dim <= model.head_dim && model.q_heads > 0 && model.k_heads > 0);
   } else {
     Require(status.code() == ROPEWALK_INVALID_ARGUMENT && !status.text().empty());
   }

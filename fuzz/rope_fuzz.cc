@@ -15,9 +15,9 @@
 #include <string>
 #include <vector>
 
+#include "conformance/reference.h"
 #include "fuzz/bytes.h"
-#include "ops/rope/rope_call.h"
-#include "ops/rope/rope_reference.h"
+#include "rope/call.h"
 
 namespace ropewalk {
 namespace {

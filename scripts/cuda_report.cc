@@ -11,9 +11,9 @@
 
 #include "backends/cuda/bundle.h"
 #include "backends/cuda/nvrtc.h"
-#include "core/text.h"
+#include "base/text.h"
+#include "conformance/cuda_variants.h"
 #include "scripts/report.h"
-#include "tests/cuda_variants.h"
 
 namespace ropewalk {
 namespace {

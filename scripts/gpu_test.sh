@@ -4,7 +4,7 @@
 #   scripts/gpu_test.sh REPORT.md [conformance] [random] [sanitizer] [python]     the parts named, else all
 # random:K/N is the K-th of N parts of the random calls, K from 0 on, each with a seed of its own, for a machine that gives a
 # command so much time only: their kernels take the time, about 6,000 of them. engines (not among all): every model of
-# ops/rope/rope_models.cc as tensor-parallel ranks have it, in every mode.
+# conformance/models.cc as tensor-parallel ranks have it, in every mode.
 # ROPEWALK: the command (build/dev/bin/ropewalk); PYTHONPATH: where the package is; SEED: another than the day's.
 # SPDX-License-Identifier: Apache-2.0
 set -uo pipefail

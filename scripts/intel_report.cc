@@ -26,9 +26,11 @@
 #include <string_view>
 #include <vector>
 
-#include "core/text.h"
+#include "backends/spirv/plan.h"
+#include "base/digest.h"
+#include "base/text.h"
+#include "conformance/spirv_variants.h"
 #include "scripts/report.h"
-#include "tests/spirv_variants.h"
 
 namespace ropewalk {
 namespace {
@@ -177,16 +179,14 @@ void CompileAll(const std::vector<SpirvVariant>& variants, const std::vector<siz
 // ---------------------------------------------------------------------------------------------------------------------
 // The table
 
-// Of the kernel's text, whose first line says how the modules are made of it.
-std::string DigestOf(std::string_view bytes) {
-  uint64_t hash = 0xcbf29ce484222325u;
-  for (const char c : bytes) hash = (hash ^ static_cast<uint8_t>(c)) * 0x100000001b3u;
-  char text[17];
-  std::snprintf(text, sizeof(text), "%016llx", static_cast<unsigned long long>(hash));
-  return text;
+// Of what Intel's compiler is given.
+std::string KernelDigest() {
+  std::string modules;
+  for (const SpirvModule& module : RopeSpirvModules()) {
+    modules.append(reinterpret_cast<const char*>(module.bytes), module.size);
+  }
+  return Hex(DigestOf(modules));
 }
-
-std::string KernelDigest() { return DigestOf(RopeOpenClSource()); }
 
 // How many variants there are, and which: whatever the order of the cases that need them.
 std::string VariantsText(const Target& target, const std::vector<SpirvVariant>& variants) {
@@ -194,7 +194,7 @@ std::string VariantsText(const Target& target, const std::vector<SpirvVariant>& 
   for (const SpirvVariant& variant : variants) names.insert(RopeSpirvName(variant.key));
   std::string all;
   for (const std::string& name : names) Append(&all, Text(name, "\n"));
-  return Text(target.name, ": ", names.size(), " variants have the digest ", DigestOf(all));
+  return Text(target.name, ": ", names.size(), " variants have the digest ", Hex(DigestOf(all)));
 }
 
 std::string WidthsText(const Widths& widths) {

@@ -17,8 +17,8 @@ columns = ["device", "kernel", "simd", "registers", "spilled_bytes", "instructio
 print(f"""# What Intel's compiler makes of the SPIR-V kernel
 
 By `make intel-report`: `spirv-opt` sets the specialisation constants, `ocloc` compiles with
-`-ze-opt-greater-than-4GB-buffer-required`, `iga64` disassembles. Nothing of this ran on a GPU. The kernel's text and
-the flags that make its SPIR-V have the digest `{kernel}`; `make test` holds this report to it.
+`-ze-opt-greater-than-4GB-buffer-required`, `iga64` disassembles. Nothing of this ran on a GPU. The SPIR-V modules have
+the digest `{kernel}`; `make test` holds this report to it.
 
 ```
 {text.read_text().strip()}

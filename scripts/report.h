@@ -9,8 +9,8 @@
 #include <string>
 #include <vector>
 
-#include "core/model_config.h"
-#include "ops/rope/rope_cases.h"
+#include "conformance/cases.h"
+#include "models/model_config.h"
 
 namespace ropewalk {
 

@@ -179,7 +179,8 @@ stage_dev() {
 # build_wheel: into build/dist, unless the wheel of these sources is installed; install_wheel: that one, into .venv.
 wheel_key() {
   digest CMakeLists.txt pyproject.toml requirements/lock/base.txt LICENSE README.md requirements/lock/sycl9.txt \
-    requirements/lock/sycl8.txt backends bindings cli cmake conformance core include kernels models ops
+    requirements/lock/sycl8.txt api backends base bindings cli cmake conformance frequencies include measure \
+    models rope
   echo "$CXX"
 }
 build_wheel() {

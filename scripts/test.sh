@@ -4,7 +4,7 @@
 # C++ tests built that way instead (asan: the Python tests too); intel: every case on Intel's CPU OpenCL device with the
 # exact kernel that a GPU would have and with a general one, of which `make test` runs two thirds; emulated: every case
 # and 2,000 random ones with the CUDA kernel, run on the processor; models: the heads of every model of
-# ops/rope/rope_models.cc, as tensor-parallel ranks have them, in every mode, on the CPU and likewise.
+# conformance/models.cc, as tensor-parallel ranks have them, in every mode, on the CPU and likewise.
 # SPDX-License-Identifier: Apache-2.0
 source "$(dirname "$0")/common.sh"
 
@@ -83,7 +83,7 @@ case $mode in
       cpp asan -DPython_EXECUTABLE="$venv/bin/python"
     # The sanitizer's library must come first in a Python that knows nothing of it; libstdc++ beside it, so that it can
     # wrap exceptions. Leaks are left out: Python keeps what it likes until the end. An allocation beyond all memory
-    # fails, as it does without the sanitizer: tests ask torch for one. no_deepbind: see tests/no_deepbind.c.
+    # fails, as it does without the sanitizer: tests ask torch for one. no_deepbind: see tests/stand_ins/no_deepbind.c.
     sanitized=(env PYTHONPATH="$root/build/asan/python" \
       LD_PRELOAD="$root/build/asan/tests/libno_deepbind.so $("$CXX" -print-file-name=libasan.so) $("$CXX" -print-file-name=libstdc++.so)" \
       ASAN_OPTIONS=detect_leaks=0:verify_asan_link_order=0:allocator_may_return_null=1 \
@@ -107,6 +107,7 @@ case $mode in
   tsan)
     choose_compiler
     # But for cuda_compile_test: its threads only call NVIDIA's compiler, whose own locks ThreadSanitizer does not see.
+    # And for the conformance cases on OpenCL and SYCL, which one thread calls one after the other.
     part "threaded C++ tests under ThreadSanitizer (build/tsan)" cpp tsan
     ;;
   intel)

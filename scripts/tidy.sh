@@ -5,7 +5,7 @@
 source "$(dirname "$0")/common.sh"
 [[ -f build/dev/compile_commands.json ]] || cmake --preset dev >/dev/null
 if (($#)); then files=("$@"); else mapfile -t files < <(git ls-files --cached --others --exclude-standard \
-  'core/*.cc' 'ops/*.cc' 'backends/*.cc' 'conformance/*.cc' 'cli/*.cc'); fi
+  {api,backends,base,cli,conformance,frequencies,measure,models,rope}/'*.cc'); fi
 mapfile -t shared < <(git ls-files --cached --others --exclude-standard '*.h' '*.hpp' '*.cmake' CMakeLists.txt .clang-tidy)
 
 export held=$root/build/tidy shared_digest

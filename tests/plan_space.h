@@ -9,9 +9,9 @@
 #include <cstring>
 #include <vector>
 
-#include "ops/rope/rope_access.h"
-#include "ops/rope/rope_call.h"
-#include "ops/rope/rope_draw.h"
+#include "conformance/draw.h"
+#include "rope/access.h"
+#include "rope/call.h"
 
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
 #define ROPEWALK_FEW_PLANS 1

@@ -7,14 +7,14 @@
 #include <mutex>
 
 #include "backends/cpu/dispatch.h"
+#include "backends/cpu/plan.h"
 #include "backends/cpu/row_plan.h"
 #include "backends/cpu/scratch.h"
 #include "backends/cpu/thread_pool.h"
-#include "core/environment.h"
-#include "core/fork.h"
-#include "core/text.h"
-#include "ops/rope/rope_cpu_plan.h"
-#include "ops/rope/rope_fault_text.h"
+#include "base/environment.h"
+#include "base/fork.h"
+#include "base/text.h"
+#include "rope/fault_text.h"
 
 namespace ropewalk {
 namespace {

@@ -2,7 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include "core/backend.h"
+#include "backends/registry.h"
 
 namespace ropewalk {
 

@@ -10,6 +10,7 @@
 
 #include "backends/cpu/row_plan.h"
 #include "backends/cpu/scratch.h"
+#include "rope/sincos.h"
 
 // SVE does not compile with every g++ that we support; SSSE3 and the AES extras add nothing to this kernel.
 #define HWY_DISABLED_TARGETS (HWY_SVE | HWY_SVE2 | HWY_SVE_256 | HWY_SVE2_128 | HWY_SSSE3)
@@ -19,17 +20,7 @@
 #include <hwy/foreach_target.h>
 #include <hwy/highway.h>
 
-#ifndef ROPEWALK_COS_SIN_COEFFICIENTS
-#define ROPEWALK_COS_SIN_COEFFICIENTS
-namespace ropewalk {
-// x + x^3 (kSin3 + kSin5 x^2 + ..) and 1 - x^2/2 + x^4 (kCos4 + ..) up to pi/4: least largest error, coefficients
-// rounded to float32.
-constexpr float kSin3 = -0.16666650772f, kSin5 = 0.0083319786936f, kSin7 = -0.00019495635934f;
-constexpr float kCos4 = 0.041666645557f, kCos6 = -0.0013887367677f, kCos8 = 2.4438451874e-05f;
-}  // namespace ropewalk
-#endif
-
-#include "ops/rope/rope-inl.h"
+#include "backends/cpu/kernel/rope-inl.h"
 
 #if HWY_ONCE
 #if HWY_ARCH_X86

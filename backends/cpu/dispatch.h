@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <span>
 
-#include "ops/rope/rope_call.h"
+#include "rope/call.h"
 
 namespace ropewalk {
 

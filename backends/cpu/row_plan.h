@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <mutex>
 
-#include "ops/rope/rope_call.h"
+#include "rope/call.h"
 
 namespace ropewalk {
 

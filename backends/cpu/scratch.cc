@@ -4,8 +4,8 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-#include "core/fork.h"
-#include "core/thread_key.h"
+#include "base/fork.h"
+#include "base/thread_key.h"
 
 namespace ropewalk {
 namespace {

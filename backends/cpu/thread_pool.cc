@@ -8,8 +8,8 @@
 #include <thread>
 #include <vector>
 
-#include "core/fork.h"
-#include "ops/rope/rope_cpu_plan.h"
+#include "backends/cpu/plan.h"
+#include "base/fork.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>

@@ -13,10 +13,10 @@
 #include <unordered_set>
 
 #include "backends/cuda/sources.h"
-#include "core/environment.h"
-#include "core/files.h"
-#include "core/fork.h"
-#include "core/text.h"
+#include "base/environment.h"
+#include "base/files.h"
+#include "base/fork.h"
+#include "base/text.h"
 
 namespace ropewalk {
 namespace {

@@ -12,8 +12,8 @@
 
 #include "backends/cuda/cache.h"
 #include "backends/cuda/nvrtc.h"
-#include "core/status.h"
-#include "ops/rope/rope_cuda.h"
+#include "backends/cuda/plan.h"
+#include "base/status.h"
 
 namespace ropewalk {
 

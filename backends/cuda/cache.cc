@@ -13,10 +13,10 @@
 #include "backends/cuda/bundle.h"
 #include "backends/cuda/nvrtc.h"
 #include "backends/cuda/sources.h"
-#include "core/environment.h"
-#include "core/files.h"
-#include "core/fork.h"
-#include "core/text.h"
+#include "base/environment.h"
+#include "base/files.h"
+#include "base/fork.h"
+#include "base/text.h"
 
 namespace ropewalk {
 namespace {
@@ -233,26 +233,6 @@ std::string DiskCacheText() {
   }
   const std::lock_guard lock(disk_mutex);
   return DiskTrouble().empty() ? directory : Text(directory, ", not written: ", DiskTrouble());
-}
-
-Digest DigestOf(std::string_view bytes) {
-  using uint128 = unsigned __int128;
-  constexpr uint128 kPrime = (static_cast<uint128>(1) << 88) + 0x13b;
-  uint128 hash = (static_cast<uint128>(0x6c62272e07bb0142u) << 64) + 0x62b821756295c58du;
-  for (const char byte : bytes) hash = (hash ^ static_cast<uint8_t>(byte)) * kPrime;
-  Digest digest;
-  for (size_t i = 0; i < digest.size(); ++i) digest[i] = static_cast<uint8_t>(hash >> (120 - 8 * i));
-  return digest;
-}
-
-std::string Hex(const Digest& digest) {
-  constexpr char kDigits[] = "0123456789abcdef";
-  std::string text;
-  for (const uint8_t byte : digest) {
-    text += kDigits[byte >> 4];
-    text += kDigits[byte & 15];
-  }
-  return text;
 }
 
 std::string KernelIdentity(const RopeCudaKey& key, const std::string& arch) {

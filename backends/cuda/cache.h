@@ -4,15 +4,14 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include <array>
-#include <cstdint>
 #include <memory>
 #include <string>
 #include <string_view>
 #include <vector>
 
-#include "core/status.h"
-#include "ops/rope/rope_cuda.h"
+#include "backends/cuda/plan.h"
+#include "base/digest.h"
+#include "base/status.h"
 
 namespace ropewalk {
 
@@ -35,12 +34,6 @@ std::string DiskCacheText();
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Identities and files, shared with bundles
-
-// 128 bits of FNV-1a. Against accidents, not against enemies: those are kept out by who may write the files, see
-// core/files.h.
-using Digest = std::array<uint8_t, 16>;
-Digest DigestOf(std::string_view bytes);
-std::string Hex(const Digest& digest);
 
 // All but the compiler: versions, options, architecture, the variant's text.
 std::string KernelIdentity(const RopeCudaKey& key, const std::string& arch);

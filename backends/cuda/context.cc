@@ -4,9 +4,9 @@
 #include <algorithm>
 #include <new>
 
-#include "core/fork.h"
-#include "core/text.h"
-#include "ops/rope/rope_fault_text.h"
+#include "base/fork.h"
+#include "base/text.h"
+#include "rope/fault_text.h"
 
 namespace ropewalk {
 namespace {

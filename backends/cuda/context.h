@@ -12,9 +12,9 @@
 
 #include "backends/cuda/cache.h"
 #include "backends/cuda/driver.h"
+#include "backends/cuda/plan.h"
 #include "backends/kernel_table.h"
-#include "core/status.h"
-#include "ops/rope/rope_cuda.h"
+#include "base/status.h"
 
 namespace ropewalk {
 

@@ -13,10 +13,10 @@
 #include "backends/cuda/context.h"
 #include "backends/cuda/driver.h"
 #include "backends/cuda/nvrtc.h"
+#include "backends/cuda/plan.h"
 #include "backends/known_pages.h"
-#include "core/environment.h"
-#include "core/text.h"
-#include "ops/rope/rope_cuda.h"
+#include "base/environment.h"
+#include "base/text.h"
 
 namespace ropewalk {
 namespace {
@@ -330,7 +330,7 @@ Status Explain(const RopeCall& call, Explanation* explanation) {
                           : DependentLaunchAllowed() ? "no"
                                                      : "no (ROPEWALK_PDL=0)");
   add("why", plan.why);
-  add("plan", plan.origin);
+  add("plan", OriginName(plan.origin));
   return {};
 }
 

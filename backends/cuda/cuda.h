@@ -4,8 +4,8 @@
 
 #include <optional>
 
-#include "core/backend.h"
-#include "ops/rope/rope_cuda.h"
+#include "backends/cuda/plan.h"
+#include "backends/registry.h"
 
 namespace ropewalk {
 

@@ -5,7 +5,7 @@
 
 #include "backends/cuda/tuned.h"
 #include "backends/driver_library.h"
-#include "core/text.h"
+#include "base/text.h"
 
 namespace ropewalk {
 namespace {

@@ -17,9 +17,9 @@
 
 #include "backends/cuda/driver.h"
 #include "backends/cuda/sources.h"
-#include "core/environment.h"
-#include "core/fork.h"
-#include "core/text.h"
+#include "base/environment.h"
+#include "base/fork.h"
+#include "base/text.h"
 
 namespace ropewalk {
 namespace {
@@ -233,7 +233,7 @@ NvrtcFile FileAt(const std::string& path) {
 std::vector<std::string> Options() {
   std::vector<std::string> options = {"-std=c++17", "-default-device", "--fmad=true"};
 #ifndef NDEBUG
-  options.push_back("-DROPEWALK_CHECK_PLANS");  // rope_group.cuh
+  options.push_back("-DROPEWALK_CHECK_PLANS");  // backends/cuda/kernel/group.cuh
 #endif
   if (EnvironmentText("ROPEWALK_CUDA_LINEINFO") == "1") options.push_back("-lineinfo");  // for profilers
   return options;

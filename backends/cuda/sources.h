@@ -7,7 +7,7 @@
 namespace ropewalk {
 
 struct CudaSource {
-  const char* path;  // as the files include each other: "kernels/kernel_types.h"
+  const char* path;  // as the files include each other: "rope/kernel_types.h"
   const char* text;
 };
 

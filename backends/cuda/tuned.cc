@@ -9,8 +9,8 @@
 #include <string_view>
 
 #include "backends/cuda/cache.h"
-#include "core/files.h"
-#include "core/text.h"
+#include "base/files.h"
+#include "base/text.h"
 
 namespace ropewalk {
 namespace {

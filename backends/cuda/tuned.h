@@ -7,8 +7,8 @@
 #include <string_view>
 #include <vector>
 
-#include "core/status.h"
-#include "ops/rope/rope_cuda.h"
+#include "backends/cuda/plan.h"
+#include "base/status.h"
 
 namespace ropewalk {
 

@@ -5,8 +5,8 @@
 #include <cstdlib>
 #include <cstring>
 
-#include "core/environment.h"
-#include "core/text.h"
+#include "base/environment.h"
+#include "base/text.h"
 
 namespace ropewalk {
 namespace {

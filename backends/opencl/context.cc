@@ -9,8 +9,8 @@
 
 #include "backends/contexts.h"
 #include "backends/known_pages.h"
-#include "core/fork.h"
-#include "core/text.h"
+#include "base/fork.h"
+#include "base/text.h"
 
 namespace ropewalk {
 namespace {

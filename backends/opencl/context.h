@@ -11,8 +11,8 @@
 #include "backends/opencl/build.h"
 #include "backends/opencl/library.h"
 #include "backends/spirv/context.h"
-#include "core/status.h"
-#include "ops/rope/rope_spirv.h"
+#include "backends/spirv/plan.h"
+#include "base/status.h"
 
 namespace ropewalk {
 

@@ -9,8 +9,8 @@
 #include <string_view>
 
 #include "backends/driver_library.h"
-#include "core/environment.h"
-#include "core/text.h"
+#include "base/environment.h"
+#include "base/text.h"
 
 namespace ropewalk {
 namespace {

@@ -8,9 +8,9 @@
 #include <string>
 #include <vector>
 
-#include "core/status.h"
-#include "core/text.h"
-#include "ops/rope/rope_spirv.h"
+#include "backends/spirv/plan.h"
+#include "base/status.h"
+#include "base/text.h"
 
 namespace ropewalk {
 

@@ -4,7 +4,7 @@
 #include "backends/contexts.h"
 #include "backends/opencl/context.h"
 #include "backends/opencl/library.h"
-#include "core/text.h"
+#include "base/text.h"
 
 namespace ropewalk {
 namespace {

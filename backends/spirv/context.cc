@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "backends/spirv/context.h"
 
-#include "core/text.h"
-#include "ops/rope/rope_fault_text.h"
+#include "base/text.h"
+#include "rope/fault_text.h"
 
 namespace ropewalk {
 

@@ -12,8 +12,8 @@
 #include <vector>
 
 #include "backends/kernel_table.h"
-#include "core/status.h"
-#include "ops/rope/rope_spirv.h"
+#include "backends/spirv/plan.h"
+#include "base/status.h"
 
 namespace ropewalk {
 

@@ -15,10 +15,10 @@
 #include <string>
 #include <string_view>
 
-#include "core/fork.h"
-#include "core/frequencies.h"
-#include "core/text.h"
-#include "ops/rope/rope_call.h"
+#include "base/fork.h"
+#include "base/text.h"
+#include "frequencies/frequencies.h"
+#include "rope/call.h"
 
 namespace {
 

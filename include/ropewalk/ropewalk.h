@@ -9,7 +9,7 @@
 #include <stdint.h>
 
 #define ROPEWALK_VERSION_MAJOR 0
-#define ROPEWALK_VERSION_MINOR 1
+#define ROPEWALK_VERSION_MINOR 2
 #define ROPEWALK_VERSION_PATCH 0
 
 #define ROPEWALK_API __attribute__((visibility("default")))

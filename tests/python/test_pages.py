@@ -76,6 +76,6 @@ def test_the_readme_is_short() -> None:
 
 def test_every_result_is_named() -> None:
     """By a page, or by the script that reads it or writes it."""
-    readers = [*PAGES, *ROOT.glob("bench/*"), *ROOT.glob("scripts/*"), *ROOT.glob("ops/**/*.inc")]
+    readers = [*PAGES, *ROOT.glob("bench/*"), *ROOT.glob("scripts/*"), *ROOT.glob("backends/**/*.inc")]
     text = "\n".join(path.read_text() for path in readers if path.is_file())
     assert [file.name for file in RESULTS.iterdir() if file.name not in text] == []

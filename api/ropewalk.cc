@@ -1,0 +1,302 @@
+// The C ABI: struct versions, statuses to codes, text to the caller.
+// SPDX-License-Identifier: Apache-2.0
+#include <ropewalk/ropewalk.h>
+
+#include <atomic>
+#include <cstring>
+#include <exception>
+#include <new>
+#include <string>
+#include <utility>
+
+#include "backends/cpu/cpu.h"
+#include "backends/registry.h"
+#include "base/text.h"
+#include "base/thread_key.h"
+#include "models/make_frequencies.h"
+#include "rope/call.h"
+#include "rope/known_calls.h"
+
+namespace ropewalk {
+namespace {
+
+// What Ropewalk keeps for a thread.
+struct ThreadState {
+  const char* last_error = "";  // of `error`, or a text that needs no memory
+  std::string error, returned;
+  KnownCalls known_calls;
+};
+
+constinit ThreadKey thread_state([]() -> void* { return new (std::nothrow) ThreadState; },
+                                 [](void* state) { delete static_cast<ThreadState*>(state); });
+// Null if there is no memory for one.
+ThreadState* OwnState() { return static_cast<ThreadState*>(thread_state.Get()); }
+
+constexpr const char* kNoMemory = "out of memory";
+std::atomic<bool> lost_error{false};  // of a thread that could not have a state
+
+int Failed(int code, const char* text) {
+  if (ThreadState* const state = OwnState()) {
+    state->last_error = text;
+  } else {
+    lost_error.store(true, std::memory_order_relaxed);
+  }
+  return code;
+}
+
+int Return(Status status) {
+  if (status.ok()) return ROPEWALK_OK;
+  ThreadState* const state = OwnState();
+  if (!state || status.text().empty()) return Failed(status.code(), kNoMemory);
+  state->error = std::move(status).text();
+  state->last_error = state->error.c_str();
+  return status.code();
+}
+
+// Nothing may be thrown across the C border, not even because there is no memory to say why.
+template <class Body>
+int Guard(const Body& body) noexcept {
+  try {
+    try {
+      return Return(body());
+    } catch (const std::bad_alloc&) {
+      return Failed(ROPEWALK_DRIVER_ERROR, kNoMemory);
+    } catch (const std::exception& error) {
+      return Return(Status::Internal(error.what()));
+    }
+  } catch (...) {
+    return Failed(ROPEWALK_INTERNAL, "an exception that is none; this is a bug in Ropewalk");
+  }
+}
+
+template <class Body>
+const char* GuardText(const Body& body) {
+  ThreadState* const state = OwnState();
+  const int code = Guard([&]() -> Status {
+    if (!state) throw std::bad_alloc();
+    return body(&state->returned);
+  });
+  return code == ROPEWALK_OK ? state->returned.c_str() : nullptr;
+}
+
+// Lets callers be older than the library: what their struct lacks has its default.
+template <class Body>
+Status WithArgs(const ropewalk_rope_args* args, const Body& body) {
+  if (!args) return Status::Invalid("rope: args is null");
+  const uint32_t size = args->struct_size;
+  if (size == sizeof(ropewalk_rope_args)) return body(*args);
+  if (size > sizeof(ropewalk_rope_args)) {
+    return Status::Invalid(Text("rope: struct_size must be at most ", sizeof(ropewalk_rope_args), " for Ropewalk ",
+                                ropewalk_version(), ", but is ", size, ": the caller was built for a newer one"));
+  }
+  if (size < offsetof(ropewalk_rope_args, k) || size % alignof(ropewalk_rope_args) != 0) {
+    return Status::Invalid(
+        Text("rope: struct_size must be sizeof(ropewalk_rope_args) (", sizeof(ropewalk_rope_args), "), but is ", size));
+  }
+  ropewalk_rope_args full;
+  std::memcpy(&full, args, size);
+  return body(full);
+}
+
+Status Lowered(const ropewalk_rope_args* args, void* stream, RopeCall* call, const Backend** backend) {
+  return WithArgs(args, [&](const ropewalk_rope_args& full) -> Status {
+    ROPEWALK_TRY(LowerRope(full, stream, call));
+    return ChooseBackend(call->device, backend);
+  });
+}
+
+Status Launch(const RopeCall& call) {
+  const Backend* backend;
+  ROPEWALK_TRY(ChooseBackend(call.device, &backend));
+  return backend->launch(call);
+}
+
+Status LaunchKnown(KnownCalls::Known* known) {
+  const KnownCalls::Use use(known);
+  return Launch(known->call);
+}
+
+Status LaunchNew(const ropewalk_rope_args& args, void* stream, ThreadState* state) {
+  RopeCall call;
+  ROPEWALK_TRY(LowerRope(args, stream, &call));
+  KnownCalls::Known* const known = state ? state->known_calls.Remember(args, call) : nullptr;
+  return known ? LaunchKnown(known) : Launch(call);
+}
+
+}  // namespace
+}  // namespace ropewalk
+
+using namespace ropewalk;
+
+extern "C" {
+
+int ropewalk_rope(const ropewalk_rope_args* args, void* stream) {
+  return Guard([&]() -> Status {
+    return WithArgs(args, [&](const ropewalk_rope_args& full) -> Status {
+      ThreadState* const state = OwnState();
+      KnownCalls::Known* const known = state ? state->known_calls.Find(full, stream) : nullptr;
+      return known ? LaunchKnown(known) : LaunchNew(full, stream, state);
+    });
+  });
+}
+
+int ropewalk_prepare(const ropewalk_rope_args* args) {
+  return Guard([&]() -> Status {
+    RopeCall call;
+    const Backend* backend;
+    ROPEWALK_TRY(Lowered(args, nullptr, &call, &backend));
+    return backend->prepare(call);
+  });
+}
+
+const char* ropewalk_explain(const ropewalk_rope_args* args) {
+  return GuardText([&](std::string* text) -> Status {
+    RopeCall call;
+    const Backend* backend;
+    ROPEWALK_TRY(Lowered(args, nullptr, &call, &backend));
+    Explanation explanation = {{"backend", backend->name}};
+    ROPEWALK_TRY(backend->explain(call, &explanation));
+    *text = "{";
+    for (const auto& [key, value] : explanation) {
+      Append(text, Text(text->size() > 1 ? ", " : "", JsonString(key), ": ", JsonString(value)));
+    }
+    *text += "}";
+    return {};
+  });
+}
+
+int ropewalk_check_faults(void) {
+  return Guard([]() -> Status {
+    for (const Backend* backend : Backends()) ROPEWALK_TRY(backend->check_faults());
+    return {};
+  });
+}
+
+const char* ropewalk_last_error(void) {
+  if (const auto* state = static_cast<const ThreadState*>(thread_state.Find())) return state->last_error;
+  return lost_error.load(std::memory_order_relaxed) ? kNoMemory : "";
+}
+
+const char* ropewalk_backends(void) {
+  return GuardText([](std::string* text) -> Status {
+    *text = "[";
+    for (const Backend* backend : Backends()) {
+      const Availability a = backend->availability();
+      Append(text, Text(text->size() > 1 ? ", " : "", "{\"name\": ", JsonString(backend->name),
+                        ", \"available\": ", a.available ? "true" : "false", ", \"detail\": ", JsonString(a.detail),
+                        ", \"remedy\": ", JsonString(a.remedy), ", \"parts\": ["));
+      for (size_t i = 0; i < a.parts.size(); ++i) Append(text, Text(i ? ", " : "", JsonString(a.parts[i])));
+      *text += "]}";
+    }
+    *text += "]";
+    return {};
+  });
+}
+
+int ropewalk_force_backend(const char* name) {
+  return Guard([&] { return ForceBackend(name); });
+}
+
+const char* ropewalk_counters(void) {
+  return GuardText([](std::string* text) -> Status {
+    std::vector<std::pair<std::string, int64_t>> counters;
+    for (const Backend* backend : Backends()) backend->counters(&counters);
+    *text = "{";
+    for (const auto& [kernel, count] : counters) {
+      Append(text, Text(text->size() > 1 ? ", " : "", JsonString(kernel), ": ", count));
+    }
+    *text += "}";
+    return {};
+  });
+}
+
+#define ROPEWALK_STRING(x) #x
+#define ROPEWALK_VERSION_TEXT(a, b, c) ROPEWALK_STRING(a) "." ROPEWALK_STRING(b) "." ROPEWALK_STRING(c)
+
+const char* ropewalk_version(void) {
+  return ROPEWALK_VERSION_TEXT(ROPEWALK_VERSION_MAJOR, ROPEWALK_VERSION_MINOR, ROPEWALK_VERSION_PATCH);
+}
+
+const char* ropewalk_description(void) {
+  return GuardText([](std::string* text) -> Status {
+    *text = DescriptionJson(RopeDescription());
+    return {};
+  });
+}
+
+const char* ropewalk_torch_schema(void) {
+  return GuardText([](std::string* text) -> Status {
+    *text = TorchSchema(RopeDescription());
+    return {};
+  });
+}
+
+int ropewalk_set_parallel_for(ropewalk_parallel_for parallel_for, void* context) {
+  return Guard([&] { return SetParallelFor(parallel_for, context); });
+}
+
+int ropewalk_set_threads(int32_t threads) {
+  return Guard([&] { return SetThreads(threads); });
+}
+
+int ropewalk_frequencies_create(double theta, int64_t rotary_dim, const char* scaling_json, int64_t sequence_length,
+                                ropewalk_frequencies** out) {
+  return Guard([&]() -> Status {
+    if (!out) return Status::Invalid("frequencies: out is null");
+    return MakeFrequencies(theta, rotary_dim, scaling_json ? scaling_json : "", sequence_length, out);
+  });
+}
+
+int ropewalk_frequencies_from_array(const double* inv_freq, int64_t count, double attention_scaling,
+                                    const int32_t* axes, ropewalk_frequencies** out) {
+  return Guard([&]() -> Status {
+    if (!out) return Status::Invalid("frequencies: out is null");
+    return FrequenciesFromArray(inv_freq, count, attention_scaling, axes, out);
+  });
+}
+
+int ropewalk_frequencies_from_config(const char* json, const char* name, const char* layer_type,
+                                     int64_t sequence_length, ropewalk_frequencies** out) {
+  return Guard([&]() -> Status {
+    if (!out) return Status::Invalid("frequencies: out is null");
+    if (!json) return Status::Invalid("frequencies: json is null");
+    return FrequenciesFromConfig(json, name ? name : "config", layer_type ? layer_type : "", sequence_length, out);
+  });
+}
+
+void ropewalk_frequencies_retain(ropewalk_frequencies* frequencies) {
+  if (frequencies) frequencies->references.fetch_add(1, std::memory_order_relaxed);
+}
+
+void ropewalk_frequencies_release(ropewalk_frequencies* frequencies) {
+  if (frequencies && frequencies->references.fetch_sub(1, std::memory_order_acq_rel) == 1) delete frequencies;
+}
+
+int64_t ropewalk_frequencies_rotary_dim(const ropewalk_frequencies* frequencies) {
+  return frequencies ? frequencies->rotary_dim : 0;
+}
+
+double ropewalk_frequencies_attention_scaling(const ropewalk_frequencies* frequencies) {
+  return frequencies ? frequencies->attention_scaling : 1.0;
+}
+
+const double* ropewalk_frequencies_inv_freq(const ropewalk_frequencies* frequencies) {
+  return frequencies ? frequencies->inv_freq.data() : nullptr;
+}
+
+const int32_t* ropewalk_frequencies_axes(const ropewalk_frequencies* frequencies) {
+  return frequencies && !frequencies->axes.empty() ? frequencies->axes.data() : nullptr;
+}
+
+const char* ropewalk_frequencies_warnings(const ropewalk_frequencies* frequencies) {
+  return frequencies->warnings.c_str();
+}
+
+int ropewalk_frequencies_table(const ropewalk_frequencies* frequencies, DLTensor* cos, DLTensor* sin) {
+  return Guard([&]() -> Status {
+    if (!frequencies || !cos || !sin) return Status::Invalid("table: frequencies, cos and sin must not be null");
+    return FillTable(*frequencies, cos, sin);
+  });
+}
+
+}  // extern "C"

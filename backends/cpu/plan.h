@@ -1,0 +1,40 @@
+// How the rows of a call are shared among threads on the CPU: the plan, what makes parts of it, and its check. For
+// backends/cpu.
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <string>
+
+#include "rope/call.h"
+
+namespace ropewalk {
+
+struct RopeCpuPlan {
+  int64_t rows = 0;       // batch x tokens; 0: no work
+  int64_t grain = 1;      // the fewest rows that are worth a thread
+  bool one_part = false;  // too few rows for two threads
+};
+
+RopeCpuPlan PlanRopeCpu(const RopeCall& call);
+
+struct RowRange {
+  int64_t begin, end;
+};
+
+// How many parts the pool makes for so many threads, and the i-th of them. No product of rows and parts, which could
+// overflow.
+inline int64_t RowParts(int64_t rows, int64_t grain, int64_t threads) {
+  return std::clamp<int64_t>(rows / std::max<int64_t>(grain, 1), 1, std::max<int64_t>(threads, 1));
+}
+inline RowRange RowPart(RowRange rows, int64_t i, int64_t parts) {
+  const int64_t each = (rows.end - rows.begin) / parts, more = (rows.end - rows.begin) % parts;
+  const int64_t begin = rows.begin + i * each + std::min(i, more);
+  return {begin, begin + each + (i < more)};
+}
+
+// "" if each row is in one part and each part worth its thread. Else a sentence.
+std::string RopeCpuPlanFault(const RopeCall& call, const RopeCpuPlan& plan, int threads);
+
+}  // namespace ropewalk

@@ -1,0 +1,246 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <algorithm>
+#include <bit>
+#include <cstdint>
+#include <string_view>
+
+#include "backends/cuda/shapes.h"
+#include "base/text.h"
+#include "rope/access.h"
+
+namespace ropewalk {
+
+int MostCudaBlocks(const CudaDevice& device) {
+  const int arch = 10 * device.major + device.minor;
+  return arch == 86 || arch == 87 ? 16 : arch == 89 || device.major >= 12 ? 24 : 32;
+}
+
+namespace {
+
+constexpr int64_t kSharedBytes = 48 * 1024, kMostGridY = 65535;
+constexpr int kMostWarps = 64;  // of a multiprocessor
+
+// What the shape says of the work of a block, as far as the call has it: never more warps, stages or tokens than there
+// is work for.
+void LayOut(const RopeCall& call, RopeCudaShape shape, int64_t rows, int64_t all_heads, RopeCudaPlan* plan) {
+  RopeCudaKey& key = plan->key;
+  const bool plain = shape.few || !shape.flat || !FlatVectorFits(call, shape.vector);
+  const HeadDeal deal = DealHead(call, plain ? PlainVector(call, shape.vector) : shape.vector);
+  const int per_warp = deal.per_warp();
+  key.few_tokens = shape.few;
+  key.vector = static_cast<uint8_t>(deal.vector);
+  key.lanes = static_cast<uint8_t>(deal.lanes);
+  key.flat = 0;
+  if (shape.few) {
+    const RopeVariant& v = call.variant;
+    const bool v_rides = !v.store_v || call.params.v_dim == call.params.rotary_dim;
+    const int heads = Ceil(deal.units, deal.lanes) <= 2 && v_rides ? std::clamp<int>(shape.in_flight, 1, 8) : 1;
+    key.in_flight = static_cast<uint8_t>(heads);
+    // About so many warps a block that none is without a head; no more blocks than those leave heads for.
+    const int64_t warps = Ceil(all_heads, per_warp * heads);
+    const int64_t wanted = std::max<int64_t>(1, (warps + shape.cut / 2) / std::max<int>(shape.cut, 1));
+    const int64_t token_warps = std::clamp<int64_t>(Ceil(warps, std::min(wanted, kMostGridY)), 1, 32);
+    if (Ceil(warps, token_warps) > kMostGridY) {  // of 2,000,000 heads and more
+      shape.few = 0;
+      return LayOut(call, shape, rows, all_heads, plan);
+    }
+    const int64_t tokens = std::clamp<int64_t>(std::min<int64_t>(shape.tokens, rows), 1, 32 / token_warps);
+    key.token_groups = static_cast<uint16_t>(token_warps * per_warp);
+    key.threads = static_cast<uint16_t>(token_warps * tokens * 32);
+    plan->grid_y = static_cast<uint32_t>(Ceil(warps, token_warps));
+    plan->grid_x = static_cast<uint32_t>(Ceil(rows, tokens));
+    plan->why = "few tokens: the heads of a token are spread over blocks";
+    return;
+  }
+  // Side by side go 16 bytes; v's heads only with those of q and k.
+  if (plain && deal.vector * RopeDtypeBytes(call.variant.dtype) != 16) shape.flat = 0;
+  const bool v_rides = call.params.v_dim == call.params.rotary_dim && call.params.v_dim == call.params.head_dim;
+  if (shape.flat > 1 && call.variant.store_v && !v_rides) shape.flat = 1;
+  key.flat = shape.flat;
+  const bool shares = shape.warp_tokens > 1 && !shape.flat && per_warp * deal.lanes == 32;
+  const int warp_tokens = shares ? std::min<int>(shape.warp_tokens, per_warp) : 1;
+  const int64_t rounds = Ceil(all_heads, int64_t{per_warp} * std::max<int>(shape.flat, 1));
+  int64_t warps = warp_tokens > 1 ? 1 : std::clamp<int64_t>(Ceil(rounds, std::max<int>(shape.cut, 1)), 1, 32);
+  int64_t tokens = std::clamp<int64_t>(Ceil(std::min<int64_t>(shape.tokens, rows), warp_tokens), 1, 32 / warps);
+  const auto shared = [&](int64_t stages) -> int64_t {
+    key.token_groups = static_cast<uint16_t>(warp_tokens > 1 ? per_warp / warp_tokens : warps * per_warp);
+    key.threads = static_cast<uint16_t>(warps * tokens * 32);
+    key.in_flight = static_cast<uint8_t>(stages);
+    return ShapeOf(ChoicesOf(key)).shared_bytes;
+  };
+  while (tokens > 1 && shared(1) > kSharedBytes) tokens /= 2;
+  while (warps > 1 && shared(1) > kSharedBytes) warps /= 2;
+  shared(1);
+  const int64_t turns = Ceil(all_heads, HeadsAtOnce(ShapeOf(ChoicesOf(key)).grid));
+  int64_t stages = std::min<int64_t>(shape.in_flight, turns);
+  while (stages > 0 && shared(stages) > kSharedBytes) --stages;
+  shared(stages);
+  if (stages == 0) key.flat = 0;
+  plan->grid_x = static_cast<uint32_t>(Ceil(rows, tokens * warp_tokens));
+  plan->why = tokens * warp_tokens > 1 ? "many tokens: a block for several of them" : "many tokens: a block for each";
+}
+
+// How many warps a multiprocessor is to hold of a kernel with odd vectors. Vectors of 10 elements need 64 registers a
+// thread (32 warps), vectors of 6 need 48 (40 warps). Stores, strides that are no constants and tables read element by
+// element need more.
+int OddWarps(const RopeCudaKey& key) {
+  const RopeVariant& v = key.variant;
+  const bool regular = std::has_single_bit(key.lanes), fp8 = StoresFp8(v);
+  const bool slow_table = v.table_dtype != kRopeNoDtype && key.table_vector == 1;
+  if (!key.packed) return 20;
+  if (Stores(v) && (key.vector == 10 ? fp8 : !regular && !fp8)) return 24;
+  return regular || slow_table || Stores(v) ? 32 : 40;
+}
+
+// How many blocks a multiprocessor is to hold at least, which limits registers: for `resident` warps where that was
+// searched for and does not make it spill, else 1, with which nothing spills. With 0 the compiler chooses, and spills a
+// few bytes of some kernels for the sake of occupancy.
+int MinBlocks(const RopeCudaKey& key, const CudaDevice& device, int64_t rows, int resident) {
+  const RopeVariant& v = key.variant;
+  const int warps = key.threads / 32;
+  const bool table = v.table_dtype != kRopeNoDtype, partial = key.rotary_dim != key.head_dim;
+  const bool regular = std::has_single_bit(key.lanes);
+  const bool usual = v.rounding == kRopeRoundFused && !v.out_of_place && key.q_heads != 0 &&
+                     key.rotary_dim == 2 * key.vector * key.lanes;
+  if (!usual || key.few_tokens || v.dtype == kRopeF32 || key.vector < 6) return 1;
+  if (resident == 0) {
+    const bool spills = (key.flat && rows < 3072) || (partial && table && v.table_dtype != kRopeF32) ||
+                        (v.norm && table && (partial || v.axes)) ||
+                        (v.norm && !table && key.in_flight == 1 && !std::has_single_bit(static_cast<unsigned>(warps)));
+    return device.major == 9 && !spills ? 0 : 1;
+  }
+  if (partial || (table && key.table_vector == 1 && key.vector == 8)) return 1;
+  if (table && Stores(v) && key.flat && !regular) return 1;  // needs more than 64 registers
+  if (v.table_dtype == kRopeF32 && (!regular || key.lanes == 32)) resident = std::min(resident, 32);  // ditto, 48
+  const int most = key.vector == 8 ? 16 : MostCudaBlocks(device);
+  return std::clamp(std::min(resident, kMostWarps) / warps, 1, most);
+}
+
+}  // namespace
+
+Status PlanRopeCuda(const RopeCall& call, const CudaDevice& device, RopeCudaOptions options, RopeCudaPlan* plan) {
+  const RopeVariant& v = call.variant;
+  const rope_params& p = call.params;
+  const RopeTensors& t = call.tensors;
+  *plan = {};
+  const int64_t rows = p.batch * p.tokens;
+  const int64_t heads = int64_t{p.q_heads} + (t.k ? p.k_heads : 0);
+  const int64_t all_heads = heads + (v.store_v ? p.k_heads : 0);
+  if (rows == 0 || all_heads == 0) return {};
+  if (rows > INT32_MAX) {
+    return Status::Invalid(Text("rope: q must have fewer than 2^31 tokens on a GPU, but has ", rows));
+  }
+
+  RopeCudaKey& key = plan->key;
+  key.variant = v;
+  key.head_dim = static_cast<uint16_t>(p.head_dim);
+  key.rotary_dim = static_cast<uint16_t>(p.rotary_dim);
+  key.rotary_offset = static_cast<uint16_t>(p.rotary_offset);
+  key.v_dim = static_cast<uint16_t>(v.store_v ? p.v_dim : 0);
+  const int bytes = RopeDtypeBytes(v.dtype);
+  plan->origin = RopeCudaOrigin::kGiven;
+  if (options.rules) plan->origin = RopeCudaOrigin::kRules;
+  const RopeCudaShape shape = options.shape   ? *options.shape
+                              : options.rules ? RopeCudaShapeByRules(call, device, options.layout)
+                                              : ChooseRopeCudaShape(call, device, options.layout, &plan->origin);
+  LayOut(call, shape, rows, all_heads, plan);
+  const bool few = key.few_tokens != 0;
+  const int vector = key.vector;
+  // The next kernel of the stream may take its place beside this one where all blocks of this one have theirs at once,
+  // and where the last of many leave room; in between it would crowd them.
+  if (options.dependent_launch && device.major >= 9) key.dependent_launch = few || rows >= 3072 ? 2 : 1;
+  key.batched = p.batch > 1;
+  if (Stores(v)) {
+    const auto page_size = static_cast<uint64_t>(p.page_size);
+    key.page_shift = p.page_size == p.slots           ? kFlatPages
+                     : std::has_single_bit(page_size) ? static_cast<uint16_t>(1 + std::countr_zero(page_size))
+                                                      : uint16_t{0};
+  }
+  key.scale_pointers = t.k_scale || t.v_scale;
+  key.unit_scaling = p.attention_scaling == 1.0f;
+  key.eps = v.norm ? p.eps : 0.0f;
+  // A single token has no stride.
+  const auto token_stride = [&](const rope_strides& s) { return p.tokens > 1 ? s.token : 1; };
+  const auto dense = [&](const rope_strides& s, int count) {
+    return (count <= 1 || s.head == p.head_dim) && token_stride(s) > 0 && token_stride(s) <= INT32_MAX;
+  };
+  if (!v.out_of_place && p.q_heads > 0 && p.q_heads <= UINT16_MAX && p.k_heads <= UINT16_MAX && dense(p.q, p.q_heads) &&
+      (!t.k || dense(p.k, p.k_heads))) {
+    key.q_heads = static_cast<uint16_t>(p.q_heads);
+    key.k_heads = static_cast<uint16_t>(p.k_heads);
+    key.q_token = static_cast<int32_t>(token_stride(p.q));
+    key.k_token = t.k ? static_cast<int32_t>(token_stride(p.k)) : 0;
+    // Told by the strides: that a single token's k happens to follow its q must compile nothing.
+    key.packed =
+        t.k && p.tokens > 1 && key.k_token == key.q_token && p.k.batch == p.q.batch &&
+        key.q_token >= (p.q_heads + p.k_heads) * p.head_dim &&
+        static_cast<const char*>(t.k) == static_cast<const char*>(t.q) + int64_t{p.q_heads} * p.head_dim * bytes;
+  }
+
+  const auto dense_index = [&](int64_t stride) { return p.tokens <= 1 || stride == 1; };
+  key.dense_indices = (v.positions_dtype == kRopeNoDtype || dense_index(p.positions_token)) &&
+                      (v.offsets_dtype == kRopeNoDtype || dense_index(p.offsets_token)) &&
+                      (v.slots_dtype == kRopeNoDtype || dense_index(p.slots_token));
+  const auto fits = [](int64_t stride) { return stride > 0 && stride <= INT32_MAX; };
+  if (v.store_v && (p.k_heads == 1 || p.v.head == p.v_dim) && fits(token_stride(p.v))) {
+    key.v_token = static_cast<int32_t>(token_stride(p.v));
+    const int64_t behind = int64_t{p.q_heads + p.k_heads} * p.head_dim;
+    if ((few || key.flat) && key.packed && p.v_dim == p.head_dim && key.v_token == key.q_token &&
+        p.v.batch == p.q.batch && key.q_token >= behind + int64_t{p.k_heads} * p.v_dim &&
+        static_cast<const char*>(t.v) == static_cast<const char*>(t.q) + behind * bytes) {
+      key.packed = 2;
+    }
+  }
+  if (Stores(v)) {
+    const rope_strides& cache = v.store_k ? p.k_cache : p.v_cache;
+    const auto same = [&](const rope_strides& s) {
+      return s.batch == cache.batch && s.token == cache.token && s.head == cache.head;
+    };
+    const int64_t head = p.k_heads == 1 ? 1 : cache.head;  // one head has no stride
+    if ((!v.store_v || same(p.v_cache)) && fits(head) && fits(cache.token) && cache.batch >= 0 &&
+        cache.batch <= INT32_MAX) {
+      key.cache_head = static_cast<int32_t>(head);
+      key.cache_token = static_cast<int32_t>(cache.token);
+      key.cache_page = key.page_shift == kFlatPages ? 0 : static_cast<int32_t>(cache.batch);
+    }
+  }
+  if (v.table_dtype != kRopeNoDtype && p.cos_pair == 1 && p.sin_pair == 1 && p.cos_row == p.sin_row &&
+      fits(p.cos_row)) {
+    key.table_row = static_cast<int32_t>(p.cos_row);
+  }
+
+  key.table_vector = 1;
+  if (v.table_dtype != kRopeNoDtype && p.cos_pair == 1 && p.sin_pair == 1) {
+    const int table_bytes = RopeDtypeBytes(v.table_dtype);
+    int table_vector = 16 / table_bytes;
+    // A run of pairs begins at a multiple of the vector, or of half of it where neighbours share one; and an axis may
+    // end anywhere.
+    const bool halved = v.pairing == ROPEWALK_INTERLEAVED && vector > 1 && (!key.flat || vector % 8 == 0);
+    const int run = halved ? vector / 2 : vector;
+    table_vector = std::min(table_vector, run);
+    if (halved) {
+      while (table_vector > 1 && (p.rotary_dim / 4) % table_vector) table_vector /= 2;
+    }
+    while (table_vector > 1 && run % table_vector) table_vector /= 2;
+    table_vector = Alignment(table_vector, t.cos, table_bytes, {p.cos_batch, p.cos_row});
+    table_vector = Alignment(table_vector, t.sin, table_bytes, {p.sin_batch, p.sin_row});
+    key.table_vector = static_cast<uint8_t>(v.axes ? 1 : table_vector);
+  }
+  const bool odd = key.vector == 6 || key.vector == 10;
+  // A limit of registers holds where it was searched: on another GPU the same text needs others, and may spill.
+  const bool searched = device.major == 9 || options.shape || plan->origin == RopeCudaOrigin::kTunedHere;
+  const int blocks = searched ? MinBlocks(key, device, rows, odd ? OddWarps(key) : shape.resident) : 1;
+  key.min_blocks = static_cast<uint8_t>(blocks);
+
+  // What the grid is, for the kernel to rely on; only where heads are constants, and none of its threads is idle.
+  const rope_shape derived = ShapeOf(ChoicesOf(key));
+  if (few && key.q_heads != 0 && GroupsPerWarp(derived.grid) * key.lanes == 32) {
+    const int64_t places = int64_t{plan->grid_y} * HeadsAtOnce(derived.grid);
+    key.full = places == (derived.v_rides ? all_heads : heads);
+    const int warp_heads = WarpHeads(derived.grid);
+    key.alike = key.q_heads % warp_heads == 0 && key.k_heads % warp_heads == 0;
+  }
+  return {};
+}
+
+}  // namespace ropewalk

@@ -1,0 +1,164 @@
+// From a call to the exact CUDA kernel: which compile-time choices, which grid. Pure functions of the call and the
+// device's properties; backends/cuda compiles, caches and launches.
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "backends/cuda/kernel/args.h"
+#include "backends/cuda/kernel/shape.h"
+#include "base/status.h"
+#include "rope/access.h"
+#include "rope/call.h"
+
+namespace ropewalk {
+
+struct RopeCudaTuned;
+
+struct CudaDevice {
+  int sm_count = 0;
+  int major = 0, minor = 0;              // compute capability
+  bool measured = false;                 // it is one that the table of shapes was searched on
+  const RopeCudaTuned* tuned = nullptr;  // what `ropewalk tune` found on it; null: nothing
+};
+
+// What a multiprocessor holds at most; to ask for more is an error.
+int MostCudaBlocks(const CudaDevice& device);
+
+inline constexpr uint16_t kFlatPages = 64;
+
+// Everything a kernel is specialised for. Plain bytes without padding, so that it can be hashed and compared as such.
+// Heads and strides are part of it where a model fixes them, that is where the heads of a token lie side by side: a
+// kernel then reads little but its pointers, which at few tokens is a third of its time (docs/cuda.md). Otherwise they
+// are 0 here and come with the params, so that a stride that changes with the sequence compiles nothing.
+struct RopeCudaKey {
+  RopeVariant variant;  // 16 bytes
+  uint16_t head_dim = 0, rotary_dim = 0, rotary_offset = 0, v_dim = 0;
+  uint16_t threads = 0;               // of a block
+  uint16_t q_heads = 0, k_heads = 0;  // q_heads 0: with the params
+  uint16_t page_shift = 0;            // of the caches: 1 + log2(page_size), kFlatPages for one page, 0: any page size
+  int32_t q_token = 0, k_token = 0;   // strides in elements; 0: all strides of q, k and the outputs with the params
+  int32_t v_token = 0;                // the same for v, whose heads are then dense
+  int32_t table_row = 0;              // of cos and of sin; 0: their strides with the params
+  int32_t cache_token = 0, cache_head = 0;  // of both caches; a head of 0: with the params
+  int32_t cache_page = 0;
+  uint8_t vector = 0;            // elements of one access: 1, 2, 4 or 8; flat: or a thread's share of a half, 6 or 10
+  uint8_t lanes = 0;             // threads of one head, up to 32
+  uint8_t in_flight = 0;         // heads a group loads before it uses the first; few tokens: all of its heads
+  uint8_t few_tokens = 0;        // layout: 0 a block for each token, 1 heads of a token spread over blocks
+  uint8_t dependent_launch = 0;  // programmatic dependent launch: 1 the next may start at the end of this one, 2 early
+  uint8_t table_vector = 0;      // elements of one access to the table
+  uint8_t batched = 0;           // more than one batch entry
+  uint8_t unit_scaling = 0;      // attention_scaling is 1
+  float eps = 0.0f;              // 0 without a norm
+  uint8_t dense_indices = 0;     // positions, offsets and slots have no gaps between tokens
+  uint8_t flat = 0;              // many tokens: a warp's heads are fetched and written side by side, 16 bytes a lane
+  uint8_t packed = 0;            // k lies behind q in the same row: 1; 2: and v behind k (few tokens)
+  uint8_t min_blocks = 0;        // of a multiprocessor, for which registers are limited; 0: the compiler's choice
+  uint8_t scale_pointers = 0;    // a scale of an fp8 cache lies on the device
+  // Facts of the grid that the kernel relies on; CheckRopeCudaPlan proves them.
+  uint8_t full = 0;   // few tokens: every group has a head
+  uint8_t alike = 0;  // few tokens: the heads of a warp are all of one tensor
+  uint8_t unused = 0;
+  uint16_t token_groups = 0;  // groups of a block that share the heads of a token (backends/cuda/kernel/shape.h)
+  uint16_t unused_too = 0;
+
+  bool operator==(const RopeCudaKey&) const = default;
+};
+static_assert(sizeof(RopeCudaKey) == 84);
+
+inline rope_choices ChoicesOf(const RopeCudaKey& key) {
+  const RopeVariant& v = key.variant;
+  return {RopeDtypeBytes(v.dtype),
+          key.head_dim,
+          key.rotary_dim,
+          key.rotary_offset,
+          key.v_dim,
+          key.vector,
+          key.lanes,
+          key.in_flight,
+          key.flat,
+          key.threads,
+          key.token_groups,
+          key.packed,
+          key.few_tokens != 0,
+          v.pairing != 0,
+          v.norm || v.out_of_place || v.store_k,
+          v.store_k != 0,
+          v.store_v != 0,
+          v.cache_dtype != v.dtype};
+}
+
+// What of a plan is free: which layout, how the work is cut. Any of them gives a right result; tables of measured ones
+// and the model between them (shapes.h) say which is fast.
+struct RopeCudaShape {
+  uint8_t few = 0;          // layout: 0 a block for some tokens, 1 heads of a token spread over blocks
+  uint8_t vector = 0;       // elements of one access; 0: the widest; flat: or a thread's share of a half, 6 or 10
+  uint8_t in_flight = 1;    // few: heads that a group takes at once; many: stages on their way
+  uint8_t flat = 0;         // many: rounds of heads fetched side by side; 0: each thread fetches its own
+  uint8_t cut = 1;          // few: about so many warps a block for a token; many: turns in which its heads are taken
+  uint8_t warp_tokens = 1;  // many: tokens that share a warp
+  uint8_t tokens = 1;       // of a block
+  uint8_t resident =
+      0;  // many: warps that a multiprocessor is to hold, which limits registers; 0: as the compiler likes
+
+  bool operator==(const RopeCudaShape&) const = default;
+};
+
+// What of a call its shape depends on. Logarithms to base 2.
+struct RopeCudaFeatures {
+  uint8_t norm = 0, table = 0, store = 0, regular = 0;  // store: 1 of the same dtype, 2 of fp8; a power of two of lanes
+  float lanes = 0;                                      // of a head, with the widest accesses
+  float bytes = 0;                                      // of q and k for each multiprocessor
+  float turns = 0;                                      // of a warp for all heads of a token
+  float tokens = 0;                                     // as many as an H200 would have for each multiprocessor
+};
+
+// Shapes that `ropewalk tune` found on a device.
+struct RopeCudaTuned {
+  struct Entry {
+    RopeCudaFeatures features;
+    RopeCudaShape shape;
+  };
+  std::vector<Entry> entries;
+};
+
+// Where a shape comes from: the caller; rules; a search on this device; a search on such a device; the nearest call of
+// that search, or rules where it has none.
+enum class RopeCudaOrigin : uint8_t { kGiven, kRules, kTunedHere, kTable, kModel };
+inline const char* OriginName(RopeCudaOrigin origin) {
+  constexpr const char* kNames[] = {"given", "rules", "tuned here", "table", "model"};
+  return kNames[static_cast<size_t>(origin)];
+}
+
+struct RopeCudaPlan {
+  RopeCudaKey key;
+  uint32_t grid_x = 0, grid_y = 1;  // 0: no work
+  const char* why = "";             // the choice of the layout, for explain()
+  RopeCudaOrigin origin = RopeCudaOrigin::kGiven;
+};
+
+enum class RopeCudaLayout : uint8_t { kAny, kFew, kMany };
+
+struct RopeCudaOptions {
+  bool dependent_launch = false;                 // programmatic dependent launch, where the device has it
+  RopeCudaLayout layout = RopeCudaLayout::kAny;  // else as force_backend says
+  const RopeCudaShape* shape = nullptr;          // to be tried, instead of the one that is chosen
+  bool rules = false;                            // a shape by rules, not by tables: few variants, as bundles hold them
+};
+
+// Refuses a shape that was given and that the call cannot have.
+Status PlanRopeCuda(const RopeCall& call, const CudaDevice& device, RopeCudaOptions options, RopeCudaPlan* plan);
+
+// Proves a plan of a call: each head of q, k and v of each token has exactly one owner, no access leaves its tensor,
+// vectors are aligned, block and shared memory fit, and what the key says of strides, addresses and the grid is so.
+Status CheckRopeCudaPlan(const RopeCall& call, const CudaDevice& device, const RopeCudaPlan& plan);
+
+// The text to compile: includes "backends/cuda/kernel/rope.cuh" and names one kernel, extern "C" `rope_kernel`.
+std::string RopeCudaSource(const RopeCudaKey& key);
+// For people: "bfloat16 neox rms d128 r128 turns many v8 l8 x2 128".
+std::string RopeCudaName(const RopeCudaKey& key);
+
+}  // namespace ropewalk

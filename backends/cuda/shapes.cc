@@ -1,0 +1,380 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "backends/cuda/shapes.h"
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <cstdint>
+#include <initializer_list>
+#include <iterator>
+#include <limits>
+#include <span>
+
+namespace ropewalk {
+namespace {
+
+// The odd vector of a call, 6 or 10 elements, or 0 if vectors of 16 bytes are best. Odd vectors pay for heads with a
+// norm whose halves are not 1, 2, 4, .. vectors of 16 bytes: fewer threads idle, and more heads share a warp
+// (docs/cuda.md).
+int OddVector(const RopeCall& call, int64_t rows) {
+  const int half = call.params.rotary_dim / 2;
+  if (rows < 3072) return 0;
+  if (half % 8 == 0 && std::has_single_bit(static_cast<unsigned>(half / 8))) return 0;
+  const auto fits = [&](int vector) {
+    return FlatVectorFits(call, vector) && std::has_single_bit(static_cast<unsigned>(half / vector));
+  };
+  if (fits(10) && call.variant.table_dtype == kRopeNoDtype)
+    return 10;  // a table's entries take registers that it lacks
+  return fits(6) || (half % 8 != 0 && FlatVectorFits(call, 6) && half / 6 <= 16) ? 6 : 0;
+}
+
+// The shape of a block with odd vectors: how many turns a warp takes, and how many of them are on their way at once.
+RopeCudaShape OddShape(const RopeVariant& v, const HeadDeal& deal, int64_t heads) {
+  const bool regular = deal.regular(), store = Stores(v);
+  RopeCudaShape shape;
+  shape.vector = static_cast<uint8_t>(deal.vector);
+  // Else the heads of a warp end within a sector: two rounds of them do not.
+  shape.flat = regular ? 1 : 2;
+  const int64_t stages = Ceil(heads, deal.per_warp() * shape.flat);
+  const int64_t turns = store && regular ? 3 : store || regular ? 5 : 1, most = store && regular ? 2 : 3;
+  const int64_t warps = std::min<int64_t>(Ceil(stages, turns), 8);
+  shape.cut = static_cast<uint8_t>(std::min<int64_t>(Ceil(stages, warps), 255));
+  shape.in_flight = static_cast<uint8_t>(std::min<int64_t>(shape.cut, most));
+  return shape;
+}
+
+// Few tokens. Searched on an H200 (docs/cuda.md): first latency decides, then the number of instructions.
+RopeCudaShape FewShape(const RopeVariant& v, int64_t bytes_per_multiprocessor) {
+  const auto shape = [&](int access_bytes, int warps, int heads) {
+    RopeCudaShape s;
+    s.few = 1;
+    s.vector = static_cast<uint8_t>(std::max(1, access_bytes / RopeDtypeBytes(v.dtype)));
+    s.cut = static_cast<uint8_t>(warps);
+    s.in_flight = static_cast<uint8_t>(heads);
+    return s;
+  };
+  if (bytes_per_multiprocessor <= 512) return shape(4, 4, 1);
+  if (bytes_per_multiprocessor <= 6 * 1024) {
+    if (StoresFp8(v)) return shape(8, 4, 1);
+    return Stores(v) && bytes_per_multiprocessor > 5 * 512 ? shape(4, 6, 1) : shape(4, 4, 2);
+  }
+  if (Stores(v)) return shape(8, 12, 2);
+  if (v.table_dtype != kRopeNoDtype) return shape(8, 10, 1);
+  return v.norm ? shape(8, 5, 2) : shape(4, 10, 2);
+}
+
+// Many tokens, a block for each. Searched on an H200 (docs/cuda.md): the more tokens, the less there is to gain from
+// many loads of one, and the more from many blocks of a multiprocessor.
+RopeCudaShape ManyShape(const RopeCall& call, const HeadDeal& deal, bool flat, int64_t rows, int64_t heads,
+                        int64_t all_heads) {
+  const RopeVariant& v = call.variant;
+  const rope_params& p = call.params;
+  const bool store = Stores(v), table = v.table_dtype != kRopeNoDtype;
+  const bool whole = v.dtype != kRopeF32 && deal.vector == 8;  // accesses of 16 bytes
+  const bool regular = whole && deal.regular();
+  const int64_t per_warp = deal.per_warp();
+  // So many warps that their groups take the heads in so many turns.
+  const auto warps_for = [&](int64_t turns, int64_t most) {
+    return std::clamp<int64_t>(Ceil(Ceil(heads, turns), per_warp), 2, most);
+  };
+  int64_t warps = 0, in_flight = 2;
+  int resident = store ? 24 : 0;
+  if (rows < 768) {
+    warps = std::clamp<int64_t>(Ceil(all_heads, per_warp), 2, 16);
+  } else if (rows < 1536) {
+    warps = store ? 2 : 4;
+    in_flight = 5;
+  } else if (rows < 3072) {
+    warps = store ? 3 : 2;
+    in_flight = store ? 2 : 5;
+  } else if (store) {
+    const bool narrow = v.dtype != kRopeF32 && deal.vector < 8, usual = regular ? deal.lanes >= 8 : !whole;
+    warps = narrow ? 2 : v.cache_dtype == v.dtype && usual ? 6 : 3;
+    if (narrow) in_flight = 3;
+  } else if (regular && deal.lanes <= 4 && p.rotary_dim != p.head_dim) {  // a small part of larger heads
+    warps = warps_for(v.norm ? 4 : 3, 10);
+    in_flight = 3;
+    resident = v.norm ? 1 : 0;
+  } else if (v.norm) {
+    const bool wide = whole && !regular && per_warp <= 2;  // heads of 144 to 240
+    warps = flat || wide ? 2 : warps_for(2, std::max<int64_t>(2, whole ? 24 / per_warp : 10));
+    in_flight = wide ? 3 : table && regular && deal.lanes >= 8 ? 1 : 2;
+  } else if (regular && deal.lanes == 8) {
+    warps = std::clamp<int64_t>(heads / 6, 2, 10);  // one turn and a half
+    in_flight = 1;
+    resident = 40;
+  } else if (regular && deal.lanes > 8 && table) {
+    warps = warps_for(per_warp == 1 ? 1 : 2, 10);
+    in_flight = 1;
+    resident = 40;
+  } else {
+    warps = warps_for(2, std::max<int64_t>(2, whole && regular ? 24 / per_warp : 10));
+    resident = regular || flat ? 0 : 40;
+  }
+  RopeCudaShape shape;
+  shape.vector = static_cast<uint8_t>(deal.vector);
+  shape.flat = flat;
+  shape.cut = static_cast<uint8_t>(std::min<int64_t>(Ceil(Ceil(all_heads, per_warp), warps), 255));
+  shape.in_flight = static_cast<uint8_t>(in_flight);
+  shape.resident = static_cast<uint8_t>(resident);
+  return shape;
+}
+
+}  // namespace
+
+int PlainVector(const RopeCall& call, int wanted) {
+  const int widest = ChooseVector(call, 16);
+  return wanted > 0 ? std::min(widest, static_cast<int>(std::bit_floor(static_cast<unsigned>(wanted)))) : widest;
+}
+
+bool FlatVectorFits(const RopeCall& call, int vector) {
+  const RopeVariant& v = call.variant;
+  const rope_params& p = call.params;
+  const int half = p.rotary_dim / 2;
+  return vector > 0 && vector <= 14 && vector % 2 == 0 && half % vector == 0 && half / vector <= 32 && v.norm &&
+         !v.out_of_place && p.rotary_dim == p.head_dim && (!v.store_v || p.v_dim == p.head_dim) &&
+         v.rounding == kRopeRoundFused && RopeDtypeBytes(v.dtype) == 2 && RopeDtypeBytes(v.weight_dtype) == 2 &&
+         ChooseVector(call, 16, true) == 8;
+}
+
+HeadDeal DealHead(const RopeCall& call, int vector) {
+  const RopeVariant& v = call.variant;
+  const rope_params& p = call.params;
+  HeadDeal deal;
+  deal.vector = vector;
+  deal.units = p.rotary_dim / (2 * vector);
+  deal.rest = v.norm || v.out_of_place || v.store_k ? (p.head_dim - p.rotary_dim) / vector : 0;
+  // A thread for each unit; more where the rest of a head would fill a thread's registers.
+  deal.lanes = static_cast<int>(Ceil(deal.units, Ceil(deal.units, 32)));
+  while (deal.lanes < 32 && Ceil(deal.rest, deal.lanes) > 4) deal.lanes = std::min(32, 2 * deal.lanes);
+  return deal;
+}
+
+RopeCudaFeatures FeaturesOf(const RopeCall& call, const CudaDevice& device) {
+  const RopeVariant& v = call.variant;
+  const rope_params& p = call.params;
+  const int bytes = RopeDtypeBytes(v.dtype);
+  const int64_t rows = p.batch * p.tokens;
+  const int64_t heads = int64_t{p.q_heads} + (call.tensors.k ? p.k_heads : 0);
+  const int64_t all_heads = heads + (v.store_v ? p.k_heads : 0);
+  const HeadDeal deal = DealHead(call, PlainVector(call, 0));
+  const auto log2 = [](double x) { return static_cast<float>(std::log2(std::max(x, 1e-3))); };
+  RopeCudaFeatures f;
+  f.norm = v.norm;
+  f.table = v.table_dtype != kRopeNoDtype;
+  f.store = static_cast<uint8_t>(!Stores(v) ? 0 : StoresFp8(v) ? 2 : 1);
+  f.regular = deal.regular();
+  f.lanes = log2(deal.lanes);
+  f.bytes = log2(static_cast<double>(rows * heads) * p.head_dim * bytes / std::max(device.sm_count, 1));
+  f.turns = log2(static_cast<double>(all_heads) / deal.per_warp());
+  f.tokens = log2(static_cast<double>(rows) * 132 / std::max(device.sm_count, 1));
+  return f;
+}
+
+namespace {
+
+// How unlike two calls are, for their shapes: a unit is about a factor of two in the bytes. A store's work is another
+// one than that without; heads of no power of two have their own vectors.
+float Distance(const RopeCudaFeatures& a, const RopeCudaFeatures& b) {
+  const auto square = [](float x) { return x * x; };
+  float sum = square(a.bytes - b.bytes) + square(0.6f * (a.turns - b.turns)) + square(0.3f * (a.tokens - b.tokens)) +
+              square(0.8f * (a.lanes - b.lanes));
+  if (a.norm != b.norm) sum += square(1.0f);
+  if (a.table != b.table) sum += square(0.7f);
+  if (a.store != b.store) sum += square(a.store && b.store ? 0.5f : 2.5f);
+  if (a.regular != b.regular) sum += square(3.0f);
+  return sum;
+}
+
+using Entry = RopeCudaTuned::Entry;
+constexpr Entry kTable[] = {
+#include "backends/cuda/shapes_table.inc"
+};
+
+// The entry for the call most like this one; null if there is none. *distance: how unlike it is, at most as it was.
+const Entry* Nearest(std::span<const Entry> entries, const RopeCudaFeatures& features, float* distance) {
+  const Entry* nearest = nullptr;
+  for (const Entry& entry : entries) {
+    const float bytes = entry.features.bytes - features.bytes;
+    if (bytes * bytes >= *distance) continue;  // mostly the bytes alone rule an entry out
+    const float other = Distance(entry.features, features);
+    if (other >= *distance) continue;
+    nearest = &entry;
+    *distance = other;
+  }
+  return nearest;
+}
+
+// Where the table's entries without a store end, and those with one of the same dtype: it is sorted so.
+constexpr size_t EntriesUpTo(int store) {
+  return static_cast<size_t>(
+      std::ranges::count_if(kTable, [store](const Entry& e) { return e.features.store <= store; }));
+}
+constexpr size_t kStoreEnds[] = {0, EntriesUpTo(0), EntriesUpTo(1), EntriesUpTo(2)};
+static_assert(std::ranges::is_sorted(kTable, {}, [](const Entry& e) { return e.features.store; }));
+static_assert(kStoreEnds[3] == std::size(kTable));
+
+// Calls with the same store first: one of another kind is at least so far away.
+RopeCudaShape NearestInTable(const RopeCudaFeatures& features, float* distance) {
+  constexpr float kOtherStore = 0.25f;
+  const std::span<const Entry> table = kTable;
+  const size_t begin = kStoreEnds[features.store], end = kStoreEnds[features.store + 1];
+  *distance = std::numeric_limits<float>::max();
+  const Entry* nearest = Nearest(table.subspan(begin, end - begin), features, distance);
+  if (*distance > kOtherStore) {
+    for (const auto& others : {table.subspan(0, begin), table.subspan(end)}) {
+      if (const Entry* other = Nearest(others, features, distance)) nearest = other;
+    }
+  }
+  return nearest->shape;
+}
+
+constexpr float kSame = 0.0625f;      // within a quarter of an octave of a call that was searched
+constexpr float kLeastBytes = 11.5f;  // 2.9 KB for a multiprocessor: below, latency alone decides
+
+// Of heads that no power of two of lanes works on, and of such of which a part is rotated, many tokens have rules of
+// their own, but for what was searched nearby.
+bool HasRules(const RopeCall& call, const RopeCudaFeatures& features, int64_t rows, float distance) {
+  const bool part = call.params.rotary_dim != call.params.head_dim;
+  return rows >= 3072 && (part || (!features.regular && distance > 0.5f));
+}
+
+}  // namespace
+
+RopeCudaShape RopeCudaShapeByRules(const RopeCall& call, const CudaDevice& device, RopeCudaLayout layout) {
+  const RopeVariant& v = call.variant;
+  const rope_params& p = call.params;
+  const int64_t rows = p.batch * p.tokens;
+  const int64_t heads = int64_t{p.q_heads} + (call.tensors.k ? p.k_heads : 0);
+  const int64_t all_heads = heads + (v.store_v ? p.k_heads : 0);
+  const int bytes = RopeDtypeBytes(v.dtype);
+  // Few tokens: narrow accesses and so many threads, every load issued at once. Many tokens: wide accesses, several
+  // heads of a group on their way through shared memory.
+  const int64_t bytes_moved = rows * heads * p.head_dim * bytes;
+  const int64_t few_bytes = int64_t{device.sm_count} * 24 * 1024;
+  const bool few = layout == RopeCudaLayout::kAny ? bytes_moved <= few_bytes : layout == RopeCudaLayout::kFew;
+  if (few) return FewShape(v, bytes_moved / std::max(device.sm_count, 1));
+  if (const int odd = OddVector(call, rows)) return OddShape(v, DealHead(call, odd), all_heads);
+  const HeadDeal deal = DealHead(call, PlainVector(call, 0));
+  // Halves that do not fill sectors of 32 bytes are fetched side by side.
+  const bool flat =
+      deal.vector * bytes == 16 && (p.rotary_dim / 2 * bytes % 32 != 0 || p.rotary_offset * bytes % 32 != 0);
+  return ManyShape(call, deal, flat, rows, heads, all_heads);
+}
+
+RopeCudaShape ChooseRopeCudaShape(const RopeCall& call, const CudaDevice& device, RopeCudaLayout layout,
+                                  RopeCudaOrigin* origin) {
+  *origin = RopeCudaOrigin::kModel;
+  if (layout == RopeCudaLayout::kAny) {
+    const RopeCudaFeatures features = FeaturesOf(call, device);
+    const int64_t rows = call.params.batch * call.params.tokens;
+    float distance = kSame;
+    if (device.tuned) {
+      const Entry* tuned = Nearest(device.tuned->entries, features, &distance);
+      if (tuned) {
+        *origin = RopeCudaOrigin::kTunedHere;
+        return tuned->shape;
+      }
+    }
+    RopeCudaShape shape = NearestInTable(features, &distance);
+    if (features.bytes >= kLeastBytes && !HasRules(call, features, rows, distance)) {
+      if (device.measured && distance < kSame) *origin = RopeCudaOrigin::kTable;
+      // The table's accesses are of elements of two bytes.
+      const int bytes = RopeDtypeBytes(call.variant.dtype);
+      if (shape.few) shape.vector = static_cast<uint8_t>(std::max(1, shape.vector * 2 / bytes));
+      return shape;
+    }
+  }
+  return RopeCudaShapeByRules(call, device, layout);
+}
+
+namespace {
+
+// Shapes that came within 3 % of the best of some call in searches of everything (docs/results, H200): few tokens by
+// bytes of an access, heads at once, warps, tokens of a block; many by stages, rounds side by side, turns, tokens of a
+// warp and of a block, warps that a multiprocessor holds.
+struct FewCandidate {
+  int bytes, heads, warps, tokens;
+};
+constexpr FewCandidate kFewCandidates[] = {{4, 1, 4, 4},  {4, 1, 6, 1},  {4, 1, 8, 1},  {4, 2, 4, 1},  {4, 2, 4, 2},
+                                           {4, 2, 6, 1},  {4, 2, 6, 2},  {4, 2, 12, 1}, {4, 3, 6, 1},  {4, 4, 8, 1},
+                                           {4, 4, 10, 1}, {4, 4, 12, 1}, {8, 1, 10, 1}, {8, 1, 10, 2}, {8, 2, 2, 1},
+                                           {8, 2, 2, 2},  {8, 2, 2, 4},  {8, 2, 4, 1},  {8, 2, 4, 2},  {8, 2, 5, 1},
+                                           {8, 2, 6, 1},  {8, 2, 8, 2},  {8, 2, 12, 1}, {8, 2, 12, 4}, {8, 4, 4, 1},
+                                           {8, 4, 12, 1}, {16, 2, 2, 1}, {16, 2, 2, 2}, {16, 2, 12, 2}};
+struct ManyCandidate {
+  int stages, flat, turns, warp_tokens, tokens, resident;
+};
+constexpr ManyCandidate kManyCandidates[] = {
+    {1, 0, 2, 1, 1, 32}, {1, 0, 1, 1, 1, 0}, {2, 0, 2, 1, 1, 0}, {2, 0, 2, 1, 2, 0}, {2, 0, 3, 1, 1, 0},
+    {2, 0, 3, 1, 4, 0},  {2, 0, 4, 1, 1, 0}, {2, 0, 6, 1, 2, 0}, {2, 1, 2, 1, 1, 0}, {2, 1, 2, 1, 2, 0},
+    {2, 1, 3, 1, 2, 0},  {2, 1, 4, 1, 1, 0}, {3, 0, 1, 2, 8, 0}, {3, 0, 3, 1, 2, 0}, {3, 1, 4, 1, 4, 0},
+    {3, 1, 4, 1, 2, 0},  {4, 0, 1, 4, 4, 0}, {4, 0, 4, 1, 1, 0}, {4, 1, 4, 1, 1, 0}, {5, 0, 6, 1, 1, 0},
+    {5, 0, 6, 1, 2, 0},  {5, 1, 9, 1, 2, 0}, {5, 1, 5, 1, 1, 0}};
+constexpr ManyCandidate kOddCandidates[] = {{2, 1, 5, 1, 1, 0}, {2, 1, 2, 1, 4, 0}, {3, 2, 3, 1, 1, 0}};
+
+RopeCudaShape ShapeOf(const ManyCandidate& c, int vector) {
+  return {0,
+          static_cast<uint8_t>(vector),
+          static_cast<uint8_t>(c.stages),
+          static_cast<uint8_t>(c.flat),
+          static_cast<uint8_t>(c.turns),
+          static_cast<uint8_t>(c.warp_tokens),
+          static_cast<uint8_t>(c.tokens),
+          static_cast<uint8_t>(c.resident)};
+}
+
+}  // namespace
+
+std::vector<RopeCudaShape> RopeCudaCandidates(const RopeCall& call, const CudaDevice& device,
+                                              const RopeCudaShape* near) {
+  const rope_params& p = call.params;
+  const int64_t heads = int64_t{p.q_heads} + (call.tensors.k ? p.k_heads : 0);
+  const int bytes = RopeDtypeBytes(call.variant.dtype), widest = PlainVector(call, 0);
+  std::vector<RopeCudaShape> shapes;
+  const auto add = [&](const RopeCudaShape& shape) {
+    if (std::ranges::find(shapes, shape) == shapes.end()) shapes.push_back(shape);
+  };
+  if (near) {
+    const auto vary = [&](uint8_t RopeCudaShape::*member, std::initializer_list<int> values) {
+      for (const int value : values) {
+        RopeCudaShape shape = *near;
+        shape.*member = static_cast<uint8_t>(value);
+        if (value >= (member == &RopeCudaShape::resident ? 0 : 1) && shape != *near) add(shape);
+      }
+    };
+    vary(&RopeCudaShape::in_flight, {near->in_flight - 1, near->in_flight + 1});
+    vary(&RopeCudaShape::cut, {near->cut - 1, near->cut + 1});
+    vary(&RopeCudaShape::tokens, {near->tokens / 2, near->tokens * 2});
+    if (!near->few) vary(&RopeCudaShape::resident, {0, 24, 40});
+    return shapes;
+  }
+  RopeCudaOrigin origin;
+  for (const RopeCudaLayout layout : {RopeCudaLayout::kAny, RopeCudaLayout::kFew, RopeCudaLayout::kMany}) {
+    add(ChooseRopeCudaShape(call, device, layout, &origin));
+  }
+  const int64_t per_multiprocessor = p.batch * p.tokens * heads * p.head_dim * bytes / std::max(device.sm_count, 1);
+  if (per_multiprocessor <= 160 * 1024) {
+    for (const FewCandidate& c : kFewCandidates) {
+      if (c.bytes / bytes > widest || c.bytes < bytes) continue;
+      RopeCudaShape shape;
+      shape.few = 1;
+      shape.vector = static_cast<uint8_t>(c.bytes / bytes);
+      shape.in_flight = static_cast<uint8_t>(c.heads);
+      shape.cut = static_cast<uint8_t>(c.warps);
+      shape.tokens = static_cast<uint8_t>(c.tokens);
+      add(shape);
+    }
+  }
+  if (per_multiprocessor >= 4 * 1024) {
+    for (const ManyCandidate& c : kManyCandidates) add(ShapeOf(c, widest));
+    for (const int vector : {6, 10}) {
+      for (const ManyCandidate& c : kOddCandidates) {
+        if (FlatVectorFits(call, vector)) add(ShapeOf(c, vector));
+      }
+    }
+  }
+  return shapes;
+}
+
+}  // namespace ropewalk

@@ -1,0 +1,42 @@
+// Which shape of the CUDA kernel is fast for a call.
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "backends/cuda/plan.h"
+
+namespace ropewalk {
+
+inline int64_t Ceil(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline bool Stores(const RopeVariant& v) { return v.cache_dtype != kRopeNoDtype; }
+inline bool StoresFp8(const RopeVariant& v) { return Stores(v) && v.cache_dtype != v.dtype; }
+
+RopeCudaFeatures FeaturesOf(const RopeCall& call, const CudaDevice& device);
+
+// The shape of a call, and where it comes from.
+RopeCudaShape ChooseRopeCudaShape(const RopeCall& call, const CudaDevice& device, RopeCudaLayout layout,
+                                  RopeCudaOrigin* origin);
+// By rules alone, which have few variants for all numbers of tokens.
+RopeCudaShape RopeCudaShapeByRules(const RopeCall& call, const CudaDevice& device, RopeCudaLayout layout);
+
+// Shapes that may be fast for a call, for a search on its device: the one that is chosen first, then those that differ
+// from it in what matters most. `near`: instead those that differ from that shape in one thing.
+std::vector<RopeCudaShape> RopeCudaCandidates(const RopeCall& call, const CudaDevice& device,
+                                              const RopeCudaShape* near = nullptr);
+
+// How a head is dealt to threads by accesses of so many elements.
+struct HeadDeal {
+  int vector = 0, lanes = 0, units = 0, rest = 0;
+  int per_warp() const { return 32 / lanes; }
+  bool regular() const { return (lanes & (lanes - 1)) == 0; }
+};
+HeadDeal DealHead(const RopeCall& call, int vector);
+
+// The elements of a vector for `vector` wanted of a shape (0: the widest) where accesses are of a thread's own.
+int PlainVector(const RopeCall& call, int wanted);
+// Whether heads fetched side by side may be worked on in vectors of so many elements.
+bool FlatVectorFits(const RopeCall& call, int vector);
+
+}  // namespace ropewalk

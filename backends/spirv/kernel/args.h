@@ -1,0 +1,66 @@
+// What the OpenCL C kernel takes: pointers in the order of RopeTensors, then turns and the record of faults, then one
+// struct by value. Read by g++ and by OpenCL C.
+// SPDX-License-Identifier: Apache-2.0
+#ifndef ROPEWALK_BACKENDS_SPIRV_KERNEL_ARGS_H_
+#define ROPEWALK_BACKENDS_SPIRV_KERNEL_ARGS_H_
+
+#include "rope/fault.h"
+#include "rope/params.h"
+
+// Specialisation constants, by their number. All are 32-bit integers.
+enum {
+  kRopeSpecInterleaved = 0,  // the pairing
+  kRopeSpecNorm = 1,
+  kRopeSpecWeightDtype = 2,  // kRopeNoDtype: no weight
+  kRopeSpecReference = 3,    // rounding
+  kRopeSpecTableDtype = 4,   // kRopeNoDtype: angles from turns
+  kRopeSpecTableVector = 5,  // 1: several elements of the table at a time
+  kRopeSpecAxes = 6,
+  kRopeSpecCacheDtype = 7,  // kRopeNoDtype: no store
+  kRopeSpecOutOfPlace = 8,
+  kRopeSpecStoreOnly = 9,  // k is not written back
+  kRopeSpecUnits = 10,     // units that a lane keeps in registers, 1, 2 or 4; 0: it takes any number, one at a time
+  kRopeSpecLanes = 11,  // work-items of a head if that is 4, 8 or 16 and each has all its units; 0: any, by the shape
+  kRopeSpecCount = 12
+};
+// A constant of this value: the choice is in rope_spirv_shape. Not for units and lanes.
+enum { kRopeSpecArgument = 255 };
+
+// The same values for every work-item that the kernel would else have to compute from the params.
+typedef struct {
+  rw_u64 page_multiplier;  // page of a slot: the upper half of 2 slot x page_multiplier, shifted by page_shift
+  rw_i32 page_shift;
+  rw_i32 lanes;            // work-items of a head
+  rw_i32 lane_multiplier;  // 2^16 / lanes, rounded up
+  rw_i32 heads_at_once;    // of a sub-group: 16 / lanes
+  rw_i32 units;            // of a head: pairs of vectors that are rotated
+  rw_i32 rest, before;     // vectors outside the rotated part that matter, and how many of them lie before it
+  rw_i32 head_vectors, v_vectors;
+  rw_i32 heads, all_heads;                             // of q and k; with those of v
+  rw_i32 positions_dtype, offsets_dtype, slots_dtype;  // kRopeNoDtype: none
+  rw_i32 check_axes;                                   // they are the caller's
+  rw_i32 store_k, store_v, zero_centered;
+  rw_u32 sine_flip;  // the sign bit if inverse
+  float inverse_head_dim;
+  rw_i32 sub_groups;     // of a work-group
+  rw_i32 step;           // heads of q, k and v from one turn of a sub-group to its next: of all sub-groups of a token
+  rw_i32 written_heads;  // of q and k whose rows are written back: all, or those of q
+  unsigned char choices[kRopeSpecCount];  // the values of the constants that are kRopeSpecArgument
+} rope_spirv_shape;
+
+typedef struct {
+  rope_params params;
+  rope_spirv_shape shape;
+} rope_spirv_params;
+
+#define ROPE_SPIRV_PARAMS_SIZE (ROPE_PARAMS_SIZE + 112)
+#if defined(__cplusplus)
+static_assert(sizeof(rope_spirv_params) == ROPE_SPIRV_PARAMS_SIZE, "rope_spirv_params must have one layout");
+#endif
+
+// The kernel's arguments: pointers, then rope_spirv_params.
+enum { kRopeSpirvTurns = 17, kRopeSpirvFault = 18, kRopeSpirvPointers = 19, kRopeSpirvArguments = 20 };
+
+#define ROPE_SUB_GROUP 16
+
+#endif  // ROPEWALK_BACKENDS_SPIRV_KERNEL_ARGS_H_

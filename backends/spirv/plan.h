@@ -1,0 +1,98 @@
+// From a call to the exact SPIR-V kernel: which module, which specialisation constants, which grid, which arguments.
+// Pure functions of the call and the device's properties; backends/opencl, backends/level_zero and backends/sycl build,
+// keep and launch.
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <span>
+#include <string>
+
+#include "backends/spirv/kernel/args.h"
+#include "base/status.h"
+#include "rope/call.h"
+
+namespace ropewalk {
+
+// One compilation of backends/spirv/kernel/rope.cl, embedded at build time.
+struct SpirvModule {
+  const char* name;      // "bfloat16_v8"
+  const uint8_t* bytes;  // SPIR-V 1.2 for OpenCL
+  size_t size;
+  uint8_t dtype;   // kRopeF32, kRopeF16, kRopeBF16
+  uint8_t vector;  // elements of one access
+};
+
+// All modules; none if this build had no compiler for them, and then the second says so ("" else).
+std::span<const SpirvModule> RopeSpirvModules();
+const char* RopeSpirvMissing();
+
+// The kernel as OpenCL C, one text without includes, for devices that take no SPIR-V.
+const char* RopeOpenClSource();
+
+inline constexpr const char* kRopeSpirvKernel = "rope_kernel";
+// Tensors may be larger than 4 GB.
+inline constexpr const char* kRopeLevelZeroOptions = "-ze-opt-greater-than-4GB-buffer-required";
+
+struct SpirvDevice {
+  int threads = 0;          // hardware threads, each of which runs one sub-group
+  int max_local = 256;      // work-items of a work-group
+  int register_bytes = 64;  // 32 before Intel's Xe-HPC (PVC) and Xe2: with half the room, accesses are half as wide
+  bool general = false;     // builds are dear: few kernels, whose choices are arguments
+};
+
+// A 32-bit specialisation constant.
+struct SpirvConstant {
+  uint32_t id;
+  int32_t value;
+};
+
+// Everything a kernel is built for: plain bytes, to be hashed and compared as such.
+struct RopeSpirvKey {
+  uint8_t dtype = kRopeNoDtype;  // with `vector`: the module
+  uint8_t vector = 0;
+  std::array<uint8_t, kRopeSpecCount> constants{};  // by number
+
+  bool operator==(const RopeSpirvKey&) const = default;
+};
+static_assert(sizeof(RopeSpirvKey) == 14);
+
+struct RopeSpirvPlan {
+  RopeSpirvKey key;
+  uint32_t groups[3] = {0, 0, 0};  // work-groups: tokens, shares of a token's heads, batch; no work if one is 0
+  uint32_t local = 0;              // work-items of a group, all in the first dimension; a multiple of 16
+  rope_spirv_shape shape{};
+  const char* why = "";  // the choice of the layout, for explain()
+
+  bool empty() const { return groups[0] == 0; }
+};
+
+Status PlanRopeSpirv(const RopeCall& call, const SpirvDevice& device, RopeSpirvPlan* plan);
+
+// "" if the plan holds what the kernel takes for granted: each head of each token and each element of a head has one
+// owner, no access leaves its tensor, accesses are aligned, a work-group fits the device. Else a sentence. Takes a
+// microsecond or two: asked when a kernel is made, and of every plan in builds with assertions.
+std::string RopeSpirvPlanFault(const RopeCall& call, const SpirvDevice& device, const RopeSpirvPlan& plan);
+
+// The embedded module of the key; null if this build has none.
+const SpirvModule* RopeSpirvModuleOf(const RopeSpirvKey& key);
+std::array<SpirvConstant, kRopeSpecCount> RopeSpirvConstants(const RopeSpirvKey& key);
+// The same choices as macros for a build from source: "-DROPE_DTYPE=3 -DROPE_VECTOR=8 -DROPE_SPEC_NORM=1 ..".
+std::string RopeOpenClDefines(const RopeSpirvKey& key);
+// For people: "bfloat16 neox rms d128 r128 turns v8 u1 l8".
+std::string RopeSpirvName(const RopeSpirvKey& key);
+
+// The arguments of the kernel in order: kRopeSpirvPointers pointers, then the struct by value.
+struct RopeSpirvArgs {
+  std::array<const void*, kRopeSpirvPointers> pointers;
+  rope_spirv_params params;
+};
+
+// `frequencies`: on the device, the turns and after them the axes of call.frequencies; null with a table. `fault`: on
+// the device, a rope_fault.
+void FillRopeSpirvArgs(const RopeCall& call, const RopeSpirvPlan& plan, const void* frequencies, void* fault,
+                       RopeSpirvArgs* args);
+
+}  // namespace ropewalk

@@ -1,0 +1,107 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "base/overlap.h"
+
+#include <utility>
+
+#include "base/tensor.h"
+
+namespace ropewalk {
+namespace {
+
+constexpr int kMostSteps = 1 << 16;
+
+// Splits the footprint with the longer outermost axis until the ranges are apart or dense runs meet.
+bool Search(Footprint a, Footprint b, int* budget) {
+  if (a.base >= b.end() || b.base >= a.end()) return false;
+  if (a.count == 0 && b.count == 0) return true;
+  if (--*budget < 0) return true;
+  // Rows of one period that lie beside each other, as packed q, k and v do, however many rows there are.
+  if (a.count && b.count && a.axes[0].stride == b.axes[0].stride) {
+    const auto period = static_cast<uintptr_t>(a.axes[0].stride);
+    Footprint row_a = a, row_b = b;
+    row_a.axes[0].size = row_b.axes[0].size = 1;
+    const uintptr_t extent_a = row_a.end() - a.base, extent_b = row_b.end() - b.base;
+    const uintptr_t shift =
+        b.base >= a.base ? (b.base - a.base) % period : (period - (a.base - b.base) % period) % period;
+    if (shift >= extent_a && shift + extent_b <= period) return false;
+  }
+  const auto outer = [](const Footprint& f) { return f.count ? f.axes[0].stride * f.axes[0].size : 0; };
+  if (outer(a) < outer(b)) std::swap(a, b);
+  Footprint low = a, high = a;
+  const int64_t half = a.axes[0].size / 2;
+  low.axes[0].size = half;
+  high.axes[0].size -= half;
+  high.base += static_cast<uintptr_t>(half * a.axes[0].stride);
+  for (Footprint* part : {&low, &high}) {
+    if (part->axes[0].size == 1) {
+      for (int i = 1; i < part->count; ++i) part->axes[i - 1] = part->axes[i];
+      --part->count;
+    }
+  }
+  return Search(low, b, budget) || Search(high, b, budget);
+}
+
+}  // namespace
+
+bool Footprint::repeats() const {
+  // Axes by falling stride. A step beyond what the axes behind it span meets nothing; one inside may meet elements of
+  // theirs, or fall between them.
+  int budget = kMostSteps;
+  Footprint inner = *this;  // the axes behind the i-th
+  for (int i = count - 1; i >= 0; --i) {
+    const Axis axis = axes[i];
+    inner.count = count - 1 - i;
+    for (int j = 0; j < inner.count; ++j) inner.axes[j] = axes[i + 1 + j];
+    const auto extent = static_cast<int64_t>(inner.end() - inner.base);
+    if (axis.stride == 0) return true;
+    for (int64_t step = 1; step < axis.size && step * axis.stride < extent; ++step) {
+      Footprint shifted = inner;
+      shifted.base += static_cast<uintptr_t>(step * axis.stride);
+      if (--budget < 0 || Search(inner, shifted, &budget)) return true;
+    }
+  }
+  return false;
+}
+
+uintptr_t Footprint::end() const {
+  int64_t last = item;
+  for (int i = 0; i < count; ++i) last += axes[i].stride * (axes[i].size - 1);
+  return base + static_cast<uintptr_t>(last);
+}
+
+Footprint FootprintOf(const DLTensor& tensor) {
+  Footprint f;
+  f.count = 0;
+  const int64_t bytes = tensor.dtype.bits / 8;
+  f.base = reinterpret_cast<uintptr_t>(DataOf(tensor));
+  f.item = bytes;
+  for (int i = 0; i < tensor.ndim; ++i) {
+    if (tensor.shape[i] != 0) continue;
+    f.item = 0;  // and strides may be anything
+    return f;
+  }
+  for (int i = 0; i < tensor.ndim; ++i) {
+    const int64_t size = tensor.shape[i];
+    if (size == 1) continue;
+    int64_t stride = StrideOf(tensor, i) * bytes;
+    if (stride < 0) {
+      f.base -= static_cast<uintptr_t>(-stride * (size - 1));
+      stride = -stride;
+    }
+    int place = f.count++;
+    for (; place > 0 && f.axes[place - 1].stride < stride; --place) f.axes[place] = f.axes[place - 1];
+    f.axes[place] = {stride, size};
+  }
+  while (f.count && f.axes[f.count - 1].stride == f.item) {
+    f.item *= f.axes[f.count - 1].size;
+    --f.count;
+  }
+  return f;
+}
+
+bool Overlap(const Footprint& a, const Footprint& b) {
+  int budget = kMostSteps;
+  return Search(a, b, &budget);
+}
+
+}  // namespace ropewalk

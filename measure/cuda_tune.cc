@@ -1,0 +1,301 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "measure/cuda_tune.h"
+
+#include <algorithm>
+#include <atomic>
+#include <deque>
+#include <future>
+#include <mutex>
+#include <optional>
+#include <set>
+#include <thread>
+#include <utility>
+
+#include "backends/cuda/cache.h"
+#include "backends/cuda/context.h"
+#include "backends/cuda/cuda.h"
+#include "backends/cuda/shapes.h"
+#include "base/text.h"
+#include "measure/cuda_copies.h"
+#include "measure/measure.h"
+#include "measure/token_check.h"
+
+namespace ropewalk::bench {
+namespace {
+
+constexpr double kHopeless = 1.25;  // times the best: not timed again
+constexpr size_t kVaried = 2;       // the best of the first round, whose neighbours are tried
+constexpr size_t kFinalists = 4;    // that are timed in turns with the one chosen before
+constexpr int kSamples = 3, kRounds = 7;
+
+// Memory that is not asked for while a stream is captured: the driver would give the capture up.
+class LockedMemory final : public DeviceMemory {
+ public:
+  explicit LockedMemory(DeviceMemory& of) : of_(of) {}
+  std::mutex& mutex() { return mutex_; }
+
+  DLDevice device() const override { return of_.device(); }
+  void* stream() const override { return of_.stream(); }
+  Status Allocate(size_t bytes, void** out) override {
+    const std::lock_guard lock(mutex_);
+    return of_.Allocate(bytes, out);
+  }
+  void Free(void* memory) override {
+    const std::lock_guard lock(mutex_);
+    of_.Free(memory);
+  }
+  Status CopyIn(void* device, const void* host, size_t bytes) override {
+    const std::lock_guard lock(mutex_);
+    return of_.CopyIn(device, host, bytes);
+  }
+  Status CopyOut(void* host, const void* device, size_t bytes) override {
+    const std::lock_guard lock(mutex_);
+    return of_.CopyOut(host, device, bytes);
+  }
+  Status Synchronize() override {
+    const std::lock_guard lock(mutex_);
+    return of_.Synchronize();
+  }
+
+ private:
+  DeviceMemory& of_;
+  std::mutex mutex_;
+};
+
+// On up to so many threads.
+Status Compile(const std::vector<RopeCudaKey>& keys, const CudaDevice& device, size_t most_threads) {
+  std::atomic<size_t> next{0};
+  std::vector<Status> results(keys.size());
+  const auto compile = [&] {
+    for (size_t i = next++; i < keys.size(); i = next++) {
+      std::shared_ptr<const Cubin> cubin;
+      results[i] = GetCubin(keys[i], device, /*no_disk=*/false, &cubin);
+    }
+  };
+  std::vector<std::thread> threads;
+  for (size_t i = 1; i < std::min<size_t>({std::thread::hardware_concurrency(), keys.size(), most_threads}); ++i) {
+    threads.emplace_back(compile);
+  }
+  compile();
+  for (std::thread& thread : threads) thread.join();
+  for (const Status& result : results) ROPEWALK_TRY(Status(result));
+  return {};
+}
+
+Status PlanOf(const RopeCall& call, const CudaDevice& device, const RopeCudaShape& shape, RopeCudaPlan* plan) {
+  ROPEWALK_TRY(PlanRopeCuda(call, device, {.dependent_launch = true, .shape = &shape}, plan));
+  return CheckRopeCudaPlan(call, device, *plan);
+}
+
+// A case made ready: its data, what must become of it, its first candidates compiled. In the background, while another
+// case is searched.
+struct ReadyCase {
+  Status status;
+  std::unique_ptr<CaseCall> call;
+  RopeCall lowered;
+  TokenCheck check;
+};
+
+ReadyCase MakeReady(const RopeCase& c, const TuneOptions& options, const CudaDevice& device, DeviceMemory& memory) {
+  ReadyCase ready;
+  const auto make = [&]() -> Status {
+    ROPEWALK_TRY(CaseCall::Make(c, memory, &ready.call));
+    ROPEWALK_TRY(SteadyWeights(*ready.call));
+    ROPEWALK_TRY(LowerRope(ready.call->args(), nullptr, &ready.lowered));
+    ready.check.Choose(*ready.call, options.sampled_tokens);
+    std::vector<RopeCudaKey> keys;
+    for (const RopeCudaShape& shape : RopeCudaCandidates(ready.lowered, device)) {
+      RopeCudaPlan plan;
+      ROPEWALK_TRY(PlanOf(ready.lowered, device, shape, &plan));
+      keys.push_back(plan.key);
+    }
+    return Compile(keys, device, /*most_threads=*/4);
+  };
+  ready.status = make();
+  return ready;
+}
+
+// One case under search.
+class Search {
+ public:
+  Search(const CudaDevice& device, CudaGraphs& graphs, LockedMemory& memory, ReadyCase* ready, TunedCase* out)
+      : device_(device), graphs_(graphs), memory_(memory), ready_(*ready), copies_(memory, graphs), out_(*out) {}
+
+  Status Make(const RopeCase& c, const TuneOptions& options, int64_t l2_bytes) {
+    out_.call = ready_.lowered;
+    const int64_t count = CopyCount(c, l2_bytes, options.cold_bytes);
+    ROPEWALK_TRY(copies_.Make(*ready_.call, count));
+    calls_in_graph_ = RunsCold(c, l2_bytes) ? std::max<int64_t>(count, 32) : 20 * count;
+    return {};
+  }
+
+  Status Run() {
+    RopeCudaPlan plan;
+    ROPEWALK_TRY(PlanRopeCuda(out_.call, device_, {.dependent_launch = true}, &plan));
+    out_.origin = OriginName(plan.origin);
+    ROPEWALK_TRY(Try(RopeCudaCandidates(out_.call, device_)));
+    const std::vector<TriedShape> first = Best(kVaried);
+    for (const TriedShape& tried : first) {
+      ROPEWALK_TRY(Try(RopeCudaCandidates(out_.call, device_, &tried.shape)));
+    }
+    return Compare();
+  }
+
+ private:
+  // Those of the shapes that are plans of their own.
+  Status Try(const std::vector<RopeCudaShape>& shapes) {
+    std::vector<RopeCudaShape> work;
+    std::vector<RopeCudaKey> keys;
+    for (const RopeCudaShape& shape : shapes) {
+      RopeCudaPlan plan;
+      ROPEWALK_TRY(PlanOf(out_.call, device_, shape, &plan));
+      std::string identity(reinterpret_cast<const char*>(&plan.key), sizeof(plan.key));
+      Append(&identity, Text(plan.grid_x, " ", plan.grid_y));
+      if (!known_.insert(identity).second) continue;
+      work.push_back(shape);
+      keys.push_back(plan.key);
+    }
+    ROPEWALK_TRY(Compile(keys, device_, keys.size()));
+    for (const RopeCudaShape& shape : work) {
+      TriedShape tried;
+      tried.shape = shape;
+      ROPEWALK_TRY(TimeOne(&tried));
+      out_.tried.push_back(std::move(tried));
+    }
+    return {};
+  }
+
+  Status Call(size_t copy) {
+    if (ropewalk_rope(&copies_.calls()[copy].args, graphs_.stream()) == ROPEWALK_OK) return {};
+    return Status::Internal(Text("tune: a call fails: ", ropewalk_last_error()));
+  }
+
+  Status TimeOne(TriedShape* tried) {
+    TryRopeCudaShape(tried->shape);
+    ROPEWALK_TRY(copies_.RestoreFirst());
+    ROPEWALK_TRY(Call(0));
+    ROPEWALK_TRY(graphs_.Wait());
+    double worst = 0;
+    ROPEWALK_TRY(ready_.check.Run(copies_.calls()[0].args, memory_, &tried->wrong, &worst));
+    if (!tried->wrong.empty()) return {};
+    CudaGraph graph;
+    ROPEWALK_TRY(Capture(&graph));
+    std::vector<double> seconds;
+    for (int i = 0; i < kSamples; ++i) {
+      ROPEWALK_TRY(Sample(graph, &seconds));
+      if (seconds[0] > kHopeless * best_) break;
+    }
+    tried->seconds = Median(seconds);
+    best_ = std::min(best_, tried->seconds);
+    return {};
+  }
+
+  Status Capture(CudaGraph* graph) {
+    const std::lock_guard lock(memory_.mutex());
+    return graphs_.Capture(
+        [&]() -> Status {
+          for (int64_t i = 0; i < calls_in_graph_; ++i) {
+            ROPEWALK_TRY(Call(static_cast<size_t>(i) % copies_.calls().size()));
+          }
+          return {};
+        },
+        graph);
+  }
+  Status Sample(const CudaGraph& graph, std::vector<double>* seconds) {
+    double all = 0;
+    ROPEWALK_TRY(graphs_.Replay(graph, &all));
+    seconds->push_back(all / static_cast<double>(calls_in_graph_));
+    return {};
+  }
+
+  std::vector<TriedShape> Best(size_t count) {
+    std::erase_if(out_.tried, [&](const TriedShape& tried) {
+      if (!tried.wrong.empty()) wrong_.push_back(tried);
+      return !tried.wrong.empty();
+    });
+    std::ranges::stable_sort(out_.tried, {}, &TriedShape::seconds);
+    return {out_.tried.begin(), out_.tried.begin() + static_cast<std::ptrdiff_t>(std::min(count, out_.tried.size()))};
+  }
+
+  // The best few and the one chosen before, in turns.
+  Status Compare() {
+    std::vector<TriedShape> finalists = Best(kFinalists);
+    std::vector<CudaGraph> graphs(finalists.size() + 1);
+    for (size_t i = 0; i < graphs.size(); ++i) {
+      TryRopeCudaShape(i < finalists.size() ? std::optional(finalists[i].shape) : std::nullopt);
+      ROPEWALK_TRY(Capture(&graphs[i]));
+    }
+    ROPEWALK_TRY(copies_.Restore());
+    std::vector<std::vector<double>> seconds(graphs.size());
+    for (int round = 0; round < kRounds; ++round) {
+      for (size_t i = 0; i < graphs.size(); ++i) ROPEWALK_TRY(Sample(graphs[i], &seconds[i]));
+    }
+    for (size_t i = 0; i < finalists.size(); ++i) {
+      out_.tried[i].seconds = Median(seconds[i]);
+      out_.tried[i].compared = true;
+    }
+    out_.before = Median(seconds.back());
+    Best(0);
+    out_.tried.insert(out_.tried.end(), wrong_.begin(), wrong_.end());
+    return {};
+  }
+
+  const CudaDevice device_;
+  CudaGraphs& graphs_;
+  LockedMemory& memory_;
+  ReadyCase& ready_;
+  Copies copies_;
+  TunedCase& out_;
+  std::set<std::string> known_;  // plans
+  std::vector<TriedShape> wrong_;
+  int64_t calls_in_graph_ = 1;
+  double best_ = 1e9;
+};
+
+}  // namespace
+
+Status CudaTuner::Make(std::unique_ptr<CudaTuner>* out) {
+  const CudaDriver& driver = GetCudaDriver();
+  if (!driver.status.ok()) {
+    return Status::Unavailable(Text("tune: CUDA is not available: ", driver.status.text(), "; ", driver.remedy));
+  }
+  out->reset(new CudaTuner(driver, CudaMemory()));
+  int bytes = 0;
+  if (driver.DeviceGetAttribute(&bytes, cu::kL2CacheBytes, driver.devices.front().handle) == cu::kSuccess) {
+    (*out)->l2_bytes_ = bytes;
+  }
+  return {};
+}
+
+Status CudaTuner::Tune(std::span<const RopeCase> cases, const TuneOptions& options,
+                       const std::function<bool(const RopeCase&, const Status&, const TunedCase&)>& visit) {
+  constexpr size_t kAhead = 3;
+  const CudaDevice& device = driver_.devices.front().properties;
+  CudaContextScope scope;
+  ROPEWALK_TRY(scope.Enter(driver_, 0));
+  std::unique_ptr<CudaGraphs> graphs;
+  ROPEWALK_TRY(CudaGraphs::Open(driver_, &graphs));
+  LockedMemory memory(memory_);
+  std::deque<std::future<ReadyCase>> ahead;
+  size_t begun = 0;
+  for (const RopeCase& c : cases) {
+    while (begun < cases.size() && ahead.size() < kAhead) {
+      ahead.push_back(std::async(std::launch::async, MakeReady, std::cref(cases[begun++]), std::cref(options),
+                                 std::cref(device), std::ref(memory)));
+    }
+    ReadyCase ready = ahead.front().get();
+    ahead.pop_front();
+    TunedCase tuned;
+    Status status = std::move(ready.status);
+    if (status.ok()) {
+      Search search(device, *graphs, memory, &ready, &tuned);
+      status = search.Make(c, options, l2_bytes_);
+      if (status.ok()) status = search.Run();
+      TryRopeCudaShape(std::nullopt);
+    }
+    if (!visit(c, status, tuned)) break;
+  }
+  return {};
+}
+
+}  // namespace ropewalk::bench

@@ -1,0 +1,72 @@
+// Scaling rules: one rope_parameters (rope_scaling) object, in every spelling, old and new, to a RopeRule.
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cstdint>
+#include <initializer_list>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <utility>
+
+#include "base/status.h"
+#include "frequencies/rope_rule.h"
+#include "models/json_fields.h"
+#include "models/model_fields.h"
+#include "models/model_traits.h"
+
+namespace ropewalk {
+
+// "a", "b" or "c".
+template <class Range>
+std::string AnyOf(const Range& names) {
+  std::string text;
+  size_t left = names.size();
+  for (const auto& name : names) {
+    text += Quoted(name);
+    --left;
+    if (left > 0) text += left == 1 ? " or " : ", ";
+  }
+  return text;
+}
+
+// One value that may stand in several places: they must agree. A place is its name in messages and its value.
+template <class Value>
+Status Agree(std::initializer_list<std::pair<std::string, std::optional<Value>>> places, std::optional<Value>* out) {
+  const std::string* first = nullptr;
+  for (const auto& [name, value] : places) {
+    if (!value) continue;
+    if (first == nullptr) {
+      first = &name;
+      *out = value;
+    } else if (*value != **out) {
+      return Status::Invalid(*first + " is " + Show(static_cast<double>(**out)) + ", but " + name + " is " +
+                             Show(static_cast<double>(*value)));
+    }
+  }
+  return {};
+}
+
+// What stands around a rope_parameters object and decides with it.
+struct Surroundings {
+  std::string prefix;                    // of messages: "config.json: "
+  std::optional<double> theta, partial;  // of the configuration itself
+  std::string theta_name = "rope_theta", partial_name = "partial_rotary_factor";
+  double default_theta = 0, default_partial = 1;  // 0: theta must be given
+  std::optional<int64_t> max_position, original_position;
+  int64_t head_dim = 0;               // before `partial` is applied
+  std::optional<int64_t> rotary_dim;  // given outright
+  int64_t sequence_length = 0;
+  TraitMrope mrope = TraitMrope::kContiguous;
+  std::string_view model_type;
+  bool known = false;  // the model_type
+};
+
+Status MissingTheta(const Surroundings& around);
+// `where` stands before the fields' names in messages.
+Status ReadRule(const Json& object, const std::string& where, const Surroundings& around, RopeRule* rule);
+// A scaling text, which may be empty. Messages call its fields "scaling.factor".
+Status ReadScaling(double theta, int64_t rotary_dim, std::string_view scaling_json, int64_t sequence_length,
+                   RopeRule* out);
+
+}  // namespace ropewalk

@@ -1,0 +1,74 @@
+// A checked call, ready for a backend: what lower() makes of ropewalk_rope_args.
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <ropewalk/ropewalk.h>
+
+#include "base/status.h"
+#include "frequencies/frequencies.h"
+#include "rope/arguments.h"
+#include "rope/params.h"
+#include "rope/tensors.h"
+
+namespace ropewalk {
+
+// The compile-time choices of a kernel; fields hold the constants of params.h. A backend may treat some of them as
+// run-time values.
+struct RopeVariant {
+  uint8_t dtype = kRopeNoDtype;  // of q, k, v and the outputs
+  uint8_t pairing = ROPEWALK_NEOX;
+  uint8_t inverse = 0;
+  uint8_t norm = 0;  // 1: RMS
+  uint8_t weight = kRopeNoWeight;
+  uint8_t weight_dtype = kRopeNoDtype;
+  uint8_t rounding = kRopeRoundFused;
+  uint8_t table_dtype = kRopeNoDtype;      // none: angles from turns
+  uint8_t positions_dtype = kRopeNoDtype;  // none: 0, 1, 2, ..
+  uint8_t offsets_dtype = kRopeNoDtype;    // none: no offsets
+  uint8_t slots_dtype = kRopeNoDtype;
+  uint8_t cache_dtype = kRopeNoDtype;  // none: no store
+  uint8_t axes = 0;                    // pairs are mapped to rows of positions: 1 by the frequencies, 2 by the caller
+  uint8_t store_k = kRopeNoStore;      // to k_cache; kRopeStoreOnly: k's own memory is not written
+  uint8_t store_v = 0;                 // v_cache is there
+  uint8_t out_of_place = 0;            // 1: q_out or k_out differs from its input
+
+  bool operator==(const RopeVariant&) const = default;
+};
+static_assert(sizeof(RopeVariant) == 16, "hashed as bytes, as part of a kernel's key");
+
+// Data pointers. On the host or on the device of the call.
+struct RopeTensors {
+#define X(name, type) type* name = nullptr;
+  ROPE_TENSORS(X)
+#undef X
+};
+
+struct RopeCall {
+  RopeVariant variant;
+  RopeTensors tensors;
+  rope_params params;
+  const ropewalk_frequencies* frequencies = nullptr;
+  DLDevice device;
+  void* stream = nullptr;
+  void* sycl_queue = nullptr;  // a sycl::queue*, instead of the stream
+  bool disable_pdl = false;    // programmatic dependent launch
+  // Calls with the same number may share a plan. They differ only in their stream and in their addresses; the addresses
+  // agree modulo 32 bytes, and tensors whose spans meet keep their distance. 0: the call shares with no other.
+  uint64_t shape = 0;
+};
+
+// Else the angles come from a table.
+inline bool NeedsFrequencies(const RopeCall& call) { return call.variant.table_dtype == kRopeNoDtype; }
+
+std::span<const Arg> RopeDescription();
+// How many arguments at most may be one value on the host: a binding keeps room for them.
+inline constexpr int kMostHostScalars = 2;
+
+// Whether lowering reads the tensor: one scale on the host, instead of which the params carry its value.
+bool IsHostValue(const Arg& arg, const DLTensor& tensor);
+// Fills call->tensors from the arguments; the variant and the params are theirs already.
+void SetTensors(const ropewalk_rope_args& args, RopeCall* call);
+// Checks the arguments and fills the call. Nothing is read from tensors' data but scales on the host.
+Status LowerRope(const ropewalk_rope_args& args, void* stream, RopeCall* call);
+
+}  // namespace ropewalk

@@ -1,0 +1,153 @@
+// Every pair of choices of the CUDA kernel compiles, with warnings as errors and without spills, for every architecture
+// from sm_80 to sm_120a: with NVRTC, as at run time, and with nvcc. Where one of them is absent, its tests are skipped.
+// ROPEWALK_CUDA_ALL=1 compiles every variant for every architecture.
+// SPDX-License-Identifier: Apache-2.0
+#include <gtest/gtest.h>
+#include <stdlib.h>
+
+#include <algorithm>
+#include <atomic>
+#include <filesystem>
+#include <fstream>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "backends/cuda/bundle.h"
+#include "backends/cuda/nvrtc.h"
+#include "backends/cuda/sources.h"
+#include "base/text.h"
+#include "conformance/cases.h"
+#include "conformance/cuda_variants.h"
+
+namespace ropewalk {
+namespace {
+
+namespace fs = std::filesystem;
+
+// Of every variant that a GPU of this architecture has, its share of every pair of choices: the architectures together
+// take all. sm_90a takes all that limit registers besides: limits are searched there.
+std::vector<CudaVariant> VariantsFor(const std::string& arch, const CudaDevice& device) {
+  std::vector<CudaVariant> variants;
+  const Status status = CudaVariantsOf(RopeCases(), device, &variants);
+  EXPECT_TRUE(status.ok()) << status.text();
+  const char* all = getenv("ROPEWALK_CUDA_ALL");
+  if (all && *all == '1') return variants;
+  const std::vector<std::string> archs = BundleArchs();
+  const auto share = static_cast<size_t>(std::ranges::find(archs, arch) - archs.begin());
+  const std::vector<CudaVariant> covering = CoveringVariants(variants);
+  std::vector<CudaVariant> out;
+  for (size_t i = 0; i < covering.size(); ++i) {
+    const bool limited = device.major == 9 && covering[i].key.min_blocks != 1;
+    if (limited || i % archs.size() == share) out.push_back(covering[i]);
+  }
+  return out;
+}
+
+class CudaCompile : public ::testing::TestWithParam<std::string> {};
+
+TEST_P(CudaCompile, Nvrtc) {
+  const Nvrtc* nvrtc = nullptr;
+  if (const Status status = OpenNvrtc(&nvrtc); !status.ok()) GTEST_SKIP() << status.text();
+  std::vector<CudaDevice> devices;
+  ASSERT_TRUE(BundleDevices(GetParam(), &devices).ok());
+  std::string arch;
+  if (const Status status = ChooseArch(*nvrtc, devices.front(), &arch); !status.ok()) GTEST_SKIP() << status.text();
+  EXPECT_EQ(arch, GetParam());
+
+  const std::vector<CudaVariant> variants = VariantsFor(GetParam(), devices.front());
+  ASSERT_FALSE(variants.empty());
+  std::atomic<size_t> compiled{0};
+  std::mutex mutex;
+  std::vector<std::string> failures;
+  OnAllThreads(variants.size(), [&](const auto& next) {
+    for (size_t i = next(); i < variants.size(); i = next()) {
+      const RopeCudaKey& key = variants[i].key;
+      Compilation compilation;
+      const Status status = CompileCuda(*nvrtc, RopeCudaSource(key), arch, /*verbose=*/true, &compilation);
+      const PtxasText said = ReadPtxas(compilation.log);
+      std::string why = status.text();
+      if (status.ok() && !said.warnings.empty()) why = said.warnings;
+      if (status.ok() && said.spilled_bytes) why = Text("spills ", said.spilled_bytes, " bytes");
+      if (status.ok() && said.registers == 0) why = Text("ptxas said nothing of registers:\n", compilation.log);
+      if (status.ok() && why.empty()) ++compiled;
+      const std::lock_guard lock(mutex);
+      if (!why.empty()) failures.push_back(Text(RopeCudaName(key), " (case ", variants[i].of, "): ", why));
+    }
+  });
+  EXPECT_EQ(compiled, variants.size());
+  for (size_t i = 0; i < std::min<size_t>(failures.size(), 5); ++i) ADD_FAILURE() << failures[i];
+}
+
+TEST_P(CudaCompile, Nvcc) {
+  const std::string path = fs::exists("/usr/local/cuda/bin/nvcc") ? "/usr/local/cuda/bin/nvcc" : "nvcc";
+  if (std::system(Text(path, " --version > /dev/null 2>&1").c_str()) != 0) GTEST_SKIP() << "there is no nvcc here";
+  std::string name = (fs::temp_directory_path() / "ropewalk-nvcc-XXXXXX").string();
+  ASSERT_NE(mkdtemp(name.data()), nullptr);
+  const fs::path directory = name;
+  for (size_t i = 0; i < kCudaSourceCount; ++i) {
+    fs::create_directories((directory / kCudaSources[i].path).parent_path());
+    std::ofstream(directory / kCudaSources[i].path) << kCudaSources[i].text;
+  }
+  std::vector<CudaDevice> devices;
+  ASSERT_TRUE(BundleDevices(GetParam(), &devices).ok());
+  // nvcc takes 0.2 to 0.5 s a file: an eighth of this architecture's share.
+  const std::vector<CudaVariant> variants = VariantsFor(GetParam(), devices.front());
+  for (size_t i = 0; i < variants.size(); i += 8) {
+    const fs::path file = directory / "variant.cu", log = directory / "log";
+    const RopeCudaKey& key = variants[i].key;
+    std::ofstream(file) << RopeCudaSource(key);
+    const std::string command =
+        Text(path, " -cubin -arch=", GetParam(), " -std=c++17 --expt-relaxed-constexpr -Werror all-warnings -I ",
+             directory.string(), " -o ", (directory / "variant.cubin").string(), " ", file.string(), " > ",
+             log.string(), " 2>&1");
+    if (std::system(command.c_str()) == 0) continue;
+    std::ifstream text(log);
+    ADD_FAILURE() << RopeCudaName(key) << "\n" << std::string(std::istreambuf_iterator<char>(text), {});
+    break;
+  }
+  fs::remove_all(directory);
+}
+
+INSTANTIATE_TEST_SUITE_P(All, CudaCompile, ::testing::ValuesIn(BundleArchs()),
+                         [](const auto& test) { return test.param; });
+
+// What is embedded is what is in the tree, byte by byte.
+TEST(CudaSources, AreTheFiles) {
+  for (size_t i = 0; i < kCudaSourceCount; ++i) {
+    std::ifstream file(fs::path(ROPEWALK_SOURCE_DIR) / kCudaSources[i].path, std::ios::binary);
+    const std::string text(std::istreambuf_iterator<char>(file), {});
+    EXPECT_EQ(text, kCudaSources[i].text) << kCudaSources[i].path;
+  }
+  EXPECT_EQ(std::string(kCudaSourceDigest).size(), 64u);
+}
+
+TEST(CudaArchs, WhatRunsWhere) {
+  EXPECT_TRUE(ArchServes("sm_90a", {132, 9, 0}));
+  EXPECT_FALSE(ArchServes("sm_90a", {132, 10, 0}));
+  EXPECT_TRUE(ArchServes("sm_80", {84, 8, 6}));
+  EXPECT_FALSE(ArchServes("sm_86", {108, 8, 0}));
+  EXPECT_FALSE(ArchServes("sm_100a", {160, 10, 3}));
+  EXPECT_TRUE(ArchServes("sm_120", {48, 12, 1}));
+  EXPECT_TRUE(ArchServes("sm_100f", {160, 10, 3}));
+  for (const char* name : {"", "90", "sm_", "sm_9x0", "compute_90"})
+    EXPECT_FALSE(ArchServes(name, {132, 9, 0})) << name;
+  EXPECT_EQ(ExactArch({132, 9, 0}), "sm_90a");
+  EXPECT_EQ(ExactArch({142, 8, 9}), "sm_89");
+}
+
+TEST(CudaPtxas, Read) {
+  const PtxasText said = ReadPtxas(
+      "x.cu(2): warning #177-D: unused\n"
+      "ptxas info    : 195 bytes gmem\n"
+      "ptxas         .     8 bytes stack frame, 12 bytes spill stores, 16 bytes spill loads\n"
+      "ptxas info    : Used 70 registers, used 0 barriers, 16384 bytes smem\n");
+  EXPECT_EQ(said.registers, 70);
+  EXPECT_EQ(said.shared_bytes, 16384);
+  EXPECT_EQ(said.spilled_bytes, 28);
+  EXPECT_EQ(said.stack_bytes, 8);
+  EXPECT_EQ(said.warnings, "x.cu(2): warning #177-D: unused\n");
+}
+
+}  // namespace
+}  // namespace ropewalk

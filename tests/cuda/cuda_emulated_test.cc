@@ -1,0 +1,156 @@
+// The CUDA kernel itself, run on the processor: the body that NVRTC would get is compiled by the C++ compiler for each
+// variant (emulated_nvrtc.cc), and launches run it with the lanes of a warp in turn (emulated_gpu.cc). Here a sample,
+// as a variant takes a quarter of a second to compile; scripts/test.sh emulated runs every case. What only a GPU shows
+// remains for `make gpu-test`: its arithmetic's last bits, its memory's order and its speed.
+// SPDX-License-Identifier: Apache-2.0
+#include <gtest/gtest.h>
+
+#include <functional>
+#include <ostream>
+#include <string>
+#include <vector>
+
+#include "base/text.h"
+#include "conformance/cases.h"
+#include "tests/expect_passed.h"
+#include "tests/fresh_process.h"
+#include "tests/report.h"
+
+namespace ropewalk {
+namespace {
+
+#ifdef ROPEWALK_EMULATED_LIBCUDA
+
+constexpr size_t kStep = 37;  // every so many cases
+
+// `changes`: of the environment, beside the emulated GPU and a cache of this name.
+void OnEmulatedGpu(const std::string& cache, const Environment& changes, const std::function<void()>& body) {
+  InChild([&] {
+    ChangeEnvironment({"ROPEWALK_PDL", "ROPEWALK_BUNDLE", "ROPEWALK_CUDA_LINEINFO"},
+                      {{"ROPEWALK_LIBCUDA", ROPEWALK_EMULATED_LIBCUDA},
+                       {"ROPEWALK_LIBNVRTC", ROPEWALK_EMULATED_NVRTC},
+                       {"ROPEWALK_CACHE_DIR", Directory() + "/" + cache},
+                       {"FAKE_CUDA_LEGACY_STREAM", "1"}});
+    ChangeEnvironment({}, changes);
+    PrintCaseOnCrash();
+    body();
+  });
+}
+
+RunSummary RunOnIt(const std::vector<RopeCase>& cases, const char* backend, const std::string& source = "") {
+  RunSummary summary = RunCases(cases, CudaMemory(), {.backend = backend, .source = source});
+  for (const auto& [kernel, count] : summary.kernels)
+    EXPECT_TRUE(kernel.starts_with("cuda ") || kernel == "none") << kernel;
+  return summary;
+}
+
+void ExpectAllPass(const std::vector<RopeCase>& cases, const char* backend, const std::string& what,
+                   const std::string& source = "") {
+  const RunSummary summary = RunOnIt(cases, backend, source);
+  ExpectPassed(summary, cases.size());
+  if (summary.failed == 0) Report(Text(summary.run, " cases on an emulated CUDA GPU: ", what));
+}
+
+std::vector<RopeCase> Which(const std::function<bool(const RopeCase&)>& which, size_t step = 1) {
+  std::vector<RopeCase> cases;
+  size_t i = 0;
+  for (const RopeCase& c : RopeCases()) {
+    if (which(c) && i++ % step == 0) cases.push_back(c);
+  }
+  return cases;
+}
+bool Long(const RopeCase& c) { return c.tokens >= 1000; }
+bool Short(const RopeCase& c) { return !Long(c); }
+
+TEST(CudaEmulated, LayoutForFewTokens) {
+  OnEmulatedGpu("few", {}, [] {
+    ExpectAllPass(Which(Short, kStep), "cuda:few", Text("1 in ", kStep, ", layout for few tokens"));
+  });
+}
+TEST(CudaEmulated, LayoutForManyTokens) {
+  OnEmulatedGpu("many", {}, [] {
+    ExpectAllPass(Which(Short, kStep), "cuda:many", Text("1 in ", kStep, ", layout for many tokens"));
+  });
+}
+TEST(CudaEmulated, ManyTokens) {
+  OnEmulatedGpu("long", {}, [] {
+    const std::vector<RopeCase> cases = Which(Long);
+    ASSERT_GE(cases.size(), 20u);
+    ExpectAllPass(cases, "cuda", "those of a thousand tokens and more");
+  });
+}
+TEST(CudaEmulated, RandomCases) {
+  OnEmulatedGpu("random", {}, [] {
+    const std::vector<RopeCase> cases = RandomRopeCases(20261123, 60);
+    for (const char* layout : {"cuda:few", "cuda:many"})
+      ExpectAllPass(cases, layout, Text("random ones, ", layout), "--random 60 --seed 20261123");
+  });
+}
+// Heads that make no whole number of blocks.
+TEST(CudaEmulated, UnevenHeads) {
+  OnEmulatedGpu("uneven", {}, [] {
+    const auto cases = Which([](const RopeCase& c) { return c.model.empty() && c.q_heads >= 20; });
+    ASSERT_GE(cases.size(), 40u);
+    ExpectAllPass(cases, "cuda", "heads that make no whole number of blocks");
+  });
+}
+
+// What engines send, to every other model, shared among processes; `make test-models` runs all.
+constexpr int kProcesses = 4;
+class CudaEmulatedModels : public testing::TestWithParam<int> {};
+
+TEST_P(CudaEmulatedModels, Heads) {
+  OnEmulatedGpu(Text("models", GetParam()), {}, [] {
+    const std::vector<RopeCase> all = EngineCases(false);
+    std::vector<RopeCase> own;
+    for (size_t i = 0; i < all.size(); ++i) {
+      if (i / 5 % (2 * kProcesses) == static_cast<size_t>(GetParam())) own.push_back(all[i]);
+    }
+    ASSERT_GE(own.size(), 40u);
+    ExpectAllPass(own, "cuda", "the heads of models", "--engines");
+  });
+}
+INSTANTIATE_TEST_SUITE_P(, CudaEmulatedModels, testing::Range(0, kProcesses));
+
+// ---------------------------------------------------------------------------------------------------------------------
+// What the emulation is to see: each text is left out of the kernel's sources, or put for another one.
+
+struct Mistake {
+  const char* name;
+  const char* text;
+  const char* instead;
+  friend std::ostream& operator<<(std::ostream& out, const Mistake& mistake) { return out << mistake.name; }
+};
+
+class CudaEmulatedSees : public testing::TestWithParam<Mistake> {};
+
+TEST_P(CudaEmulatedSees, It) {
+  const Mistake& mistake = GetParam();
+  OnEmulatedGpu(mistake.name, {{"EMULATED_REPLACE", mistake.text}, {"EMULATED_BY", mistake.instead}}, [] {
+    // Fetched side by side by the lanes of a warp, normalised; many turns.
+    const std::vector<RopeCase> cases = Which([](const RopeCase& c) {
+      return Short(c) && c.norm && c.head_dim == 80 && c.rotary_dim == 80 && c.rounding == ROPEWALK_ROUND_FUSED &&
+             c.layout == Layout::kSeparate && c.bad == Bad::kNone && c.tokens > 2;
+    });
+    ASSERT_GE(cases.size(), 2u);
+    const RunSummary summary = RunOnIt(cases, "cuda:many");
+    EXPECT_GT(summary.failed, 0) << "of " << summary.run << " cases";
+    for (const CaseResult& failure : summary.failures)
+      EXPECT_EQ(failure.message.find("failed:"), std::string::npos) << failure.message;  // to compile, say
+  });
+}
+
+INSTANTIATE_TEST_SUITE_P(, CudaEmulatedSees,
+                         testing::Values(Mistake{"LanesThatDoNotMeet", "__syncwarp();", ";"},
+                                         Mistake{"CopiesThatAreNotWaitedFor", "cp.async.wait_group %0;", ""},
+                                         Mistake{"AHeadTooFar", "+ static_cast<rw_i64>(h) *",
+                                                 "+ static_cast<rw_i64>(h + 1) *"},
+                                         Mistake{"ASumOfOtherLanes", "at < kLanes ? at : at - kLanes", "at"}),
+                         [](const auto& test) { return test.param.name; });
+
+#else
+TEST(CudaEmulated, Cases) { GTEST_SKIP() << "built for another machine, or with a sanitizer, which fibers confuse"; }
+#endif
+
+}  // namespace
+}  // namespace ropewalk

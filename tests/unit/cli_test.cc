@@ -1,0 +1,141 @@
+// The command line as a program: what it prints is printed or it says so, and numbers are taken as they are or refused.
+// SPDX-License-Identifier: Apache-2.0
+#include <gtest/gtest.h>
+#include <sys/wait.h>
+
+#include <cstdio>
+#include <cstdlib>
+#include <nlohmann/json.hpp>
+#include <string>
+
+#include "base/text.h"
+
+namespace ropewalk {
+namespace {
+
+struct Ended {
+  int code = -1;
+  std::string said;  // on stdout and stderr
+};
+
+// By a shell, so that `arguments` may redirect.
+Ended Command(const std::string& arguments) {
+  const std::string line =
+      Text("(ROPEWALK_MODELS='", ROPEWALK_MODELS_DIR, "' exec '", ROPEWALK_COMMAND, "' ", arguments, ") 2>&1");
+  Ended ended;
+  FILE* pipe = popen(line.c_str(), "r");
+  char buffer[4096];
+  while (pipe && fgets(buffer, sizeof(buffer), pipe)) ended.said += buffer;
+  const int status = pipe ? pclose(pipe) : -1;
+  if (WIFEXITED(status)) ended.code = WEXITSTATUS(status);
+  return ended;
+}
+
+class Cli : public testing::Test {
+ protected:
+  void SetUp() override {
+    if (std::string(ROPEWALK_COMMAND).empty()) GTEST_SKIP() << "the command line is not built for this machine";
+  }
+};
+
+TEST_F(Cli, OutputThatIsLostIsAFailure) {
+  for (const char* command :
+       {"doctor", "check --random 2", "check --random 2 --json", "check --list", "explain --model qwen3-8b",
+        "explain --model qwen3-8b --json", "describe", "describe --schema", "describe --json", "--help", "--version",
+        "check --help", "run --model smollm2-135m --tokens 1 --seconds 0.001"}) {
+    for (const char* where : {"/dev/full", "&-"}) {
+      const Ended ended = Command(Text(command, " >", where));
+      EXPECT_EQ(ended.code, 2) << command << " >" << where << ": " << ended.said;
+      EXPECT_NE(ended.said.find("ropewalk: "), std::string::npos) << command << " >" << where << ": " << ended.said;
+    }
+    EXPECT_EQ(Command(Text(command, " >/dev/null")).code, 0) << command;
+  }
+}
+
+TEST_F(Cli, NumbersAreTakenAsTheyAreOrRefused) {
+  for (const char* arguments :
+       {"check --random 99999999999999999999 --list", "check --random 100000000 --list", "check --random 0 --list",
+        "check --random -1 --list", "check --random 2 --seed 99999999999999999999 --list",
+        "check --random 2 --seed -1 --list", "explain --tokens 99999999999", "explain --tokens 99999999999999999999",
+        "check --threads 4294967297", "check --max-failures 99999999999999999999",
+        "run --tokens 1,99999999999999999999"}) {
+    const Ended ended = Command(arguments);
+    EXPECT_EQ(ended.code, 2) << arguments << ": " << ended.said;
+    EXPECT_NE(ended.said.find("must be a whole number from"), std::string::npos) << arguments << ": " << ended.said;
+  }
+  for (const char* shard : {"1", "1/", "/2", "2/2", "0/0", "-1/4", "1/-4", "99999999999999999999/4", "1/4x",
+                            "1/99999999999999999999", "0x0/2", "' 1/2'"}) {
+    const Ended ended = Command(Text("check --list --shard ", shard));
+    EXPECT_EQ(ended.code, 1) << shard << ": " << ended.said;
+    EXPECT_NE(ended.said.find("--shard must be K/N with K < N"), std::string::npos) << shard << ": " << ended.said;
+  }
+  EXPECT_EQ(Command("check --list --shard 1/4").code, 0);
+  EXPECT_EQ(Command("check --random 2 --seed 18446744073709551615 --list").code, 0);
+}
+
+TEST_F(Cli, AModelIsNotReadForEver) {
+  const Ended ended = Command("explain --model /dev/zero");
+  EXPECT_EQ(ended.code, 2);
+  EXPECT_NE(ended.said.find("/dev/zero: is larger than 8 MiB"), std::string::npos) << ended.said;
+}
+
+TEST_F(Cli, TheSweepHasEveryPartWorstFirst) {
+  const Ended ended =
+      Command("bench --sweep --dtype f32 --op rope --pairing neox --tokens 1 --seconds 0.0001 --json - 2>/dev/null");
+  EXPECT_EQ(ended.code, 0) << ended.said;
+  const nlohmann::json sweep = nlohmann::json::parse(ended.said, nullptr, false);
+  ASSERT_FALSE(sweep.is_discarded()) << ended.said;
+  EXPECT_TRUE(sweep.at("held"));
+  const auto& results = sweep.at("results");
+  ASSERT_GE(results.size(), 100u);
+  bool real = false;
+  for (size_t i = 0; i < results.size(); ++i) {
+    EXPECT_GT(results[i].at("us"), 0);
+    if (i > 0) {
+      EXPECT_LE(results[i].at("ratio"), results[i - 1].at("ratio"));
+    }
+    real |= results[i].at("rotary_dim") == 64 && results[i].at("rotary_offset") == 128;
+  }
+  EXPECT_TRUE(real);
+}
+
+TEST_F(Cli, TheSweepRefusesWhatItWouldPassOver) {
+  for (const char* option : {"--threads 2", "--shape 1,2,2,64", "--model qwen3-8b", "--tokens 1,2"}) {
+    const Ended ended = Command(Text("bench --sweep ", option));
+    EXPECT_EQ(ended.code, 2) << option;
+    EXPECT_NE(ended.said.find("--sweep has shapes of its own"), std::string::npos) << ended.said;
+  }
+  const Ended ended = Command("bench --sweep --backend cuda");
+  EXPECT_EQ(ended.code, 2);
+  EXPECT_NE(ended.said.find("--backend must be cpu or cpu:TARGET, but is cuda"), std::string::npos) << ended.said;
+}
+
+// Doctor tells of what would serve, not of what it finds by a search of its own.
+TEST_F(Cli, DoctorTellsWhatWouldServe) {
+  setenv("ROPEWALK_LIBNVRTC", "/nowhere/libnvrtc.so.13", 1);
+  setenv("ROPEWALK_CACHE_DIR", "/nowhere/kernels", 1);
+  const auto found = nlohmann::json::parse(Command("doctor --json").said);
+  EXPECT_EQ(found["kernel_cache"].get<std::string>().rfind("/nowhere/kernels", 0), 0u) << found["kernel_cache"];
+  for (const auto& tool : found["tools"]) {
+    EXPECT_TRUE(tool["what"] != "NVRTC" || tool["found"] == false) << tool;
+  }
+  unsetenv("ROPEWALK_LIBNVRTC");
+  unsetenv("ROPEWALK_CACHE_DIR");
+}
+
+// A target that is none is not passed over.
+TEST_F(Cli, AWrongTargetInTheEnvironmentIsSaid) {
+  for (const char* target : {"avx9", "sse", "AVX2", "cpu:avx2"}) {
+    setenv("ROPEWALK_CPU_TARGET", target, 1);
+    const std::string wanted = Text("ROPEWALK_CPU_TARGET: force_backend: the target of cpu must be one of ");
+    const Ended doctor = Command("doctor --json");
+    EXPECT_NE(doctor.said.find(wanted), std::string::npos) << doctor.said;
+    const Ended explain = Command("explain --model qwen3-8b");
+    EXPECT_NE(explain.code, 0);
+    EXPECT_NE(explain.said.find(Text("but is \"", target, "\"")), std::string::npos) << explain.said;
+  }
+  unsetenv("ROPEWALK_CPU_TARGET");
+}
+
+}  // namespace
+}  // namespace ropewalk
