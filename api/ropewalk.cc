@@ -156,6 +156,7 @@ const char* ropewalk_explain(const ropewalk_rope_args* args) {
     ROPEWALK_TRY(Lowered(args, nullptr, &call, &backend));
     Explanation explanation = {{"backend", backend->name}};
     ROPEWALK_TRY(backend->explain(call, &explanation));
+    explanation.emplace_back("tensors", ShapesText(call));  // to tell a layout that was meant otherwise
     *text = "{";
     for (const auto& [key, value] : explanation) {
       Append(text, Text(text->size() > 1 ? ", " : "", JsonString(key), ": ", JsonString(value)));
@@ -289,7 +290,7 @@ const int32_t* ropewalk_frequencies_axes(const ropewalk_frequencies* frequencies
 }
 
 const char* ropewalk_frequencies_warnings(const ropewalk_frequencies* frequencies) {
-  return frequencies->warnings.c_str();
+  return frequencies ? frequencies->warnings.c_str() : "";
 }
 
 int ropewalk_frequencies_table(const ropewalk_frequencies* frequencies, DLTensor* cos, DLTensor* sin) {

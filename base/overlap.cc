@@ -10,35 +10,63 @@ namespace {
 
 constexpr int kMostSteps = 1 << 16;
 
-// Splits the footprint with the longer outermost axis until the ranges are apart or dense runs meet.
-bool Search(Footprint a, Footprint b, int* budget) {
-  if (a.base >= b.end() || b.base >= a.end()) return false;
-  if (a.count == 0 && b.count == 0) return true;
+// The bytes from the first to the last of one step of the outermost axis.
+uintptr_t RowExtent(const Footprint& f) {
+  int64_t last = f.item;
+  for (int i = 1; i < f.count; ++i) last += f.axes[i].stride * (f.axes[i].size - 1);
+  return static_cast<uintptr_t>(last);
+}
+
+// Makes `part` the `size` steps of the outermost axis of `whole` that begin at step `from`.
+void Take(const Footprint& whole, int64_t from, int64_t size, Footprint* part) {
+  *part = whole;
+  part->base += static_cast<uintptr_t>(from * whole.axes[0].stride);
+  part->axes[0].size = size;
+  if (size > 1) return;
+  for (int i = 1; i < part->count; ++i) part->axes[i - 1] = part->axes[i];
+  --part->count;
+}
+
+// Splits the footprint with the longer outermost axis until the ranges are apart or dense runs meet. No axis has a
+// stride of 0. One level halves one axis, so that there are at most 132 (each tensor has less than 2^62 bytes and four
+// axes), of 200 bytes of stack each: both footprints are changed in place, and are as they were where the answer is
+// false.
+bool Search(Footprint* a, Footprint* b, int* budget) {
+  if (a->base >= b->end() || b->base >= a->end()) return false;
+  if (a->count == 0 && b->count == 0) return true;
   if (--*budget < 0) return true;
   // Rows of one period that lie beside each other, as packed q, k and v do, however many rows there are.
-  if (a.count && b.count && a.axes[0].stride == b.axes[0].stride) {
-    const auto period = static_cast<uintptr_t>(a.axes[0].stride);
-    Footprint row_a = a, row_b = b;
-    row_a.axes[0].size = row_b.axes[0].size = 1;
-    const uintptr_t extent_a = row_a.end() - a.base, extent_b = row_b.end() - b.base;
+  if (a->count && b->count && a->axes[0].stride == b->axes[0].stride) {
+    const auto period = static_cast<uintptr_t>(a->axes[0].stride);
     const uintptr_t shift =
-        b.base >= a.base ? (b.base - a.base) % period : (period - (a.base - b.base) % period) % period;
-    if (shift >= extent_a && shift + extent_b <= period) return false;
+        b->base >= a->base ? (b->base - a->base) % period : (period - (a->base - b->base) % period) % period;
+    if (shift >= RowExtent(*a) && shift + RowExtent(*b) <= period) return false;
   }
   const auto outer = [](const Footprint& f) { return f.count ? f.axes[0].stride * f.axes[0].size : 0; };
-  if (outer(a) < outer(b)) std::swap(a, b);
-  Footprint low = a, high = a;
-  const int64_t half = a.axes[0].size / 2;
-  low.axes[0].size = half;
-  high.axes[0].size -= half;
-  high.base += static_cast<uintptr_t>(half * a.axes[0].stride);
-  for (Footprint* part : {&low, &high}) {
-    if (part->axes[0].size == 1) {
-      for (int i = 1; i < part->count; ++i) part->axes[i - 1] = part->axes[i];
-      --part->count;
-    }
+  Footprint* const longer = outer(*a) < outer(*b) ? b : a;
+  const Footprint whole = *longer;
+  const int64_t size = whole.axes[0].size, half = size / 2;
+  Take(whole, 0, half, longer);
+  if (Search(a, b, budget)) return true;
+  Take(whole, half, size - half, longer);
+  if (Search(a, b, budget)) return true;
+  *longer = whole;
+  return false;
+}
+
+// Axes that lie behind the dense run become part of it.
+void MergeDense(Footprint* f) {
+  while (f->count && f->axes[f->count - 1].stride == f->item) {
+    f->item *= f->axes[f->count - 1].size;
+    --f->count;
   }
-  return Search(low, b, budget) || Search(high, b, budget);
+}
+
+// Without the axes of stride 0, which come last: they add no bytes.
+Footprint WithoutRepeats(Footprint f) {
+  while (f.count && f.axes[f.count - 1].stride == 0) --f.count;
+  MergeDense(&f);
+  return f;
 }
 
 }  // namespace
@@ -55,9 +83,9 @@ bool Footprint::repeats() const {
     const auto extent = static_cast<int64_t>(inner.end() - inner.base);
     if (axis.stride == 0) return true;
     for (int64_t step = 1; step < axis.size && step * axis.stride < extent; ++step) {
-      Footprint shifted = inner;
+      Footprint still = inner, shifted = inner;
       shifted.base += static_cast<uintptr_t>(step * axis.stride);
-      if (--budget < 0 || Search(inner, shifted, &budget)) return true;
+      if (--budget < 0 || Search(&still, &shifted, &budget)) return true;
     }
   }
   return false;
@@ -92,16 +120,14 @@ Footprint FootprintOf(const DLTensor& tensor) {
     for (; place > 0 && f.axes[place - 1].stride < stride; --place) f.axes[place] = f.axes[place - 1];
     f.axes[place] = {stride, size};
   }
-  while (f.count && f.axes[f.count - 1].stride == f.item) {
-    f.item *= f.axes[f.count - 1].size;
-    --f.count;
-  }
+  MergeDense(&f);
   return f;
 }
 
 bool Overlap(const Footprint& a, const Footprint& b) {
   int budget = kMostSteps;
-  return Search(a, b, &budget);
+  Footprint left = WithoutRepeats(a), right = WithoutRepeats(b);
+  return Search(&left, &right, &budget);
 }
 
 }  // namespace ropewalk

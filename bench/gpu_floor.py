@@ -1,5 +1,6 @@
-"""The floor of measure/cuda_floor.cc for Python: `ropewalk floor` gives the kernels and their shapes, compiled by NVRTC;
-here they are loaded and launched on torch's stream, so that they can be captured beside Ropewalk and its peers."""
+"""The floor of measure/cuda_floor.cc for Python: `ropewalk floor` gives the kernels and their shapes, compiled by
+NVRTC; here they are loaded and launched on torch's stream, so that they can be captured beside Ropewalk and its
+peers."""
 
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations

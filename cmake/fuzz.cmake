@@ -8,6 +8,10 @@ if(ROPEWALK_FUZZ AND NOT CMAKE_CXX_COMPILER_ID STREQUAL "Clang")
   message(FATAL_ERROR "ROPEWALK_FUZZ needs clang, but the compiler is ${CMAKE_CXX_COMPILER_ID}; try: make fuzz")
 endif()
 
+if(ROPEWALK_FUZZ)
+  find_library(ROPEWALK_LIBHWY hwy REQUIRED)
+endif()
+
 # border_fuzz.cc is of the Python module, and is built where tvm-ffi is there for it.
 if(ROPEWALK_FUZZ)
   include(cmake/tvm_ffi.cmake)
@@ -19,6 +23,9 @@ endif()
 function(fuzz_target name)
   add_executable(${name} ${ARGN})
   target_link_libraries(${name} PRIVATE ropewalk_conformance ropewalk_flags)
+  if(ROPEWALK_FUZZ)
+    target_link_libraries(${name} PRIVATE ${ROPEWALK_LIBHWY})  # clang tells it of AddressSanitizer, and it asserts
+  endif()
   if(name MATCHES "^border_fuzz")
     target_sources(${name} PRIVATE bindings/python/module.cc)
     target_include_directories(${name} SYSTEM PRIVATE ${tvm_ffi_includes})

@@ -1,15 +1,26 @@
-# cmake --install: headers, libraries, the package files for find_package(ropewalk), the command line, the models.
-# A wheel build installs only what cmake/python.cmake says.
+# cmake --install: headers, libraries, the package files for find_package(ropewalk) and pkg-config, the command line, the
+# models. In a wheel the same lies below ropewalk/, the Python package, without the static library and the command.
 # SPDX-License-Identifier: Apache-2.0
 
-if(SKBUILD)
-  return()
-endif()
 include(CMakePackageConfigHelpers)
-set(package_dir ${CMAKE_INSTALL_LIBDIR}/cmake/ropewalk)
+if(SKBUILD)
+  set(ropewalk_root ropewalk/)  # of everything, from where the wheel is unpacked
+  set(ropewalk_include_dir include)
+  set(ropewalk_library_dir lib)
+  set(ropewalk_installed ropewalk)
+else()
+  set(ropewalk_root "")
+  set(ropewalk_include_dir ${CMAKE_INSTALL_INCLUDEDIR})
+  set(ropewalk_library_dir ${CMAKE_INSTALL_LIBDIR})
+  set(ropewalk_installed ropewalk ropewalk_static)
+endif()
+set(headers_dir ${ropewalk_root}${ropewalk_include_dir})
+set(library_dir ${ropewalk_root}${ropewalk_library_dir})
+set(package_dir ${library_dir}/cmake/ropewalk)
 
-install(DIRECTORY include/ropewalk TYPE INCLUDE FILES_MATCHING PATTERN "*.h" PATTERN "*.hpp")
-install(TARGETS ropewalk ropewalk_static ropewalk_dlpack EXPORT ropewalkTargets)
+install(DIRECTORY include/ropewalk DESTINATION ${headers_dir} FILES_MATCHING PATTERN "*.h" PATTERN "*.hpp")
+install(TARGETS ${ropewalk_installed} ropewalk_dlpack EXPORT ropewalkTargets LIBRARY DESTINATION ${library_dir}
+  ARCHIVE DESTINATION ${library_dir} INCLUDES DESTINATION ${headers_dir})
 install(EXPORT ropewalkTargets NAMESPACE ropewalk:: DESTINATION ${package_dir})
 configure_package_config_file(cmake/ropewalkConfig.cmake.in ${PROJECT_BINARY_DIR}/ropewalkConfig.cmake
   INSTALL_DESTINATION ${package_dir})
@@ -17,8 +28,22 @@ write_basic_package_version_file(${PROJECT_BINARY_DIR}/ropewalkConfigVersion.cma
 install(FILES ${PROJECT_BINARY_DIR}/ropewalkConfig.cmake ${PROJECT_BINARY_DIR}/ropewalkConfigVersion.cmake
   DESTINATION ${package_dir})
 
+file(RELATIVE_PATH ropewalk_prefix_of_pc /${library_dir}/pkgconfig /${ropewalk_root}.)
+string(REGEX REPLACE "/$" "" ropewalk_prefix_of_pc "${ropewalk_prefix_of_pc}")
+set(ropewalk_private_libraries "-lstdc++ -lm -lpthread -ldl")
+if(ROPEWALK_WITH_ZLIB)
+  string(PREPEND ropewalk_private_libraries "-lz ")
+endif()
+configure_file(cmake/ropewalk.pc.in ${PROJECT_BINARY_DIR}/ropewalk.pc @ONLY)
+install(FILES ${PROJECT_BINARY_DIR}/ropewalk.pc DESTINATION ${library_dir}/pkgconfig)
+
+if(SKBUILD)
+  # ropewalk.h includes it, and whoever installs a wheel may not have it.
+  install(FILES ${ropewalk_dlpack_INCLUDE_DIR}/dlpack/dlpack.h DESTINATION ${headers_dir}/dlpack)
+  return()
+endif()
 if(ROPEWALK_CLI)
   install(TARGETS ropewalk_cli)
 endif()
 install(DIRECTORY models DESTINATION ${CMAKE_INSTALL_DATADIR}/ropewalk FILES_MATCHING PATTERN "*.json" PATTERN "*.md")
-install(FILES LICENSE TYPE DOC)
+install(FILES LICENSE THIRD_PARTY_LICENSES TYPE DOC)

@@ -102,7 +102,9 @@ struct Checker {
       if (like) accepted = DtypeOf(like->dtype) | (arg.dtypes & kFp8);
     }
     if (dtype & accepted) return {};
-    return Invalid(arg, "must be ", DtypeNames(accepted), ", but is ", DtypeName(tensor.dtype));
+    const bool bytes = (accepted & kFp8) && tensor.dtype.code == kDLUInt && tensor.dtype.bits == 8;
+    return Invalid(arg, "must be ", DtypeNames(accepted), ", but is ", DtypeName(tensor.dtype),
+                   bytes ? ": give a view of the same bytes as one of these" : "");
   }
 
   Status WrongRank(const Arg& arg, const DLTensor& tensor) const {
@@ -133,6 +135,16 @@ struct Checker {
     return {};
   }
 
+  // Whether other tokens than q's are what [batch, heads, tokens, head_dim] would give.
+  bool IsTransposed(const DLTensor& tensor, int64_t tokens) const {
+    return first->ndim == 4 && (tensor.ndim == 4 ? tensor.shape[2] : tokens) == first->shape[2];
+  }
+  static Status WithLayout(const Status& status) {
+    return Status::Invalid(Text(status.text(),
+                                "; tensors are [batch, tokens, heads, head_dim]: of [batch, heads, tokens, "
+                                "head_dim] give transposed views, which serve without a copy"));
+  }
+
   // Names the tensor's dimensions: which of arg.dims is its dimension i.
   Status CheckShape(const Arg& arg, const DLTensor& tensor, Strides* strides) const {
     Dim names[4] = {};
@@ -161,7 +173,10 @@ struct Checker {
       const int64_t size = tensor.shape[i];
       const bool broadcasts = (arg.flags & kBroadcast) && (names[i] == Dim::kBatch || names[i] == Dim::kKHeads ||
                                                            (names[i] == Dim::kTokens && arg.dims[0] != Dim::kAxes));
-      if (!(broadcasts && size == 1)) ROPEWALK_TRY(BindSize(arg, names[i], size));
+      if (!(broadcasts && size == 1)) {
+        Status status = BindSize(arg, names[i], size);
+        if (!status.ok()) return names[i] == Dim::kTokens && IsTransposed(tensor, size) ? WithLayout(status) : status;
+      }
       strides->value[static_cast<size_t>(names[i])] = size <= 1 || empty ? 0 : StrideOf(tensor, i);
     }
     if ((arg.flags & kUnitStride) && !empty && tensor.ndim > 0 && tensor.shape[tensor.ndim - 1] > 1 &&

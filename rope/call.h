@@ -60,6 +60,9 @@ struct RopeCall {
 // Else the angles come from a table.
 inline bool NeedsFrequencies(const RopeCall& call) { return call.variant.table_dtype == kRopeNoDtype; }
 
+// How the tensors were read: "batch of 2, 5 tokens, 8 heads of q, 2 of k, 64 elements of which 32 are rotated".
+std::string ShapesText(const RopeCall& call);
+
 std::span<const Arg> RopeDescription();
 // How many arguments at most may be one value on the host: a binding keeps room for them.
 inline constexpr int kMostHostScalars = 2;

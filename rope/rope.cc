@@ -194,8 +194,11 @@ Status FindRotaryDim(const ropewalk_rope_args& a, const Sizes& sizes, int64_t* r
       return Invalid("rotary_offset ", a.rotary_offset, " and rotary_dim ", *rotary_dim, " must fit in head_dim ",
                      head_dim);
     }
-    return Invalid("rotary_dim must be at most head_dim ", head_dim, ", but is ", *rotary_dim,
-                   a.rotary_dim ? Text() : Text(" (from ", source, ")"));
+    const bool full = a.cos && !a.rotary_dim && *rotary_dim == 2 * head_dim;  // as transformers' tables are
+    return Invalid(
+        "rotary_dim must be at most head_dim ", head_dim, ", but is ", *rotary_dim,
+        a.rotary_dim ? Text() : Text(" (from ", source, ")"),
+        full ? ": cos and sin have one column for each pair; of tables with both halves give the first" : "");
   }
   if (a.axes && sizes[Dim::kPairs] != *rotary_dim / 2) {
     return Invalid("axes must have ", *rotary_dim / 2, " entries for rotary_dim ", *rotary_dim, ", but has ",
@@ -448,6 +451,15 @@ Status LowerRope(const ropewalk_rope_args& a, void* stream, RopeCall* call) {
   const RopeTensors& t = call->tensors;
   v.out_of_place = t.q_out != t.q || (t.k_out && t.k_out != t.k);
   return CheckOverlap(a);
+}
+
+std::string ShapesText(const RopeCall& call) {
+  const rope_params& p = call.params;
+  const auto count = [](int64_t n, const char* one) { return Text(n, " ", one, n == 1 ? "" : "s"); };
+  std::string text = p.batch > 1 ? Text("a batch of ", p.batch, ", ") : std::string();
+  Append(&text, Text(count(p.tokens, "token"), ", ", count(p.q_heads, "head"), " of q"));
+  if (p.k_heads > 0) Append(&text, Text(" and ", p.k_heads, " of k"));
+  return Append(&text, Text(", each of ", p.head_dim, ", of which ", p.rotary_dim, " are rotated")), text;
 }
 
 }  // namespace ropewalk

@@ -66,7 +66,7 @@ stage_system() {
   [[ -r /etc/os-release ]] && id=$(. /etc/os-release && echo "$ID-${VERSION_ID:-}")
   [[ $id == ubuntu-22.04 ]] && compiler=(g++-12) python=(python3.11 python3.11-venv)
   install_system system "${compiler[@]}" "${python[@]}" make clang libhwy-dev libdlpack-dev nlohmann-json3-dev \
-    libcli11-dev libfmt-dev libgtest-dev libbenchmark-dev zlib1g-dev ccache
+    libcli11-dev libfmt-dev libgtest-dev libbenchmark-dev zlib1g-dev ccache pkg-config
   # For Intel GPUs: what compiles the kernel, Intel's driver (simulated in the tests) and its offline compiler. Without
   # them, which not every release has, Ropewalk is built without those kernels, or their tests are skipped.
   command -v apt-get >/dev/null || return 0
@@ -178,7 +178,7 @@ stage_dev() {
 
 # build_wheel: into build/dist, unless the wheel of these sources is installed; install_wheel: that one, into .venv.
 wheel_key() {
-  digest CMakeLists.txt pyproject.toml requirements/lock/base.txt LICENSE README.md requirements/lock/sycl9.txt \
+  digest CMakeLists.txt pyproject.toml requirements/lock/base.txt LICENSE THIRD_PARTY_LICENSES README.md requirements/lock/sycl9.txt \
     requirements/lock/sycl8.txt api backends base bindings cli cmake conformance frequencies include measure \
     models rope
   echo "$CXX"

@@ -95,7 +95,8 @@ inline std::optional<std::string> explain(const RopeArgs& args) {
   return text ? std::optional<std::string>(text) : std::nullopt;
 }
 
-// Owns a share of a ropewalk_frequencies. Empty if making it failed; `result()` then says why.
+// Owns a share of a ropewalk_frequencies. If making it failed it is false, `result()` says why, and whatever would read
+// it throws std::runtime_error with that sentence: rope() could only say that there are none.
 class Frequencies {
  public:
   static Frequencies Make(double theta, int64_t rotary_dim, const std::string& scaling_json = "",
@@ -134,11 +135,15 @@ class Frequencies {
 
   explicit operator bool() const { return handle_ != nullptr; }
   const Result& result() const { return result_; }
-  const ropewalk_frequencies* get() const { return handle_; }
-  int64_t rotary_dim() const { return ropewalk_frequencies_rotary_dim(handle_); }
-  double attention_scaling() const { return ropewalk_frequencies_attention_scaling(handle_); }
-  const double* inv_freq() const { return ropewalk_frequencies_inv_freq(handle_); }
-  const char* warnings() const { return ropewalk_frequencies_warnings(handle_); }
+  // Null of an empty one, which nobody has made yet.
+  const ropewalk_frequencies* get() const {
+    if (!result_) throw std::runtime_error(result_.text);
+    return handle_;
+  }
+  int64_t rotary_dim() const { return ropewalk_frequencies_rotary_dim(get()); }
+  double attention_scaling() const { return ropewalk_frequencies_attention_scaling(get()); }
+  const double* inv_freq() const { return ropewalk_frequencies_inv_freq(get()); }
+  const char* warnings() const { return ropewalk_frequencies_warnings(get()); }
 
  private:
   ropewalk_frequencies* handle_ = nullptr;

@@ -299,3 +299,58 @@ def test_every_tensor_with_a_gradient_or_a_lazy_minus_is_refused_by_name():
         "k_scale",
         "v_scale",
     }
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"q": np.ones((2, 8, 5, 64), "f4"), "k": np.ones((2, 2, 5, 64), "f4")}, "k has 2 tokens, but q has 8"),
+        (
+            {"q": np.ones((2, 8, 5, 64), "f4"), "positions": np.zeros((2, 5), "i8")},
+            "positions has 5 tokens, but q has 8",
+        ),
+    ],
+)
+def test_heads_before_tokens_are_told(options, expected):
+    layout = r"; tensors are \[batch, tokens, heads, head_dim\]: of \[batch, heads, tokens, head_dim\] give transposed"
+    with pytest.raises(ValueError, match=expected + layout):
+        ropewalk.rope_(frequencies=ropewalk.Frequencies(1e4, 64), **options)
+    swapped = {name: array.swapaxes(1, 2) if array.ndim == 4 else array for name, array in options.items()}
+    ropewalk.rope_(frequencies=ropewalk.Frequencies(1e4, 64), **swapped)
+
+
+def test_other_token_counts_are_no_transposed_tensors():
+    with pytest.raises(ValueError, match="k has 4 tokens, but q has 5$"):
+        ropewalk.rope_(
+            np.ones((2, 5, 8, 64), "f4"), np.ones((2, 4, 2, 64), "f4"), frequencies=ropewalk.Frequencies(1e4, 64)
+        )
+
+
+def test_tables_of_both_halves_are_told():
+    table = np.ones((10, 64), "f4")
+    with pytest.raises(ValueError, match="but is 128 .from cos.: cos and sin have one column for each pair"):
+        ropewalk.rope_(np.ones((5, 8, 64), "f4"), cos=table, sin=table)
+    ropewalk.rope_(np.ones((5, 8, 64), "f4"), cos=table[:, :32], sin=table[:, :32])
+
+
+def test_caches_of_bytes_are_told():
+    cache = np.zeros((8, 2, 64), "u1")
+    with pytest.raises(
+        ValueError, match="k_cache must be .*, but is uint8: give a view of the same bytes as one of these"
+    ):
+        ropewalk.rope_(
+            np.ones((5, 8, 64), "f4"),
+            np.ones((5, 2, 64), "f4"),
+            frequencies=ropewalk.Frequencies(1e4, 64),
+            k_cache=cache,
+            slots=np.arange(5),
+        )
+
+
+def test_explain_says_how_tensors_were_read():
+    frequencies = ropewalk.Frequencies(1e4, 32)
+    q, k = np.ones((2, 5, 8, 64), "f4"), np.ones((2, 5, 1, 64), "f4")
+    read = ropewalk.explain(q, k, frequencies=frequencies)["tensors"]
+    assert read == "a batch of 2, 5 tokens, 8 heads of q and 1 of k, each of 64, of which 32 are rotated"
+    read = ropewalk.explain(np.ones((1, 1, 64), "f4"), frequencies=frequencies)["tensors"]
+    assert read == "1 token, 1 head of q, each of 64, of which 32 are rotated"

@@ -234,7 +234,9 @@ def test_can_use_of_the_operation(device):
     before = q.clone()
     assert ropewalk.can_use(q, frequencies=ropewalk.Frequencies(1e4, 64)) is True
     assert ropewalk.can_use(q, frequencies=ropewalk.Frequencies(1e4, 128)) is False
-    assert ropewalk.can_use(q, nonsense=1) is False and ropewalk.can_use(None) is False
+    assert ropewalk.can_use(None) is False
+    with pytest.raises(TypeError, match=r"can_use\(\) got an unexpected keyword argument 'postions'"):
+        ropewalk.can_use(q, postions=None)
     assert torch.equal(q, before)
 
 

@@ -180,6 +180,34 @@ TEST(Cpp, ViewsDescribeMemory) {
   EXPECT_THROW(View(data, kFloat32, {1, 1, 1, 1, 1, 1, 1, 1, 1}), std::invalid_argument);
 }
 
+TEST(Cpp, AFailureIsToldWhereFrequenciesAreUsed) {
+  const auto failed = Frequencies::Make(0.5, 8);
+  EXPECT_FALSE(failed);
+  Tensor q(2, 1, 8);
+  const std::function<void()> uses[] = {[&] { (void)rope({.q = &q.tensor, .frequencies = failed.get()}); },
+                                        [&] { (void)failed.rotary_dim(); }, [&] { (void)failed.attention_scaling(); },
+                                        [&] { (void)failed.inv_freq(); }, [&] { (void)failed.warnings(); }};
+  for (const auto& use : uses) {
+    try {
+      use();
+      ADD_FAILURE() << "nothing was thrown";
+    } catch (const std::runtime_error& error) {
+      EXPECT_EQ(std::string(error.what()).find("theta must be greater than 1"), 0u) << error.what();
+    }
+  }
+}
+
+TEST(Abi, NoFrequenciesHaveNothing) {
+  EXPECT_EQ(ropewalk_frequencies_rotary_dim(nullptr), 0);
+  EXPECT_EQ(ropewalk_frequencies_attention_scaling(nullptr), 1.0);
+  EXPECT_EQ(ropewalk_frequencies_inv_freq(nullptr), nullptr);
+  EXPECT_EQ(ropewalk_frequencies_axes(nullptr), nullptr);
+  EXPECT_STREQ(ropewalk_frequencies_warnings(nullptr), "");
+  ropewalk_frequencies_retain(nullptr);
+  ropewalk_frequencies_release(nullptr);
+  EXPECT_EQ(ropewalk_frequencies_table(nullptr, nullptr, nullptr), ROPEWALK_INVALID_ARGUMENT);
+}
+
 TEST(Cpp, FrequenciesAreShared) {
   Frequencies empty;
   EXPECT_FALSE(empty);

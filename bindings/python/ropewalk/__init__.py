@@ -70,7 +70,10 @@ def prepare(q: Any, k: Any = None, **options: Unpack[RopeOptions]) -> None:
 
 
 def can_use(q: Any, k: Any = None, **options: Unpack[RopeOptions]) -> bool:
-    """Whether `rope_` would serve such a call here: True if `prepare` succeeds, which it then has. Never raises."""
+    """Whether `rope_` would serve such a call here: True if `prepare` succeeds, which it then has.
+
+    Raises nothing but a TypeError for a keyword that `rope_` does not have."""
+    _known("can_use", options)
     try:
         prepare(q, k, **options)
     except Exception:  # it promises an answer

@@ -42,7 +42,8 @@ def _length(sequence_length: int | None) -> int:
 def _json(value: Mapping[str, Any]) -> str:
     """The text of a configuration or a rule: numpy's and torch's scalars as the numbers that they are."""
     if not isinstance(value, Mapping):
-        raise TypeError(f"frequencies: scaling must be a dict, but is a {type(value).__name__}")
+        example = '{"rope_type": "yarn", "factor": 4.0}'
+        raise TypeError(f"frequencies: scaling must be a dict such as {example}, but is a {type(value).__name__}")
 
     def plain(item: Any) -> Any:
         if getattr(item, "shape", None) == () and hasattr(item, "item"):
