@@ -286,9 +286,9 @@ void SetTensors(const ropewalk_rope_args& a, RopeCall* call) {
 #undef X
   if (a.cos_sin) {
     t.cos = data(a.cos_sin);
-    if (t.cos) {
-      t.sin = static_cast<const char*>(t.cos) + p.cos_pair * (p.rotary_dim / 2) * (a.cos_sin->dtype.bits / 8);
-    }
+    // By integers: nobody has asked yet whether the table lies where a pointer may point.
+    const int64_t half = p.cos_pair * (p.rotary_dim / 2) * (a.cos_sin->dtype.bits / 8);
+    if (t.cos) t.sin = reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(t.cos) + static_cast<uintptr_t>(half));
   }
   if (v.axes != 2) t.axes = nullptr;
   if (!a.q_out) t.q_out = t.q;

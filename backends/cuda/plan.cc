@@ -27,7 +27,7 @@ void LayOut(const RopeCall& call, RopeCudaShape shape, int64_t rows, int64_t all
   const bool plain = shape.few || !shape.flat || !FlatVectorFits(call, shape.vector);
   const HeadDeal deal = DealHead(call, plain ? PlainVector(call, shape.vector) : shape.vector);
   const int per_warp = deal.per_warp();
-  key.few_tokens = shape.few;
+  key.few_tokens = shape.few != 0;
   key.vector = static_cast<uint8_t>(deal.vector);
   key.lanes = static_cast<uint8_t>(deal.lanes);
   key.flat = 0;
@@ -58,7 +58,9 @@ void LayOut(const RopeCall& call, RopeCudaShape shape, int64_t rows, int64_t all
   if (shape.flat > 1 && call.variant.store_v && !v_rides) shape.flat = 1;
   key.flat = shape.flat;
   const bool shares = shape.warp_tokens > 1 && !shape.flat && per_warp * deal.lanes == 32;
-  const int warp_tokens = shares ? std::min<int>(shape.warp_tokens, per_warp) : 1;
+  // A part of the lanes that divides them.
+  const auto most = static_cast<unsigned>(std::min<int>(shape.warp_tokens, per_warp));
+  const int warp_tokens = shares ? static_cast<int>(std::bit_floor(most)) : 1;
   const int64_t rounds = Ceil(all_heads, int64_t{per_warp} * std::max<int>(shape.flat, 1));
   int64_t warps = warp_tokens > 1 ? 1 : std::clamp<int64_t>(Ceil(rounds, std::max<int>(shape.cut, 1)), 1, 32);
   int64_t tokens = std::clamp<int64_t>(Ceil(std::min<int64_t>(shape.tokens, rows), warp_tokens), 1, 32 / warps);
@@ -75,6 +77,10 @@ void LayOut(const RopeCall& call, RopeCudaShape shape, int64_t rows, int64_t all
   int64_t stages = std::min<int64_t>(shape.in_flight, turns);
   while (stages > 0 && shared(stages) > kSharedBytes) --stages;
   shared(stages);
+  if (stages == 0 && !plain) {  // a thread's share of a half is fetched side by side or not at all
+    shape.flat = 0;
+    return LayOut(call, shape, rows, all_heads, plan);
+  }
   if (stages == 0) key.flat = 0;
   plan->grid_x = static_cast<uint32_t>(Ceil(rows, tokens * warp_tokens));
   plan->why = tokens * warp_tokens > 1 ? "many tokens: a block for several of them" : "many tokens: a block for each";
@@ -159,6 +165,7 @@ Status PlanRopeCuda(const RopeCall& call, const CudaDevice& device, RopeCudaOpti
   key.scale_pointers = t.k_scale || t.v_scale;
   key.unit_scaling = p.attention_scaling == 1.0f;
   key.eps = v.norm ? p.eps : 0.0f;
+  const auto address = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer); };
   // A single token has no stride.
   const auto token_stride = [&](const rope_strides& s) { return p.tokens > 1 ? s.token : 1; };
   const auto dense = [&](const rope_strides& s, int count) {
@@ -171,10 +178,9 @@ Status PlanRopeCuda(const RopeCall& call, const CudaDevice& device, RopeCudaOpti
     key.q_token = static_cast<int32_t>(token_stride(p.q));
     key.k_token = t.k ? static_cast<int32_t>(token_stride(p.k)) : 0;
     // Told by the strides: that a single token's k happens to follow its q must compile nothing.
-    key.packed =
-        t.k && p.tokens > 1 && key.k_token == key.q_token && p.k.batch == p.q.batch &&
-        key.q_token >= (p.q_heads + p.k_heads) * p.head_dim &&
-        static_cast<const char*>(t.k) == static_cast<const char*>(t.q) + int64_t{p.q_heads} * p.head_dim * bytes;
+    key.packed = t.k && p.tokens > 1 && key.k_token == key.q_token && p.k.batch == p.q.batch &&
+                 key.q_token >= (p.q_heads + p.k_heads) * p.head_dim &&
+                 address(t.k) == address(t.q) + static_cast<uintptr_t>(int64_t{p.q_heads} * p.head_dim * bytes);
   }
 
   const auto dense_index = [&](int64_t stride) { return p.tokens <= 1 || stride == 1; };
@@ -187,7 +193,7 @@ Status PlanRopeCuda(const RopeCall& call, const CudaDevice& device, RopeCudaOpti
     const int64_t behind = int64_t{p.q_heads + p.k_heads} * p.head_dim;
     if ((few || key.flat) && key.packed && p.v_dim == p.head_dim && key.v_token == key.q_token &&
         p.v.batch == p.q.batch && key.q_token >= behind + int64_t{p.k_heads} * p.v_dim &&
-        static_cast<const char*>(t.v) == static_cast<const char*>(t.q) + behind * bytes) {
+        address(t.v) == address(t.q) + static_cast<uintptr_t>(behind * bytes)) {
       key.packed = 2;
     }
   }

@@ -37,12 +37,21 @@ RopeCudaShape DrawShape(PlanDraw& draw) {
   constexpr uint8_t kVectors[] = {0, 1, 2, 3, 4, 6, 8, 10, 12, 16};
   constexpr uint8_t kTokens[] = {1, 1, 2, 3, 4, 8, 16, 32, 255};
   RopeCudaShape shape;
+  if (draw.OneIn(16)) {  // as a file may have it
+    for (uint8_t* field : {&shape.few, &shape.vector, &shape.in_flight, &shape.flat, &shape.cut, &shape.warp_tokens,
+                           &shape.tokens, &shape.resident}) {
+      *field = static_cast<uint8_t>(draw.From(0, draw.OneIn(2) ? 4 : 255));
+    }
+    return shape;
+  }
   shape.few = draw.OneIn(2);
   shape.vector = draw.Of(kVectors);
-  shape.in_flight = static_cast<uint8_t>(draw.From(1, draw.OneIn(8) ? 255 : 8));
-  shape.flat = draw.OneIn(2) ? uint8_t{0} : static_cast<uint8_t>(draw.From(1, 3));
+  shape.in_flight = static_cast<uint8_t>(draw.From(0, draw.OneIn(8) ? 255 : 8));
+  shape.flat = draw.OneIn(2) ? uint8_t{0} : static_cast<uint8_t>(draw.From(1, draw.OneIn(8) ? 255 : 3));
   shape.cut = static_cast<uint8_t>(draw.From(0, draw.OneIn(8) ? 255 : 16));
-  shape.warp_tokens = draw.OneIn(2) ? uint8_t{1} : static_cast<uint8_t>(1u << draw.From(0, 5));
+  shape.warp_tokens = draw.OneIn(2)   ? uint8_t{1}
+                      : draw.OneIn(2) ? static_cast<uint8_t>(1u << draw.From(0, 5))
+                                      : static_cast<uint8_t>(draw.From(0, 255));
   shape.tokens = draw.Of(kTokens);
   shape.resident = static_cast<uint8_t>(draw.From(0, 64));
   return shape;
