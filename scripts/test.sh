@@ -2,7 +2,7 @@
 # All tests: C++ by ctest, Python by pytest against the installed wheel, conformance by the installed command. Every
 # part runs even if one before it failed; the exit code is 0 only if all held. scripts/test.sh [asan|tsan|arm] runs the
 # C++ tests built that way instead (asan: the Python tests too); intel: every case on Intel's CPU OpenCL device with the
-# exact kernel that a GPU would have and with a general one, of which `make test` runs two thirds; emulated: every case
+# exact kernel that a GPU would have and with a general one, of which `make test` runs half; emulated: every case
 # and 2,000 random ones with the CUDA kernel, run on the processor; models: the heads of every model of
 # conformance/models.cc, as tensor-parallel ranks have them, in every mode, on the CPU and likewise.
 # SPDX-License-Identifier: Apache-2.0

@@ -85,6 +85,10 @@ TEST_P(Conformance, RandomCases) {
 TEST_P(Conformance, HeadsOfModels) {
   std::vector<RopeCase> cases = EngineCases(false);
   ASSERT_GE(cases.size(), 300u);
+  if (GetParam() != "cpu") {  // which is the best target: of the others every third model's, five each
+    size_t i = 0;
+    std::erase_if(cases, [&](const RopeCase&) { return i++ / 5 % 3 != 0; });
+  }
   if (kSlow) cases.erase(std::remove_if(cases.begin(), cases.end(), [](auto& c) { return c.tokens > 7; }), cases.end());
   ExpectAllPass(cases, GetParam(), "--engines");
 }
