@@ -238,6 +238,19 @@ def test_messages_are_short_whatever_is_given() -> None:
         assert len(str(raised.value)) < 200
 
 
+def test_messages_are_short_whatever_a_dtype_or_a_keyword_is() -> None:
+    long = np.zeros((40, 40), "M8[s]")
+    many = np.dtype([(f"field{i}", "f4") for i in range(1000)])
+    for dtype in (long, object(), [long], many, "x" * 10000):
+        with pytest.raises((TypeError, ValueError)) as raised:
+            plain().table(4, dtype)
+        assert len(str(raised.value)) < 200, str(raised.value)[:200]
+    for function in (ropewalk.rope, ropewalk.explain, ropewalk.prepare, ropewalk.can_use):
+        with pytest.raises(TypeError, match="unexpected keyword argument") as raised:
+            function(np.ones((1, 1, 64), "f4"), **{"x" * 10000: 1})
+        assert len(str(raised.value)) < 200 or function is ropewalk.rope  # whose message is Python's own
+
+
 def test_a_configuration_is_not_read_for_ever() -> None:
     with pytest.raises(ValueError, match="/dev/zero: is (not JSON|larger than 8 MiB)"):
         ropewalk.Frequencies.from_config("/dev/zero")

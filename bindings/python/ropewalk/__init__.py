@@ -90,7 +90,7 @@ def _known(function: str, options: Any) -> dict[str, Any]:
     names = {arg["name"] for arg in _module.description()}
     for name in options:
         if name not in names:
-            raise TypeError(f"{function}() got an unexpected keyword argument {name!r}")
+            raise TypeError(f"{function}() got an unexpected keyword argument {_arrays._shown(name)}")
     return dict(options)
 
 

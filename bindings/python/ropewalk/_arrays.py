@@ -49,11 +49,13 @@ def _type_name(value: Any) -> str:
 
 
 def _shown(value: Any) -> str:
-    """A text or a number as it is, if it is short; of anything else the type."""
+    """A text, a number or a dtype as it is, if it is short; of anything else the type."""
     if is_a(value, str):
         return repr(value[:60])
     if is_a(value, float) or (is_a(value, int) and value.bit_length() <= 128):
         return repr(value)
+    if (torch is not None and is_a(value, torch.dtype)) or (numpy is not None and is_a(value, numpy.dtype)):
+        return str(value)[:60]
     return f"a {_type_name(value)}"
 
 
@@ -94,12 +96,12 @@ def _convert_numpy(name: str, value: Any, written: bool) -> Any:
         raise ValueError(f"rope: {name} must be writeable, but is a read-only numpy array")
     dtype = value.dtype
     if not dtype.isnative:
-        raise ValueError(f"rope: {name} must be in the machine's byte order, but is {dtype.str}")
+        raise ValueError(f"rope: {name} must be in the machine's byte order, but is {dtype.str[:60]}")
     foreign = _FOREIGN_DTYPES.get(dtype.name)
     if foreign is not None:
         value = value.view("u1" if foreign[1] == 8 else "u2")
     elif dtype.kind not in "biufc":
-        raise ValueError(f"rope: {name} must be an array of numbers, but its dtype is {dtype}")
+        raise ValueError(f"rope: {name} must be an array of numbers, but its dtype is {_shown(dtype)}")
     try:
         if value.flags.writeable:
             tensor = tvm_ffi.from_dlpack(value)
@@ -109,7 +111,7 @@ def _convert_numpy(name: str, value: Any, written: bool) -> Any:
             except TypeError:
                 tensor = tvm_ffi.from_dlpack(value.copy())
     except BufferError as error:
-        raise ValueError(f"rope: {name} cannot be taken over, its dtype is {dtype}: {error}") from None
+        raise ValueError(f"rope: {name} cannot be taken over, its dtype is {_shown(dtype)}: {error}") from None
     if foreign is not None:
         _set_dtype(tensor, *foreign)
     return tensor
@@ -242,7 +244,7 @@ def empty(shape: tuple[int, ...], dtype: Any) -> Any:
     if torch is not None and isinstance(dtype, torch.dtype):
         return torch.empty(shape, dtype=dtype, device="cpu")  # whatever torch's default device is
     if numpy is None:
-        raise ValueError(f"frequencies: a table of dtype {dtype!r} needs numpy, which is not installed")
+        raise ValueError(f"frequencies: a table of dtype {_shown(dtype)} needs numpy, which is not installed")
     if isinstance(dtype, str) and dtype == "bfloat16":
         try:
             from ml_dtypes import bfloat16 as dtype  # type: ignore[import-not-found]  # noqa: PLC0415
@@ -251,7 +253,7 @@ def empty(shape: tuple[int, ...], dtype: Any) -> Any:
     try:
         return numpy.empty(shape, dtype=dtype)
     except TypeError:
-        raise TypeError(f"frequencies: dtype must be float32, float16 or bfloat16, but is {dtype!r}") from None
+        raise TypeError(f"frequencies: dtype must be float32, float16 or bfloat16, but is {_shown(dtype)}") from None
 
 
 def empty_like(name: str, value: Any) -> Any:

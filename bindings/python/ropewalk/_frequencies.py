@@ -202,8 +202,9 @@ class Frequencies:
                 raise ValueError
             handle = _from_turns(turns, float.fromhex(scaling), rows)
         except ValueError:
+            shown = _arrays._shown(content)
             raise ValueError(
-                f"rope: frequencies must be what a graph holds of ropewalk.Frequencies, but is {content!r}"
+                f"rope: frequencies must be what a graph holds of ropewalk.Frequencies, but is {shown}"
             ) from None
         self = cls.__new__(cls)
         self._own(handle)

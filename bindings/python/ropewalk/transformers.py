@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from . import Frequencies, rope
+from ._arrays import _shown
 from ._patched_module import (
     APPLY,
     STATE,
@@ -100,7 +101,7 @@ def patch(model: torch.nn.Module, *, angles: str = "exact", rounding: str = "fus
             the rotary embedding that Ropewalk does not know. The model is then as it was.
     """
     if angles not in ("exact", "table"):
-        raise ValueError(f"patch: angles must be 'exact' or 'table', but is {angles!r}")
+        raise ValueError(f"patch: angles must be 'exact' or 'table', but is {_shown(angles)}")
     result = Patch(model)
     attentions = [m for m in model.modules() if APPLY in _names(m)]
     if not attentions:
@@ -131,8 +132,9 @@ def _check_forward(module: Any) -> None:
         raise ValueError(f"patch: {name} is patched already, by Ropewalk")
     inner = module.__dict__.get("_old_forward", module.__dict__.get("forward"))
     if inner is not None and getattr(inner, "__func__", None) is not cls.forward:
+        theirs = getattr(inner, "__qualname__", type(inner).__name__)
         raise ValueError(
-            f"patch: {name} is patched already, by others: its forward is {inner!r}. Call ropewalk.transformers.patch "
+            f"patch: {name} is patched already, by others: its forward is {theirs}. Call ropewalk.transformers.patch "
             "before what put that there"
         )
 
