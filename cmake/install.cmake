@@ -3,6 +3,9 @@
 # SPDX-License-Identifier: Apache-2.0
 
 include(CMakePackageConfigHelpers)
+if(SKBUILD AND NOT PROJECT_IS_TOP_LEVEL)
+  return()  # the wheel is of another project
+endif()
 if(SKBUILD)
   set(ropewalk_root ropewalk/)  # of everything, from where the wheel is unpacked
   set(ropewalk_include_dir include)
@@ -28,11 +31,23 @@ write_basic_package_version_file(${PROJECT_BINARY_DIR}/ropewalkConfigVersion.cma
 install(FILES ${PROJECT_BINARY_DIR}/ropewalkConfig.cmake ${PROJECT_BINARY_DIR}/ropewalkConfigVersion.cmake
   DESTINATION ${package_dir})
 
-file(RELATIVE_PATH ropewalk_prefix_of_pc /${library_dir}/pkgconfig /${ropewalk_root}.)
-string(REGEX REPLACE "/$" "" ropewalk_prefix_of_pc "${ropewalk_prefix_of_pc}")
-set(ropewalk_private_libraries "-lstdc++ -lm -lpthread -ldl")
-if(ROPEWALK_WITH_ZLIB)
-  string(PREPEND ropewalk_private_libraries "-lz ")
+# Where the folders are given from the root, so is the prefix.
+set(ropewalk_pc_prefix ${CMAKE_INSTALL_PREFIX})
+if(NOT IS_ABSOLUTE "${ropewalk_library_dir}")
+  file(RELATIVE_PATH up /${library_dir}/pkgconfig /${ropewalk_root}.)
+  string(REGEX REPLACE "/$" "" up "${up}")
+  set(ropewalk_pc_prefix "\${pcfiledir}/${up}")
+endif()
+set(ropewalk_pc_include "\${prefix}")
+cmake_path(APPEND ropewalk_pc_include "${ropewalk_include_dir}")
+set(ropewalk_pc_library "\${prefix}")
+cmake_path(APPEND ropewalk_pc_library "${ropewalk_library_dir}")
+set(ropewalk_private_libraries "")
+if(NOT SKBUILD)  # of the static library, which a wheel has not
+  set(ropewalk_private_libraries "-Wl,-z,nodelete -lstdc++ -lm -lpthread -ldl")
+  if(ROPEWALK_WITH_ZLIB)
+    string(PREPEND ropewalk_private_libraries "-lz ")
+  endif()
 endif()
 configure_file(cmake/ropewalk.pc.in ${PROJECT_BINARY_DIR}/ropewalk.pc @ONLY)
 install(FILES ${PROJECT_BINARY_DIR}/ropewalk.pc DESTINATION ${library_dir}/pkgconfig)

@@ -135,14 +135,18 @@ struct Checker {
     return {};
   }
 
-  // Whether other tokens than q's are what [batch, heads, tokens, head_dim] would give.
-  bool IsTransposed(const DLTensor& tensor, int64_t tokens) const {
-    return first->ndim == 4 && (tensor.ndim == 4 ? tensor.shape[2] : tokens) == first->shape[2];
+  // Whether other tokens than q's are what [batch, heads, tokens, head_dim] would give: k and v then have as many as q
+  // in the third dimension, and in the second so many heads that q's are a multiple of them.
+  bool IsTransposed(const Arg& arg, const DLTensor& tensor, int64_t tokens) const {
+    if (first->ndim != 4) return false;
+    if (tensor.ndim < 4) return tokens == first->shape[2];
+    return std::ranges::find(arg.dims, Dim::kKHeads) != arg.dims.end() && tensor.shape[2] == first->shape[2] &&
+           tokens > 0 && tokens < first->shape[1] && first->shape[1] % tokens == 0;
   }
   static Status WithLayout(const Status& status) {
     return Status::Invalid(Text(status.text(),
-                                "; tensors are [batch, tokens, heads, head_dim]: of [batch, heads, tokens, "
-                                "head_dim] give transposed views, which serve without a copy"));
+                                "; q is read as [batch, tokens, heads, head_dim]: if it is [batch, heads, ",
+                                "tokens, head_dim], give transposed views, which serve without a copy"));
   }
 
   // Names the tensor's dimensions: which of arg.dims is its dimension i.
@@ -175,7 +179,8 @@ struct Checker {
                                                            (names[i] == Dim::kTokens && arg.dims[0] != Dim::kAxes));
       if (!(broadcasts && size == 1)) {
         Status status = BindSize(arg, names[i], size);
-        if (!status.ok()) return names[i] == Dim::kTokens && IsTransposed(tensor, size) ? WithLayout(status) : status;
+        if (!status.ok())
+          return names[i] == Dim::kTokens && IsTransposed(arg, tensor, size) ? WithLayout(status) : status;
       }
       strides->value[static_cast<size_t>(names[i])] = size <= 1 || empty ? 0 : StrideOf(tensor, i);
     }

@@ -178,10 +178,11 @@ stage_dev() {
 
 # build_wheel: into build/dist, unless the wheel of these sources is installed; install_wheel: that one, into .venv.
 wheel_key() {
-  digest CMakeLists.txt pyproject.toml requirements/lock/base.txt LICENSE THIRD_PARTY_LICENSES README.md requirements/lock/sycl9.txt \
-    requirements/lock/sycl8.txt api backends base bindings cli cmake conformance frequencies include measure \
-    models rope
-  echo "$CXX"
+  local sources
+  sources=$(digest CMakeLists.txt pyproject.toml LICENSE THIRD_PARTY_LICENSES README.md requirements/lock/base.txt \
+    requirements/lock/sycl{9,8}.txt api backends base bindings cli cmake conformance frequencies include measure models \
+    rope) || return
+  echo "$sources $CXX"
 }
 build_wheel() {
   say "wheel: building Ropewalk (one to three minutes)"

@@ -312,17 +312,29 @@ def test_every_tensor_with_a_gradient_or_a_lazy_minus_is_refused_by_name():
     ],
 )
 def test_heads_before_tokens_are_told(options, expected):
-    layout = r"; tensors are \[batch, tokens, heads, head_dim\]: of \[batch, heads, tokens, head_dim\] give transposed"
+    layout = (
+        r"; q is read as \[batch, tokens, heads, head_dim\]: if it is \[batch, heads, tokens, "
+    )
     with pytest.raises(ValueError, match=expected + layout):
         ropewalk.rope_(frequencies=ropewalk.Frequencies(1e4, 64), **options)
     swapped = {name: array.swapaxes(1, 2) if array.ndim == 4 else array for name, array in options.items()}
     ropewalk.rope_(frequencies=ropewalk.Frequencies(1e4, 64), **swapped)
 
 
-def test_other_token_counts_are_no_transposed_tensors():
-    with pytest.raises(ValueError, match="k has 4 tokens, but q has 5$"):
+@pytest.mark.parametrize(
+    ("q", "k", "options"),
+    [
+        ((2, 5, 8), (2, 4, 2), {}),
+        ((2, 5, 8), (2, 4, 8), {}),
+        ((2, 5, 8), (2, 6, 8), {}),
+        ((2, 5, 8), (2, 5, 2), {"q_out": np.zeros((2, 1, 8, 64), "f4")}),
+        ((2, 5, 8), (2, 5, 2), {"positions": np.zeros((2, 6), "i8")}),
+    ],
+)
+def test_other_token_counts_are_no_transposed_tensors(q, k, options):
+    with pytest.raises(ValueError, match=r"has \d tokens, but q has 5$"):
         ropewalk.rope_(
-            np.ones((2, 5, 8, 64), "f4"), np.ones((2, 4, 2, 64), "f4"), frequencies=ropewalk.Frequencies(1e4, 64)
+            np.ones((*q, 64), "f4"), np.ones((*k, 64), "f4"), frequencies=ropewalk.Frequencies(1e4, 64), **options
         )
 
 

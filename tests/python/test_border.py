@@ -99,6 +99,8 @@ def test_floats_are_numbers_in_range(name: str) -> None:
             FLOATS[name](value)
     for value in (np.float32(1.5), np.float64(1.5), 2):
         FLOATS[name](value)
+    with pytest.raises(TypeError, match=name.rpartition(": ")[2]):
+        FLOATS[name](np.complex64(1.5))
 
 
 def test_eps_that_float32_cannot_hold_is_refused() -> None:
@@ -138,6 +140,9 @@ def test_scales_are_numbers_of_any_type_and_size(traced: bool) -> None:
     store(2**64)
     for scale in (10**400, 2**1000, -(2**64), np.float32("nan"), np.int32(0)):
         with pytest.raises(ValueError, match="k_scale must be a"):
+            store(scale)
+    for scale in (np.complex64(2), 2 + 0j, np.timedelta64(2), np.datetime64("1970"), np.bool_(True), np.str_("2"), "2"):
+        with pytest.raises(TypeError, match="k_scale must be a"):
             store(scale)
 
 

@@ -6,6 +6,7 @@
 #include <limits.h>
 #include <pthread.h>
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <functional>
@@ -110,7 +111,8 @@ TEST(Overlap, NeedsLittleStack) {
   };
   pthread_attr_t attributes;
   pthread_attr_init(&attributes);
-  ASSERT_EQ(pthread_attr_setstacksize(&attributes, 48 << 10), 0);
+  const auto least = static_cast<size_t>(PTHREAD_STACK_MIN);  // 128 KB on aarch64
+  ASSERT_EQ(pthread_attr_setstacksize(&attributes, std::max<size_t>(48 << 10, least)), 0);
   pthread_t thread;
   ASSERT_EQ(pthread_create(&thread, &attributes, search, nullptr), 0);
   pthread_join(thread, nullptr);

@@ -3,6 +3,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <dlfcn.h>
 #include <gtest/gtest.h>
+#include <limits.h>
 #include <pthread.h>
 #include <signal.h>
 #include <sys/auxv.h>
@@ -12,6 +13,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <cstdio>
@@ -92,13 +94,14 @@ constexpr size_t kSmallStack = 64 << 10;
 // Runs the body on a stack with 16 MB around it that cannot be touched: a frame may not step over them.
 void OnSmallStack(const std::function<void()>& body) {
   constexpr size_t kGuard = 16 << 20;
+  const size_t size = std::max(kSmallStack, static_cast<size_t>(PTHREAD_STACK_MIN));  // 128 KB on aarch64
   char* memory = static_cast<char*>(
-      mmap(nullptr, kSmallStack + 2 * kGuard, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+      mmap(nullptr, size + 2 * kGuard, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
   ASSERT_NE(memory, MAP_FAILED);
-  ASSERT_EQ(mprotect(memory + kGuard, kSmallStack, PROT_READ | PROT_WRITE), 0);
+  ASSERT_EQ(mprotect(memory + kGuard, size, PROT_READ | PROT_WRITE), 0);
   pthread_attr_t attributes;
   pthread_attr_init(&attributes);
-  ASSERT_EQ(pthread_attr_setstack(&attributes, memory + kGuard, kSmallStack), 0);
+  ASSERT_EQ(pthread_attr_setstack(&attributes, memory + kGuard, size), 0);
   pthread_t thread;
   const auto run = [](void* function) -> void* {
     (*static_cast<const std::function<void()>*>(function))();
@@ -107,7 +110,7 @@ void OnSmallStack(const std::function<void()>& body) {
   ASSERT_EQ(pthread_create(&thread, &attributes, run, const_cast<std::function<void()>*>(&body)), 0);
   pthread_join(thread, nullptr);
   pthread_attr_destroy(&attributes);
-  munmap(memory, kSmallStack + 2 * kGuard);
+  munmap(memory, size + 2 * kGuard);
 }
 
 std::vector<RopeCase> CasesForSmallStacks() {

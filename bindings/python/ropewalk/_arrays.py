@@ -77,7 +77,7 @@ def integer(name: str, value: Any, low: int = -(2**63), high: int = 2**63 - 1) -
 def number(name: str, value: Any) -> float:
     """A float argument, called `name` in messages: of any type of numbers."""
     try:
-        if isinstance(value, (str, bytes)):
+        if isinstance(value, (str, bytes)) or (numpy is not None and is_a(value, numpy.complexfloating)):
             raise TypeError
         return float(value)
     except (TypeError, ValueError):
@@ -88,7 +88,11 @@ def number(name: str, value: Any) -> float:
 
 def is_number(value: Any) -> bool:
     """Whether it is one of Python's or numpy's own numbers: for arguments that may be a tensor as well."""
-    return issubclass(type(value), (int, float)) or (numpy is not None and issubclass(type(value), numpy.number))
+    if issubclass(type(value), (int, float)):
+        return True
+    # numpy counts spans of time among its integers.
+    real = numpy is not None and issubclass(type(value), (numpy.integer, numpy.floating))
+    return real and not issubclass(type(value), numpy.timedelta64)
 
 
 def _convert_numpy(name: str, value: Any, written: bool) -> Any:
