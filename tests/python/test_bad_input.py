@@ -312,9 +312,7 @@ def test_every_tensor_with_a_gradient_or_a_lazy_minus_is_refused_by_name():
     ],
 )
 def test_heads_before_tokens_are_told(options, expected):
-    layout = (
-        r"; q is read as \[batch, tokens, heads, head_dim\]: if it is \[batch, heads, tokens, "
-    )
+    layout = r"; q is read as \[batch, tokens, heads, head_dim\]: if it is \[batch, heads, tokens, "
     with pytest.raises(ValueError, match=expected + layout):
         ropewalk.rope_(frequencies=ropewalk.Frequencies(1e4, 64), **options)
     swapped = {name: array.swapaxes(1, 2) if array.ndim == 4 else array for name, array in options.items()}
