@@ -8,12 +8,9 @@ if(ROPEWALK_FUZZ AND NOT CMAKE_CXX_COMPILER_ID STREQUAL "Clang")
   message(FATAL_ERROR "ROPEWALK_FUZZ needs clang, but the compiler is ${CMAKE_CXX_COMPILER_ID}; try: make fuzz")
 endif()
 
-if(ROPEWALK_FUZZ)
-  find_library(ROPEWALK_LIBHWY hwy REQUIRED)
-endif()
-
 # border_fuzz.cc is of the Python module, and is built where tvm-ffi is there for it.
 if(ROPEWALK_FUZZ)
+  find_library(ROPEWALK_LIBHWY hwy REQUIRED)
   include(cmake/tvm_ffi.cmake)
 elseif(NOT ROPEWALK_PYTHON)
   list(FILTER fuzz_sources EXCLUDE REGEX "/border_fuzz.cc$")

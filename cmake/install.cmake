@@ -26,7 +26,7 @@ install(TARGETS ${ropewalk_installed} ropewalk_dlpack EXPORT ropewalkTargets LIB
   ARCHIVE DESTINATION ${library_dir} INCLUDES DESTINATION ${headers_dir})
 install(EXPORT ropewalkTargets NAMESPACE ropewalk:: DESTINATION ${package_dir})
 configure_package_config_file(cmake/ropewalkConfig.cmake.in ${PROJECT_BINARY_DIR}/ropewalkConfig.cmake
-  INSTALL_DESTINATION ${package_dir})
+  INSTALL_DESTINATION ${package_dir} PATH_VARS headers_dir)
 write_basic_package_version_file(${PROJECT_BINARY_DIR}/ropewalkConfigVersion.cmake COMPATIBILITY SameMinorVersion)
 install(FILES ${PROJECT_BINARY_DIR}/ropewalkConfig.cmake ${PROJECT_BINARY_DIR}/ropewalkConfigVersion.cmake
   DESTINATION ${package_dir})

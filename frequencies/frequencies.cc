@@ -12,6 +12,7 @@
 
 #include "base/text.h"
 #include "frequencies/double_double.h"
+#include "frequencies/float32.h"
 #include "frequencies/torch_pow.h"
 
 namespace ropewalk {
@@ -116,9 +117,6 @@ uint64_t Turns(DoubleDouble frequency) {
 // ---------------------------------------------------------------------------------------------------------------------
 // As transformers computes them: the same operations in the same order, each rounded to float32. A double holds the
 // product, and is wide enough for the sum and the quotient, of two floats, so that rounding it is rounding once.
-
-float F(double value) { return static_cast<float>(value); }
-double D(float value) { return value; }
 
 void AppendTable(const RopeRule& rule, int64_t dim, std::vector<float>* out) {
   const int64_t turning = Turning(rule);

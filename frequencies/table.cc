@@ -6,15 +6,11 @@
 
 #include "base/overlap.h"
 #include "base/tensor.h"
+#include "frequencies/float32.h"
 #include "frequencies/frequencies.h"
 
 namespace ropewalk {
 namespace {
-
-float F(double value) { return static_cast<float>(value); }
-double D(float value) { return value; }
-
-enum class TableType { kFloat32, kFloat16, kBfloat16 };
 
 uint16_t ToBfloat16(float value) {
   uint32_t bits;
@@ -49,7 +45,13 @@ float TableEntry(double exact, float scaling) {
   return between != other_product && std::nextafter(between, other_product) == other_product ? between : product;
 }
 
-Status CheckTable(const DLTensor* tensor, const char* name, int64_t pairs, TableType* type) {
+struct Table {
+  uint32_t dtype = 0;
+  char* data = nullptr;
+  int64_t row = 0, pair = 0;  // strides, in bytes
+};
+
+Status ReadTable(const DLTensor* tensor, const char* name, int64_t pairs, Table* table) {
   const std::string prefix = std::string("table: ") + name;
   if (tensor == nullptr) return Status::Invalid(prefix + " is missing");
   if (DeviceType(tensor->device) != kDLCPU) {
@@ -63,16 +65,8 @@ Status CheckTable(const DLTensor* tensor, const char* name, int64_t pairs, Table
     return Status::Invalid(prefix + " must be [rows, " + std::to_string(pairs) + "], but is [" +
                            std::to_string(tensor->shape[0]) + ", " + std::to_string(tensor->shape[1]) + "]");
   }
-  const DLDataType dtype = tensor->dtype;
-  if (dtype.lanes == 1 && dtype.code == kDLFloat && dtype.bits == 32) {
-    *type = TableType::kFloat32;
-  } else if (dtype.lanes == 1 && dtype.code == kDLFloat && dtype.bits == 16) {
-    *type = TableType::kFloat16;
-  } else if (dtype.lanes == 1 && dtype.code == kDLBfloat && dtype.bits == 16) {
-    *type = TableType::kBfloat16;
-  } else {
-    return Status::Invalid(prefix + " must be float32, float16 or bfloat16");
-  }
+  table->dtype = tensor->dtype.lanes == 1 ? DtypeOf(tensor->dtype) : 0;
+  if (!(table->dtype & kFloats)) return Status::Invalid(prefix + " must be " + DtypeNames(kFloats));
   if (SpansTooMuch(*tensor)) {
     return Status::Invalid(prefix + " must span less than 2^62 bytes, but its shape is " + ShapeText(*tensor) +
                            (tensor->strides != nullptr ? " with larger strides" : ""));
@@ -82,19 +76,20 @@ Status CheckTable(const DLTensor* tensor, const char* name, int64_t pairs, Table
   if (FootprintOf(*tensor).repeats()) {
     return Status::Invalid(prefix + " is written, but some of its elements share memory (overlapping strides)");
   }
+  const int64_t bytes = DtypeBytes(table->dtype);
+  table->data = static_cast<char*>(DataOf(*tensor));
+  table->row = StrideOf(*tensor, 0) * bytes;
+  table->pair = StrideOf(*tensor, 1) * bytes;
   return {};
 }
 
-void Store(const DLTensor& tensor, TableType type, int64_t row, int64_t pair, float value) {
-  const int64_t row_stride = tensor.strides != nullptr ? tensor.strides[0] : tensor.shape[1];
-  const int64_t pair_stride = tensor.strides != nullptr ? tensor.strides[1] : 1;
-  const int64_t index = row * row_stride + pair * pair_stride;
-  char* base = static_cast<char*>(tensor.data) + tensor.byte_offset;
-  if (type == TableType::kFloat32) {
-    std::memcpy(base + index * 4, &value, 4);
+void Store(const Table& table, int64_t row, int64_t pair, float value) {
+  char* const at = table.data + row * table.row + pair * table.pair;
+  if (table.dtype == kF32) {
+    std::memcpy(at, &value, 4);
   } else {
-    const uint16_t half = type == TableType::kFloat16 ? ToFloat16(value) : ToBfloat16(value);
-    std::memcpy(base + index * 2, &half, 2);
+    const uint16_t half = table.dtype == kF16 ? ToFloat16(value) : ToBfloat16(value);
+    std::memcpy(at, &half, 2);
   }
 }
 
@@ -103,9 +98,9 @@ void Store(const DLTensor& tensor, TableType type, int64_t row, int64_t pair, fl
 Status FillTable(const ropewalk_frequencies& frequencies, DLTensor* cos, DLTensor* sin) {
   return WithoutThrowing([&]() -> Status {
     const int64_t pairs = frequencies.rotary_dim / 2;
-    TableType cos_type{}, sin_type{};
-    ROPEWALK_TRY(CheckTable(cos, "cos", pairs, &cos_type));
-    ROPEWALK_TRY(CheckTable(sin, "sin", pairs, &sin_type));
+    Table cosines, sines;
+    ROPEWALK_TRY(ReadTable(cos, "cos", pairs, &cosines));
+    ROPEWALK_TRY(ReadTable(sin, "sin", pairs, &sines));
     if (cos->shape[0] != sin->shape[0]) {
       return Status::Invalid("table: sin has " + std::to_string(sin->shape[0]) + " rows, but cos has " +
                              std::to_string(cos->shape[0]));
@@ -120,8 +115,8 @@ Status FillTable(const ropewalk_frequencies& frequencies, DLTensor* cos, DLTenso
         const auto at = static_cast<size_t>(pair);
         const double angle = in_double ? static_cast<double>(row) * frequencies.inv_freq[at]
                                        : D(F(D(F(static_cast<double>(row))) * D(frequencies.table_inv_freq[at])));
-        Store(*cos, cos_type, row, pair, TableEntry(std::cos(angle), scaling));
-        Store(*sin, sin_type, row, pair, TableEntry(std::sin(angle), scaling));
+        Store(cosines, row, pair, TableEntry(std::cos(angle), scaling));
+        Store(sines, row, pair, TableEntry(std::sin(angle), scaling));
       }
     }
     return {};

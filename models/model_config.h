@@ -31,6 +31,10 @@ struct ModelConfig {
   RopeRule rule;
 };
 
+// Any configuration that gives frequencies. `layer_type` is empty or one of theirs; with `any_layer_type` an empty one
+// means the first that has frequencies.
+Status ReadLayerConfig(std::string_view json, std::string_view name, std::string_view layer_type,
+                       int64_t sequence_length, bool any_layer_type, ModelConfig* out);
 // `name` is what messages call the text (its path). A model_type that is not in the table is refused, as its pairing
 // and norm are unknown.
 Status ReadModelConfig(std::string_view json, std::string_view name, ModelConfig* out);

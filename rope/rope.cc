@@ -459,7 +459,8 @@ std::string ShapesText(const RopeCall& call) {
   std::string text = p.batch > 1 ? Text("a batch of ", p.batch, ", ") : std::string();
   Append(&text, Text(count(p.tokens, "token"), ", ", count(p.q_heads, "head"), " of q"));
   if (p.k_heads > 0) Append(&text, Text(" and ", p.k_heads, " of k"));
-  return Append(&text, Text(", each of ", p.head_dim, ", of which ", p.rotary_dim, " are rotated")), text;
+  Append(&text, Text(", each of ", p.head_dim, ", of which ", p.rotary_dim, " are rotated"));
+  return text;
 }
 
 }  // namespace ropewalk

@@ -176,7 +176,8 @@ stage_dev() {
   pip_stage dev "formatters and checkers"
 }
 
-# build_wheel: into build/dist, unless the wheel of these sources is installed; install_wheel: that one, into .venv.
+# wheel_is_due KEY: whether the wheel of these sources is not the one installed; build_wheel: into build/dist;
+# install_wheel KEY: that one, into .venv.
 wheel_key() {
   local sources
   sources=$(digest CMakeLists.txt pyproject.toml LICENSE THIRD_PARTY_LICENSES README.md requirements/lock/base.txt \
@@ -184,6 +185,7 @@ wheel_key() {
     rope) || return
   echo "$sources $CXX"
 }
+wheel_is_due() { ! fresh wheel "$1" || [[ ! -x $venv/bin/ropewalk ]]; }
 build_wheel() {
   say "wheel: building Ropewalk (one to three minutes)"
   rm -rf build/dist
@@ -198,7 +200,7 @@ install_wheel() {
 stage_wheel() {
   choose_compiler
   local key; key=$(wheel_key)
-  if fresh wheel "$key" && [[ -x $venv/bin/ropewalk ]]; then return; fi
+  wheel_is_due "$key" || return 0
   build_wheel
   install_wheel "$key"
 }
@@ -206,7 +208,7 @@ stage_wheel() {
 stage_wheel_and_full() {
   choose_compiler
   local key builds=; key=$(wheel_key)
-  if ! fresh wheel "$key" || [[ ! -x $venv/bin/ropewalk ]]; then
+  if wheel_is_due "$key"; then
     trap wait EXIT  # if what pip does fails
     build_wheel & builds=$!
   fi

@@ -29,7 +29,7 @@ CHOICES: dict[str, dict[Any, int]] = {
 }
 
 
-def is_a(value: Any, kind: type) -> bool:
+def is_a(value: Any, kind: type | tuple[type, ...]) -> bool:
     """As isinstance, which believes an object's __class__."""
     return issubclass(type(value), kind)
 
@@ -88,11 +88,10 @@ def number(name: str, value: Any) -> float:
 
 def is_number(value: Any) -> bool:
     """Whether it is one of Python's or numpy's own numbers: for arguments that may be a tensor as well."""
-    if issubclass(type(value), (int, float)):
+    if is_a(value, (int, float)):
         return True
     # numpy counts spans of time among its integers.
-    real = numpy is not None and issubclass(type(value), (numpy.integer, numpy.floating))
-    return real and not issubclass(type(value), numpy.timedelta64)
+    return numpy is not None and is_a(value, (numpy.integer, numpy.floating)) and not is_a(value, numpy.timedelta64)
 
 
 def _convert_numpy(name: str, value: Any, written: bool) -> Any:
