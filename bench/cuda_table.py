@@ -1,116 +1,242 @@
-"""Makes the table of shapes of the CUDA kernel from searches: python bench/cuda_table.py [SEARCH.jsonl ..]
+"""Makes what `backends/cuda/shapes.cc` chooses shapes of the CUDA kernel by, from searches on an H200.
 
-A search is what `ropewalk tune --all --json` writes: a call, and the shapes tried with their microseconds. A
-single call's best shape is often best by noise. So a shape's score for a call is its time over the best, on
-average over the calls nearest to it, and the one with the least score is the table's entry. Entries that their
-neighbours answer for are left out. Writes backends/cuda/shapes_table.inc.
+    python bench/cuda_table.py [--check] [--add SEARCH.jsonl] [SEARCHES.jsonl.xz]
+
+A search is what `ropewalk tune --all --json` writes: a call, and the shapes tried with their microseconds. `trust` is
+how much it counts: 1; less where rows had no v or positions were random, which is not how they are compared with the
+floor; 0 for a call that a sweep timed with one shape only, and found fast. --add takes new ones in first. Written are
+
+- `shapes_candidates.inc`: so many shapes that some of them serves each call well, the most useful first;
+- `cost_model.inc`: a small network that gives the logarithm of a shape's time, up to a summand of the call. It is
+  trained so that the shape which it holds to be the fastest is a fast one. Its inputs are those of
+  `backends/cuda/cost.h`, by `build/dev/bench/cuda_inputs`;
+- `shapes_table.inc`: calls of full trust where the model's choice is worse than the best by more than `TOLERANCE`, with
+  their best shape, and calls that a sweep found fast with another one than the model's.
+
+--check leaves each fifth of the calls out in turn and tells how a model of the others serves it; it writes nothing.
 """
 
 # SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import argparse
 import json
-import math
-import sys
+import lzma
+import random
+import subprocess
 from pathlib import Path
+from typing import Any
+
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-SEARCHES = [ROOT / "docs/results/2026-11-29-h200-tune.jsonl"]
-MULTIPROCESSORS, BYTES = 132, 2
-WIDTH = 0.25  # of the average, in the units of Distance in backends/cuda/shapes.cc
-TOLERANCE = 1.015  # an entry is left out if its neighbours' shape is no slower than this
+SEARCHES = ROOT / "docs/results/2026-11-29-h200-searches.jsonl.xz"
+INPUTS = ROOT / "build/dev/bench/cuda_inputs"
+INTO = ROOT / "backends/cuda"
+TOLERANCE = 1.02
+CANDIDATES = 64
+HIDDEN = (32, 16)  # as in backends/cuda/cost.cc
+EPOCHS = 160
+WORST = 2.2  # times the best: a shape that is worse is as bad
 
 Shape = tuple[int, ...]
 
 
 class Call:
-    """A call that was searched, with its features as FeaturesOf has them."""
+    """A call that was searched."""
 
     def __init__(self, line: str) -> None:
         found = json.loads(line)
-        q, k, head_dim, tokens = (found[name] for name in ("q_heads", "k_heads", "head_dim", "tokens"))
-        rotary, vector = found["rotary_dim"], 8
-        while head_dim % vector or rotary // 2 % vector:
-            vector //= 2
-        units = rotary // (2 * vector)
-        lanes = -(-units // -(-units // 32))
-        every = q + k + (k if found["cache"] else 0)
-        self.norm, self.table, self.store = int(found["norm"]), int(found["table"]), int(found["cache"])
-        self.regular = int(lanes & (lanes - 1) == 0)
-        self.lanes = math.log2(lanes)
-        self.bytes = math.log2(tokens * (q + k) * head_dim * BYTES / MULTIPROCESSORS)
-        self.turns = math.log2(every / (32 // lanes))
-        self.tokens = math.log2(tokens)
+        self.tokens = int(found["tokens"])
+        stages = int(found["norm"]) + 2 * int(found["table"]) + 4 * int(found["cache"])
+        self.key = (self.tokens, *(int(found[n]) for n in ("q_heads", "k_heads", "head_dim", "rotary_dim")), stages)
+        self.shapes = [plain(shape) for shape, _ in found["tried"]]
         times: dict[Shape, float] = {}
-        for shape, us in found["tried"]:
-            shape = tuple(shape)
-            if shape[0] == 0 and shape[1] not in (6, 10):
-                shape = (0, 0, *shape[2:])  # the widest
+        for shape, (_, us) in zip(self.shapes, found["tried"], strict=True):
             times[shape] = min(us, times.get(shape, us))
-        best = min(times.values())
-        self.over = {shape: us / best for shape, us in times.items()}
-        self.name = f"{q}/{k}x{head_dim} @ {tokens}"
-
-    def distance(self, other: "Call") -> float:
-        total = (self.bytes - other.bytes) ** 2 + (0.6 * (self.turns - other.turns)) ** 2
-        total += (0.3 * (self.tokens - other.tokens)) ** 2 + (0.8 * (self.lanes - other.lanes)) ** 2
-        total += 1.0 if self.norm != other.norm else 0.0
-        total += 0.7**2 if self.table != other.table else 0.0
-        if self.store != other.store:
-            total += (0.5 if self.store and other.store else 2.5) ** 2
-        return total + (9.0 if self.regular != other.regular else 0.0)
+        self.best = min(times, key=lambda shape: times[shape])
+        self.over = {shape: us / times[self.best] for shape, us in times.items()}
+        self.trust = float(found["trust"])
 
 
-def smoothed(call: Call, calls: list[Call]) -> Shape:
-    """The shape with the least average time over the best near the call; one that few of them tried is worse."""
-    weight: dict[Shape, float] = {}
-    score: dict[Shape, float] = {}
-    total = 0.0
-    for other in calls:
-        distance = call.distance(other)
-        if distance > 16 * WIDTH**2:
-            continue
-        w = math.exp(-distance / (2 * WIDTH**2))
-        total += w
-        for shape, over in other.over.items():
-            weight[shape] = weight.get(shape, 0.0) + w
-            score[shape] = score.get(shape, 0.0) + w * min(over, 2.5)
-    tried = [shape for shape in weight if weight[shape] >= 0.2 * total]
-    return min(tried, key=lambda s: score[s] / weight[s] + (0.02 if weight[s] < 0.6 * total else 0.0))
+def plain(shape: list[int]) -> Shape:
+    """With 0 for the vector where it is the widest."""
+    return (0, 0, *shape[2:]) if shape[0] == 0 and shape[1] not in (6, 10) else tuple(shape)
 
 
-def pruned(entries: list[tuple[Call, Shape]]) -> list[tuple[Call, Shape]]:
-    """Without those whose nearest neighbours have a shape that serves them as well."""
-    kept = list(entries)
-    for entry in entries:
-        call, shape = entry
-        others = [other for other in kept if other is not entry]
-        nearest = min(others, key=lambda other: call.distance(other[0]))
-        if nearest[1] == shape or call.over.get(nearest[1], 9.0) <= call.over.get(shape, 1.0) * TOLERANCE:
-            kept = others
-    return kept
+def useful(calls: list[Call]) -> list[Shape]:
+    """The shapes which together serve the calls best, each chosen for what it adds to those before it."""
+    tried: dict[Shape, int] = {}
+    for call in calls:
+        for shape in call.over:
+            tried[shape] = tried.get(shape, 0) + 1
+    shapes = [shape for shape, count in tried.items() if count >= len(calls) // 50]
+    over = torch.tensor([[min(call.over.get(shape, WORST), WORST) for shape in shapes] for call in calls])
+    served = torch.full((len(calls),), WORST)
+    chosen: list[int] = []
+    while len(chosen) < min(CANDIDATES, len(shapes)):
+        each = torch.minimum(served[:, None], over).mean(0)
+        chosen.append(int(each.argmin()))
+        served = torch.minimum(served, over[:, chosen[-1]])
+    print(f"{len(chosen)} candidates: the best of them is on average {served.mean():.3f} of the best of all")
+    return [shapes[i] for i in chosen]
 
 
-def main(paths: list[Path]) -> None:
-    calls = [Call(line) for path in paths for line in path.read_text().splitlines()]
-    entries = [(call, smoothed(call, calls)) for call in calls]
-    table = entries if len(entries) < 2 else pruned(entries)
-    lines = [
-        "// Shapes that a search on an H200 found, by bench/cuda_table.py from "
-        + ", ".join(p.name for p in paths)
-        + ":",
-        "// norm, table, store, regular; lanes, bytes, turns, tokens; then the shape.",
+class Model:
+    """The network, trained on the calls by how much each is to be trusted."""
+
+    def __init__(self, inputs: torch.Tensor, over: torch.Tensor, trust: torch.Tensor) -> None:
+        of = trust > 0
+        there = over > 0
+        known = inputs[of][there[of]]
+        self.mean, self.spread = known.mean(0), known.std(0) + 1e-6
+        torch.manual_seed(0)
+        self.layers = [torch.nn.Linear(a, b) for a, b in zip((inputs.shape[2], *HIDDEN), (*HIDDEN, 1), strict=True)]
+        parameters = [p for layer in self.layers for p in layer.parameters()]
+        optimizer = torch.optim.AdamW(parameters, lr=3e-3, weight_decay=1e-3)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, EPOCHS)
+        cost = over.clamp(min=1, max=WORST).log()
+        weight = torch.exp(-3 * cost) * there
+        scaled = (inputs - self.mean) / self.spread
+        for _ in range(EPOCHS):
+            for part in torch.where(of)[0][torch.randperm(int(of.sum()))].split(64):
+                out, w = self.of_scaled(scaled[part]), weight[part]
+                # How far off the costs are, but for a summand of the call.
+                off = out - cost[part]
+                off = off - (off * w).sum(1, keepdim=True) / w.sum(1, keepdim=True)
+                # What the choice loses, where a shape is chosen the likelier the less the model gives it.
+                likely = torch.softmax((-out / 0.03).masked_fill(~there[part], -1e9), 1)
+                lost = (likely * (over[part].clamp(1, WORST) - 1) * there[part]).sum(1)
+                loss = (trust[part] * (5 * (off**2 * w).sum(1) / w.sum(1) + lost)).sum() / trust[part].sum()
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+            schedule.step()
+
+    def of_scaled(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers[:-1]:
+            x = torch.relu(layer(x))
+        return self.layers[-1](x).squeeze(-1)
+
+    @torch.no_grad()
+    def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
+        return self.of_scaled((inputs - self.mean) / self.spread)
+
+    @torch.no_grad()
+    def text(self) -> list[str]:
+        """As CostModel in backends/cuda/cost.cc has it; the scaling of the inputs is part of the first layer."""
+        first, *others = self.layers
+        weight = first.weight / self.spread
+        numbers = [weight.T.flatten(), first.bias - weight @ self.mean]
+        for layer in others:
+            numbers += [layer.weight.T.flatten(), layer.bias]
+        values = [f"{value:.5e}f," for value in torch.cat(numbers[:-1]).tolist()]  # the last one is a summand of all
+        return [" ".join(values[i : i + 8]) for i in range(0, len(values), 8)]
+
+
+def write(name: str, lines: list[str]) -> None:
+    (INTO / name).write_text("\n".join(lines) + "\n")
+
+
+def read(lines: list[str]) -> tuple[list[Call], torch.Tensor, torch.Tensor]:
+    """The calls; inputs of each shape tried, and its time over the best, 0 where there is none."""
+    calls = [Call(line) for line in lines]
+    said = subprocess.run([INPUTS], input="\n".join(lines) + "\n", capture_output=True, text=True, check=True).stdout
+    values = torch.tensor([[float(number) for number in row.split()] for row in said.splitlines()])
+    assert len(values) == sum(len(call.shapes) for call in calls), len(values)
+    most = max(len(call.shapes) for call in calls)
+    inputs, over = torch.zeros(len(calls), most, values.shape[1]), torch.zeros(len(calls), most)
+    for i, (call, part) in enumerate(zip(calls, values.split([len(call.shapes) for call in calls]), strict=True)):
+        inputs[i, : len(part)] = part
+        over[i, : len(part)] = torch.tensor([call.over[shape] for shape in call.shapes])
+    return calls, inputs, over
+
+
+def choice(costs: torch.Tensor, over: torch.Tensor) -> torch.Tensor:
+    """The time over the best of the shape with the least cost, for each call."""
+    return over.gather(1, costs.masked_fill(over == 0, 1e9).argmin(1, keepdim=True)).squeeze(1)
+
+
+def added(lines: list[str], searches: list[str]) -> list[str]:
+    """With these searches, each in place of an earlier one of the call."""
+    kept = ("tokens", "q_heads", "k_heads", "head_dim", "rotary_dim", "norm", "table", "cache", "before_us")
+
+    def key(found: dict[str, Any]) -> tuple[Any, ...]:
+        return tuple(found[name] for name in kept[:-1])
+
+    new = {}
+    for line in searches:
+        found = json.loads(line)
+        best = min(us for _, us in found["tried"])
+        tried = [[plain(shape), round(us, 3)] for shape, us in found["tried"] if us <= WORST * best]
+        new[key(found)] = {name: found[name] for name in kept} | {"trust": 1, "tried": tried}
+    old = [line for line in lines if key(json.loads(line)) not in new]
+    return [json.dumps(found, separators=(",", ":")) for found in new.values()] + old
+
+
+def report(name: str, over: torch.Tensor) -> None:
+    print(f"{name}: {len(over)} calls, time over the best: median {over.median():.3f}, mean {over.mean():.3f}, "
+          + ", ".join(f"{int((over > limit).sum())} above {limit}" for limit in (1.05, 1.1, 1.2))
+          + f", at most {over.max():.2f}")  # fmt: skip
+
+
+def check(calls: list[Call], inputs: torch.Tensor, over: torch.Tensor, trust: torch.Tensor) -> None:
+    names = sorted({call.key[:-1] for call in calls})
+    random.Random(0).shuffle(names)
+    fold = {name: i % 5 for i, name in enumerate(names)}
+    left_out = torch.tensor([fold[call.key[:-1]] for call in calls])
+    costs = torch.zeros_like(over)
+    for i in range(5):
+        costs[left_out == i] = Model(inputs, over, trust * (left_out != i))(inputs[left_out == i])
+    chosen = choice(costs, over)
+    report("left out", chosen[trust == 1])
+    for low, high in ((0, 12), (12, 64), (64, 512), (512, 2048), (2048, 99999)):
+        part = torch.tensor([low <= call.tokens < high for call in calls]) & (trust == 1)
+        if part.any():
+            report(f"  from {low} tokens", chosen[part])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("searches", nargs="?", type=Path, default=SEARCHES, metavar="SEARCHES.jsonl.xz")
+    parser.add_argument("--add", type=Path, metavar="SEARCH.jsonl", help="of `ropewalk tune`, taken in first")
+    parser.add_argument("--check", action="store_true", help="of models of four fifths of the calls each")
+    options = parser.parse_args()
+    lines = lzma.decompress(options.searches.read_bytes()).decode().splitlines()
+    if options.add:
+        lines = added(lines, options.add.read_text().splitlines())
+        options.searches.write_bytes(lzma.compress(("\n".join(lines) + "\n").encode(), preset=9))
+    calls, inputs, over = read(lines)
+    trust = torch.tensor([call.trust for call in calls])
+    if options.check:
+        return check(calls, inputs, over, trust)
+    candidates = useful([call for call in calls if call.trust > 0])
+    model = Model(inputs, over, trust)
+    # The model chooses among the candidates alone; one that a sweep did not time is as bad as can be.
+    listed = torch.zeros_like(over, dtype=torch.bool)
+    for i, call in enumerate(calls):
+        for j, shape in enumerate(call.shapes):
+            listed[i, j] = shape in candidates
+    searched = trust > 0
+    by_model = torch.full_like(trust, WORST)
+    by_model[searched] = choice(model(inputs)[searched], (over * listed)[searched])
+    report("the model", by_model[trust == 1])
+    entries = [
+        call
+        for call, loss in zip(calls, by_model.tolist(), strict=True)
+        if (call.trust == 1 and loss > TOLERANCE) or call.trust == 0
     ]
-    for call, shape in sorted(table, key=lambda e: (e[0].store, e[0].norm, e[0].table, e[0].bytes, e[0].turns)):
-        features = f"{call.norm}, {call.table}, {call.store}, {call.regular}, "
-        features += ", ".join(f"{x:.2f}f" for x in (call.lanes, call.bytes, call.turns, call.tokens))
-        lines.append(f"{{{{{features}}}, {{{', '.join(map(str, shape))}}}}},  // {call.name}")
-    (ROOT / "backends/cuda/shapes_table.inc").write_text("\n".join(lines) + "\n")
-    over = [call.over.get(min(table, key=lambda e: call.distance(e[0]))[1], math.nan) for call in calls]
-    known = sorted(x for x in over if not math.isnan(x))
-    print(
-        f"{len(calls)} calls, {len(table)} entries; time over the best: median {known[len(known) // 2]:.3f}, "
-        f"95 % below {known[int(0.95 * len(known))]:.3f}, {len(over) - len(known)} not tried there"
-    )
+    head = f"// By bench/cuda_table.py from {options.searches.name}"
+    write("shapes_table.inc", [
+        f"{head}: calls that may have another shape than the model's.",
+        "// Tokens, heads of q and of k, head_dim, rotary_dim; 1 norm + 2 table + 4 store or 8 fp8 store; the shape.",
+        *(f"{{{', '.join(map(str, call.key))}, {{{', '.join(map(str, call.best))}}}}},"
+          for call in sorted(entries, key=lambda call: call.key)),
+    ])  # fmt: skip
+    write("shapes_candidates.inc", [f"{head}.", *(f"{{{', '.join(map(str, shape))}}}," for shape in candidates)])
+    write("cost_model.inc", [f"{head}: weights, layer by layer.", *model.text()])
+    print(f"a table of {len(entries)}")
 
 
 if __name__ == "__main__":
-    main([Path(name) for name in sys.argv[1:]] or SEARCHES)
+    main()

@@ -81,6 +81,11 @@ std::vector<RopeCase> Cases(const Options& options) {
       }
     }
   }
+  for (RopeCase& c : cases) {  // as an engine's rows of q, k and v, and as bench/gpu_compare.py times them
+    c.v_behind = c.layout == Layout::kPacked && c.cache == Cache::kNone;
+    c.positions = Positions::kArange;
+    bench::Complete(&c);
+  }
   return cases;
 }
 

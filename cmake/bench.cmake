@@ -16,3 +16,8 @@ foreach(name opencl_launch cuda_launch)
   set_target_properties(${name} PROPERTIES RUNTIME_OUTPUT_DIRECTORY ${PROJECT_BINARY_DIR}/bench)
   target_link_libraries(${name} PRIVATE ropewalk_conformance ropewalk_flags)
 endforeach()
+
+# For bench/cuda_table.py.
+add_executable(cuda_inputs bench/cuda_inputs.cc)
+set_target_properties(cuda_inputs PROPERTIES RUNTIME_OUTPUT_DIRECTORY ${PROJECT_BINARY_DIR}/bench)
+target_link_libraries(cuda_inputs PRIVATE ropewalk_conformance ropewalk_flags ropewalk_json)

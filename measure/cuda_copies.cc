@@ -9,7 +9,7 @@
 namespace ropewalk::bench {
 namespace {
 
-constexpr int64_t kWarmCopies = 8;
+constexpr int64_t kWarmCopies = 8;  // which stay in the L2 if they fit, as in bench/gpu_compare.py
 constexpr size_t kAlignment = 256;  // of device memory
 
 // The tensors that a call reads or writes token by token.
@@ -30,8 +30,7 @@ bool RunsCold(const RopeCase& c, int64_t l2_bytes) {
 
 int64_t CopyCount(const RopeCase& c, int64_t l2_bytes, int64_t cold_bytes) {
   const int64_t bytes = std::max<int64_t>(BytesOf(c), 1);
-  if (RunsCold(c, l2_bytes)) return std::max<int64_t>(2, (cold_bytes + bytes - 1) / bytes);
-  return std::clamp<int64_t>(WarmBytes(l2_bytes) / bytes, 1, kWarmCopies);
+  return RunsCold(c, l2_bytes) ? std::max<int64_t>(2, (cold_bytes + bytes - 1) / bytes) : kWarmCopies;
 }
 
 Status Copies::Make(CaseCall& call, int64_t count) {

@@ -20,8 +20,6 @@ namespace {
 constexpr int64_t kSharedBytes = 48 * 1024, kMostGridY = 65535;
 constexpr int kMostWarps = 64;  // of a multiprocessor
 
-// What the shape says of the work of a block, as far as the call has it: never more warps, stages or tokens than there
-// is work for.
 void LayOut(const RopeCall& call, RopeCudaShape shape, int64_t rows, int64_t all_heads, RopeCudaPlan* plan) {
   RopeCudaKey& key = plan->key;
   const bool plain = shape.few || !shape.flat || !FlatVectorFits(call, shape.vector);
@@ -124,32 +122,39 @@ int MinBlocks(const RopeCudaKey& key, const CudaDevice& device, int64_t rows, in
 
 }  // namespace
 
-Status PlanRopeCuda(const RopeCall& call, const CudaDevice& device, RopeCudaOptions options, RopeCudaPlan* plan) {
+void LayOutRopeCuda(const RopeCall& call, const RopeCudaShape& shape, RopeCudaPlan* plan) {
   const RopeVariant& v = call.variant;
   const rope_params& p = call.params;
-  const RopeTensors& t = call.tensors;
-  *plan = {};
-  const int64_t rows = p.batch * p.tokens;
-  const int64_t heads = int64_t{p.q_heads} + (t.k ? p.k_heads : 0);
-  const int64_t all_heads = heads + (v.store_v ? p.k_heads : 0);
-  if (rows == 0 || all_heads == 0) return {};
-  if (rows > INT32_MAX) {
-    return Status::Invalid(Text("rope: q must have fewer than 2^31 tokens on a GPU, but has ", rows));
-  }
-
   RopeCudaKey& key = plan->key;
   key.variant = v;
   key.head_dim = static_cast<uint16_t>(p.head_dim);
   key.rotary_dim = static_cast<uint16_t>(p.rotary_dim);
   key.rotary_offset = static_cast<uint16_t>(p.rotary_offset);
   key.v_dim = static_cast<uint16_t>(v.store_v ? p.v_dim : 0);
+  const HeadCount heads = HeadsOf(call);
+  LayOut(call, shape, p.batch * p.tokens, heads.all, plan);
+}
+
+Status PlanRopeCuda(const RopeCall& call, const CudaDevice& device, RopeCudaOptions options, RopeCudaPlan* plan) {
+  const RopeVariant& v = call.variant;
+  const rope_params& p = call.params;
+  const RopeTensors& t = call.tensors;
+  *plan = {};
+  const int64_t rows = p.batch * p.tokens;
+  const auto [heads, all_heads] = HeadsOf(call);
+  if (rows == 0 || all_heads == 0) return {};
+  if (rows > INT32_MAX) {
+    return Status::Invalid(Text("rope: q must have fewer than 2^31 tokens on a GPU, but has ", rows));
+  }
+
+  RopeCudaKey& key = plan->key;
   const int bytes = RopeDtypeBytes(v.dtype);
   plan->origin = RopeCudaOrigin::kGiven;
   if (options.rules) plan->origin = RopeCudaOrigin::kRules;
   const RopeCudaShape shape = options.shape   ? *options.shape
                               : options.rules ? RopeCudaShapeByRules(call, device, options.layout)
                                               : ChooseRopeCudaShape(call, device, options.layout, &plan->origin);
-  LayOut(call, shape, rows, all_heads, plan);
+  LayOutRopeCuda(call, shape, plan);
   const bool few = key.few_tokens != 0;
   const int vector = key.vector;
   // The next kernel of the stream may take its place beside this one where all blocks of this one have theirs at once,

@@ -149,6 +149,10 @@ struct RopeCudaOptions {
   bool rules = false;                            // a shape by rules, not by tables: few variants, as bundles hold them
 };
 
+// The layout and the grid that a shape gives for a call, as far as it has the work: never more warps, stages or tokens
+// than there is work for. Not the rest of a plan.
+void LayOutRopeCuda(const RopeCall& call, const RopeCudaShape& shape, RopeCudaPlan* plan);
+
 // Refuses a shape that was given and that the call cannot have.
 Status PlanRopeCuda(const RopeCall& call, const CudaDevice& device, RopeCudaOptions options, RopeCudaPlan* plan);
 

@@ -9,6 +9,9 @@
 #include <iterator>
 #include <limits>
 #include <span>
+#include <tuple>
+
+#include "backends/cuda/cost.h"
 
 namespace ropewalk {
 namespace {
@@ -187,9 +190,42 @@ float Distance(const RopeCudaFeatures& a, const RopeCudaFeatures& b) {
 }
 
 using Entry = RopeCudaTuned::Entry;
-constexpr Entry kTable[] = {
+
+// Calls that were searched on an H200, and their shapes. They serve the very same calls and no others: what is best for
+// a neighbour, even a close one, is on average no better than what the model says.
+struct Listed {
+  uint16_t tokens, q_heads, k_heads, head_dim, rotary_dim, stages;
+  RopeCudaShape shape;
+
+  constexpr auto key() const { return std::tie(tokens, q_heads, k_heads, head_dim, rotary_dim, stages); }
+};
+constexpr Listed kTable[] = {
 #include "backends/cuda/shapes_table.inc"
 };
+
+static_assert(std::ranges::is_sorted(kTable, {}, &Listed::key));
+
+const RopeCudaShape* FindListed(const RopeCall& call) {
+  const RopeVariant& v = call.variant;
+  const rope_params& p = call.params;
+  const int64_t rows = p.batch * p.tokens, k_heads = call.tensors.k ? p.k_heads : 0;
+  const bool whole_store = v.store_k && v.store_v && p.v_dim == p.head_dim;
+  if (std::max<int64_t>({rows, p.q_heads, k_heads, p.head_dim}) > UINT16_MAX || RopeDtypeBytes(v.dtype) != 2 ||
+      p.rotary_offset != 0 || (Stores(v) && !whole_store)) {
+    return nullptr;
+  }
+  const int store = !Stores(v) ? 0 : StoresFp8(v) ? 2 : 1;
+  const auto narrow = [](int64_t x) { return static_cast<uint16_t>(x); };
+  const Listed wanted = {narrow(rows),
+                         narrow(p.q_heads),
+                         narrow(k_heads),
+                         narrow(p.head_dim),
+                         narrow(p.rotary_dim),
+                         narrow(v.norm + 2 * (v.table_dtype != kRopeNoDtype) + 4 * store),
+                         {}};
+  const auto found = std::ranges::lower_bound(kTable, wanted.key(), {}, &Listed::key);
+  return found != std::end(kTable) && found->key() == wanted.key() ? &found->shape : nullptr;
+}
 
 // The entry for the call most like this one; null if there is none. *distance: how unlike it is, at most as it was.
 const Entry* Nearest(std::span<const Entry> entries, const RopeCudaFeatures& features, float* distance) {
@@ -205,38 +241,57 @@ const Entry* Nearest(std::span<const Entry> entries, const RopeCudaFeatures& fea
   return nearest;
 }
 
-// Where the table's entries without a store end, and those with one of the same dtype: it is sorted so.
-constexpr size_t EntriesUpTo(int store) {
-  return static_cast<size_t>(
-      std::ranges::count_if(kTable, [store](const Entry& e) { return e.features.store <= store; }));
-}
-constexpr size_t kStoreEnds[] = {0, EntriesUpTo(0), EntriesUpTo(1), EntriesUpTo(2)};
-static_assert(std::ranges::is_sorted(kTable, {}, [](const Entry& e) { return e.features.store; }));
-static_assert(kStoreEnds[3] == std::size(kTable));
+constexpr float kNear = 0.0625f;  // what a search found here serves calls within a quarter of an octave
 
-// Calls with the same store first: one of another kind is at least so far away.
-RopeCudaShape NearestInTable(const RopeCudaFeatures& features, float* distance) {
-  constexpr float kOtherStore = 0.25f;
-  const std::span<const Entry> table = kTable;
-  const size_t begin = kStoreEnds[features.store], end = kStoreEnds[features.store + 1];
-  *distance = std::numeric_limits<float>::max();
-  const Entry* nearest = Nearest(table.subspan(begin, end - begin), features, distance);
-  if (*distance > kOtherStore) {
-    for (const auto& others : {table.subspan(0, begin), table.subspan(end)}) {
-      if (const Entry* other = Nearest(others, features, distance)) nearest = other;
-    }
+// Shapes that are the best of some call, or close to it, by how many calls they serve.
+constexpr RopeCudaShape kCandidates[] = {
+#include "backends/cuda/shapes_candidates.inc"
+};
+
+// The candidates' accesses are of elements of two bytes.
+RopeCudaShape OfElements(RopeCudaShape shape, const RopeCall& call) {
+  if (shape.few) {
+    shape.vector = static_cast<uint8_t>(std::max(1, shape.vector * 2 / RopeDtypeBytes(call.variant.dtype)));
   }
-  return nearest->shape;
+  return shape;
 }
 
-constexpr float kSame = 0.0625f;      // within a quarter of an octave of a call that was searched
-constexpr float kLeastBytes = 11.5f;  // 2.9 KB for a multiprocessor: below, latency alone decides
+// Calls visit(shape) for the candidates that a call can have.
+template <class Visit>
+void ForCandidates(const RopeCall& call, const CudaDevice& device, const Visit& visit) {
+  const rope_params& p = call.params;
+  const auto widest = static_cast<uint8_t>(PlainVector(call, 0));
+  const int64_t bytes = p.batch * p.tokens * HeadsOf(call).heads * p.head_dim * RopeDtypeBytes(call.variant.dtype);
+  const int64_t per_multiprocessor = bytes / std::max(device.sm_count, 1);
+  for (const RopeCudaShape& candidate : kCandidates) {
+    RopeCudaShape shape = OfElements(candidate, call);
+    if (shape.few) shape.vector = std::min(shape.vector, widest);
+    const bool fits = shape.few      ? per_multiprocessor <= 160 * 1024
+                      : shape.vector ? FlatVectorFits(call, shape.vector)
+                                     : per_multiprocessor >= 4 * 1024;
+    if (fits) visit(shape);
+  }
+}
 
-// Of heads that no power of two of lanes works on, and of such of which a part is rotated, many tokens have rules of
-// their own, but for what was searched nearby.
-bool HasRules(const RopeCall& call, const RopeCudaFeatures& features, int64_t rows, float distance) {
-  const bool part = call.params.rotary_dim != call.params.head_dim;
-  return rows >= 3072 && (part || (!features.regular && distance > 0.5f));
+constexpr int64_t kLeastTokens = 3;    // below, latency alone decides
+constexpr int64_t kMostTokens = 8192;  // more differ in nothing but their number
+
+// The candidate that the model holds to be the fastest. They are sorted by how many calls they serve: one that serves
+// fewer has to be better by so much, as each shape is a kernel to compile.
+RopeCudaShape ModelledShape(const RopeCall& call, const CudaDevice& device) {
+  constexpr float kRarer = 0.003f;
+  RopeCall cut = call;
+  cut.params.tokens = std::min<int64_t>(call.params.batch * call.params.tokens, kMostTokens);
+  cut.params.batch = 1;
+  RopeCudaShape best;
+  float least = std::numeric_limits<float>::max();
+  ForCandidates(call, device, [&](const RopeCudaShape& shape) {
+    const float cost = RopeCudaCost(CostInputsOf(cut, device, shape));
+    if (cost >= least - kRarer) return;
+    best = shape;
+    least = cost;
+  });
+  return best;
 }
 
 }  // namespace
@@ -264,73 +319,28 @@ RopeCudaShape RopeCudaShapeByRules(const RopeCall& call, const CudaDevice& devic
 
 RopeCudaShape ChooseRopeCudaShape(const RopeCall& call, const CudaDevice& device, RopeCudaLayout layout,
                                   RopeCudaOrigin* origin) {
-  *origin = RopeCudaOrigin::kModel;
-  if (layout == RopeCudaLayout::kAny) {
-    const RopeCudaFeatures features = FeaturesOf(call, device);
-    const int64_t rows = call.params.batch * call.params.tokens;
-    float distance = kSame;
-    if (device.tuned) {
-      const Entry* tuned = Nearest(device.tuned->entries, features, &distance);
-      if (tuned) {
-        *origin = RopeCudaOrigin::kTunedHere;
-        return tuned->shape;
-      }
-    }
-    RopeCudaShape shape = NearestInTable(features, &distance);
-    if (features.bytes >= kLeastBytes && !HasRules(call, features, rows, distance)) {
-      if (device.measured && distance < kSame) *origin = RopeCudaOrigin::kTable;
-      // The table's accesses are of elements of two bytes.
-      const int bytes = RopeDtypeBytes(call.variant.dtype);
-      if (shape.few) shape.vector = static_cast<uint8_t>(std::max(1, shape.vector * 2 / bytes));
-      return shape;
+  *origin = RopeCudaOrigin::kRules;
+  if (layout != RopeCudaLayout::kAny) return RopeCudaShapeByRules(call, device, layout);
+  if (device.tuned) {
+    float distance = kNear;
+    if (const Entry* tuned = Nearest(device.tuned->entries, FeaturesOf(call, device), &distance)) {
+      *origin = RopeCudaOrigin::kTunedHere;
+      return tuned->shape;
     }
   }
-  return RopeCudaShapeByRules(call, device, layout);
+  if (device.measured) {
+    if (const RopeCudaShape* shape = FindListed(call)) {
+      *origin = RopeCudaOrigin::kTable;
+      return *shape;
+    }
+  }
+  if (call.params.batch * call.params.tokens < kLeastTokens) return RopeCudaShapeByRules(call, device, layout);
+  *origin = RopeCudaOrigin::kModel;
+  return ModelledShape(call, device);
 }
-
-namespace {
-
-// Shapes that came within 3 % of the best of some call in searches of everything (docs/results, H200): few tokens by
-// bytes of an access, heads at once, warps, tokens of a block; many by stages, rounds side by side, turns, tokens of a
-// warp and of a block, warps that a multiprocessor holds.
-struct FewCandidate {
-  int bytes, heads, warps, tokens;
-};
-constexpr FewCandidate kFewCandidates[] = {{4, 1, 4, 4},  {4, 1, 6, 1},  {4, 1, 8, 1},  {4, 2, 4, 1},  {4, 2, 4, 2},
-                                           {4, 2, 6, 1},  {4, 2, 6, 2},  {4, 2, 12, 1}, {4, 3, 6, 1},  {4, 4, 8, 1},
-                                           {4, 4, 10, 1}, {4, 4, 12, 1}, {8, 1, 10, 1}, {8, 1, 10, 2}, {8, 2, 2, 1},
-                                           {8, 2, 2, 2},  {8, 2, 2, 4},  {8, 2, 4, 1},  {8, 2, 4, 2},  {8, 2, 5, 1},
-                                           {8, 2, 6, 1},  {8, 2, 8, 2},  {8, 2, 12, 1}, {8, 2, 12, 4}, {8, 4, 4, 1},
-                                           {8, 4, 12, 1}, {16, 2, 2, 1}, {16, 2, 2, 2}, {16, 2, 12, 2}};
-struct ManyCandidate {
-  int stages, flat, turns, warp_tokens, tokens, resident;
-};
-constexpr ManyCandidate kManyCandidates[] = {
-    {1, 0, 2, 1, 1, 32}, {1, 0, 1, 1, 1, 0}, {2, 0, 2, 1, 1, 0}, {2, 0, 2, 1, 2, 0}, {2, 0, 3, 1, 1, 0},
-    {2, 0, 3, 1, 4, 0},  {2, 0, 4, 1, 1, 0}, {2, 0, 6, 1, 2, 0}, {2, 1, 2, 1, 1, 0}, {2, 1, 2, 1, 2, 0},
-    {2, 1, 3, 1, 2, 0},  {2, 1, 4, 1, 1, 0}, {3, 0, 1, 2, 8, 0}, {3, 0, 3, 1, 2, 0}, {3, 1, 4, 1, 4, 0},
-    {3, 1, 4, 1, 2, 0},  {4, 0, 1, 4, 4, 0}, {4, 0, 4, 1, 1, 0}, {4, 1, 4, 1, 1, 0}, {5, 0, 6, 1, 1, 0},
-    {5, 0, 6, 1, 2, 0},  {5, 1, 9, 1, 2, 0}, {5, 1, 5, 1, 1, 0}};
-constexpr ManyCandidate kOddCandidates[] = {{2, 1, 5, 1, 1, 0}, {2, 1, 2, 1, 4, 0}, {3, 2, 3, 1, 1, 0}};
-
-RopeCudaShape ShapeOf(const ManyCandidate& c, int vector) {
-  return {0,
-          static_cast<uint8_t>(vector),
-          static_cast<uint8_t>(c.stages),
-          static_cast<uint8_t>(c.flat),
-          static_cast<uint8_t>(c.turns),
-          static_cast<uint8_t>(c.warp_tokens),
-          static_cast<uint8_t>(c.tokens),
-          static_cast<uint8_t>(c.resident)};
-}
-
-}  // namespace
 
 std::vector<RopeCudaShape> RopeCudaCandidates(const RopeCall& call, const CudaDevice& device,
                                               const RopeCudaShape* near) {
-  const rope_params& p = call.params;
-  const int64_t heads = int64_t{p.q_heads} + (call.tensors.k ? p.k_heads : 0);
-  const int bytes = RopeDtypeBytes(call.variant.dtype), widest = PlainVector(call, 0);
   std::vector<RopeCudaShape> shapes;
   const auto add = [&](const RopeCudaShape& shape) {
     if (std::ranges::find(shapes, shape) == shapes.end()) shapes.push_back(shape);
@@ -353,27 +363,7 @@ std::vector<RopeCudaShape> RopeCudaCandidates(const RopeCall& call, const CudaDe
   for (const RopeCudaLayout layout : {RopeCudaLayout::kAny, RopeCudaLayout::kFew, RopeCudaLayout::kMany}) {
     add(ChooseRopeCudaShape(call, device, layout, &origin));
   }
-  const int64_t per_multiprocessor = p.batch * p.tokens * heads * p.head_dim * bytes / std::max(device.sm_count, 1);
-  if (per_multiprocessor <= 160 * 1024) {
-    for (const FewCandidate& c : kFewCandidates) {
-      if (c.bytes / bytes > widest || c.bytes < bytes) continue;
-      RopeCudaShape shape;
-      shape.few = 1;
-      shape.vector = static_cast<uint8_t>(c.bytes / bytes);
-      shape.in_flight = static_cast<uint8_t>(c.heads);
-      shape.cut = static_cast<uint8_t>(c.warps);
-      shape.tokens = static_cast<uint8_t>(c.tokens);
-      add(shape);
-    }
-  }
-  if (per_multiprocessor >= 4 * 1024) {
-    for (const ManyCandidate& c : kManyCandidates) add(ShapeOf(c, widest));
-    for (const int vector : {6, 10}) {
-      for (const ManyCandidate& c : kOddCandidates) {
-        if (FlatVectorFits(call, vector)) add(ShapeOf(c, vector));
-      }
-    }
-  }
+  ForCandidates(call, device, add);
   return shapes;
 }
 

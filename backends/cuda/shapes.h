@@ -26,6 +26,16 @@ RopeCudaShape RopeCudaShapeByRules(const RopeCall& call, const CudaDevice& devic
 std::vector<RopeCudaShape> RopeCudaCandidates(const RopeCall& call, const CudaDevice& device,
                                               const RopeCudaShape* near = nullptr);
 
+// Heads of a token: of q and k, and with those of v that are stored.
+struct HeadCount {
+  int64_t heads = 0, all = 0;
+};
+inline HeadCount HeadsOf(const RopeCall& call) {
+  const rope_params& p = call.params;
+  const int64_t heads = int64_t{p.q_heads} + (call.tensors.k ? p.k_heads : 0);
+  return {heads, heads + (call.variant.store_v ? p.k_heads : 0)};
+}
+
 // How a head is dealt to threads by accesses of so many elements.
 struct HeadDeal {
   int vector = 0, lanes = 0, units = 0, rest = 0;

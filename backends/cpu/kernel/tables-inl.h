@@ -94,7 +94,7 @@ HWY_INLINE void ConvertRow(const void* data, uint8_t dtype, int64_t stride, int 
     int i = 0;
     if (stride == 1) {
       for (; i + kLanes <= count; i += kLanes) hn::StoreU(T::Load(Whole<DF>(), p, i), df, out + i);
-      if (i < count) hn::StoreU(T::Load(First<DF>{count}, p, i), df, out + i);
+      if (i < count) hn::StoreU(T::Load(First<DF>{count - i}, p + i, 0), df, out + i);
       return;
     }
     for (; i < count; i += kLanes) {

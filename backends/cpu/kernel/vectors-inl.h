@@ -65,7 +65,7 @@ template <class D_, bool kReadAll_ = false>
 struct First {
   static constexpr bool kReadAll = kReadAll_;
   using D = D_;
-  int count;
+  int count;  // below 64, of which a mask is made
 #if HWY_TARGET == HWY_AVX3
   // Of the elements of a vector of DT from the `at`-th on.
   template <class DT>
