@@ -1,5 +1,5 @@
 // What the model of costs knows of each shape that a search tried (backends/cuda/cost.h). Reads lines of `ropewalk tune
-// --all --json`; writes a line for each shape. For bench/cuda_table.py.
+// --all --json`; writes a line for each shape: whether it suits the call, and the inputs. For bench/cuda_table.py.
 // SPDX-License-Identifier: Apache-2.0
 #include <array>
 #include <bit>
@@ -11,6 +11,7 @@
 #include <string>
 
 #include "backends/cuda/cost.h"
+#include "backends/cuda/shapes.h"
 
 namespace ropewalk {
 namespace {
@@ -61,7 +62,9 @@ void Run() {
     const nlohmann::json searched = nlohmann::json::parse(line);
     const RopeCall call = CallOf(searched);
     for (const nlohmann::json& tried : searched.at("tried")) {
-      const CostInputs inputs = CostInputsOf(call, kH200, ShapeOf(tried.at(0)));
+      const RopeCudaShape shape = ShapeOf(tried.at(0));
+      const CostInputs inputs = CostInputsOf(call, kH200, shape);
+      std::printf("%d ", RopeCudaShapeSuits(call, kH200, shape) ? 1 : 0);
       for (const float input : std::bit_cast<std::array<float, kCostInputs>>(inputs)) std::printf("%.6g ", input);
       std::printf("\n");
     }

@@ -153,6 +153,15 @@ HeadDeal DealHead(const RopeCall& call, int vector) {
   return deal;
 }
 
+bool RopeCudaShapeSuits(const RopeCall& call, const CudaDevice& device, const RopeCudaShape& shape) {
+  const rope_params& p = call.params;
+  const int64_t bytes = p.batch * p.tokens * HeadsOf(call).heads * p.head_dim * RopeDtypeBytes(call.variant.dtype);
+  const int64_t per_multiprocessor = bytes / std::max(device.sm_count, 1);
+  return shape.few      ? per_multiprocessor <= 160 * 1024
+         : shape.vector ? FlatVectorFits(call, shape.vector)
+                        : per_multiprocessor >= 4 * 1024;
+}
+
 RopeCudaFeatures FeaturesOf(const RopeCall& call, const CudaDevice& device) {
   const RopeVariant& v = call.variant;
   const rope_params& p = call.params;
@@ -194,10 +203,11 @@ using Entry = RopeCudaTuned::Entry;
 // Calls that were searched on an H200, and their shapes. They serve the very same calls and no others: what is best for
 // a neighbour, even a close one, is on average no better than what the model says.
 struct Listed {
-  uint16_t tokens, q_heads, k_heads, head_dim, rotary_dim, stages;
+  uint16_t tokens, head_dim, rotary_dim;
+  uint8_t q_heads, k_heads, stages;
   RopeCudaShape shape;
 
-  constexpr auto key() const { return std::tie(tokens, q_heads, k_heads, head_dim, rotary_dim, stages); }
+  constexpr auto key() const { return std::tie(tokens, head_dim, rotary_dim, q_heads, k_heads, stages); }
 };
 constexpr Listed kTable[] = {
 #include "backends/cuda/shapes_table.inc"
@@ -210,19 +220,18 @@ const RopeCudaShape* FindListed(const RopeCall& call) {
   const rope_params& p = call.params;
   const int64_t rows = p.batch * p.tokens, k_heads = call.tensors.k ? p.k_heads : 0;
   const bool whole_store = v.store_k && v.store_v && p.v_dim == p.head_dim;
-  if (std::max<int64_t>({rows, p.q_heads, k_heads, p.head_dim}) > UINT16_MAX || RopeDtypeBytes(v.dtype) != 2 ||
-      p.rotary_offset != 0 || (Stores(v) && !whole_store)) {
+  if (std::max<int64_t>(rows, p.head_dim) > UINT16_MAX || std::max<int64_t>(p.q_heads, k_heads) > UINT8_MAX ||
+      RopeDtypeBytes(v.dtype) != 2 || p.rotary_offset != 0 || (Stores(v) && !whole_store)) {
     return nullptr;
   }
   const int store = !Stores(v) ? 0 : StoresFp8(v) ? 2 : 1;
-  const auto narrow = [](int64_t x) { return static_cast<uint16_t>(x); };
-  const Listed wanted = {narrow(rows),
-                         narrow(p.q_heads),
-                         narrow(k_heads),
-                         narrow(p.head_dim),
-                         narrow(p.rotary_dim),
-                         narrow(v.norm + 2 * (v.table_dtype != kRopeNoDtype) + 4 * store),
-                         {}};
+  Listed wanted = {};
+  wanted.tokens = static_cast<uint16_t>(rows);
+  wanted.head_dim = static_cast<uint16_t>(p.head_dim);
+  wanted.rotary_dim = static_cast<uint16_t>(p.rotary_dim);
+  wanted.q_heads = static_cast<uint8_t>(p.q_heads);
+  wanted.k_heads = static_cast<uint8_t>(k_heads);
+  wanted.stages = static_cast<uint8_t>(v.norm + 2 * (v.table_dtype != kRopeNoDtype) + 4 * store);
   const auto found = std::ranges::lower_bound(kTable, wanted.key(), {}, &Listed::key);
   return found != std::end(kTable) && found->key() == wanted.key() ? &found->shape : nullptr;
 }
@@ -259,17 +268,11 @@ RopeCudaShape OfElements(RopeCudaShape shape, const RopeCall& call) {
 // Calls visit(shape) for the candidates that a call can have.
 template <class Visit>
 void ForCandidates(const RopeCall& call, const CudaDevice& device, const Visit& visit) {
-  const rope_params& p = call.params;
   const auto widest = static_cast<uint8_t>(PlainVector(call, 0));
-  const int64_t bytes = p.batch * p.tokens * HeadsOf(call).heads * p.head_dim * RopeDtypeBytes(call.variant.dtype);
-  const int64_t per_multiprocessor = bytes / std::max(device.sm_count, 1);
   for (const RopeCudaShape& candidate : kCandidates) {
     RopeCudaShape shape = OfElements(candidate, call);
     if (shape.few) shape.vector = std::min(shape.vector, widest);
-    const bool fits = shape.few      ? per_multiprocessor <= 160 * 1024
-                      : shape.vector ? FlatVectorFits(call, shape.vector)
-                                     : per_multiprocessor >= 4 * 1024;
-    if (fits) visit(shape);
+    if (RopeCudaShapeSuits(call, device, shape)) visit(shape);
   }
 }
 

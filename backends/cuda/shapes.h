@@ -21,6 +21,8 @@ RopeCudaShape ChooseRopeCudaShape(const RopeCall& call, const CudaDevice& device
 // By rules alone, which have few variants for all numbers of tokens.
 RopeCudaShape RopeCudaShapeByRules(const RopeCall& call, const CudaDevice& device, RopeCudaLayout layout);
 
+// Whether a candidate may be fast for a call: of few tokens not for many bytes, and the other way round.
+bool RopeCudaShapeSuits(const RopeCall& call, const CudaDevice& device, const RopeCudaShape& shape);
 // Shapes that may be fast for a call, for a search on its device: the one that is chosen first, then those that differ
 // from it in what matters most. `near`: instead those that differ from that shape in one thing.
 std::vector<RopeCudaShape> RopeCudaCandidates(const RopeCall& call, const CudaDevice& device,
