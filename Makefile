@@ -25,7 +25,7 @@ setup:  ## only the set-up: system packages, .venv, the wheel in it
 	@$(setup) system base sycl wheel full
 
 wheel:  ## a wheel for other machines, in dist/
-	@$(setup) system base sycl dev
+	@$(setup) system base sycl dev zig
 	@scripts/wheel.sh
 
 test-asan:  ## all tests under AddressSanitizer and UndefinedBehaviorSanitizer
