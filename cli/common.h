@@ -114,5 +114,6 @@ void AddCompile(CLI::App* app, int* exit_code);
 void AddDescribe(CLI::App* app, int* exit_code);
 void AddTune(CLI::App* app, int* exit_code);
 void AddFloor(CLI::App* app, int* exit_code);
+void AddManual(CLI::App* app, int* exit_code);
 
 }  // namespace ropewalk::cli

@@ -37,6 +37,7 @@ int Main(int argc, char** argv) {
   AddTune(&app, &exit_code);
   AddDescribe(&app, &exit_code);
   AddFloor(&app, &exit_code);
+  AddManual(&app, &exit_code);
   try {
     app.parse(argc, argv);
     if (app.get_subcommands().empty()) {

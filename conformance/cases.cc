@@ -266,15 +266,6 @@ void AddTables(List* list) {
       });
     }
   }
-  // Rows of 67 and of 100 pairs: more than a mask of 64 bits has, and no whole vectors.
-  for (const int64_t head_dim : {134, 200}) {
-    for (const uint32_t table_dtype : kDtypes) {
-      list->Add({.head_dim = head_dim,
-                 .angles = Angles::kPacked,
-                 .table_dtype = table_dtype,
-                 .positions = Positions::kRandom});
-    }
-  }
 }
 
 void AddNorms(List* list) {

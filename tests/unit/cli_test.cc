@@ -73,6 +73,52 @@ TEST_F(Cli, NumbersAreTakenAsTheyAreOrRefused) {
   EXPECT_EQ(Command("check --random 2 --seed 18446744073709551615 --list").code, 0);
 }
 
+// What bash completes after these words, the last one begun.
+std::string Completed(const std::string& words) {
+  const std::string script = Text("source <('", ROPEWALK_COMMAND, "' completion bash); COMP_WORDS=(", words,
+                                  "); COMP_CWORD=\\$((\\${#COMP_WORDS[@]} - 1)); _ropewalk; echo \\${COMPREPLY[@]}");
+  FILE* pipe = popen(Text("bash -c \"", script, "\" 2>&1").c_str(), "r");
+  char buffer[4096] = "";
+  std::string said;
+  while (pipe && fgets(buffer, sizeof(buffer), pipe)) said += buffer;
+  if (pipe) pclose(pipe);
+  return said;
+}
+
+TEST_F(Cli, ShellsCompleteSubcommandsOptionsAndChoices) {
+  if (std::system("bash -c true >/dev/null 2>&1") != 0) GTEST_SKIP() << "no bash";
+  EXPECT_EQ(Completed("ropewalk be"), "bench\n");
+  EXPECT_EQ(Completed("ropewalk --v"), "--version\n");
+  EXPECT_EQ(Completed("ropewalk tune --pairing n"), "neox\n");
+  EXPECT_EQ(Completed("ropewalk tune --op rope+store:"), "rope+store:fp8\n");
+  EXPECT_EQ(Completed("ropewalk completion z"), "zsh\n");
+  EXPECT_NE(Completed("ropewalk check --").find("--random"), std::string::npos);
+  EXPECT_EQ(Completed("ropewalk check --pairing n"), "\n") << "an option of another subcommand";
+  EXPECT_EQ(Command("completion fish").code, 2);
+  EXPECT_EQ(Command("completion zsh").said.find("#compdef ropewalk\n"), 0u);
+}
+
+TEST_F(Cli, TheManualHasEverySubcommandAndOption) {
+  const Ended manual = Command("manual");
+  EXPECT_EQ(manual.code, 0);
+  const std::string help = Command("--help").said;
+  size_t found = 0;
+  for (const char* command :
+       {"doctor", "run", "check", "bench", "explain", "compile", "tune", "describe", "completion", "manual"}) {
+    EXPECT_NE(help.find(Text("\n  ", command, " ")), std::string::npos) << command;
+    EXPECT_NE(manual.said.find(Text("\n.SS ", command, "\n")), std::string::npos) << command;
+    const std::string options = Command(Text(command, " --help")).said;
+    for (size_t at = options.find("\n  -"); at != std::string::npos; at = options.find("\n  -", at + 1)) {
+      const size_t dashes = options.find("--", at), end = options.find_first_of(" ,\n", dashes);
+      std::string name;
+      for (const char c : options.substr(dashes, end - dashes)) name += c == '-' ? "\\-" : std::string(1, c);
+      EXPECT_NE(manual.said.find(name), std::string::npos) << command << " " << name;
+      ++found;
+    }
+  }
+  EXPECT_GE(found, 30u);
+}
+
 TEST_F(Cli, AModelIsNotReadForEver) {
   const Ended ended = Command("explain --model /dev/zero");
   EXPECT_EQ(ended.code, 2);
