@@ -193,7 +193,7 @@ class PlanProof {
     if (!data) return true;
     const int64_t unit = std::min<int64_t>(16, bytes & -bytes);  // of what several accesses carry, each is aligned
     if (reinterpret_cast<uintptr_t>(data) % static_cast<uint64_t>(unit) != 0) return false;
-    return std::ranges::all_of(strides, [&](int64_t stride) { return stride * element % unit == 0; });
+    return std::ranges::all_of(strides, [&](int64_t stride) { return stride % unit * element % unit == 0; });
   }
   bool Aligned(const void* data, int element, const rope_strides& s, int64_t bytes) const {
     const bool several = p_.batch > 1;

@@ -153,13 +153,21 @@ HeadDeal DealHead(const RopeCall& call, int vector) {
   return deal;
 }
 
-bool RopeCudaShapeSuits(const RopeCall& call, const CudaDevice& device, const RopeCudaShape& shape) {
+namespace {
+
+// Of q and k. Of 2^31 tokens and as many heads the product is more than 64 bits hold.
+double BytesOfMultiprocessor(const RopeCall& call, const CudaDevice& device) {
   const rope_params& p = call.params;
-  const int64_t bytes = p.batch * p.tokens * HeadsOf(call).heads * p.head_dim * RopeDtypeBytes(call.variant.dtype);
-  const int64_t per_multiprocessor = bytes / std::max(device.sm_count, 1);
-  return shape.few      ? per_multiprocessor <= 160 * 1024
+  const double heads = static_cast<double>(HeadsOf(call).heads) * p.head_dim * RopeDtypeBytes(call.variant.dtype);
+  return static_cast<double>(p.batch * p.tokens) * heads / std::max(device.sm_count, 1);
+}
+
+}  // namespace
+
+bool RopeCudaShapeSuits(const RopeCall& call, const CudaDevice& device, const RopeCudaShape& shape) {
+  return shape.few      ? BytesOfMultiprocessor(call, device) <= 160 * 1024
          : shape.vector ? FlatVectorFits(call, shape.vector)
-                        : per_multiprocessor >= 4 * 1024;
+                        : BytesOfMultiprocessor(call, device) >= 4 * 1024;
 }
 
 RopeCudaFeatures FeaturesOf(const RopeCall& call, const CudaDevice& device) {
@@ -308,10 +316,9 @@ RopeCudaShape RopeCudaShapeByRules(const RopeCall& call, const CudaDevice& devic
   const int bytes = RopeDtypeBytes(v.dtype);
   // Few tokens: narrow accesses and so many threads, every load issued at once. Many tokens: wide accesses, several
   // heads of a group on their way through shared memory.
-  const int64_t bytes_moved = rows * heads * p.head_dim * bytes;
-  const int64_t few_bytes = int64_t{device.sm_count} * 24 * 1024;
-  const bool few = layout == RopeCudaLayout::kAny ? bytes_moved <= few_bytes : layout == RopeCudaLayout::kFew;
-  if (few) return FewShape(v, bytes_moved / std::max(device.sm_count, 1));
+  const double per_multiprocessor = BytesOfMultiprocessor(call, device);
+  const bool few = layout == RopeCudaLayout::kAny ? per_multiprocessor <= 24 * 1024 : layout == RopeCudaLayout::kFew;
+  if (few) return FewShape(v, static_cast<int64_t>(per_multiprocessor));
   if (const int odd = OddVector(call, rows)) return OddShape(v, DealHead(call, odd), all_heads);
   const HeadDeal deal = DealHead(call, PlainVector(call, 0));
   // Halves that do not fill sectors of 32 bytes are fetched side by side.
