@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# A source distribution in dist/, and from it a wheel for other machines, for glibc 2.28 and later (RHEL 8, Debian 10, Ubuntu 18.10): linked against that
-# version (scripts/old_glibc.sh). auditwheel reads from the symbols on what it loads, and refuses another tag.
+# A source distribution in dist/, and from it a wheel for other machines, for glibc 2.28 and later (RHEL 8, Debian 10,
+# Ubuntu 18.10): linked against that version (scripts/old_glibc.sh). auditwheel reads from the symbols on what it loads,
+# and refuses another tag.
 # SPDX-License-Identifier: Apache-2.0
 source "$(dirname "$0")/common.sh"
 choose_compiler

@@ -43,7 +43,7 @@ float LastPart(double rows) { return static_cast<float>(rows / std::ceil(std::ma
 }  // namespace
 
 CostInputs CostInputsOf(const RopeCall& call, const CudaDevice& device, const RopeCudaShape& shape) {
-  constexpr int kWarpsOfMultiprocessor = 64, kSharedOfMultiprocessor = 227 * 1024, kH200 = 132;
+  constexpr int kSharedOfMultiprocessor = 227 * 1024;
   RopeCudaPlan plan;
   LayOutRopeCuda(call, shape, &plan);
   const RopeVariant& v = call.variant;
@@ -56,8 +56,8 @@ CostInputs CostInputsOf(const RopeCall& call, const CudaDevice& device, const Ro
   const int warps = key.threads / 32;
   const double turns = key.few_tokens ? 1.0 : static_cast<double>(Ceil(all_heads, HeadsAtOnce(s.grid)));
   const double blocks = static_cast<double>(plan.grid_x) * plan.grid_y / multiprocessors;
-  const double room = std::max(1, std::min({MostCudaBlocks(device), kWarpsOfMultiprocessor / warps,
-                                            kSharedOfMultiprocessor / (s.shared_bytes + 1024)}));
+  const double room = std::max(
+      1, std::min({MostCudaBlocks(device), kMostCudaWarps / warps, kSharedOfMultiprocessor / (s.shared_bytes + 1024)}));
   const int groups = GroupsPerWarp(s.grid);
   CostInputs in;
   in.few = key.few_tokens;
@@ -74,7 +74,7 @@ CostInputs CostInputsOf(const RopeCall& call, const CudaDevice& device, const Ro
   in.store = Stores(v);
   in.fp8 = StoresFp8(v);
   in.bytes = Log2(rows * static_cast<double>(heads) * s.span_bytes / multiprocessors);
-  in.tokens = Log2(rows * kH200 / multiprocessors);
+  in.tokens = Log2(rows * kH200Multiprocessors / multiprocessors);
   in.heads = Log2(static_cast<double>(all_heads));
   in.lanes = Log2(key.lanes);
   in.groups = static_cast<float>(groups);

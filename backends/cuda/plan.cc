@@ -18,7 +18,6 @@ int MostCudaBlocks(const CudaDevice& device) {
 namespace {
 
 constexpr int64_t kSharedBytes = 48 * 1024, kMostGridY = 65535;
-constexpr int kMostWarps = 64;  // of a multiprocessor
 
 void LayOut(const RopeCall& call, RopeCudaShape shape, int64_t rows, int64_t all_heads, RopeCudaPlan* plan) {
   RopeCudaKey& key = plan->key;
@@ -117,7 +116,7 @@ int MinBlocks(const RopeCudaKey& key, const CudaDevice& device, int64_t rows, in
   if (table && Stores(v) && key.flat && !regular) return 1;  // needs more than 64 registers
   if (v.table_dtype == kRopeF32 && (!regular || key.lanes == 32)) resident = std::min(resident, 32);  // ditto, 48
   const int most = key.vector == 8 ? 16 : MostCudaBlocks(device);
-  return std::clamp(std::min(resident, kMostWarps) / warps, 1, most);
+  return std::clamp(std::min(resident, kMostCudaWarps) / warps, 1, most);
 }
 
 }  // namespace
@@ -131,8 +130,7 @@ void LayOutRopeCuda(const RopeCall& call, const RopeCudaShape& shape, RopeCudaPl
   key.rotary_dim = static_cast<uint16_t>(p.rotary_dim);
   key.rotary_offset = static_cast<uint16_t>(p.rotary_offset);
   key.v_dim = static_cast<uint16_t>(v.store_v ? p.v_dim : 0);
-  const HeadCount heads = HeadsOf(call);
-  LayOut(call, shape, p.batch * p.tokens, heads.all, plan);
+  LayOut(call, shape, p.batch * p.tokens, HeadsOf(call).all, plan);
 }
 
 Status PlanRopeCuda(const RopeCall& call, const CudaDevice& device, RopeCudaOptions options, RopeCudaPlan* plan) {

@@ -26,6 +26,7 @@ struct CudaDevice {
 
 // What a multiprocessor holds at most; to ask for more is an error.
 int MostCudaBlocks(const CudaDevice& device);
+inline constexpr int kMostCudaWarps = 64;
 
 inline constexpr uint16_t kFlatPages = 64;
 

@@ -172,22 +172,18 @@ bool RopeCudaShapeSuits(const RopeCall& call, const CudaDevice& device, const Ro
 
 RopeCudaFeatures FeaturesOf(const RopeCall& call, const CudaDevice& device) {
   const RopeVariant& v = call.variant;
-  const rope_params& p = call.params;
-  const int bytes = RopeDtypeBytes(v.dtype);
-  const int64_t rows = p.batch * p.tokens;
-  const int64_t heads = int64_t{p.q_heads} + (call.tensors.k ? p.k_heads : 0);
-  const int64_t all_heads = heads + (v.store_v ? p.k_heads : 0);
+  const int64_t rows = call.params.batch * call.params.tokens;
   const HeadDeal deal = DealHead(call, PlainVector(call, 0));
   const auto log2 = [](double x) { return static_cast<float>(std::log2(std::max(x, 1e-3))); };
   RopeCudaFeatures f;
   f.norm = v.norm;
   f.table = v.table_dtype != kRopeNoDtype;
-  f.store = static_cast<uint8_t>(!Stores(v) ? 0 : StoresFp8(v) ? 2 : 1);
+  f.store = StoreKind(v);
   f.regular = deal.regular();
   f.lanes = log2(deal.lanes);
-  f.bytes = log2(static_cast<double>(rows * heads) * p.head_dim * bytes / std::max(device.sm_count, 1));
-  f.turns = log2(static_cast<double>(all_heads) / deal.per_warp());
-  f.tokens = log2(static_cast<double>(rows) * 132 / std::max(device.sm_count, 1));
+  f.bytes = log2(BytesOfMultiprocessor(call, device));
+  f.turns = log2(static_cast<double>(HeadsOf(call).all) / deal.per_warp());
+  f.tokens = log2(static_cast<double>(rows) * kH200Multiprocessors / std::max(device.sm_count, 1));
   return f;
 }
 
@@ -232,14 +228,13 @@ const RopeCudaShape* FindListed(const RopeCall& call) {
       RopeDtypeBytes(v.dtype) != 2 || p.rotary_offset != 0 || (Stores(v) && !whole_store)) {
     return nullptr;
   }
-  const int store = !Stores(v) ? 0 : StoresFp8(v) ? 2 : 1;
   Listed wanted = {};
   wanted.tokens = static_cast<uint16_t>(rows);
   wanted.head_dim = static_cast<uint16_t>(p.head_dim);
   wanted.rotary_dim = static_cast<uint16_t>(p.rotary_dim);
   wanted.q_heads = static_cast<uint8_t>(p.q_heads);
   wanted.k_heads = static_cast<uint8_t>(k_heads);
-  wanted.stages = static_cast<uint8_t>(v.norm + 2 * (v.table_dtype != kRopeNoDtype) + 4 * store);
+  wanted.stages = static_cast<uint8_t>(v.norm + 2 * (v.table_dtype != kRopeNoDtype) + 4 * StoreKind(v));
   const auto found = std::ranges::lower_bound(kTable, wanted.key(), {}, &Listed::key);
   return found != std::end(kTable) && found->key() == wanted.key() ? &found->shape : nullptr;
 }
@@ -311,8 +306,7 @@ RopeCudaShape RopeCudaShapeByRules(const RopeCall& call, const CudaDevice& devic
   const RopeVariant& v = call.variant;
   const rope_params& p = call.params;
   const int64_t rows = p.batch * p.tokens;
-  const int64_t heads = int64_t{p.q_heads} + (call.tensors.k ? p.k_heads : 0);
-  const int64_t all_heads = heads + (v.store_v ? p.k_heads : 0);
+  const auto [heads, all_heads] = HeadsOf(call);
   const int bytes = RopeDtypeBytes(v.dtype);
   // Few tokens: narrow accesses and so many threads, every load issued at once. Many tokens: wide accesses, several
   // heads of a group on their way through shared memory.

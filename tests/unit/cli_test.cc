@@ -18,10 +18,7 @@ struct Ended {
   std::string said;  // on stdout and stderr
 };
 
-// By a shell, so that `arguments` may redirect.
-Ended Command(const std::string& arguments) {
-  const std::string line =
-      Text("(ROPEWALK_MODELS='", ROPEWALK_MODELS_DIR, "' exec '", ROPEWALK_COMMAND, "' ", arguments, ") 2>&1");
+Ended Shell(const std::string& line) {
   Ended ended;
   FILE* pipe = popen(line.c_str(), "r");
   char buffer[4096];
@@ -29,6 +26,12 @@ Ended Command(const std::string& arguments) {
   const int status = pipe ? pclose(pipe) : -1;
   if (WIFEXITED(status)) ended.code = WEXITSTATUS(status);
   return ended;
+}
+
+// By a shell, so that `arguments` may redirect.
+Ended Command(const std::string& arguments) {
+  return Shell(
+      Text("(ROPEWALK_MODELS='", ROPEWALK_MODELS_DIR, "' exec '", ROPEWALK_COMMAND, "' ", arguments, ") 2>&1"));
 }
 
 class Cli : public testing::Test {
@@ -77,16 +80,11 @@ TEST_F(Cli, NumbersAreTakenAsTheyAreOrRefused) {
 std::string Completed(const std::string& words) {
   const std::string script = Text("source <('", ROPEWALK_COMMAND, "' completion bash); COMP_WORDS=(", words,
                                   "); COMP_CWORD=\\$((\\${#COMP_WORDS[@]} - 1)); _ropewalk; echo \\${COMPREPLY[@]}");
-  FILE* pipe = popen(Text("bash -c \"", script, "\" 2>&1").c_str(), "r");
-  char buffer[4096] = "";
-  std::string said;
-  while (pipe && fgets(buffer, sizeof(buffer), pipe)) said += buffer;
-  if (pipe) pclose(pipe);
-  return said;
+  return Shell(Text("bash -c \"", script, "\" 2>&1")).said;
 }
 
 TEST_F(Cli, ShellsCompleteSubcommandsOptionsAndChoices) {
-  if (std::system("bash -c true >/dev/null 2>&1") != 0) GTEST_SKIP() << "no bash";
+  if (Shell("bash -c true 2>&1").code != 0) GTEST_SKIP() << "no bash";
   EXPECT_EQ(Completed("ropewalk be"), "bench\n");
   EXPECT_EQ(Completed("ropewalk --v"), "--version\n");
   EXPECT_EQ(Completed("ropewalk tune --pairing n"), "neox\n");
