@@ -76,7 +76,7 @@ format:  ## format C++ and Python in place
 	@$(setup) base dev
 	@scripts/format.sh
 
-lint:  ## formatting, clang-tidy, ruff, headers, versions
+lint:  ## formatting, ruff, shellcheck, versions, headers, clang-tidy
 	@$(setup) system base dev
 	@scripts/lint.sh
 

@@ -35,7 +35,9 @@ RopeCall CallOf(const nlohmann::json& searched) {
   v.table_dtype = searched.at("table").get<bool>() ? kRopeF32 : kRopeNoDtype;
   const int64_t row = (p.q_heads + 2 * p.k_heads) * int64_t{p.head_dim};
   p.q = p.k = p.v = p.q_out = p.k_out = {p.tokens * row, row, p.head_dim};
-  const auto address = [&](int64_t elements) { return reinterpret_cast<void*>((uintptr_t{1} << 44) + 2 * elements); };
+  const auto address = [&](int64_t elements) {
+    return reinterpret_cast<void*>((uintptr_t{1} << 44) + 2 * static_cast<uintptr_t>(elements));
+  };
   t.q = t.q_out = address(0);
   t.k = t.k_out = address(int64_t{p.q_heads} * p.head_dim);
   if (const int cache = searched.at("cache").get<int>()) {

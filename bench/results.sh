@@ -17,8 +17,8 @@ if [[ ${1:-} == --quick ]]; then
   bench_options=(--dtype bf16 --threads 1 --seconds 0.05)
   sweep_options=(--dtype bf16 --op rope --seconds 0.01)
   google_options=(--benchmark_filter='call|checks')
-  parts_options=(--tokens 64 --threads 1 --heads 32,32,96,24 --no-compile)
-  torch_options=(--tokens 1,64 --heads 32,8,128 --threads 1 --no-compile)
+  parts_options=(--tokens 64 --threads 1 --heads "32,32,96,24" --no-compile)
+  torch_options=(--tokens "1,64" --heads "32,8,128" --threads 1 --no-compile)
 fi
 for program in "$python" "$ropewalk" "$rope_bench"; do
   [[ -x $program ]] || { echo "error: $program is not there: run make setup, and cmake --workflow --preset dev" >&2; exit 2; }

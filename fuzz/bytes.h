@@ -14,6 +14,8 @@ class Bytes {
   Bytes(const uint8_t* data, size_t size) : data_(data), size_(size) {}
   uint8_t Next() { return at_ < size_ ? data_[at_++] : 0; }
   bool OneIn(int n) { return Next() % n == n - 1; }  // zeros, which follow the end, mean no
+  // NOLINTNEXTLINE(bugprone-signed-char-misuse): -128 to 127 is meant
+  int64_t Small() { return static_cast<int8_t>(Next()); }
   int64_t Wide() {
     uint64_t value = 0;
     for (int i = 0; i < 8; ++i) value = value << 8 | Next();

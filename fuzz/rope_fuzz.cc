@@ -202,9 +202,9 @@ DLTensor* MakeTensor(Bytes& bytes, Call* call, const Arg& arg, const Shapes& sha
     case 240: t.dtype = TypeFor(bytes.Next()); break;
     case 241: t.dtype = {bytes.Next(), bytes.Next(), bytes.Next()}; break;
     case 242: t.device = {static_cast<DLDeviceType>(bytes.Next() % 16), bytes.Next() % 3}; break;
-    case 243: tensor.shape[i] = static_cast<int8_t>(bytes.Next()); break;
+    case 243: tensor.shape[i] = bytes.Small(); break;
     case 244: tensor.shape[i] = bytes.Wide(); break;
-    case 245: tensor.strides[i] = static_cast<int8_t>(bytes.Next()); break;
+    case 245: tensor.strides[i] = bytes.Small(); break;
     case 246: tensor.strides[i] = bytes.Wide(); break;
     case 247: tensor.strides[i] = -tensor.strides[i]; break;
     case 248: t.ndim = bytes.Next() % 8; break;

@@ -1,5 +1,6 @@
 # Sourced by the other scripts: where things are, how to speak, what is up to date.
 # SPDX-License-Identifier: Apache-2.0
+# shellcheck shell=bash
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 root=$PWD

@@ -94,7 +94,7 @@ python_tests() {
     echo '```'
   done
   if [[ $parts == *" engines "* ]]; then
-    echo '## The heads of real models, as ranks have them: `ropewalk check --engines`'
+    echo "## The heads of real models, as ranks have them: \`ropewalk check --engines\`"
     echo '```'
     printf '%-9s ' cuda
     check cuda "$ropewalk" check --engines

@@ -358,7 +358,7 @@ int Main(const Options& options) {
   }
   std::vector<RopeCase> cases;
   if (const Status status = AddModelCases(options.models, &cases); !status.ok()) return fail(status.text());
-  const std::vector<RopeCase> all = RopeCases();
+  const std::vector<RopeCase>& all = RopeCases();
   cases.insert(cases.end(), all.begin(), all.end());
   std::map<std::string, Row> known;
   if (!options.known.empty()) {

@@ -71,10 +71,17 @@ stage_system() {
   # For Intel GPUs: what compiles the kernel, Intel's driver (simulated in the tests) and its offline compiler. Without
   # them, which not every release has, Ropewalk is built without those kernels, or their tests are skipped.
   command -v apt-get >/dev/null || return 0
-  install_system system $(known_packages clang-15 llvm-spirv-15 spirv-tools ocl-icd-libopencl1 intel-opencl-icd \
+  local intel
+  mapfile -t intel < <(known_packages clang-15 llvm-spirv-15 spirv-tools ocl-icd-libopencl1 intel-opencl-icd \
     libze1 libze-dev libigc-tools pocl-opencl-icd)
+  install_system system "${intel[@]}"
 }
-stage_fuzz() { command -v apt-cache >/dev/null && install_system fuzz clang $(clang_packages); }
+stage_fuzz() {
+  local packages
+  command -v apt-cache >/dev/null || return
+  mapfile -t packages < <(clang_packages)
+  install_system fuzz clang "${packages[@]}"
+}
 stage_arm() { install_system arm g++-aarch64-linux-gnu qemu-user-static googletest; }
 
 # ---- packages of Python ---------------------------------------------------------------------------------------------

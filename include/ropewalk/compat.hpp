@@ -160,8 +160,9 @@ inline Result rotary_embedding(const DLTensor* positions, DLTensor* query, DLTen
     const auto& [name, tensor] = tensors[i];
     if (tensor && !heads[i].Split(*tensor, *positions, head_size)) {
       const std::string size = std::to_string(head_size);
-      return detail::Refuse(kName, std::string(name) + " must be [.., heads * " + size + "] or [.., heads, " + size +
-                                       "], positions' shape in front");
+      std::string what(name);
+      what.append(" must be [.., heads * ").append(size).append("] or [.., heads, ").append(size);
+      return detail::Refuse(kName, what + "], positions' shape in front");
     }
   }
   const auto view = [&](int i) { return tensors[i].second ? &heads[i].view : nullptr; };

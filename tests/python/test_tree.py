@@ -80,3 +80,10 @@ def test_every_file_says_what_it_is_for() -> None:
         if not said and (not first.startswith("// ") or first.startswith("// SPDX")):
             silent.append(path.relative_to(ROOT).as_posix())
     assert silent == []
+
+
+def test_lint_runs_the_hooks() -> None:
+    """`make lint` checks the whole tree with what a commit's hooks check, in the same order."""
+    hooks = re.findall(r"\{id: ([\w-]+),", (ROOT / ".pre-commit-config.yaml").read_text())
+    assert hooks == re.findall(r"^check ([\w-]+) ", (ROOT / "scripts/lint.sh").read_text(), re.MULTILINE)
+    assert len(hooks) >= 7
