@@ -1,5 +1,6 @@
 // What the compiler makes of the CUDA kernel: registers, spills, shared memory and size for each variant and
-// architecture. Ends with 1 if a variant spills, warns or does not compile. cuda_report [--all] [--arch sm_90a,sm_100a]
+// architecture, and a digest of the cubin, by which two runs are compared after a change that is to change no kernel.
+// Ends with 1 if a variant spills, warns or does not compile. cuda_report [--all] [--arch sm_90a,sm_100a]
 // [--csv FILE] [MODEL.json ..]: without --all, as few variants as hold every pair of choices; models add their own
 // shapes.
 // SPDX-License-Identifier: Apache-2.0
@@ -11,6 +12,7 @@
 
 #include "backends/cuda/bundle.h"
 #include "backends/cuda/nvrtc.h"
+#include "base/digest.h"
 #include "base/text.h"
 #include "conformance/cuda_variants.h"
 #include "scripts/report.h"
@@ -21,7 +23,7 @@ namespace {
 struct Row {
   PtxasText said;
   size_t cubin_bytes = 0;
-  std::string error;
+  std::string digest, error;
 };
 
 std::vector<Row> CompileAll(const Nvrtc& nvrtc, const std::vector<CudaVariant>& variants, const std::string& arch) {
@@ -30,7 +32,7 @@ std::vector<Row> CompileAll(const Nvrtc& nvrtc, const std::vector<CudaVariant>& 
     for (size_t i = next(); i < rows.size(); i = next()) {
       Compilation compilation;
       const Status status = CompileCuda(nvrtc, RopeCudaSource(variants[i].key), arch, /*verbose=*/true, &compilation);
-      rows[i] = {ReadPtxas(compilation.log), compilation.cubin.size(), status.text()};
+      rows[i] = {ReadPtxas(compilation.log), compilation.cubin.size(), Hex(DigestOf(compilation.cubin)), status.text()};
       if (i % 50 == 0) std::fprintf(stderr, "\r%s: %zu of %zu ", arch.c_str(), i, rows.size());
     }
   });
@@ -85,7 +87,7 @@ int Main(const ReportOptions& options) {
   std::vector<RopeCase> cases = RopeCases();
   if (const Status status = AddModelCases(options.models, &cases); !status.ok()) return fail(status);
   std::ofstream csv(options.csv.empty() ? "/dev/null" : options.csv);
-  csv << "arch,kernel,registers,spilled_bytes,stack_bytes,shared_bytes,cubin_bytes\n";
+  csv << "arch,kernel,registers,spilled_bytes,stack_bytes,shared_bytes,cubin_bytes,digest\n";
   std::printf("%s\n", NvrtcText(*nvrtc).c_str());
   int bad = 0;
   for (const std::string& arch : options.targets.empty() ? BundleArchs() : options.targets) {
@@ -99,7 +101,8 @@ int Main(const ReportOptions& options) {
     for (size_t i = 0; i < rows.size(); ++i) {
       const PtxasText& said = rows[i].said;
       csv << arch << ',' << RopeCudaName(variants[i].key) << ',' << said.registers << ',' << said.spilled_bytes << ','
-          << said.stack_bytes << ',' << said.shared_bytes << ',' << rows[i].cubin_bytes << '\n';
+          << said.stack_bytes << ',' << said.shared_bytes << ',' << rows[i].cubin_bytes << ',' << rows[i].digest
+          << '\n';
     }
   }
   return bad ? 1 : 0;

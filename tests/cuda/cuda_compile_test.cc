@@ -11,6 +11,7 @@
 #include <fstream>
 #include <mutex>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "backends/cuda/bundle.h"
@@ -112,11 +113,25 @@ TEST_P(CudaCompile, Nvcc) {
 INSTANTIATE_TEST_SUITE_P(All, CudaCompile, ::testing::ValuesIn(BundleArchs()),
                          [](const auto& test) { return test.param; });
 
-// What is embedded is what is in the tree, byte by byte.
+// A line without its comment: all up to the first // outside of a text.
+std::string_view Code(std::string_view line) {
+  bool quoted = false;
+  for (size_t i = 0; i < line.size(); ++i) {
+    if (line[i] == '\\') ++i;
+    if (line[i] == '"') quoted = !quoted;
+    if (!quoted && line.substr(i, 2) == "//") line = line.substr(0, i);
+  }
+  while (line.ends_with(' ')) line.remove_suffix(1);
+  return line;
+}
+
+// What is embedded is what is in the tree, line by line, without the comments.
 TEST(CudaSources, AreTheFiles) {
   for (size_t i = 0; i < kCudaSourceCount; ++i) {
-    std::ifstream file(fs::path(ROPEWALK_SOURCE_DIR) / kCudaSources[i].path, std::ios::binary);
-    const std::string text(std::istreambuf_iterator<char>(file), {});
+    std::ifstream file(fs::path(ROPEWALK_SOURCE_DIR) / kCudaSources[i].path);
+    ASSERT_TRUE(file) << kCudaSources[i].path;
+    std::string text, line;
+    while (std::getline(file, line)) text.append(Code(line)).append("\n");
     EXPECT_EQ(text, kCudaSources[i].text) << kCudaSources[i].path;
   }
   EXPECT_EQ(std::string(kCudaSourceDigest).size(), 64u);

@@ -1,5 +1,5 @@
-// Cosines and sines of a thread's pairs, from a table or computed. They are the same for all heads of a token and stay in
-// the thread's registers.
+// The cosines and sines of the pairs that a thread owns, loaded from a table or computed. They are the same for all
+// heads of a token, and stay in the thread's registers.
 // SPDX-License-Identifier: Apache-2.0
 #ifndef ROPEWALK_BACKENDS_CUDA_KERNEL_ANGLES_CUH_
 #define ROPEWALK_BACKENDS_CUDA_KERNEL_ANGLES_CUH_
@@ -9,12 +9,12 @@
 
 namespace ropewalk {
 
-// Cosines and sines of the pairs of one unit, from the table.
+// Loads the cosines and sines of one unit from the table.
 template <class K>
 __device__ __forceinline__ void LoadCosSin(const rope_cuda_args& a, const Token& t, rw_i64 position, int unit,
                                            float (&cos)[K::kVector], float (&sin)[K::kVector]) {
   const rope_params& p = a.params;
-  // Pairs that follow each other in the table, so that several come with one access.
+  // Entries of pairs that follow each other are loaded kStep at a time.
   constexpr int kRun = Shape<K>::kRun;
   constexpr int kStep = K::kTableVector < kRun ? K::kTableVector : kRun;
   constexpr int kSize = kBytes<K::kTableDtype>;
@@ -47,12 +47,13 @@ __device__ __forceinline__ void LoadCosSin(const rope_cuda_args& a, const Token&
   }
 }
 
-// Cosines and sines of the pairs of one unit, computed.
+// Computes the cosines and sines of one unit.
 template <class K>
 __device__ __forceinline__ void ComputeCosSin(const rope_cuda_args& a, const Token& t, rw_i64 position, int unit,
                                               float (&cos)[K::kVector], float (&sin)[K::kVector]) {
-  // The reduced phase is the product modulo 2^64; its upper half is what a float32 can tell apart.
-  // Pairs that follow each other come two at a time.
+  // The phase is position * turns modulo 2^64, where 2^64 is a whole turn: the product of unsigned integers just is
+  // that. Its upper 32 bits are all that a float32 can tell apart. The turns of pairs that follow each other are loaded
+  // two at a time.
   rw_u64 turns[K::kVector];
   constexpr int kRun = Shape<K>::kRun;
   if constexpr (kRun % 2 == 0 && (kRun == K::kVector || K::kRotaryDim % 8 == 0)) {

@@ -6,8 +6,8 @@
 #include "rope/fault.h"
 #include "rope/params.h"
 
-// In the order of use: a line of the constant cache holds eight, and each one touched is a miss of its own in a kernel
-// of a microsecond. Rope needs the first line, a store the second, a table the third.
+// In the order of use. A line of the constant cache holds eight pointers, and in a kernel of a microsecond each line
+// that is touched is a miss that counts. Rope needs the first line, a store the second, a table the third.
 typedef struct {
   void* q;
   void* k;

@@ -1,5 +1,6 @@
-// Few tokens: the heads of a token are spread over blocks, a group takes all of its heads at once, and everything is asked
-// for before anything is used. Up to the end there is no branch behind which a compiler could put a load or an angle off.
+// The layout for few tokens: the heads of a token are spread over blocks, and a group takes all of its heads at once.
+// The kernel issues every load before it uses the first. It has no branch before its end, because a compiler would move
+// loads and angles behind one.
 // SPDX-License-Identifier: Apache-2.0
 #ifndef ROPEWALK_BACKENDS_CUDA_KERNEL_FEW_CUH_
 #define ROPEWALK_BACKENDS_CUDA_KERNEL_FEW_CUH_
@@ -16,7 +17,9 @@ __device__ __forceinline__ void FewTokens(const rope_cuda_args& a) {
   if (S::kBlockTokens > 1 && !g.inside) return;
   const int step = static_cast<int>(gridDim.y) * S::kHeadsAtOnce;
 
-  // The second line of the parameters, asked for without waiting: read in place it would be missed after the first.
+  // Fetch the second cache line of the parameters now. Read where it is needed, it would be a second miss that waits
+  // for the first. The index comes from a register, so the compiler makes this a load of its own, for which nothing
+  // waits.
   const void* second_line = nullptr;
   if constexpr (S::kStores) {
     int zero;
@@ -26,12 +29,12 @@ __device__ __forceinline__ void FewTokens(const rope_cuda_args& a) {
   if constexpr (K::kDependentLaunch) WaitForOthers();
 
   Token t = BeginToken<K>(a, g.row);
-  // What others wait for comes first: the position for the angles, the slot for the place in the cache.
+  // Other loads and sums wait for these two, so they go first: the angles for the position, the stores for the slot.
   const rw_i64 slot = SlotOf<K>(a, second_line, t.batch, t.token);
   const rw_i64 position = K::kAxes ? 0 : PositionOf<K>(a, t.batch, t.token, 0);
 
-  // A group without a head loads what another has, which costs less than a condition. The plan says whether there is
-  // none, and whether the heads of a warp are of one tensor.
+  // A group that has no head loads head 0 instead: that costs less than a condition. K::kFull promises that every group
+  // has a head, K::kAlike that the heads of a warp all belong to one tensor.
   const auto takes = [&](int h) { return K::kFull || h < g.turns_end; };
   const auto place_of = [&](int h) {
     const int taken = takes(h) ? h : 0;
@@ -54,10 +57,11 @@ __device__ __forceinline__ void FewTokens(const rope_cuda_args& a) {
     const int h = K::kAlike ? g.warp_first : g.first + round * S::kWarpShare;
     LoadWeights<K>(h >= QHeads<K>(a.params) && h < g.heads ? a.k_weight : a.q_weight, g.lane, weights[round]);
   }
-  // It waits, as this one did, for the end and the writes of those before it.
+  // The next kernel takes its place now, but it waits for the end of this one, as this one waited.
   if constexpr (K::kDependentLaunch == 2) LetTheNextStart();
 
-  // What is done for a token that cannot be served comes at the very end, out of the way of the others.
+  // A token that cannot be served is only marked here. The work for it is at the very end, out of the way of the
+  // others.
   const bool reports = g.lane == 0 && g.first == 0;
   CheckToken<K>(a, g.row, slot, position, false, t);
   const bool served = !(S::kTable || K::kCheckAxes) || !(t.poisoned || t.left_out);

@@ -1,5 +1,6 @@
-// Many tokens, flat: the lanes of a warp fetch its heads side by side in 16 bytes each, whatever lane works on what, and
-// write them back the same way. That keeps accesses whole where the halves of a head do not fill sectors of 32 bytes.
+// The other layout for many tokens: a warp fetches its heads as one run of bytes, 16 for each lane, whichever lane owns
+// them, and writes them back in the same way. So an access stays whole where the half of a head fills no sectors of 32
+// bytes, as in heads of 80. Between fetching and writing, lanes find what they own in shared memory.
 // SPDX-License-Identifier: Apache-2.0
 #ifndef ROPEWALK_BACKENDS_CUDA_KERNEL_FLAT_CUH_
 #define ROPEWALK_BACKENDS_CUDA_KERNEL_FLAT_CUH_
@@ -8,8 +9,8 @@
 
 namespace ropewalk {
 
-// Flat: calls what(copy, head, byte of the head) for each copy of 16 bytes that the thread makes of the warp's heads
-// from `first` on.
+// Calls what(copy, head, byte of the head) for each 16 bytes that this thread copies. The heads are those of its warp,
+// of which `first` is the first.
 template <class K, class What>
 __device__ __forceinline__ void EachCopy(int first, const What& what) {
   using S = Shape<K>;
@@ -34,7 +35,8 @@ __device__ __forceinline__ void Flat(const rope_cuda_args& a) {
 
   __shared__ Aligned<16> staged[(K::kInFlight * S::kStageBytes + 15) / 16];
   __shared__ Aligned<8> codes[S::kStagedCodes ? S::kBlockHeads * S::kSpan / 8 : 1];
-  // Where a stage of the warp begins, and a head of the thread's group; and where fp8 codes of a head of the warp do.
+  // In shared memory: where a stage of this warp begins, where a head of this thread's group does, and the fp8 codes of
+  // a head of this warp.
   const int warp_in_stage = static_cast<int>(threadIdx.x) / 32 * S::kWarpHeads;
   const auto flat = [&](int stage) {
     return reinterpret_cast<char*>(staged) + stage * S::kStageBytes + warp_in_stage * S::kSpanBytes;
@@ -43,7 +45,8 @@ __device__ __forceinline__ void Flat(const rope_cuda_args& a) {
     return flat(stage) + (round * S::kWarpShare + g.in_warp) * S::kSpanBytes - S::kSpanBegin * kSize;
   };
   const auto codes_of = [&](int head) { return reinterpret_cast<char*>(codes) + (warp_in_stage + head) * S::kSpan; };
-  // Whether a copy of the warp's heads from `warp_h` on is of none below `limit`.
+  // Whether a copy lies behind the heads below `limit`. The warp's heads begin with `warp_h`, and `of` is the copy's
+  // head.
   const auto beyond = [&](int limit, int warp_h, int copy, int of) {
     return S::kLinear ? copy >= (limit - warp_h) * S::kCopies : of >= limit;
   };
@@ -84,20 +87,20 @@ __device__ __forceinline__ void Flat(const rope_cuda_args& a) {
   for (int group_h = g.first, warp_h = g.warp_first; warp_h < g.turns_end; group_h += kStep, warp_h += kStep) {
     asm volatile("cp.async.wait_group %0;" ::"n"(K::kInFlight - 1) : "memory");
     __syncwarp();
-    // Mostly all heads of a warp are q's, which no cache takes, or v's, on which there is no work.
+    // Most warps have heads of q only, which no cache takes, or of v only, which need no work.
     const bool all_q = S::kStores && K::kQHeads != 0 && warp_h + S::kWarpHeads <= QHeads<K>(a.params);
     const bool all_v = S::kVRides && warp_h >= g.heads;
 #pragma unroll 1
     for (int round = 0; round < (all_v ? 0 : S::kRounds); ++round) {
       const int h = group_h + round * S::kWarpShare;
-      // Whether there is a head or not: a condition would cost more than the loads.
+      // Loaded whether there is a head or not: a condition would cost more than the loads.
       Share<K> share;
       const auto load = [&](Words<S::kVectorBytes>& words, int begin, int) {
         words = *reinterpret_cast<const Words<S::kVectorBytes>*>(flat_head(stage, round) + begin * kSize);
       };
       EachOfUnits<K>(g.lane, share, load);
       EachOfRest<K>(g.lane, share, load);
-      if constexpr (S::kIdleThreads) __syncwarp();  // idle threads read what others will write
+      if constexpr (S::kIdleThreads) __syncwarp();  // idle threads have read what others will overwrite
       HeadPlace head = PlaceOf<K>(a, t, h < g.heads ? h : 0);
       head.out = flat_head(stage, round);
       if constexpr (S::kStagedCodes) head.cache = codes_of(round * S::kWarpShare + g.in_warp);

@@ -1,4 +1,4 @@
-// A thread's group, its token, and its share of a head: what the three layouts have in common.
+// What the three layouts share: a thread's group and token, the elements of a head that it owns, and the work on them.
 // SPDX-License-Identifier: Apache-2.0
 #ifndef ROPEWALK_BACKENDS_CUDA_KERNEL_GROUP_CUH_
 #define ROPEWALK_BACKENDS_CUDA_KERNEL_GROUP_CUH_
@@ -9,8 +9,8 @@
 
 namespace ropewalk {
 
-// A plan that does not fit its call ends the kernel, where ROPEWALK_CHECK_PLANS is set: in debug builds and on the
-// emulated GPU. backends/cuda/plan_check.cc proves the same of a plan before its launch.
+// With ROPEWALK_CHECK_PLANS, in debug builds and on the emulated GPU, a plan that does not fit its call ends the
+// kernel. backends/cuda/plan_check.cc proves the same facts before every launch of a new shape.
 __device__ __forceinline__ void Expect(bool holds) {
 #if defined(ROPEWALK_CHECK_PLANS)
   if (!holds) __trap();
@@ -23,13 +23,13 @@ __device__ __forceinline__ void Expect(bool holds) {
 template <class K>
 struct Group {
   int lane;             // in the group
-  bool idle;            // left over: looks on at the work of the group beside it
+  bool idle;            // the thread fills no group: it goes along with the group beside it and writes nothing
   int in_warp;          // the number of the group in its warp
-  int heads, all_heads; // of the token: of q and k, and those of v behind them if they are stored
-  int turns_end;        // heads that the groups take in turns: v's too, where they take the same way
-  int warp_first, first;  // the first head of the warp and of the group; out of reach for an idle thread
+  int heads, all_heads;   // heads of q and k of a token; the same and, if v is stored, its heads
+  int turns_end;          // the turns go over heads below this: with those of v where v rides
+  int warp_first, first;  // the first head of the warp, and of the group; an idle thread's is beyond every head
   rw_i64 row;
-  bool inside;          // false: there are no more tokens, and this is the last one again, which others write
+  bool inside;          // false: no token is left for this group, and `row` is the last one again
 };
 
 template <class K>
@@ -73,7 +73,7 @@ __device__ __forceinline__ Group<K> MyGroup(const rope_cuda_args& a) {
   return g;
 }
 
-// Of a thread's vectors of a head, those numbered i: whether there are any, and where they begin.
+// The i-th unit of a lane, or the i-th vector of the rest: its number in the head, and whether the head has it.
 template <class K>
 __device__ __forceinline__ int UnitOf(int lane, int i) {
   return lane + i * K::kLanes;
@@ -87,7 +87,7 @@ __device__ __forceinline__ bool HasRest(int lane, int i) {
   return Shape<K>::kRest % K::kLanes == 0 || UnitOf<K>(lane, i) < Shape<K>::kRest;
 }
 
-// A thread's share of a head: the vectors of its units, and those of the rest.
+// A thread's share of a head: all that it owns of it.
 template <class K>
 struct Share {
   static constexpr int kRests = Shape<K>::kRestPerLane > 0 ? Shape<K>::kRestPerLane : 1;
@@ -98,7 +98,8 @@ struct ShareWeights {
   WeightWords<K> x[Shape<K>::kUnitsPerLane], y[Shape<K>::kUnitsPerLane], rest[Share<K>::kRests];
 };
 
-// what(vector, its first element, its number) for each vector of a share, or of its weights.
+// Call what(vector, its first element in the head, its number in the share) for each vector of a share, or of the
+// weights for one.
 template <class K, class Of, class What>
 __device__ __forceinline__ void EachOfUnits(int lane, Of& of, const What& what) {
 #pragma unroll
@@ -126,7 +127,7 @@ __device__ __forceinline__ void LoadWeights(const void* weight, int lane, ShareW
   }
 }
 
-// Where the token's heads begin.
+// The token of a row. Where strides are constants, also where its heads begin.
 template <class K>
 __device__ __forceinline__ Token BeginToken(const rope_cuda_args& a, rw_i64 row) {
   const rope_params& p = a.params;
@@ -143,7 +144,7 @@ __device__ __forceinline__ Token BeginToken(const rope_cuda_args& a, rw_i64 row)
   return t;
 }
 
-// Programmatic dependent launch: wait for the kernels before this one; let the next one take its place.
+// Programmatic dependent launch: wait until the kernels before this one have ended; let the next one start.
 __device__ __forceinline__ void WaitForOthers() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -174,7 +175,8 @@ __device__ __forceinline__ void FindAngles(const rope_cuda_args& a, const Token&
   }
 }
 
-// A token that cannot be rotated: NaN, or as it was. Heads from `first` on, a group's share of those.
+// What happens to a token that cannot be rotated: its heads become NaN, or stay as they are (out of place: are copied).
+// Each group does this for the heads that it would have rotated.
 template <class K>
 __device__ __forceinline__ void DoNotServe(const rope_cuda_args& a, const Token& t, const Group<K>& g, int step) {
   if (t.left_out && !K::kOutOfPlace) return;
@@ -192,7 +194,7 @@ __device__ __forceinline__ void DoNotServe(const rope_cuda_args& a, const Token&
 // 1 / rms of a head, for all threads of its group.
 template <class K>
 __device__ __forceinline__ float InverseRms(const Share<K>& share, int lane) {
-  float sum = 0.0f, other = 0.0f;  // two sums, neither waits for the other
+  float sum = 0.0f, other = 0.0f;  // two sums, so that neither waits for the other
   const auto square = [&](const Words<Shape<K>::kVectorBytes>& words, float& of) {
     float v[K::kVector];
     Unpack<K::kDtype, K::kVector>(words, v);
@@ -210,8 +212,8 @@ __device__ __forceinline__ float InverseRms(const Share<K>& share, int lane) {
   return K::kDtype == kRopeF32 || Shape<K>::kReference ? __frcp_rn(__fsqrt_rn(mean)) : InverseRoot<K::kEpsBits>(mean);
 }
 
-// Normalises and rotates a share: unit(begin, values, what they were) for each vector of the rotated part, rest(begin,
-// values, what they were) for those beside it.
+// Normalises and rotates a share. Calls unit(begin, values, the vector as it was loaded) for each vector of the rotated
+// part, and rest(begin, values, the vector as it was loaded) for each of the others.
 template <class K, class Unit, class Rest>
 __device__ __forceinline__ void WorkOnShare(const Share<K>& share, const ShareWeights<K>& weights, float rstd,
                                             const Angles<K>& angles, int lane, const Unit& unit, const Rest& rest) {
@@ -240,7 +242,7 @@ __device__ __forceinline__ void WorkOnShare(const Share<K>& share, const ShareWe
   }
 }
 
-// A vector of the rest of a head: normalised, or, untouched by any conversion, copied and stored where that is wanted.
+// Writes a vector of the rest. Without a norm it is copied as it was loaded, so that no conversion touches it.
 template <class K>
 __device__ __forceinline__ void WriteRest(bool wanted, bool stores, const HeadPlace& head, int begin,
                                           const float (&v)[K::kVector], const Words<Shape<K>::kVectorBytes>& raw) {
@@ -252,8 +254,8 @@ __device__ __forceinline__ void WriteRest(bool wanted, bool stores, const HeadPl
   }
 }
 
-// The heads of v to their cache, where their size is another than that of what is rotated: after the heads of q and k,
-// in the same order, so that the group that would take head h + 1 of them takes head 0 of v.
+// Stores the heads of v where v does not ride. They count as the heads behind those of q and k: whose turn comes after
+// the last head of k takes the first head of v.
 template <class K>
 __device__ __forceinline__ void StoreHeadsOfV(const rope_cuda_args& a, const Token& t, const Group<K>& g, int step) {
   int h = g.first;
@@ -261,13 +263,13 @@ __device__ __forceinline__ void StoreHeadsOfV(const rope_cuda_args& a, const Tok
   for (; h < g.all_heads; h += step) StoreV<K>(PlaceOfV<K>(a, t, h - g.heads), g.lane);
 }
 
-// A slot behind the cache.
+// Reports a slot that lies behind the end of the cache.
 template <class K>
 __device__ __forceinline__ void CheckSlot(const rope_cuda_args& a, rw_i64 row, rw_i64 slot, bool reports) {
   if constexpr (K::kSlotsDtype != kRopeNoDtype) {
     if (reports && slot >= a.slot_count) {
       rope_fault* fault = a.fault;
-      asm volatile("" : "+l"(fault));  // loaded here, as it lies in a line of the parameters of its own
+      asm volatile("" : "+l"(fault));  // loaded here and not earlier: it is in a cache line that few variants touch
       RecordFault(fault, row, kRopeFaultSlot, slot, a.slot_count, a.params.tokens, 0);
     }
   }

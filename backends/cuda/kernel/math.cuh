@@ -40,7 +40,7 @@ __device__ __forceinline__ void RotateUnit(float (&x)[K::kVector], float (&y)[K:
   }
 }
 
-// The weights of a vector, as they lie in memory.
+// The weights for a vector, as loaded.
 template <class K>
 using WeightWords = Words<K::kWeight == kRopeNoWeight ? 4 : kBytes<K::kWeightDtype> * K::kVector>;
 
@@ -70,7 +70,8 @@ __device__ __forceinline__ void NormaliseVector(float (&v)[K::kVector], float rs
   }
 }
 
-// 1 / sqrt(mean + eps): eps of a normal number leaves no subnormal to take care of.
+// 1 / sqrt of a mean that holds eps already. If eps is a normal number the mean is none of the subnormal ones, which
+// the faster instruction takes for zero.
 template <rw_u32 kEpsBits>
 __device__ __forceinline__ float InverseRoot(float mean) {
   if constexpr (kEpsBits < 0x00800000u) return rsqrtf(mean);
@@ -79,8 +80,9 @@ __device__ __forceinline__ float InverseRoot(float mean) {
   return r;
 }
 
-// The sum over a group of lanes, for all of them. The whole warp takes part. Where kLanes is no power of two, each lane
-// adds the runs of 1, 2, 4, .. lanes that follow it round the group, as the bits of kLanes say.
+// The sum of `value` over the lanes of a group; every lane gets it. All lanes of the warp must call this. If kLanes is
+// no power of two, a lane adds up runs of lanes that follow it round the group, one run for each bit of kLanes: 5 lanes
+// are a run of 1 and a run of 4.
 template <int kLanes>
 __device__ __forceinline__ float SumOfGroup(float value, int lane) {
   if constexpr ((kLanes & (kLanes - 1)) == 0) {
@@ -93,7 +95,7 @@ __device__ __forceinline__ float SumOfGroup(float value, int lane) {
     const int at = lane + distance;
     return __shfl_sync(0xffffffffu, of, begin + (at < kLanes ? at : at - kLanes));
   };
-  float sum = 0.0f, run = value;  // of `done` lanes from this one on, and of the next power of two
+  float sum = 0.0f, run = value;  // over `done` lanes from this one on; over `size` of them
   int done = 0;
 #pragma unroll
   for (int size = 1; size <= kLanes; size *= 2) {

@@ -1,4 +1,4 @@
-// Where a head lies, in its row and in its cache, and how a thread's share of it is written there.
+// Where a head lies in its row and where in its cache, and how a vector of it is written there.
 // SPDX-License-Identifier: Apache-2.0
 #ifndef ROPEWALK_BACKENDS_CUDA_KERNEL_PLACE_CUH_
 #define ROPEWALK_BACKENDS_CUDA_KERNEL_PLACE_CUH_
@@ -7,17 +7,17 @@
 
 namespace ropewalk {
 
-// Where a head lies. The element type is known: pointers are to bytes.
+// Where a head lies: addresses of bytes, as the element types are the variant's.
 struct HeadPlace {
   const char* in;
   char* out;
   char* cache;
-  bool stored;          // in the cache
+  bool stored;          // it goes to the cache
   const void* weight;
   float inverse_scale;  // of an fp8 cache
 };
 
-// If `wanted`; few tokens: without a branch.
+// Stores the words if they are `wanted`. In the layout `few` this takes no branch (few.cuh says why).
 template <class K, int kSize>
 __device__ __forceinline__ void Put(bool wanted, char* at, const Words<kSize>& words) {
   if constexpr (K::kFewTokens) {
@@ -42,7 +42,8 @@ __device__ __forceinline__ void WriteCache(const HeadPlace& head, int begin, con
   }
 }
 
-// A vector of a head, to its row if `wanted` and to its cache if it is stored and the warp stores at all.
+// Writes a vector of a head: to its row if that is `wanted`, to its cache if the head goes there. `stores` is false if
+// no head of the warp does.
 template <class K>
 __device__ __forceinline__ void Write(bool wanted, bool stores, const HeadPlace& head, int begin,
                                       const float (&v)[K::kVector], const Words<Shape<K>::kVectorBytes>& packed) {
@@ -64,7 +65,7 @@ __device__ __forceinline__ float InverseScale(const float* scale, float inverse,
   return scale ? 1.0f / __ldg(scale + static_cast<rw_i64>(head) * stride) : inverse;
 }
 
-// Where a head of a slot begins in a cache.
+// The offset of a head in a cache, in elements.
 template <class K>
 __device__ __forceinline__ rw_i64 CacheOffset(const rope_params& p, const rope_strides& cache, rw_i64 slot, int head) {
   rw_i64 page = 0, place = slot;
@@ -89,9 +90,10 @@ __device__ __forceinline__ char* RowOfV(const rope_cuda_args& a, const Token& t,
   return static_cast<char*>(const_cast<void*>(a.v)) + ((K::kBatched ? t.batch * s.batch : 0) + at) * kBytes<K::kDtype>;
 }
 
-// A head of q or, after those, of k; of few tokens then of v where it takes the same way: its row and its place in the
-// cache begin so far before it that the rotated part of q and k and the whole of v lie alike. `like`: a head of the
-// same tensor, from which that is told.
+// The place of head h: heads count from those of q over those of k to, in the layout `few` where v rides, those of v.
+// The place of a head of v begins kRotaryOffset elements before it, so that all of v lies where q and k have their
+// rotated part. `like` is a head of the same tensor, which says which tensor it is: the warp's first, so that a warp
+// does not part.
 template <class K>
 __device__ __forceinline__ HeadPlace PlaceOf(const rope_cuda_args& a, const Token& t, int h, int like) {
   const rope_params& p = a.params;
@@ -100,7 +102,7 @@ __device__ __forceinline__ HeadPlace PlaceOf(const rope_cuda_args& a, const Toke
   const int of_k = h - QHeads<K>(p), in_cache = of_v ? of_k - KHeads<K>(p) : of_k;
   HeadPlace place;
   if constexpr (K::kQHeads != 0) {
-    // One multiply-add from the token's begin.
+    // One multiply-add: BeginToken has placed t.q and t.k for this.
     place.out = (K::kPacked || of_q ? t.q : t.k) + static_cast<rw_i64>(h) * (K::kHeadDim * kBytes<K::kDtype>);
     place.in = place.out;
   } else {
@@ -117,7 +119,7 @@ __device__ __forceinline__ HeadPlace PlaceOf(const rope_cuda_args& a, const Toke
       lies(a.k, K::kKStoreOnly ? a.k : a.k_out, p.k, K::kKStoreOnly ? p.k : p.k_out, of_k);
     }
   }
-  // Of packed rows that hold v behind k it is the next head.
+  // In rows where v lies behind k a head of v is just the next head, and already placed.
   if (K::kPacked < 2 && of_v) place.in = RowOfV<K>(a, t, in_cache) - K::kRotaryOffset * kBytes<K::kDtype>;
   place.weight = of_q ? a.q_weight : a.k_weight;
   place.cache = nullptr;
@@ -126,7 +128,7 @@ __device__ __forceinline__ HeadPlace PlaceOf(const rope_cuda_args& a, const Toke
   if constexpr (K::kStoreK || kOfV) {
     place.stored = (of_v || (K::kStoreK && !of_q)) && t.slot >= 0;
     if (K::kFewTokens || place.stored) {
-      const bool to_v = of_v || !K::kStoreK;  // what goes nowhere has its place in a cache that is there
+      const bool to_v = of_v || !K::kStoreK;  // q has an address too: in a cache that exists
       place.cache = static_cast<char*>(to_v ? a.v_cache : a.k_cache) +
                     (CacheOffset<K>(p, to_v ? p.v_cache : p.k_cache, t.slot, in_cache) -
                      (of_v ? K::kRotaryOffset : 0)) * kBytes<K::kCacheDtype>;
@@ -143,7 +145,7 @@ __device__ __forceinline__ HeadPlace PlaceOf(const rope_cuda_args& a, const Toke
   return PlaceOf<K>(a, t, h, h);
 }
 
-// A head of v: where it lies, and where it goes.
+// The place of a head of v, which counts from 0 here.
 template <class K>
 __device__ __forceinline__ HeadPlace PlaceOfV(const rope_cuda_args& a, const Token& t, int h) {
   const rope_params& p = a.params;
@@ -170,7 +172,7 @@ __device__ __forceinline__ void StoreVector(const HeadPlace& head, int begin,
   WriteCache<K>(head, begin, v, words);
 }
 
-// A head of v to its cache, where its size is another than that of what is rotated.
+// Stores a head of v that does not ride.
 template <class K>
 __device__ __forceinline__ void StoreV(const HeadPlace& head, int lane) {
   if (!head.stored) return;
@@ -180,7 +182,7 @@ __device__ __forceinline__ void StoreV(const HeadPlace& head, int lane) {
   }
 }
 
-// Every element of the thread's share of a head: NaN, or copied.
+// Fills a head with NaN or copies it; each lane of the group does its part.
 template <class K>
 __device__ __forceinline__ void FillHead(const char* in, char* out, bool nan, int lane) {
   constexpr int kNanBits = K::kDtype == kRopeF16 ? 0x7e007e00 : K::kDtype == kRopeBF16 ? 0x7fc07fc0 : 0x7fc00000;

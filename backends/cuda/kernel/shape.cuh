@@ -1,12 +1,6 @@
-// What follows from the compile-time choices `K` of a variant (made by backends/cuda/variant.cc), for every part of the kernel.
-//
-// A group of kLanes threads works on a head. A thread holds units of two vectors that belong together: in halves (neox)
-// the second lies half the rotated part behind the first, and their elements pair up; of neighbours (interleaved) both
-// vectors hold whole pairs, and lie apart only to keep accesses coalesced. So no pairing needs a shuffle:
-//
-//   a head of 16, vectors of 4, 2 lanes     | x of lane 0 | x of lane 1 | y of lane 0 | y of lane 1 |
-//
-// What of a head is not rotated is its rest: vectors of the same size, dealt to the lanes in turn.
+// Names for the sizes that follow from the compile-time choices `K` of a variant, and the places of a unit's elements
+// in a head. rope.cuh draws them. The two vectors of a unit of neighbours hold whole pairs; they lie apart only so that
+// lanes beside each other access memory side by side.
 // SPDX-License-Identifier: Apache-2.0
 #ifndef ROPEWALK_BACKENDS_CUDA_KERNEL_SHAPE_CUH_
 #define ROPEWALK_BACKENDS_CUDA_KERNEL_SHAPE_CUH_
@@ -17,7 +11,7 @@
 
 namespace ropewalk {
 
-// What follows from the choices: shape.h says it, for the plan, its check and the kernel alike.
+// shape.h computes these: the kernel, the plan and the check of the plan have them from there.
 template <class K>
 struct Shape {
   static constexpr rope_shape kShape =
@@ -60,8 +54,8 @@ struct Shape {
   static constexpr int kStageBytes = kShape.stage_bytes;
 };
 
-// The first element of the first vector of a unit, the distance to the second, and the pair of an element of the unit:
-// `i` < kVector numbers its pairs.
+// A unit: the first element of its first vector, the distance from there to its second vector, and the number of its
+// i-th pair in the head, i < kVector.
 template <class K>
 constexpr bool kSideBySide = K::kInterleaved && (K::kVector == 1 || Shape<K>::kAdjacent);
 template <class K>

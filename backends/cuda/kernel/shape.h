@@ -1,8 +1,8 @@
-// Who works on what in a launch of the CUDA kernel, and with what in its hands, said once: the kernel asks for its own
-// thread, with the constants of its variant; the plan asks for its sizes, and its check for every thread.
+// Which token and which heads a thread works on, and what sizes follow from that. The kernel, the plan and the check of
+// the plan all compute it here: the kernel for its own thread, the plan for its sizes, the check for every thread.
 //
-// A group of `lanes` threads works on one head at a time; threads that are left over in a warp are idle. The groups of
-// a block are dealt to its tokens, `token_groups` to each, and in a turn a group takes `rounds` heads of its token:
+// A group of `lanes` threads works on one head at a time. Threads of a warp that fill no group are idle. Each token of
+// a block gets `token_groups` of the block's groups, and in a turn a group takes `rounds` heads of its token:
 //
 //   a warp of 4 groups, token_groups 4, rounds 2:  group 0 takes heads 0 and 4, group 1 heads 1 and 5, ..
 //   the same with token_groups 1, rounds 1:        every group takes head 0 of a token of its own, then head 1, ..
@@ -34,7 +34,7 @@ ROPEWALK_HOST_DEVICE constexpr int BlockTokens(rope_grid g) { return g.threads /
 ROPEWALK_HOST_DEVICE constexpr int WarpHeads(rope_grid g) { return WarpShare(g) * g.rounds; }
 ROPEWALK_HOST_DEVICE constexpr int HeadsAtOnce(rope_grid g) { return TokenWarps(g) * WarpHeads(g); }
 
-// Whether the groups of a block can be dealt so that none is left over.
+// Whether every token of a block gets as many groups as it should, and no group is left over.
 ROPEWALK_HOST_DEVICE constexpr bool Deals(rope_grid g) {
   return g.lanes >= 1 && g.lanes <= 32 && g.threads >= 32 && g.threads % 32 == 0 && g.rounds >= 1 &&
          g.token_groups >= 1 &&
@@ -43,19 +43,19 @@ ROPEWALK_HOST_DEVICE constexpr bool Deals(rope_grid g) {
               : g.token_groups % GroupsPerWarp(g) == 0 && g.threads / 32 % (g.token_groups / GroupsPerWarp(g)) == 0);
 }
 
-// Of a thread of a block. An idle one has the group beside it.
+// These are for one thread of a block. An idle thread counts to the group beside it.
 ROPEWALK_HOST_DEVICE constexpr bool Idle(rope_grid g, int thread) {
   return GroupsPerWarp(g) * g.lanes != 32 && thread % 32 >= GroupsPerWarp(g) * g.lanes;
 }
 ROPEWALK_HOST_DEVICE constexpr int GroupInWarp(rope_grid g, int thread) {
   return Idle(g, thread) ? GroupsPerWarp(g) - 1 : thread % 32 / g.lanes;
 }
-// The token among those of the block.
+// Which token of the block it works on.
 ROPEWALK_HOST_DEVICE constexpr int TokenInBlock(rope_grid g, int thread) {
   return thread / 32 / TokenWarps(g) * WarpTokens(g) + GroupInWarp(g, thread) / WarpShare(g);
 }
-// The first head of the thread's warp among those that the block takes in a turn, and of its group: round r takes the
-// one WarpShare * r behind that.
+// Of the heads that a block takes in a turn: the first one of the thread's warp, and the first one of its group. In
+// round r the group takes the head WarpShare * r behind its first.
 ROPEWALK_HOST_DEVICE constexpr int WarpFirst(rope_grid g, int thread) {
   return thread / 32 % TokenWarps(g) * WarpHeads(g);
 }
@@ -63,13 +63,13 @@ ROPEWALK_HOST_DEVICE constexpr int GroupFirst(rope_grid g, int thread) {
   return WarpFirst(g, thread) + GroupInWarp(g, thread) % WarpShare(g);
 }
 
-// The choices that a variant's sizes follow from, as in RopeCudaKey.
+// The choices that decide the sizes of a variant. RopeCudaKey explains them.
 struct rope_choices {
   int bytes;  // of an element
   int head_dim, rotary_dim, rotary_offset, v_dim;
   int vector, lanes, in_flight, flat, threads, token_groups, packed;
   bool few, interleaved;
-  bool rest_matters;  // what is not rotated is normalised, copied or stored
+  bool rest_matters;  // the rest is normalised, copied or stored
   bool store_k, store_v;
   bool converts;  // the cache is of another dtype
 };
@@ -79,20 +79,20 @@ struct rope_shape {
   bool pairs_inside;  // neighbours share a vector, unless it has one element
   int units, units_per_lane;
   int before, rest, rest_per_lane;  // vectors outside the rotated part, and how many of them lie in front of it
-  bool staged;                      // through shared memory: what one asynchronous copy can carry
-  // The lanes of a warp fetch and write its heads side by side in 16 bytes each, whatever a lane works on. That keeps
-  // accesses whole where the halves of a head do not fill lines of 128 bytes, and lets a vector be of any even number
-  // of elements. Of a head, `span` elements from `span_begin` on.
+  bool staged;                      // through shared memory, where an asynchronous copy can carry a vector
+  // The layout `flat` (flat.cuh). A vector may then have any even number of elements, as no access carries it: lanes
+  // of a warp fetch and write its heads side by side in 16 bytes each. Of each head that is `span` elements, from
+  // `span_begin` on.
   bool flat;
   int span_begin, span, span_bytes;
-  // Flat, both vectors of a unit of neighbours may follow each other, and so all its pairs. Those of an access lie
-  // apart all the same: in shared memory that is faster, and half of them are enough for a load of cosines.
+  // Flat only: whether both vectors of a unit of neighbours follow each other, so that all its pairs do. Vectors of 8
+  // lie apart here too: that is faster in shared memory, and 4 pairs are enough for one load of cosines.
   bool adjacent;
-  int run;                        // pairs that follow each other
-  int block_heads;                // that a block takes in a turn, of all its tokens
+  int run;                        // how many pairs of a unit follow each other
+  int block_heads;                // heads that a block takes in a turn, over all its tokens
   bool linear;                    // a warp's heads follow each other in memory
-  bool v_rides;                   // heads of v take the way of the others, where they fill the same vectors
-  bool staged_codes;              // fp8 codes of vectors that no access can carry go side by side to the cache, too
+  bool v_rides;                   // heads of v, of the same vectors, are fetched behind those of q and k
+  bool staged_codes;              // fp8 codes pass through shared memory, where no access carries those of a vector
   int stage_bytes, shared_bytes;  // of one stage; of the block
 };
 

@@ -1,4 +1,4 @@
-// The cosine and sine of a phase: a turn is 2^32.
+// The cosine and sine of a phase. A whole turn is 2^32.
 // SPDX-License-Identifier: Apache-2.0
 #ifndef ROPEWALK_BACKENDS_CUDA_KERNEL_SINCOS_CUH_
 #define ROPEWALK_BACKENDS_CUDA_KERNEL_SINCOS_CUH_
@@ -8,14 +8,15 @@
 
 namespace ropewalk {
 
-// The hardware's sine of the phase: the pair errs by 2^-21.07 at most over all 2^32 phases. Enough for 16-bit tensors.
+// By the hardware's sine. The pair is off by at most 2^-21.07 over all 2^32 phases, which is enough for 16-bit tensors.
 __device__ __forceinline__ void FastCosSin(rw_u32 phase, float& cosine, float& sine) {
   const float angle = static_cast<float>(static_cast<int>(phase)) * ROPE_ANGLE_OF_PHASE;
   cosine = __cosf(angle);
   sine = __sinf(angle);
 }
 
-// Reduced to an eighth of a turn on either side, then polynomials: errs by about 2^-24. The same as on the CPU.
+// By polynomials, after the phase is reduced to an eighth of a turn on either side of zero. Off by about 2^-24. The CPU
+// computes the same.
 __device__ __forceinline__ void AccurateCosSin(rw_u32 phase, float& cosine, float& sine) {
   const rw_u32 quadrant = (phase + (1u << 29)) >> 30;
   const float x = static_cast<float>(static_cast<int>(phase - (quadrant << 30))) * ROPE_ANGLE_OF_PHASE;

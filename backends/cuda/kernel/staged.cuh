@@ -1,7 +1,7 @@
-// Many tokens: a block has one token or several, and the groups of a token take its heads in turns. A head is on its way
-// through shared memory while those before it are worked on; every thread reads only what it fetched itself, so that no
-// barrier is needed and several heads are in flight at no cost in registers. Vectors of less than 4 bytes, which no
-// asynchronous copy carries, come in registers.
+// A layout for many tokens: a block has one token or several, and the groups of a token take its heads in turns. While
+// a group works on one head, the next ones travel through shared memory and take no registers. A thread reads only what
+// it fetched itself, so there is no barrier. An asynchronous copy carries at least 4 bytes: smaller vectors are loaded
+// to registers.
 // SPDX-License-Identifier: Apache-2.0
 #ifndef ROPEWALK_BACKENDS_CUDA_KERNEL_STAGED_CUH_
 #define ROPEWALK_BACKENDS_CUDA_KERNEL_STAGED_CUH_
@@ -62,7 +62,7 @@ __device__ __forceinline__ void Staged(const rope_cuda_args& a) {
   }
   Angles<K> angles;
   FindAngles<K>(a, t, position, g.lane, served, angles);
-  // Groups of a warp with tokens of their own go on together, as they meet at the shuffles.
+  // Where the groups of a warp have different tokens they all go on to the end: they meet at the shuffles of the norm.
   if (S::kWarpTokens > 1) served = served && g.inside;
   if constexpr (K::kSlotsDtype != kRopeNoDtype) t.slot = served && slot < a.slot_count ? slot : -1;
 
@@ -79,7 +79,7 @@ __device__ __forceinline__ void Staged(const rope_cuda_args& a) {
       for (int i = 0; i < S::kRestPerLane; ++i) share.rest[i] = *staged_at(stage, 2 * S::kUnitsPerLane + i);
     }
     const HeadPlace head = PlaceOf<K>(a, t, h < g.heads ? h : 0);
-    ShareWeights<K> weights;  // in L1 when they are wanted
+    ShareWeights<K> weights;  // loaded again for each head: they are in L1
     float rstd = 0.0f;
     if constexpr (K::kNorm) {
       LoadWeights<K>(head.weight, g.lane, weights);

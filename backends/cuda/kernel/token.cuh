@@ -1,4 +1,4 @@
-// A token of the CUDA kernel: its place, its position and its slot, and what is wrong with them.
+// A token: its place in the batch, its position and its slot, and what may be wrong with these.
 // SPDX-License-Identifier: Apache-2.0
 #ifndef ROPEWALK_BACKENDS_CUDA_KERNEL_TOKEN_CUH_
 #define ROPEWALK_BACKENDS_CUDA_KERNEL_TOKEN_CUH_
@@ -7,17 +7,17 @@
 
 namespace ropewalk {
 
-// What a token needs beside its heads.
+// A token, as far as its heads do not matter.
 struct Token {
   rw_i64 batch, token;
-  char* q;           // where strides are constants: where its heads begin, and head 0 of q if k's were the next ones
-  char* k;
-  rw_i64 slot;       // < 0: not stored
-  bool left_out;     // padding with a position outside the table
-  bool poisoned;
+  char* q;           // where its heads of q begin, if strides are constants; else null
+  char* k;           // the same for k, moved back so that heads of k count on from those of q
+  rw_i64 slot;       // < 0: it is not stored
+  bool left_out;     // it is padding, and its position is outside the table: it stays as it is
+  bool poisoned;     // its position or an axis is wrong: its heads become NaN
 };
 
-// Heads and strides: constants where the variant knows them.
+// Numbers of heads are constants where the variant knows them.
 template <class K>
 __device__ __forceinline__ int QHeads(const rope_params& p) {
   return K::kQHeads ? K::kQHeads : p.q_heads;
@@ -61,7 +61,7 @@ __device__ __forceinline__ rw_i64 PositionOf(const rope_cuda_args& a, rw_i64 bat
   return position;
 }
 
-// Keeps the fault of the lowest row. Rare, so one after the other.
+// Keeps the fault of the lowest row, under a lock: faults are rare.
 __device__ __forceinline__ void RecordFault(rope_fault* fault, rw_i64 row, int kind, rw_i64 value, rw_i64 limit,
                                          rw_i64 tokens, int axis) {
   if (!fault) return;
@@ -80,7 +80,7 @@ __device__ __forceinline__ void RecordFault(rope_fault* fault, rw_i64 row, int k
   atomicExch(&fault->lock, 0u);
 }
 
-// The slot of a token, as it is given; -1 without slots.
+// The slot of a token as the caller gave it; -1 if there are no slots.
 template <class K>
 __device__ __forceinline__ rw_i64 SlotOf(const rope_cuda_args& a, const void* slots, rw_i64 batch, rw_i64 token) {
   if constexpr (K::kSlotsDtype == kRopeNoDtype) return -1;
@@ -88,7 +88,8 @@ __device__ __forceinline__ rw_i64 SlotOf(const rope_cuda_args& a, const void* sl
                                               Index<K>(token, a.params.slots_token));
 }
 
-// Marks a token whose position has no row in the table, and tells of it if this thread `reports`.
+// Marks a token whose position has no row in the table or whose axes are wrong. Records the fault if this thread
+// `reports`.
 template <class K>
 __device__ __forceinline__ void CheckToken(const rope_cuda_args& a, rw_i64 row, rw_i64 slot, rw_i64 position,
                                            bool reports, Token& t) {
@@ -104,7 +105,7 @@ __device__ __forceinline__ void CheckToken(const rope_cuda_args& a, rw_i64 row, 
     }
   }
   if constexpr (Shape<K>::kTable) {
-    // Only the rows that pairs take: another may hold anything.
+    // Look only at the positions that some pair uses: the others may hold anything.
     int last = -1;
 #pragma unroll 1
     for (int i = 0; i < (K::kAxes ? K::kRotaryDim / 2 : 1); ++i) {

@@ -1,5 +1,5 @@
-// Vectors of 2-byte and 4-byte floats: loaded and stored in one access, worked on as float32. Own conversions, so that
-// no header of the toolkit is needed.
+// Vectors of floats: loads and stores of a whole vector in one access, and conversions from and to float32. They are
+// written here so that the kernel needs no header of the CUDA toolkit.
 // SPDX-License-Identifier: Apache-2.0
 #ifndef ROPEWALK_BACKENDS_CUDA_KERNEL_VECTOR_CUH_
 #define ROPEWALK_BACKENDS_CUDA_KERNEL_VECTOR_CUH_
@@ -18,7 +18,7 @@ constexpr int kBytes = kDtype == kRopeF32 || kDtype == kRopeI32                 
                        : kDtype == kRopeE4M3 || kDtype == kRopeE5M2 || kDtype == 0 ? 1
                                                                                        : 2;
 
-// `kSize` bytes as registers; in memory aligned to the widest access that divides them.
+// `kSize` bytes in registers. In memory they are aligned for the widest access that divides them.
 template <int kSize>
 constexpr int kWordAlign = kSize % 16 == 0 ? 16 : kSize % 8 == 0 ? 8 : 4;
 template <int kSize>
@@ -27,7 +27,7 @@ struct alignas(kWordAlign<kSize>) Words {
   rw_u32 w[kCount];
 };
 
-// The tensors' rows are read once and written once: they need not stay in L1.
+// Loads from rows of q, k and v. They are read once and written once, so they need not stay in L1.
 template <int kSize>
 __device__ __forceinline__ Words<kSize> Load(const void* p) {
   Words<kSize> r;
@@ -55,7 +55,8 @@ struct alignas(kWordAlign<kSize>) Aligned {
   Words<kSize> words;
 };
 
-// From global to shared memory without registers, complete at cp.async.wait_group. 4, 8 or 16 bytes.
+// Copies 4, 8 or 16 bytes from global to shared memory, through no register. The copy is done after
+// cp.async.wait_group.
 template <int kSize, class Place>
 __device__ __forceinline__ void CopyAsync(Place* to, const void* from) {
   const auto address = static_cast<rw_u32>(__cvta_generic_to_shared(to));
@@ -66,7 +67,7 @@ __device__ __forceinline__ void CopyAsync(Place* to, const void* from) {
   }
 }
 
-// Weights, tables: shared by all tokens or heads, so they may stay.
+// Loads weights and entries of tables. Many tokens or heads share them, so they may stay in L1.
 template <int kSize>
 __device__ __forceinline__ Words<kSize> LoadShared(const void* p) {
   Words<kSize> r;
@@ -111,7 +112,7 @@ __device__ __forceinline__ void Store(void* p, const Words<kSize>& r) {
   }
 }
 
-// If `wanted`, and without a branch.
+// Stores if that is `wanted`, under a predicate and without a branch.
 #define ROPEWALK_IF(WANTED, ACCESS) "{ .reg .pred p; setp.ne.u32 p, " WANTED ", 0; @p " ACCESS "; }"
 template <int kSize>
 __device__ __forceinline__ void StoreIf(bool wanted, void* p, const Words<kSize>& r) {
@@ -140,7 +141,7 @@ __device__ __forceinline__ float HalfToFloat(rw_u32 bits) {
   return f;
 }
 
-// Two floats, the first in the lower half.
+// Two floats as 16-bit ones in one register, the first in the lower half.
 template <int kDtype>
 __device__ __forceinline__ rw_u32 PackPair(float low, float high) {
   rw_u32 r;
@@ -152,7 +153,7 @@ __device__ __forceinline__ rw_u32 PackPair(float low, float high) {
   return r;
 }
 
-// A float as fp8, for devices without the instruction: rounded to nearest even, saturating, NaN stays NaN.
+// A float as fp8, for devices that lack the instruction. Rounds to nearest even and saturates; NaN stays NaN.
 template <int kDtype>
 __device__ __forceinline__ rw_u32 EncodeFp8(float v) {
   constexpr int kMantissa = kDtype == kRopeE4M3 ? 3 : 2, kBias = kDtype == kRopeE4M3 ? 7 : 15;
@@ -221,7 +222,7 @@ __device__ __forceinline__ Words<kBytes<kDtype> * kCount> Pack(const float (&v)[
   return r;
 }
 
-// To the dtype and back: where reference rounding rounds.
+// To the dtype and back. Reference rounding does this where the model's own code rounds.
 template <int kDtype>
 __device__ __forceinline__ float RoundTo(float v) {
   if constexpr (kDtype == kRopeF32) return v;
