@@ -55,48 +55,48 @@ typedef struct ropewalk_frequencies ropewalk_frequencies;
 typedef struct ropewalk_rope_args {
   uint32_t struct_size ROPEWALK_DEFAULT(sizeof(ropewalk_rope_args));  // sizeof of the caller's struct
 
-  int32_t pairing ROPEWALK_DEFAULT(ROPEWALK_NEOX);  // ropewalk_pairing
+  int32_t pairing ROPEWALK_DEFAULT(ROPEWALK_NEOX);  // ropewalk_pairing: which elements form a pair
 
-  DLTensor* q ROPEWALK_DEFAULT(nullptr);  // [batch?, tokens, q_heads, head_dim] T, rotated in place unless q_out
-  DLTensor* k ROPEWALK_DEFAULT(nullptr);  // [batch?, tokens, k_heads, head_dim] T, optional; as q, or see k_store_only
+  DLTensor* q ROPEWALK_DEFAULT(nullptr);  // [batch?, tokens, q_heads, head_dim] T: rotated in place
+  DLTensor* k ROPEWALK_DEFAULT(nullptr);  // [batch?, tokens, k_heads, head_dim] T, optional: rotated in place
   const DLTensor* positions ROPEWALK_DEFAULT(nullptr);  // [axes?, batch?, tokens] int32 | int64; NULL: 0, 1, 2, ..
-  const DLTensor* offsets ROPEWALK_DEFAULT(nullptr);    // [batch?, tokens] int32 | int64, added to positions
+  const DLTensor* offsets ROPEWALK_DEFAULT(nullptr);    // [batch?, tokens] int32 | int64: added to positions
 
-  const ropewalk_frequencies* frequencies ROPEWALK_DEFAULT(nullptr);  // angles computed, exact; or a table:
+  const ropewalk_frequencies* frequencies ROPEWALK_DEFAULT(nullptr);  // angles are computed; or a table:
   const DLTensor* cos ROPEWALK_DEFAULT(nullptr);      // [batch?, rows, rotary_dim/2] float32 | float16 | bfloat16
-  const DLTensor* sin ROPEWALK_DEFAULT(nullptr);      // like cos
-  const DLTensor* cos_sin ROPEWALK_DEFAULT(nullptr);  // [batch?, rows, rotary_dim]: cos, then sin, instead of the two
-  const DLTensor* axes ROPEWALK_DEFAULT(nullptr);     // [rotary_dim/2] int32: the row of positions each pair takes
+  const DLTensor* sin ROPEWALK_DEFAULT(nullptr);      // [batch?, rows, rotary_dim/2] as cos
+  const DLTensor* cos_sin ROPEWALK_DEFAULT(nullptr);  // [batch?, rows, rotary_dim] as cos: cosines, then sines
+  const DLTensor* axes ROPEWALK_DEFAULT(nullptr);     // [rotary_dim/2] int32: the row of positions that each pair takes
 
-  int32_t rotary_dim ROPEWALK_DEFAULT(0);     // even, <= head_dim; 0: what frequencies or the table say
+  int32_t rotary_dim ROPEWALK_DEFAULT(0);     // 0: as many as frequencies or the table say
   int32_t rotary_offset ROPEWALK_DEFAULT(0);  // where the rotated part begins in the head
-  int32_t inverse ROPEWALK_DEFAULT(0);        // 1: rotate back
+  int32_t inverse ROPEWALK_DEFAULT(0);        // 1: turn by the negative angles
 
   int32_t norm ROPEWALK_DEFAULT(ROPEWALK_NORM_NONE);        // ropewalk_norm
   const DLTensor* q_weight ROPEWALK_DEFAULT(nullptr);       // [head_dim] float32 | float16 | bfloat16
-  const DLTensor* k_weight ROPEWALK_DEFAULT(nullptr);       // [head_dim] dtype of q_weight
+  const DLTensor* k_weight ROPEWALK_DEFAULT(nullptr);       // [head_dim] as q_weight
   int32_t zero_centered_weight ROPEWALK_DEFAULT(0);         // 1: multiply by 1 + weight (Gemma)
   int32_t rounding ROPEWALK_DEFAULT(ROPEWALK_ROUND_FUSED);  // ropewalk_rounding
-  double eps ROPEWALK_DEFAULT(1e-6);
+  double eps ROPEWALK_DEFAULT(1e-6);                        // added to the mean square of the norm
 
-  DLTensor* q_out ROPEWALK_DEFAULT(nullptr);  // like q: written instead of q
-  DLTensor* k_out ROPEWALK_DEFAULT(nullptr);  // like k: written instead of k
+  DLTensor* q_out ROPEWALK_DEFAULT(nullptr);  // [batch?, tokens, q_heads, head_dim] T: written instead of q
+  DLTensor* k_out ROPEWALK_DEFAULT(nullptr);  // [batch?, tokens, k_heads, head_dim] T: written instead of k
 
-  const DLTensor* v ROPEWALK_DEFAULT(nullptr);  // [batch?, tokens, k_heads, v_dim] T, only stored
-  // The caches: [slots, k_heads, head_dim] or [pages, page_size, k_heads, head_dim], T | fp8; that of v with v_dim. In
-  // fp8 what is larger than the largest number, infinity too, becomes that: 448 (e4m3fn), 57344 (e5m2). NaN stays NaN.
-  DLTensor* k_cache ROPEWALK_DEFAULT(nullptr);
-  DLTensor* v_cache ROPEWALK_DEFAULT(nullptr);
-  const DLTensor* slots ROPEWALK_DEFAULT(nullptr);  // [batch?, tokens] int32 | int64; negative: the token is not stored
-  const DLTensor* k_scale ROPEWALK_DEFAULT(nullptr);  // [] or [k_heads] float32: an fp8 cache holds k / k_scale
-  const DLTensor* v_scale ROPEWALK_DEFAULT(nullptr);  // [] or [k_heads] float32: an fp8 cache holds v / v_scale
+  const DLTensor* v ROPEWALK_DEFAULT(nullptr);  // [batch?, tokens, k_heads, v_dim] T: only stored in v_cache
+  // Without `pages` the size of a page is the number of slots. In an fp8 cache a number beyond the largest, or
+  // infinity, is stored as the largest: 448 (e4m3fn), 57344 (e5m2). NaN stays NaN.
+  DLTensor* k_cache ROPEWALK_DEFAULT(nullptr);  // [pages?, page_size, k_heads, head_dim] T | fp8: takes the rotated k
+  DLTensor* v_cache ROPEWALK_DEFAULT(nullptr);  // [pages?, page_size, k_heads, v_dim] T | fp8: takes v
+  const DLTensor* slots ROPEWALK_DEFAULT(nullptr);    // [batch?, tokens] int32 | int64; negative: not stored
+  const DLTensor* k_scale ROPEWALK_DEFAULT(nullptr);  // [k_heads?] float32: an fp8 k_cache holds k / k_scale
+  const DLTensor* v_scale ROPEWALK_DEFAULT(nullptr);  // [k_heads?] float32: an fp8 v_cache holds v / v_scale
 
   // A sycl::queue* to work on instead of `stream`; tensors are its unified shared memory (kDLOneAPI).
   void* sycl_queue ROPEWALK_DEFAULT(nullptr);
   int32_t disable_pdl ROPEWALK_DEFAULT(0);  // 1: no programmatic dependent launch (CUDA, sm_90 and later)
   int32_t reserved ROPEWALK_DEFAULT(0);     // keep 0
 
-  int32_t k_store_only ROPEWALK_DEFAULT(0);  // 1: k goes to k_cache alone; its own memory is only read
+  int32_t k_store_only ROPEWALK_DEFAULT(0);  // 1: k goes to k_cache alone, and its own memory is only read
   int32_t reserved_2 ROPEWALK_DEFAULT(0);    // keep 0
 } ropewalk_rope_args;
 

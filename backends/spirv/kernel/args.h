@@ -23,10 +23,10 @@ enum {
   kRopeSpecLanes = 11,  // work-items of a head if that is 4, 8 or 16 and each has all its units; 0: any, by the shape
   kRopeSpecCount = 12
 };
-// A constant of this value: the choice is in rope_spirv_shape. Not for units and lanes.
+// A constant with this value means: read the choice from rope_spirv_shape. Units and lanes never have it.
 enum { kRopeSpecArgument = 255 };
 
-// The same values for every work-item that the kernel would else have to compute from the params.
+// Values that are the same for every work-item, so that the host computes them once and not each work-item.
 typedef struct {
   rw_u64 page_multiplier;  // page of a slot: the upper half of 2 slot x page_multiplier, shifted by page_shift
   rw_i32 page_shift;

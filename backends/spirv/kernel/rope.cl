@@ -511,14 +511,18 @@ ROPE_KERNEL void rope_kernel(__global void* q, __global void* k_tensor, const __
 #endif
   // Where a device gains less by a variant than its build costs, the choice is an argument.
 #define ROPE_CHOICE(number) (ROPE_CONSTANT(number) == kRopeSpecArgument ? params.shape.choices[number] : ROPE_CONSTANT(number))
-  const rope_choices choices = {ROPE_CHOICE(0), ROPE_CHOICE(1), ROPE_CHOICE(2),   ROPE_CHOICE(3),   ROPE_CHOICE(4),
-                                ROPE_CHOICE(5), ROPE_CHOICE(6), ROPE_CHOICE(7),   ROPE_CHOICE(8),   ROPE_CHOICE(9),
-                                ROPE_CONSTANT(10), ROPE_CONSTANT(11)};
-  const rope_all all = {(rw_in)q,         (rw_in)k_tensor,  (rw_in)v,          (rw_out)q_out, (rw_out)k_out,
-                        (rw_out)k_cache,  (rw_out)v_cache,  positions,         offsets,       cos_table,
-                        sin_table,        slots,            axes,              turns,         (rw_in)q_weight,
-                        (rw_in)k_weight,  k_scale,          v_scale,           fault,         &params.params,
-                        &params.shape};
+  // By number, as a build from source has macros for the constants.
+  const rope_choices choices = {.interleaved = ROPE_CHOICE(0), .norm = ROPE_CHOICE(1), .weight_dtype = ROPE_CHOICE(2),
+                                .reference = ROPE_CHOICE(3), .table_dtype = ROPE_CHOICE(4),
+                                .table_vector = ROPE_CHOICE(5), .axes = ROPE_CHOICE(6), .cache_dtype = ROPE_CHOICE(7),
+                                .out_of_place = ROPE_CHOICE(8), .store_only = ROPE_CHOICE(9),
+                                .units = ROPE_CONSTANT(10), .lanes = ROPE_CONSTANT(11)};
+  const rope_all all = {.q = (rw_in)q, .k = (rw_in)k_tensor, .v = (rw_in)v, .q_out = (rw_out)q_out,
+                        .k_out = (rw_out)k_out, .k_cache = (rw_out)k_cache, .v_cache = (rw_out)v_cache,
+                        .positions = positions, .offsets = offsets, .cos = cos_table, .sin = sin_table, .slots = slots,
+                        .axes = axes, .turns = turns, .q_weight = (rw_in)q_weight, .k_weight = (rw_in)k_weight,
+                        .k_scale = k_scale, .v_scale = v_scale, .fault = fault, .p = &params.params,
+                        .s = &params.shape};
   const __private rope_choices* k = &choices;
   const __private rope_all* a = &all;
   const __private rope_spirv_shape* s = a->s;

@@ -1,0 +1,113 @@
+"""The arguments are one table, in rope/rope.cc. What C and OpenCL must write out again agrees with it."""
+
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+COMMAND = Path(sys.executable).with_name("ropewalk")
+HEADER = (ROOT / "include/ropewalk/ropewalk.h").read_text()
+ARGUMENTS: dict[str, dict[str, Any]] = {
+    arg["name"]: arg
+    for arg in json.loads(
+        subprocess.run([str(COMMAND), "describe", "--json"], capture_output=True, text=True, check=True).stdout
+    )["args"]
+}
+STRUCT = HEADER[HEADER.index("typedef struct ropewalk_rope_args {") : HEADER.index("} ropewalk_rope_args;")]
+# Of C alone: the struct's size and room, and what an enum, a flag or a pointer is there.
+ROOM = {"struct_size", "reserved", "reserved_2"}
+OF_C = {
+    "ropewalk_pairing",
+    "ropewalk_norm",
+    "ropewalk_rounding",
+    "optional",
+    "1",
+    "or a table",
+    "no programmatic dependent launch (CUDA",
+    "sm_90 and later)",
+}
+
+
+def fields() -> dict[str, str]:
+    """Each field of the struct, with the comment of its line."""
+    return dict(re.findall(r"\b(\w+)\s+ROPEWALK_DEFAULT\(.*?\);(?: *// (.*))?$", STRUCT, re.MULTILINE))
+
+
+def tensors() -> list[str]:
+    """The tensors that kernels see: cos_sin has become cos and sin."""
+    return [name for name, arg in ARGUMENTS.items() if arg["kind"] == "tensor" and name != "cos_sin"]
+
+
+def test_the_struct_has_the_arguments_and_no_others() -> None:
+    assert set(fields()) == set(ARGUMENTS) | ROOM
+
+
+@pytest.mark.parametrize("name", [name for name, arg in ARGUMENTS.items() if arg["kind"] == "tensor"])
+def test_the_header_gives_each_tensor_its_shape_and_dtypes(name: str) -> None:
+    """T is q's dtype, `as cos` that of cos."""
+    shape, told = re.match(r"(\[.*?\]) ([^:;,]*)", fields()[name]).groups()
+    assert shape == ARGUMENTS[name]["shape"]
+    wanted = ARGUMENTS[name]["dtypes"]
+    if name == "q":
+        assert (told, f"T is q's dtype: {wanted}." in HEADER) == ("T", True)
+    elif told.startswith("as "):
+        assert wanted in (f"that of {told[3:]}", ARGUMENTS[told[3:]]["dtypes"])
+    else:
+        assert told.replace("T", "that of q").split(" | ") == re.split(r", or |, | or ", wanted)
+
+
+def clauses(text: str) -> list[str]:
+    text = text.replace("None (0 in C)", "0").replace("None", "NULL").removesuffix(", ..")
+    return [part for part in re.split(r"[.:;,](?:\s+and\b)?(?:\s+|$)", text) if part]
+
+
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_the_header_says_of_an_argument_what_the_table_says(name: str) -> None:
+    """The words of the table, or the first ones of a clause of it, or what is of C alone."""
+    arg = ARGUMENTS[name]
+    told = re.sub(r"^\[[^]]*\] [^:;,]*", "", fields()[name]) if arg["kind"] == "tensor" else fields()[name]
+    said = [clause.lower() for clause in clauses(arg["doc"])]
+    strange = [
+        clause
+        for clause in clauses(told)
+        if clause not in OF_C and not any(f"{words} ".startswith(f"{clause.lower()} ") for words in said)
+    ]
+    assert strange == []
+
+
+def test_the_list_of_tensors_is_that_of_the_table() -> None:
+    listed = re.findall(r"\bX\((\w+), ", (ROOT / "rope/tensors.h").read_text())
+    assert sorted(listed) == sorted([*tensors(), "name"])  # X(name, ..) of the comment
+
+
+def test_the_opencl_kernel_takes_the_tensors_in_the_order_of_the_list() -> None:
+    listed = re.findall(r"^ +X\((\w+), ([^)]*)\)", (ROOT / "rope/tensors.h").read_text(), re.MULTILINE)
+    kernel = (ROOT / "backends/spirv/kernel/rope.cl").read_text()
+    parameters = re.search(r"ROPE_KERNEL void rope_kernel\((.*?)\) \{", kernel, re.DOTALL)[1]
+    taken = [re.match(r"(const )?__global (\w+)\* (\w+)$", " ".join(text.split())) for text in parameters.split(",")]
+    pointers = [(name.removesuffix("_tensor").removesuffix("_table"), f"{const or ''}{kind}") for const, kind, name in
+                (match.groups() for match in taken if match)]  # fmt: skip
+    own = [("turns", "const rw_u64"), ("fault", "rope_fault")]
+    assert pointers == [(name, kind.replace("int32_t", "int")) for name, kind in listed] + own
+    assert parameters.split(",")[-1].split() == ["rope_spirv_params", "params"]
+    args = (ROOT / "backends/spirv/kernel/args.h").read_text()
+    assert f"kRopeSpirvTurns = {len(listed)}, kRopeSpirvFault = {len(listed) + 1}" in args
+
+
+def test_the_opencl_kernel_has_each_specialisation_constant_by_its_number() -> None:
+    """By number, as a build from source has macros for them."""
+    args = (ROOT / "backends/spirv/kernel/args.h").read_text()
+    numbers = {re.sub(r"(?<!^)([A-Z])", r"_\1", name).lower(): int(number)
+               for name, number in re.findall(r"kRopeSpec(\w+) = (\d+),", args)}  # fmt: skip
+    kernel = (ROOT / "backends/spirv/kernel/rope.cl").read_text()
+    used = {name: int(number) for name, number in re.findall(r"\.(\w+) = ROPE_(?:CHOICE|CONSTANT)\((\d+)\)", kernel)}
+    assert len(used) == 12
+    assert used == {name: number for name, number in numbers.items() if name != "argument"}
