@@ -56,17 +56,15 @@ int Return(Status status) {
 // Nothing may be thrown across the C border, not even because there is no memory to say why.
 template <class Body>
 int Guard(const Body& body) noexcept {
-  try {
+  return Return(WithoutThrowing([&]() -> Status {
     try {
-      return Return(body());
-    } catch (const std::bad_alloc&) {
-      return Failed(ROPEWALK_DRIVER_ERROR, kNoMemory);
-    } catch (const std::exception& error) {
-      return Return(Status::Internal(error.what()));
+      return body();
+    } catch (const std::exception&) {
+      throw;
+    } catch (...) {  // from a caller's function
+      return Status::Internal("an exception that is none");
     }
-  } catch (...) {
-    return Failed(ROPEWALK_INTERNAL, "an exception that is none; this is a bug in Ropewalk");
-  }
+  }));
 }
 
 template <class Body>

@@ -13,11 +13,11 @@ Digest DigestOf(std::string_view bytes) {
   return digest;
 }
 
-std::string Hex(const Digest& digest) {
+std::string Hex(std::string_view bytes) {
   constexpr char kDigits[] = "0123456789abcdef";
   std::string text;
-  for (const uint8_t byte : digest) {
-    text += kDigits[byte >> 4];
+  for (const char byte : bytes) {
+    text += kDigits[static_cast<uint8_t>(byte) >> 4];
     text += kDigits[byte & 15];
   }
   return text;

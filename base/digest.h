@@ -13,6 +13,11 @@ namespace ropewalk {
 // base/files.h.
 using Digest = std::array<uint8_t, 16>;
 Digest DigestOf(std::string_view bytes);
-std::string Hex(const Digest& digest);
+
+// Two digits for each byte.
+std::string Hex(std::string_view bytes);
+inline std::string Hex(const Digest& digest) {
+  return Hex(std::string_view(reinterpret_cast<const char*>(digest.data()), digest.size()));
+}
 
 }  // namespace ropewalk

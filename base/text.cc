@@ -4,6 +4,8 @@
 #include <charconv>
 #include <cmath>
 
+#include "base/digest.h"
+
 namespace ropewalk {
 namespace {
 
@@ -69,10 +71,8 @@ std::string JsonString(std::string_view text) {
     } else if (c == '\n') {
       out += "\\n";
     } else if (static_cast<unsigned char>(c) < 0x20) {
-      constexpr char kHex[] = "0123456789abcdef";
       out += "\\u00";
-      out += kHex[(c >> 4) & 0xf];
-      out += kHex[c & 0xf];
+      out += Hex({&c, 1});
     } else {
       out += c;
     }

@@ -4,9 +4,11 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <iterator>
 #include <limits>
 #include <utility>
 
+#include "base/digest.h"
 #include "base/text.h"
 #include "conformance/reference.h"
 #include "rope/call.h"
@@ -87,14 +89,10 @@ std::vector<int64_t> Contiguous(const std::vector<int64_t>& shape) {
   return strides;
 }
 
-std::string Hex(const uint8_t* bytes, int64_t count) {
-  constexpr char kDigits[] = "0123456789abcdef";
-  std::string out = "0x";
-  for (int64_t i = count; i-- > 0;) {
-    out += kDigits[bytes[i] >> 4];
-    out += kDigits[bytes[i] & 15];
-  }
-  return out;
+// The number that the bytes are in memory, in hexadecimal: the last byte first.
+std::string Number(const uint8_t* bytes, int64_t count) {
+  const std::string first_last(std::make_reverse_iterator(bytes + count), std::make_reverse_iterator(bytes));
+  return "0x" + Hex(first_last);
 }
 
 }  // namespace
@@ -674,10 +672,11 @@ Status CaseCall::Verify(std::string* message, double* worst, int64_t* elements) 
       if (right || !message->empty()) continue;
       *message = Text(OutputName(host_args_, row.output), "[");
       if (written->ndim == 4) Append(message, Text(row.outer, ", "));
-      Append(message, Text(row.token, ", ", row.head, ", ", i, "]: got ", got, " (", Hex(got_bytes, item), "), want "));
+      Append(message,
+             Text(row.token, ", ", row.head, ", ", i, "]: got ", got, " (", Number(got_bytes, item), "), want "));
       switch (want.want) {
         case Expected::Want::kBits:
-          Append(message, Text("the bits ", Hex(reinterpret_cast<const uint8_t*>(&want.bits), item), ", a copy"));
+          Append(message, Text("the bits ", Number(reinterpret_cast<const uint8_t*>(&want.bits), item), ", a copy"));
           break;
         case Expected::Want::kNan: Append(message, "NaN"); break;
         default: Append(message, Text(want.value, " (", want.low, " to ", want.high, ")"));
@@ -725,7 +724,7 @@ std::string CaseCall::Compare(const std::vector<std::vector<uint8_t>>& expected,
     const auto [want, got] = std::mismatch(expected[b].begin(), expected[b].end(), now[b].begin());
     return Text("memory of ", buffers_[b]->name, ": byte ", (want - expected[b].begin()) - kGuardBytes, " of ",
                 static_cast<int64_t>(now[b].size()) - 2 * kGuardBytes, " must not change, but did, from ",
-                Hex(&*want, 1), " to ", Hex(&*got, 1));
+                Number(&*want, 1), " to ", Number(&*got, 1));
   }
   return "";
 }

@@ -22,6 +22,7 @@
 #include "conformance/case_call.h"
 #include "fuzz/bytes.h"
 #include "rope/call.h"
+#include "tests/every_argument.h"
 
 using Function = int(void*, const TVMFFIAny*, int32_t, TVMFFIAny*);
 #define ROPEWALK_FUNCTIONS(X)      \
@@ -220,25 +221,7 @@ std::vector<std::unique_ptr<CaseCall>>& GoodCalls() {
     const RopeCase cases[] = {
         {.name = "plain", .dtype = kF32, .tokens = 2, .q_heads = 2, .k_heads = 1, .head_dim = 8},
         {.name = "table", .tokens = 3, .q_heads = 1, .head_dim = 16, .norm = true, .angles = Angles::kTable},
-        {.name = "all",
-         .batch = 2,
-         .tokens = 3,
-         .q_heads = 2,
-         .k_heads = 2,
-         .head_dim = 16,
-         .rotary_dim = 12,
-         .out_of_place = true,
-         .norm = true,
-         .weight = Weight::kPlain,
-         .weight_dtype = kF32,
-         .offsets_dtype = kI32,
-         .axes = Axes::kSections,
-         .axes_dtype = kI32,
-         .cache = Cache::kNhd,
-         .cache_dtype = kE4M3,
-         .page_size = 4,
-         .v_dim = 8,
-         .scale = Scale::kPerHead}};
+        EveryArgumentCase(Angles::kFrequencies)};
     for (const RopeCase& c : cases) {
       const Status status = CaseCall::Make(c, HostMemory(), &made->emplace_back());
       Require(status.ok(), status.text());

@@ -2,8 +2,8 @@
 #include "backends/cuda/context.h"
 
 #include <algorithm>
-#include <new>
 
+#include "backends/context_lists.h"
 #include "base/fork.h"
 #include "base/text.h"
 #include "rope/fault_text.h"
@@ -14,7 +14,7 @@ namespace {
 // ---------------------------------------------------------------------------------------------------------------------
 // Helpers
 
-// Lets this thread allocate and load while streams are being captured: what it does is no part of any capture.
+// Lets this thread allocate and load while streams are being captured. Nothing that it does becomes part of a capture.
 class RelaxedCapture {
  public:
   explicit RelaxedCapture(const CudaDriver& driver) : driver_(driver) { driver_.ExchangeCaptureMode(&mode_); }
@@ -27,50 +27,26 @@ class RelaxedCapture {
   int mode_ = cu::kCaptureModeRelaxed;
 };
 
-// Those of one device.
-struct DeviceContexts {
-  std::atomic<CudaContext*> primary{nullptr};
-  std::atomic<CudaContext*> others{nullptr};
-};
+constinit ContextLists<CudaContext> contexts_met;  // `own`: the primary one
+const OnFork kForgetContexts([] { contexts_met.Forget(); });
 
-std::mutex contexts_mutex;
+auto& ContextsOf(int ordinal) { return contexts_met.All(GetCudaDriver().devices.size())[static_cast<size_t>(ordinal)]; }
 
-// Never destroyed, as the driver's contexts may be gone first.
-std::atomic<std::vector<DeviceContexts>*> all_contexts{nullptr};
-std::vector<DeviceContexts>& AllContexts() {
-  if (auto* known = all_contexts.load(std::memory_order_acquire)) return *known;
-  const size_t devices = GetCudaDriver().devices.size();
-  const std::lock_guard lock(contexts_mutex);
-  if (!all_contexts.load(std::memory_order_relaxed)) {
-    all_contexts.store(new std::vector<DeviceContexts>(devices), std::memory_order_release);
-  }
-  return *all_contexts.load(std::memory_order_relaxed);
-}
-
-// A child of fork() has none of them: the driver's contexts are its parent's, and so are threads that hold their locks.
-const OnFork kForgetContexts([] {
-  new (&contexts_mutex) std::mutex;
-  all_contexts.store(nullptr);
-});
-
-CudaContext* FindOther(const DeviceContexts& contexts, cu::Context handle) {
-  for (CudaContext* context = contexts.others.load(std::memory_order_acquire); context; context = context->next) {
-    if (context->handle == handle && context->Alive()) return context;
-  }
-  return nullptr;
+CudaContext* FindOther(const ContextLists<CudaContext>::OfDevice& contexts, cu::Context handle) {
+  return contexts.FindOther([&](const CudaContext& context) { return context.handle == handle && context.Alive(); });
 }
 
 // The primary context; retained for good, so that its handle stays what it is.
 Status Primary(const CudaDriver& driver, int ordinal, CudaContext** out) {
-  DeviceContexts& contexts = AllContexts()[static_cast<size_t>(ordinal)];
-  const std::lock_guard lock(contexts_mutex);
-  if (!contexts.primary.load(std::memory_order_relaxed)) {
+  auto& contexts = ContextsOf(ordinal);
+  const std::lock_guard lock(contexts_met.mutex);
+  if (!contexts.own.load(std::memory_order_relaxed)) {
     cu::Context handle = nullptr;
     ROPEWALK_TRY(driver.Check(driver.PrimaryCtxRetain(&handle, driver.devices[static_cast<size_t>(ordinal)].handle),
                               "cuDevicePrimaryCtxRetain"));
-    contexts.primary.store(new CudaContext(driver, ordinal, handle, 0, true), std::memory_order_release);
+    contexts.own.store(new CudaContext(driver, ordinal, handle, 0, true), std::memory_order_release);
   }
-  *out = contexts.primary.load(std::memory_order_relaxed);
+  *out = contexts.own.load(std::memory_order_relaxed);
   return {};
 }
 
@@ -86,14 +62,13 @@ Status Adopt(const CudaDriver& driver, int ordinal, cu::Context handle, CudaCont
     driver.PrimaryCtxRelease(device);
     if (primary == handle) return Primary(driver, ordinal, out);
   }
-  DeviceContexts& contexts = AllContexts()[static_cast<size_t>(ordinal)];
-  const std::lock_guard lock(contexts_mutex);
+  auto& contexts = ContextsOf(ordinal);
+  const std::lock_guard lock(contexts_met.mutex);
   if ((*out = FindOther(contexts, handle))) return {};
   unsigned long long id = 0;
   ROPEWALK_TRY(driver.Check(driver.CtxGetId(handle, &id), "cuCtxGetId"));
   *out = new CudaContext(driver, ordinal, handle, id, false);
-  (*out)->next = contexts.others.load(std::memory_order_relaxed);
-  contexts.others.store(*out, std::memory_order_release);
+  contexts.AddOther(*out);
   return {};
 }
 
@@ -238,10 +213,10 @@ CudaContextScope::~CudaContextScope() {
 }
 
 Status CudaContextScope::Enter(const CudaDriver& driver, int ordinal) {
-  const DeviceContexts& contexts = AllContexts()[static_cast<size_t>(ordinal)];
+  const auto& contexts = ContextsOf(ordinal);
   cu::Context current = nullptr;
   ROPEWALK_TRY(driver.Check(driver.CtxGetCurrent(&current), "cuCtxGetCurrent"));
-  CudaContext* primary = contexts.primary.load(std::memory_order_acquire);
+  CudaContext* primary = contexts.own.load(std::memory_order_acquire);
   if (current && primary && primary->handle == current) {
     context_ = primary;
     return {};
@@ -266,10 +241,7 @@ Status CudaContextScope::Enter(CudaContext* context) {
 
 void ForEachCudaContext(const std::function<void(CudaContext*)>& visit) {
   if (!CudaDriverWasLoaded()) return;
-  for (const DeviceContexts& contexts : AllContexts()) {
-    if (CudaContext* context = contexts.primary.load(std::memory_order_acquire)) visit(context);
-    for (CudaContext* c = contexts.others.load(std::memory_order_acquire); c; c = c->next) visit(c);
-  }
+  contexts_met.ForEach(GetCudaDriver().devices.size(), visit);
 }
 
 }  // namespace ropewalk

@@ -16,35 +16,15 @@
 #include "base/text.h"
 #include "conformance/case_call.h"
 #include "rope/call.h"
+#include "tests/every_argument.h"
 #include "tests/make_call.h"
 
 namespace ropewalk {
 namespace {
 
-// A call with every argument that can be given together; the three ways to give angles.
-std::unique_ptr<CaseCall> EveryArgument(Angles angles) {
-  return MakeCall({.dtype = kBF16,
-                   .batch = 2,
-                   .tokens = 6,
-                   .q_heads = 4,
-                   .k_heads = 3,
-                   .head_dim = 32,
-                   .rotary_dim = 24,
-                   .out_of_place = true,
-                   .norm = true,
-                   .weight = Weight::kPlain,
-                   .weight_dtype = kF32,
-                   .angles = angles,
-                   .offsets_dtype = kI32,
-                   .axes = Axes::kSections,
-                   .axes_dtype = kI32,
-                   .cache = Cache::kNhd,
-                   .cache_dtype = kE4M3,
-                   .page_size = 5,
-                   .v_dim = 48,
-                   .scale = Scale::kPerHead});
-}
+std::unique_ptr<CaseCall> EveryArgument(Angles angles) { return MakeCall(EveryArgumentCase(angles)); }
 
+// The three ways to give angles.
 constexpr Angles kWays[] = {Angles::kFrequencies, Angles::kTable, Angles::kPacked};
 
 template <class T>

@@ -1,45 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "backends/intel/level_zero/context.h"
 
-#include <new>
-
+#include "backends/context_lists.h"
 #include "base/fork.h"
 #include "base/text.h"
 
 namespace ropewalk {
 namespace {
 
-// Of one device; the first is our own.
-struct DeviceContexts {
-  std::atomic<LevelZeroContext*> own{nullptr};
-  std::atomic<LevelZeroContext*> others{nullptr};
-};
+constinit ContextLists<LevelZeroContext> contexts_met;
+const OnFork kForgetContexts([] { contexts_met.Forget(); });
 
-std::mutex contexts_mutex;
-
-// Never destroyed: the driver may be gone before our destructors run.
-std::atomic<std::vector<DeviceContexts>*> all_contexts{nullptr};
-std::vector<DeviceContexts>& AllContexts() {
-  if (auto* known = all_contexts.load(std::memory_order_acquire)) return *known;
-  const size_t devices = GetLevelZeroDriver().devices.size();
-  const std::lock_guard lock(contexts_mutex);
-  if (!all_contexts.load(std::memory_order_relaxed)) {
-    all_contexts.store(new std::vector<DeviceContexts>(devices), std::memory_order_release);
-  }
-  return *all_contexts.load(std::memory_order_relaxed);
-}
-
-// A child of fork() has none of them: the driver's contexts are its parent's, and so are threads that hold their locks.
-const OnFork kForgetContexts([] {
-  new (&contexts_mutex) std::mutex;
-  all_contexts.store(nullptr);
-});
-
-LevelZeroContext* FindOther(const DeviceContexts& contexts, ze::Context handle) {
-  for (LevelZeroContext* c = contexts.others.load(std::memory_order_acquire); c; c = c->next) {
-    if (c->handle == handle) return c;
-  }
-  return nullptr;
+LevelZeroContext* FindOther(const ContextLists<LevelZeroContext>::OfDevice& contexts, ze::Context handle) {
+  return contexts.FindOther([&](const LevelZeroContext& context) { return context.handle == handle; });
 }
 
 // What the compiler of the driver says, shortened; "" if nothing.
@@ -171,7 +144,7 @@ Status LevelZeroContext::Launch(SpirvKernel* kernel, const RopeSpirvPlan& plan, 
 // Which context
 
 Status EnterLevelZero(const LevelZeroDriver& driver, int ordinal, ze::CommandList list, LevelZeroContext** out) {
-  DeviceContexts& contexts = AllContexts()[static_cast<size_t>(ordinal)];
+  auto& contexts = contexts_met.All(driver.devices.size())[static_cast<size_t>(ordinal)];
   const LevelZeroDevice& device = driver.devices[static_cast<size_t>(ordinal)];
   ze::Context handle = nullptr;
   if (list && driver.CommandListGetDevice && driver.CommandListGetContext) {
@@ -191,7 +164,7 @@ Status EnterLevelZero(const LevelZeroDriver& driver, int ordinal, ze::CommandLis
   LevelZeroContext* own = contexts.own.load(std::memory_order_acquire);
   if (!handle || (own && own->handle == handle)) {
     if (!own) {
-      const std::lock_guard lock(contexts_mutex);
+      const std::lock_guard lock(contexts_met.mutex);
       own = contexts.own.load(std::memory_order_relaxed);
       if (!own) {
         const ze::ContextDesc desc;
@@ -204,20 +177,16 @@ Status EnterLevelZero(const LevelZeroDriver& driver, int ordinal, ze::CommandLis
     return {};
   }
   if ((*out = FindOther(contexts, handle))) return {};
-  const std::lock_guard lock(contexts_mutex);
+  const std::lock_guard lock(contexts_met.mutex);
   if ((*out = FindOther(contexts, handle))) return {};
   *out = new LevelZeroContext(driver, ordinal, handle);
-  (*out)->next = contexts.others.load(std::memory_order_relaxed);
-  contexts.others.store(*out, std::memory_order_release);
+  contexts.AddOther(*out);
   return {};
 }
 
 void ForEachLevelZeroContext(const std::function<void(LevelZeroContext*)>& visit) {
   if (!LevelZeroDriverWasLoaded()) return;
-  for (const DeviceContexts& contexts : AllContexts()) {
-    if (LevelZeroContext* own = contexts.own.load(std::memory_order_acquire)) visit(own);
-    for (LevelZeroContext* c = contexts.others.load(std::memory_order_acquire); c; c = c->next) visit(c);
-  }
+  contexts_met.ForEach(GetLevelZeroDriver().devices.size(), visit);
 }
 
 }  // namespace ropewalk

@@ -4,6 +4,7 @@
 #include <dlfcn.h>
 
 #include <algorithm>
+#include <cstdio>
 
 #include "backends/driver_library.h"
 #include "base/text.h"
@@ -141,9 +142,8 @@ Status Load(LevelZeroDriver* driver) {
 
 Status LevelZeroDriver::Failure(ze::Result result, const char* call, const std::string& context) {
   const char* name = ResultName(result);
-  constexpr char kHex[] = "0123456789abcdef";
-  std::string number = "0x";
-  for (int shift = 28; shift >= 0; shift -= 4) number += kHex[(result >> shift) & 0xf];
+  char number[16];
+  std::snprintf(number, sizeof(number), "0x%08x", static_cast<unsigned>(result));
   return Status::Driver(Text("rope: ", call, " failed: ", name ? Text(name, " (", number, ")") : number, context));
 }
 
