@@ -10,9 +10,11 @@ import subprocess
 import sys
 
 import pytest
+import ropewalk
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob(".github/*.md"), *ROOT.glob("docs/**/*.md")])
+NOW = [page for page in PAGES if page.name != "CHANGELOG.md"]  # which tells of what was
 COMMAND = pathlib.Path(sys.executable).with_name("ropewalk")
 RESULTS = ROOT / "docs/results"
 README = (ROOT / "README.md").read_text()
@@ -25,15 +27,56 @@ def title(path: pathlib.Path) -> str:
 @pytest.mark.parametrize("page", PAGES, ids=title)
 def test_links_lead_to_a_file(page: pathlib.Path) -> None:
     targets = re.findall(r"\]\(([^)\s]+)\)", page.read_text())
-    relative = [t.partition("#")[0] for t in targets if not re.match(r"[a-z]+:", t)]
-    assert [t for t in relative if t and not (page.parent / t).exists()] == []
+    relative = [t.partition("#") for t in targets if not re.match(r"[a-z]+:", t)]
+    assert [t for t, _, _ in relative if t and not (page.parent / t).exists()] == []
+    assert [
+        f"{t}#{part}" for t, _, part in relative if part and part not in parts(page.parent / t if t else page)
+    ] == []
+
+
+def parts(page: pathlib.Path) -> set[str]:
+    """What a link may name of a page: its headings, as GitHub writes them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", [page for page in NOW if page.parent != RESULTS], ids=title)
+def test_files_that_are_named_are_there(page: pathlib.Path) -> None:
+    """Of the tree: `folder/file`, and the like with * and with a choice in braces."""
+    folders = {path.name for path in ROOT.iterdir() if path.is_dir() and path.name not in ("build", "dist")}
+    named = re.findall(r"`((?:\.?[\w-]+)/[\w./{},*-]*)`", page.read_text())
+    names = [name for name in named if name.partition("/")[0] in folders]
+    assert [name for name in names if not any(ROOT.glob(re.sub(r"\{[^}]*\}", "*", name).rstrip("/")))] == []
+
+
+def test_files_are_named() -> None:
+    assert sum(page.read_text().count("`backends/") for page in PAGES) > 20
+
+
+def test_the_command_line_page_has_every_subcommand() -> None:
+    told = subprocess.run([str(COMMAND), "--help"], capture_output=True, text=True, check=True).stdout
+    commands = set(re.findall(r"^  ([a-z]+) {2,}\S", told.partition("Subcommands:")[2], re.MULTILINE))
+    listed = re.findall(r"^\| (`[a-z]+`(?:, `[a-z]+`)*) \|", (ROOT / "docs/cli.md").read_text(), re.MULTILINE)
+    assert commands == {name.strip("`") for row in listed for name in row.split(", ")}
+    assert len(commands) >= 10
+
+
+@pytest.mark.parametrize("page", PAGES, ids=title)
+def test_names_of_the_package_are_there(page: pathlib.Path) -> None:
+    for name in set(re.findall(r"`ropewalk\.([a-z_]\w*)[`(]", page.read_text())) - {"h", "hpp", "cc", "so", "pc"}:
+        assert hasattr(ropewalk, name) or (ROOT / f"bindings/python/ropewalk/{name}").exists(), name
+
+
+def test_make_has_the_targets_that_pages_name() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert {name for page in NOW for name in re.findall(r"`make ([a-z-]+)", page.read_text())} <= targets
 
 
 def commands() -> list[tuple[str, str]]:
     """Each `ropewalk ...` of a block of code or within a line, up to what is not its own: a comment, a pipe, prose."""
     found = []
-    for page in PAGES:
-        if page.name == "CHANGELOG.md" or page.parent == RESULTS:
+    for page in NOW:
+        if page.parent == RESULTS:
             continue
         text = page.read_text()
         blocks = re.findall(r"^```\w*\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
