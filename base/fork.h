@@ -8,9 +8,9 @@
 
 namespace ropewalk {
 
-// A lock over data that a forked child goes on with: fork() waits until no other thread holds it, and holds it itself
-// meanwhile. Only for constinit objects, held for moments, of which a thread never holds two, and under which no code
-// of others runs: that might fork. Those of drivers are forgotten by the child instead, see OnFork.
+// A lock over data that a forked child goes on using: fork() takes it first, so that no other thread holds it then.
+// Such locks are constinit and held for moments. A thread never holds two, and calls no code of others under one, as
+// that might fork. Locks over what belongs to a driver are made anew in the child instead, see OnFork.
 class ForkMutex {
  public:
   constexpr ForkMutex() = default;

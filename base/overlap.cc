@@ -54,7 +54,7 @@ bool Search(Footprint* a, Footprint* b, int* budget) {
   return false;
 }
 
-// Axes that lie behind the dense run become part of it.
+// An axis whose steps continue the dense run becomes part of it.
 void MergeDense(Footprint* f) {
   while (f->count && f->axes[f->count - 1].stride == f->item) {
     f->item *= f->axes[f->count - 1].size;

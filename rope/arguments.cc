@@ -135,8 +135,8 @@ struct Checker {
     return {};
   }
 
-  // Whether other tokens than q's are what [batch, heads, tokens, head_dim] would give: k and v then have as many as q
-  // in the third dimension, and in the second so many heads that q's are a multiple of them.
+  // Whether the caller seems to have passed [batch, heads, tokens, head_dim]: k and v then agree with q in the third
+  // dimension, where we read heads, and the second dimension of q, where we read tokens, is a multiple of theirs.
   bool IsTransposed(const Arg& arg, const DLTensor& tensor, int64_t tokens) const {
     if (first->ndim != 4) return false;
     if (tensor.ndim < 4) return tokens == first->shape[2];

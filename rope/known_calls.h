@@ -45,7 +45,7 @@ class KnownCalls {
     Tensor tensors[kMostTensors];
   };
 
-  // Keeps a known call as it is: a thread that waits for others may be given another call to make meanwhile.
+  // Protects a known call from being replaced: a thread that waits for others may be given another call meanwhile.
   class Use {
    public:
     explicit Use(Known* known) : known_(known) { known_->in_use = true; }

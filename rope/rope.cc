@@ -222,7 +222,7 @@ Status CheckOverlap(const ropewalk_rope_args& a) {
     Part& part = parts[count] = {&arg, arg.intent != Intent::kIn, FootprintOf(*tensor)};
     if (!part.footprint.empty()) ++count;
   }
-  // With an output of its own, q is only read; and if that is q itself, it is one tensor. So for k.
+  // If q_out is given, q is only read, unless both are the same tensor. The same holds for k.
   const auto give_way = [&](const DLTensor* in, const DLTensor* out, size_t in_arg) {
     if (!out) return;
     const bool same = FootprintOf(*in) == FootprintOf(*out);

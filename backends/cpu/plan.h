@@ -23,7 +23,7 @@ struct RowRange {
   int64_t begin, end;
 };
 
-// How many parts the pool makes for so many threads, and the i-th of them. No product of rows and parts, which could
+// How many parts the pool makes for a number of threads, and the i-th part. They multiply no rows by parts: that could
 // overflow.
 inline int64_t RowParts(int64_t rows, int64_t grain, int64_t threads) {
   return std::clamp<int64_t>(rows / std::max<int64_t>(grain, 1), 1, std::max<int64_t>(threads, 1));

@@ -84,7 +84,7 @@ inline RowPlan PlanRow(const RopeCall& call, int64_t row, int64_t* positions) {
       plan.fault_axis = i;
       return plan;
     }
-    // Only the rows that pairs take: another may hold anything.
+    // Look only at the positions that some pair uses: the others may hold anything.
     for (int i = 0, last = -1; i < pairs; ++i) {
       const int axis = static_cast<int>(positions[i]);
       if (axis == last) {

@@ -6,11 +6,11 @@
 
 namespace ropewalk {
 
-// For the largest head_dim of the widest target; of a page that a call does not use there is only the address.
+// Enough for the largest head_dim on the widest target. A page that no call uses takes an address and no memory.
 inline constexpr size_t kCpuScratchBytes = 512 * 1024;
 
-// The thread's own scratch, aligned to 64 bytes, between pages that cannot be touched. Made by the thread's first call,
-// without malloc, and kept until the thread ends. A thread that cannot have one takes its turn at one of the process.
+// The thread's own scratch, aligned to 64 bytes, between pages that nobody may touch. The thread's first call makes it,
+// without malloc, and it stays until the thread ends. Threads that get none take turns at one of the process.
 class CpuScratch {
  public:
   CpuScratch();

@@ -99,9 +99,9 @@ class ThreadPool {
   std::vector<std::thread> workers_;
 };
 
-// The pool has one owner at a time: `idle`, or the call that has taken it from there. Each size that is asked for, and
-// each forked child, begins an epoch, which has one pool at most; who holds that of an older one ends it. So a pool is
-// never taken from under a call, and nobody waits for one.
+// The pool has one owner at a time: `idle`, or the call that has taken it from there. A new size, and a forked child,
+// begin a new epoch, and an epoch has at most one pool. A call that gives back the pool of an older epoch ends it. So
+// no call loses the pool that it uses, and nobody waits for one.
 std::atomic<uint64_t> epoch{1};
 std::atomic<uint64_t> made_epoch{0};  // the last one for which a pool was made
 std::atomic<ThreadPool*> idle{nullptr};

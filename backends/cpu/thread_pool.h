@@ -6,11 +6,11 @@
 
 namespace ropewalk {
 
-// From the next call on, a pool of `threads` threads, the caller's included. The one before ends: at once, or with the
-// call that uses it.
+// From the next call on there is a pool of `threads` threads, the caller's included. The old pool ends at once, or
+// after the call that uses it.
 void ResizeThreadPool(int threads);
 int ThreadPoolSize();
-// How many threads the pool has, which are fewer where the system gave no more; 0: none was made yet.
+// How many threads the pool has: fewer than were asked for if the system gave no more. 0: no pool was made yet.
 int ThreadPoolStarted();
 
 // Has the shape of ropewalk_parallel_for. While another thread uses the pool, the caller does all of its work alone.

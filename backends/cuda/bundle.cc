@@ -230,7 +230,7 @@ Status CollectBundleKeys(const RopeCall& call, const std::vector<CudaDevice>& de
   for (rope_strides* strides : {&p.q, &p.k, &p.q_out, &p.k_out, &p.v}) strides->token = 0;
   p.positions_token = p.offsets_token = p.slots_token = 0;
   for (int64_t tokens = 1; tokens <= max_tokens; ++tokens) {
-    // The layout changes with the work: step by step where it is small, then in steps of an eighth.
+    // The layout changes with the number of tokens: try each small number, then go on in steps of an eighth.
     if (tokens > 512) tokens = std::min(max_tokens, tokens + tokens / 8);
     RopeCall sized = tokens == 1 ? one : call;
     sized.params.tokens = tokens;

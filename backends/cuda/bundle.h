@@ -47,8 +47,8 @@ std::vector<std::string> BundleArchs();
 // Refuses other names.
 Status BundleDevices(const std::string& arch, std::vector<CudaDevice>* devices);
 
-// The variants that `call` needs on the devices with 1 to `max_tokens` tokens, appended to `keys` unless they are
-// there. The call has two tokens at least; its memory is not touched, alignments and strides are its own.
+// Appends to `keys` the variants that `call` needs on the devices with 1 to `max_tokens` tokens, unless they are there.
+// The call has at least two tokens. Its memory is not touched; its alignments and strides count.
 Status CollectBundleKeys(const RopeCall& call, const std::vector<CudaDevice>& devices, int64_t max_tokens,
                          std::vector<RopeCudaKey>* keys);
 

@@ -82,8 +82,8 @@ void WriteDisk(const DiskEntry& entry, const std::string& cubin) {
 // ---------------------------------------------------------------------------------------------------------------------
 // From a variant to its cubin
 
-// What the disk has of a variant, for its exact architecture or the one that NVRTC takes instead. NVRTC is opened only
-// if the first is not there, which costs up to 11 ms; `nvrtc` stays null otherwise.
+// Looks for a variant on the disk: for its exact architecture, then for the one that NVRTC takes instead. Only the
+// second opens NVRTC, which costs up to 11 ms; else `nvrtc` stays null.
 struct Request {
   std::string arch;
   DiskEntry disk;
@@ -101,7 +101,7 @@ Status AskDisk(const RopeCudaKey& key, const CudaDevice& device, bool no_disk, s
   ROPEWALK_TRY(OpenNvrtc(&request->nvrtc));
   const std::string exact = request->arch;
   ROPEWALK_TRY(ChooseArch(*request->nvrtc, device, &request->arch));
-  // The file located may not serve, and another one have been opened.
+  // The file that was found first may not serve, so that another one was opened.
   request->disk = DiskEntryOf(KernelIdentity(key, request->arch), request->nvrtc->file);
   if (request->arch != exact || request->nvrtc->file.path != file.path) {
     request->found = !no_disk && ReadDisk(request->disk, cubin);
@@ -109,7 +109,7 @@ Status AskDisk(const RopeCudaKey& key, const CudaDevice& device, bool no_disk, s
   return {};
 }
 
-// A machine without a compiler lives by bundles: both reasons, then.
+// A machine without a compiler needs bundles: tell why neither serves.
 Status WithBundles(const Status& status, const RopeCudaKey& key, const CudaDevice& device) {
   if (status.code() != ROPEWALK_UNAVAILABLE) return status;
   return Status::Unavailable(
@@ -132,7 +132,7 @@ Status MakeCubin(const RopeCudaKey& key, const CudaDevice& device, bool no_disk,
   return {};
 }
 
-// What a build came to; the cubin is null if it failed.
+// The result of a build; the cubin is null if it failed.
 struct Built {
   Status status;
   std::shared_ptr<const Cubin> cubin;

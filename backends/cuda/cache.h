@@ -20,8 +20,8 @@ struct Cubin {
   std::string source;  // "bundle PATH", "disk PATH", "compiled by NVRTC 13.0 (PATH) in 38 ms"
 };
 
-// The cubin of this variant for this device. Threads that ask for one variant at a time wait for one compilation.
-// `no_disk`: not from the disk, whose file the driver refused.
+// The cubin of this variant for this device. Threads that ask for the same variant wait for one compilation. `no_disk`:
+// do not take it from the disk, because the driver refused that file.
 Status GetCubin(const RopeCudaKey& key, const CudaDevice& device, bool no_disk, std::shared_ptr<const Cubin>* out);
 // Where GetCubin would take it from: "bundle PATH", "disk PATH", "would be compiled now by NVRTC 13.0 (PATH)".
 Status FindCubinSource(const RopeCudaKey& key, const CudaDevice& device, std::string* source);

@@ -37,7 +37,7 @@ class CudaContext {
   const CudaDriver& driver;
   const int ordinal;  // of the device
   const cu::Context handle;
-  const unsigned long long id;  // unlike the handle, never given again
+  const unsigned long long id;  // unique, while a handle may be used again
   const bool primary;
   CudaContext* next = nullptr;        // in the list of its device
   std::atomic<bool> launched{false};  // since the last TakeFaults
@@ -56,7 +56,7 @@ class CudaContext {
     return reinterpret_cast<rope_fault*>(faults_ + sizeof(rope_fault) * (batched * 1u + offsets * 2u));
   }
 
-  // With this context current; may allocate and wait, also while a stream elsewhere is being captured.
+  // This context must be current. May allocate and wait, even while another stream is being captured.
   Status LoadKernel(const RopeCudaKey& key);
   Status UploadFrequencies(const ropewalk_frequencies& frequencies);
   // Waits for the context's work; "" or the first fault since the last call.

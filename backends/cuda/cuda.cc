@@ -58,7 +58,7 @@ Status Usable(const CudaDriver& driver, const RopeCall& call) {
   return {};
 }
 
-// Whether there is a compiler, or the kernel is kept already. Once there is one, later calls take no lock to know.
+// Whether there is a compiler, or the kernel is loaded already. Once a compiler was found, later calls take no lock.
 bool CanBeHad(const RopeCudaKey& key, const CudaDevice& device) {
   static constinit std::atomic<bool> compiler{false};
   if (compiler.load(std::memory_order_relaxed)) return true;
@@ -76,7 +76,7 @@ Status Plan(const CudaDriver& driver, const RopeCall& call, RopeCudaLayout layou
   const std::optional<RopeCudaShape> tried = tried_shape;
   if (tried) options.shape = &*tried;
   ROPEWALK_TRY(PlanRopeCuda(call, device, options, plan));
-  // Without a compiler, what bundles hold.
+  // Without a compiler only kernels of bundles serve.
   if (plan->grid_x && !tried && !CanBeHad(plan->key, device)) {
     options.rules = true;
     ROPEWALK_TRY(PlanRopeCuda(call, device, options, plan));
@@ -149,7 +149,7 @@ Status CheckPointers(const CudaDriver& driver, const RopeCall& call) {
   return known_pages.Check(call.tensors, static_cast<uint64_t>(ordinal), ask);
 }
 
-// The driver refuses a stream of another context by its handle alone; here is what it means.
+// The driver calls a stream of another context an invalid handle. This says what is wrong.
 Status LaunchFailed(CudaContext* context, const RopeCall& call, cu::Result result) {
   const CudaDriver& driver = context->driver;
   cu::Context owner = nullptr;
@@ -201,7 +201,8 @@ Availability Available() {
   return {true, detail, "", {"few", "many"}};
 }
 
-// What a launch needs but the tensors' addresses and the stream: the same for all calls of one shape in one context.
+// What a launch needs beside the tensors' addresses and the stream. It is the same for all calls of one shape in one
+// context.
 struct Prepared {
   uint64_t shape = 0;  // RopeCall::shape; 0: none
   RopeCudaLayout layout = RopeCudaLayout::kAny;
@@ -211,7 +212,7 @@ struct Prepared {
   rope_cuda_args args;
 };
 
-// Of the thread's last shapes.
+// Those of the thread's last shapes.
 constinit thread_local std::array<Prepared, 4> prepared_shapes = {};
 
 Status PrepareLaunch(const CudaDriver& driver, CudaContext* context, const RopeCall& call, Prepared* prepared) {

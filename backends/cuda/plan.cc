@@ -49,7 +49,7 @@ void LayOut(const RopeCall& call, RopeCudaShape shape, int64_t rows, int64_t all
     plan->why = "few tokens: the heads of a token are spread over blocks";
     return;
   }
-  // Side by side go 16 bytes; v's heads only with those of q and k.
+  // Flat carries 16 bytes at a time, and heads of v only if they ride.
   if (plain && deal.vector * RopeDtypeBytes(call.variant.dtype) != 16) shape.flat = 0;
   const bool v_rides = call.params.v_dim == call.params.rotary_dim && call.params.v_dim == call.params.head_dim;
   if (shape.flat > 1 && call.variant.store_v && !v_rides) shape.flat = 1;
@@ -83,9 +83,9 @@ void LayOut(const RopeCall& call, RopeCudaShape shape, int64_t rows, int64_t all
   plan->why = tokens * warp_tokens > 1 ? "many tokens: a block for several of them" : "many tokens: a block for each";
 }
 
-// How many warps a multiprocessor is to hold of a kernel with odd vectors. Vectors of 10 elements need 64 registers a
-// thread (32 warps), vectors of 6 need 48 (40 warps). Stores, strides that are no constants and tables read element by
-// element need more.
+// How many warps of a kernel with odd vectors shall fit a multiprocessor. A thread needs 64 registers for vectors of 10
+// elements (32 warps) and 48 for vectors of 6 (40 warps). It needs more if it stores, if strides are no constants, or
+// if it reads a table element by element.
 int OddWarps(const RopeCudaKey& key) {
   const RopeVariant& v = key.variant;
   const bool regular = std::has_single_bit(key.lanes), fp8 = StoresFp8(v);
@@ -95,9 +95,9 @@ int OddWarps(const RopeCudaKey& key) {
   return regular || slow_table || Stores(v) ? 32 : 40;
 }
 
-// How many blocks a multiprocessor is to hold at least, which limits registers: for `resident` warps where that was
-// searched for and does not make it spill, else 1, with which nothing spills. With 0 the compiler chooses, and spills a
-// few bytes of some kernels for the sake of occupancy.
+// How many blocks must fit a multiprocessor, which limits registers: enough for `resident` warps where a search found
+// that to be fast and nothing spills, else 1. With 0 the compiler is free to choose, and it spills a few bytes of some
+// kernels to gain occupancy.
 int MinBlocks(const RopeCudaKey& key, const CudaDevice& device, int64_t rows, int resident) {
   const RopeVariant& v = key.variant;
   const int warps = key.threads / 32;
@@ -113,7 +113,7 @@ int MinBlocks(const RopeCudaKey& key, const CudaDevice& device, int64_t rows, in
     return device.major == 9 && !spills ? 0 : 1;
   }
   if (partial || (table && key.table_vector == 1 && key.vector == 8)) return 1;
-  if (table && Stores(v) && key.flat && !regular) return 1;  // needs more than 64 registers
+  if (table && Stores(v) && key.flat && !regular) return 1;  // it needs more than 64 registers
   if (v.table_dtype == kRopeF32 && (!regular || key.lanes == 32)) resident = std::min(resident, 32);  // ditto, 48
   const int most = key.vector == 8 ? 16 : MostCudaBlocks(device);
   return std::clamp(std::min(resident, kMostCudaWarps) / warps, 1, most);
@@ -155,8 +155,8 @@ Status PlanRopeCuda(const RopeCall& call, const CudaDevice& device, RopeCudaOpti
   LayOutRopeCuda(call, shape, plan);
   const bool few = key.few_tokens != 0;
   const int vector = key.vector;
-  // The next kernel of the stream may take its place beside this one where all blocks of this one have theirs at once,
-  // and where the last of many leave room; in between it would crowd them.
+  // The next kernel of the stream may start early if all blocks of this one run at once, or if there are so many that
+  // the last ones leave room. In between it would crowd them.
   if (options.dependent_launch && device.major >= 9) key.dependent_launch = few || rows >= 3072 ? 2 : 1;
   key.batched = p.batch > 1;
   if (Stores(v)) {
@@ -180,7 +180,7 @@ Status PlanRopeCuda(const RopeCall& call, const CudaDevice& device, RopeCudaOpti
     key.k_heads = static_cast<uint16_t>(p.k_heads);
     key.q_token = static_cast<int32_t>(token_stride(p.q));
     key.k_token = t.k ? static_cast<int32_t>(token_stride(p.k)) : 0;
-    // Told by the strides: that a single token's k happens to follow its q must compile nothing.
+    // The strides decide it. A single token whose k happens to lie behind its q must not compile a kernel.
     key.packed = t.k && p.tokens > 1 && key.k_token == key.q_token && p.k.batch == p.q.batch &&
                  key.q_token >= (p.q_heads + p.k_heads) * p.head_dim &&
                  address(t.k) == address(t.q) + static_cast<uintptr_t>(int64_t{p.q_heads} * p.head_dim * bytes);
@@ -236,12 +236,13 @@ Status PlanRopeCuda(const RopeCall& call, const CudaDevice& device, RopeCudaOpti
     key.table_vector = static_cast<uint8_t>(v.axes ? 1 : table_vector);
   }
   const bool odd = key.vector == 6 || key.vector == 10;
-  // A limit of registers holds where it was searched: on another GPU the same text needs others, and may spill.
+  // Registers are limited only on the GPU that was searched: for another one the same text needs other numbers of them,
+  // and may spill.
   const bool searched = device.major == 9 || options.shape || plan->origin == RopeCudaOrigin::kTunedHere;
   const int blocks = searched ? MinBlocks(key, device, rows, odd ? OddWarps(key) : shape.resident) : 1;
   key.min_blocks = static_cast<uint8_t>(blocks);
 
-  // What the grid is, for the kernel to rely on; only where heads are constants, and none of its threads is idle.
+  // Facts of the grid that the kernel may rely on, if heads are constants and no thread is idle.
   const rope_shape derived = ShapeOf(ChoicesOf(key));
   if (few && key.q_heads != 0 && GroupsPerWarp(derived.grid) * key.lanes == 32) {
     const int64_t places = int64_t{plan->grid_y} * HeadsAtOnce(derived.grid);

@@ -20,7 +20,7 @@ struct RopeCudaTuned;
 struct CudaDevice {
   int sm_count = 0;
   int major = 0, minor = 0;              // compute capability
-  bool measured = false;                 // it is one that the table of shapes was searched on
+  bool measured = false;                 // the table of shapes was searched on such a device
   const RopeCudaTuned* tuned = nullptr;  // what `ropewalk tune` found on it; null: nothing
 };
 
@@ -45,25 +45,25 @@ struct RopeCudaKey {
   int32_t table_row = 0;              // of cos and of sin; 0: their strides with the params
   int32_t cache_token = 0, cache_head = 0;  // of both caches; a head of 0: with the params
   int32_t cache_page = 0;
-  uint8_t vector = 0;            // elements of one access: 1, 2, 4 or 8; flat: or a thread's share of a half, 6 or 10
+  uint8_t vector = 0;            // elements of one access: 1, 2, 4 or 8; in flat also 6 or 10, a lane's part of a half
   uint8_t lanes = 0;             // threads of one head, up to 32
-  uint8_t in_flight = 0;         // heads a group loads before it uses the first; few tokens: all of its heads
-  uint8_t few_tokens = 0;        // layout: 0 a block for each token, 1 heads of a token spread over blocks
+  uint8_t in_flight = 0;         // heads that a group loads ahead; in few, all of its heads
+  uint8_t few_tokens = 0;        // the layout: 0 staged or flat, 1 few
   uint8_t dependent_launch = 0;  // programmatic dependent launch: 1 the next may start at the end of this one, 2 early
   uint8_t table_vector = 0;      // elements of one access to the table
   uint8_t batched = 0;           // more than one batch entry
   uint8_t unit_scaling = 0;      // attention_scaling is 1
   float eps = 0.0f;              // 0 without a norm
   uint8_t dense_indices = 0;     // positions, offsets and slots have no gaps between tokens
-  uint8_t flat = 0;              // many tokens: a warp's heads are fetched and written side by side, 16 bytes a lane
-  uint8_t packed = 0;            // k lies behind q in the same row: 1; 2: and v behind k (few tokens)
-  uint8_t min_blocks = 0;        // of a multiprocessor, for which registers are limited; 0: the compiler's choice
+  uint8_t flat = 0;              // 0: staged; else flat, and this is the heads of a group in a turn
+  uint8_t packed = 0;            // 1: k lies behind q in the same row; 2: and v behind k
+  uint8_t min_blocks = 0;        // at least so many on a multiprocessor, which limits registers; 0: no limit
   uint8_t scale_pointers = 0;    // a scale of an fp8 cache lies on the device
   // Facts of the grid that the kernel relies on; CheckRopeCudaPlan proves them.
   uint8_t full = 0;   // few tokens: every group has a head
   uint8_t alike = 0;  // few tokens: the heads of a warp are all of one tensor
   uint8_t unused = 0;
-  uint16_t token_groups = 0;  // groups of a block that share the heads of a token (backends/cuda/kernel/shape.h)
+  uint16_t token_groups = 0;  // groups that share the heads of a token (backends/cuda/kernel/shape.h)
   uint16_t unused_too = 0;
 
   bool operator==(const RopeCudaKey&) const = default;
@@ -92,29 +92,29 @@ inline rope_choices ChoicesOf(const RopeCudaKey& key) {
           v.cache_dtype != v.dtype};
 }
 
-// What of a plan is free: which layout, how the work is cut. Any of them gives a right result; tables of measured ones
-// and the model between them (shapes.h) say which is fast.
+// The free choices of a plan: the layout, and how the work is cut. The result is right with any of them. Which is fast,
+// tables of measured shapes and a model say (shapes.h).
 struct RopeCudaShape {
-  uint8_t few = 0;          // layout: 0 a block for some tokens, 1 heads of a token spread over blocks
-  uint8_t vector = 0;       // elements of one access; 0: the widest; flat: or a thread's share of a half, 6 or 10
-  uint8_t in_flight = 1;    // few: heads that a group takes at once; many: stages on their way
-  uint8_t flat = 0;         // many: rounds of heads fetched side by side; 0: each thread fetches its own
-  uint8_t cut = 1;          // few: about so many warps a block for a token; many: turns in which its heads are taken
-  uint8_t warp_tokens = 1;  // many: tokens that share a warp
+  uint8_t few = 0;          // the layout: 0 staged or flat, 1 few
+  uint8_t vector = 0;       // elements of one access; 0: as many as fit; in flat also 6 or 10, a lane's part of a half
+  uint8_t in_flight = 1;    // few: heads that a group takes at once; else: stages on their way
+  uint8_t flat = 0;         // 0: staged; else flat, and this is the heads of a group in a turn
+  uint8_t cut = 1;          // few: roughly the warps of a block for a token; else: turns for its heads
+  uint8_t warp_tokens = 1;  // staged: tokens that share a warp
   uint8_t tokens = 1;       // of a block
   uint8_t resident =
-      0;  // many: warps that a multiprocessor is to hold, which limits registers; 0: as the compiler likes
+      0;  // staged, flat: warps that a multiprocessor shall hold, which limits registers; 0: the compiler's choice
 
   bool operator==(const RopeCudaShape&) const = default;
 };
 
-// What of a call its shape depends on. Logarithms to base 2.
+// The facts of a call that its shape depends on. Numbers are logarithms to base 2.
 struct RopeCudaFeatures {
   uint8_t norm = 0, table = 0, store = 0, regular = 0;  // store: 1 of the same dtype, 2 of fp8; a power of two of lanes
   float lanes = 0;                                      // of a head, with the widest accesses
   float bytes = 0;                                      // of q and k for each multiprocessor
   float turns = 0;                                      // of a warp for all heads of a token
-  float tokens = 0;                                     // as many as an H200 would have for each multiprocessor
+  float tokens = 0;                                     // for each multiprocessor, scaled to those of an H200
 };
 
 // Shapes that `ropewalk tune` found on a device.
@@ -136,7 +136,7 @@ inline const char* OriginName(RopeCudaOrigin origin) {
 
 struct RopeCudaPlan {
   RopeCudaKey key;
-  uint32_t grid_x = 0, grid_y = 1;  // 0: no work
+  uint32_t grid_x = 0, grid_y = 1;  // 0: there is no work
   const char* why = "";             // the choice of the layout, for explain()
   RopeCudaOrigin origin = RopeCudaOrigin::kGiven;
 };
@@ -147,14 +147,14 @@ struct RopeCudaOptions {
   bool dependent_launch = false;                 // programmatic dependent launch, where the device has it
   RopeCudaLayout layout = RopeCudaLayout::kAny;  // else as force_backend says
   const RopeCudaShape* shape = nullptr;          // to be tried, instead of the one that is chosen
-  bool rules = false;                            // a shape by rules, not by tables: few variants, as bundles hold them
+  bool rules = false;                            // take a shape by rules, not by tables: bundles hold few variants
 };
 
-// The layout and the grid that a shape gives for a call, as far as it has the work: never more warps, stages or tokens
-// than there is work for. Not the rest of a plan.
+// Sets the layout and the grid of a plan from a shape, and no more of the plan. A call with little work gets fewer
+// warps, stages and tokens than the shape says.
 void LayOutRopeCuda(const RopeCall& call, const RopeCudaShape& shape, RopeCudaPlan* plan);
 
-// Refuses a shape that was given and that the call cannot have.
+// Refuses a shape that the caller gave and that does not fit the call.
 Status PlanRopeCuda(const RopeCall& call, const CudaDevice& device, RopeCudaOptions options, RopeCudaPlan* plan);
 
 // Proves a plan of a call: each head of q, k and v of each token has exactly one owner, no access leaves its tensor,

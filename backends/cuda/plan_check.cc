@@ -1,5 +1,5 @@
-// Whether a plan of the CUDA kernel is true of its call. What the kernel does with its constants is said by
-// backends/cuda/kernel/shape.h, which it reads too; what they must be is told here once more, from the call alone.
+// Whether a plan of the CUDA kernel fits its call. backends/cuda/kernel/shape.h says what the kernel does with its
+// constants, and this file reads it as the kernel does. What the constants must be is worked out again, from the call.
 // SPDX-License-Identifier: Apache-2.0
 #include <algorithm>
 #include <array>
@@ -90,8 +90,8 @@ class PlanProof {
     const int64_t tokens = BlockTokens(g), blocks = plan_.grid_x;
     Require(blocks * tokens >= rows_, "has too few blocks for the tokens");
     Require((blocks - 1) * tokens < rows_, "has a block without a token");
-    // Of the first token of a block: the places of a turn, taken by those groups that are its own. Others have other
-    // tokens by the same rule.
+    // For the first token of a block: each place of a turn is taken by one of the token's own groups. The same rule
+    // gives the other tokens theirs.
     const int at_once = HeadsAtOnce(g);
     std::array<uint8_t, 2048> fixed;
     std::vector<uint8_t> large;
@@ -118,8 +118,8 @@ class PlanProof {
       }
     }
     Require(owners == at_once, "leaves a head of a turn without a group");
-    // A turn is `at_once` heads: blocks beside each other, or turns after each other, take one behind the other, and
-    // those of v that do not ride go on from there.
+    // A turn takes `at_once` heads. The next block, or the next turn, takes the heads behind them, and heads of v that
+    // do not ride go on from there.
     const int64_t turns_end = shape_.v_rides ? all_heads_ : heads_;
     const int64_t places = int64_t{plan_.grid_y} * at_once;
     Require(!key_.few_tokens || places >= turns_end, "leaves heads without a block");
@@ -134,7 +134,7 @@ class PlanProof {
     }
   }
 
-  // What the key says of where tensors lie.
+  // The facts in the key about where tensors lie.
   void Places() {
     const int bytes = RopeDtypeBytes(v_.dtype);
     const bool steps = p_.tokens > 1;
@@ -188,7 +188,7 @@ class PlanProof {
     }
   }
 
-  // Whether `bytes` at a time may be taken of a tensor.
+  // Whether a tensor allows accesses of `bytes`.
   bool Aligned(const void* data, int element, std::initializer_list<int64_t> strides, int64_t bytes) const {
     if (!data) return true;
     const int64_t unit = std::min<int64_t>(16, bytes & -bytes);  // of what several accesses carry, each is aligned
@@ -216,7 +216,7 @@ class PlanProof {
             "leaves a part of a head");
     Require(!v_.store_v || (shape_.flat && shape_.v_rides ? p_.v_dim * bytes % 16 : p_.v_dim % vector) == 0,
             "has vectors across the end of v's heads");
-    // Flat, rows and caches of their dtype are taken in 16 bytes; fp8 codes by the vector, or by 8 of them.
+    // Flat takes 16 bytes at a time, of rows and of caches of the same dtype; fp8 codes by the vector, or 8 at a time.
     const int64_t row_bytes = shape_.flat ? 16 : int64_t{vector} * bytes;
     Require(!shape_.flat || (shape_.span_bytes % 16 == 0 && shape_.span_begin * bytes % 16 == 0 &&
                              int64_t{vector} * bytes % 4 == 0),

@@ -14,9 +14,9 @@ namespace ropewalk {
 
 // The entries of such a file, one a line; none if a line is not as it was written.
 std::vector<RopeCudaTuned::Entry> ParseTunedShapes(std::string_view text);
-// Those of a device of this name under this driver; null if there are none, or nowhere to keep any. Never freed.
+// The entries for a device of this name under this driver, never freed; null if there are none, or no place for any.
 const RopeCudaTuned* LoadTunedShapes(const std::string& device, int driver_version);
-// Adds entries, in place of those for the same calls. `path`: where they are now.
+// Adds entries; older ones for the same calls go. `path`: where they are now.
 Status KeepTunedShapes(const std::string& device, int driver_version, const std::vector<RopeCudaTuned::Entry>& entries,
                        std::string* path);
 
