@@ -517,6 +517,18 @@ TEST(Check, Scalars) {
   EXPECT_GE(broken, 21);
 }
 
+TEST(Check, AChoiceMayHaveMoreThanTwoNames) {
+  struct Own {
+    int32_t mode;
+  } own = {};
+  const Arg table[] = {{.name = "mode", .kind = Kind::kChoice, .offset = 0, .doc = "", .choices = {"a", "b", "c"}}};
+  Sizes sizes;
+  Strides strides[1];
+  for (own.mode = 0; own.mode < 3; ++own.mode) EXPECT_TRUE(Check(table, &own, false, &sizes, strides).ok());
+  EXPECT_EQ(Check(table, &own, false, &sizes, strides).text(), "rope: mode must be a (0), b (1) or c (2), but is 3");
+  EXPECT_NE(DescriptionJson(table).find("\"choices\": [\"a\", \"b\", \"c\"]"), std::string::npos);
+}
+
 TEST(Check, ArgumentsAreNull) {
   EXPECT_EQ(ropewalk_rope(nullptr, nullptr), ROPEWALK_INVALID_ARGUMENT);
   EXPECT_STREQ(ropewalk_last_error(), "rope: args is null");
