@@ -53,18 +53,27 @@ int Return(Status status) {
   return status.code();
 }
 
-// Nothing may be thrown across the C border, not even because there is no memory to say why.
-template <class Body>
-int Guard(const Body& body) noexcept {
-  return Return(WithoutThrowing([&]() -> Status {
+// What a handler has caught, as a status.
+Status Thrown() noexcept {
+  return WithoutThrowing([]() -> Status {
     try {
-      return body();
+      throw;
     } catch (const std::exception&) {
       throw;
     } catch (...) {  // from a caller's function
       return Status::Internal("an exception that is none");
     }
-  }));
+  });
+}
+
+// Nothing may be thrown across the C border, not even because there is no memory to say why.
+template <class Body>
+int Guard(const Body& body) noexcept {
+  try {
+    return Return(body());
+  } catch (...) {
+    return Return(Thrown());
+  }
 }
 
 template <class Body>
