@@ -24,6 +24,7 @@ import json
 import lzma
 import random
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ SEARCHES = ROOT / "docs/results/2026-11-29-h200-searches.jsonl.xz"
 INPUTS = ROOT / "build/dev/bench/cuda_inputs"
 INTO = ROOT / "backends/cuda"
 TOLERANCE = 1.03
-CANDIDATES = 64
+CANDIDATES, SHARED = 64, 12
 HIDDEN = (32, 16)  # as in backends/cuda/cost.cc
 EPOCHS = 160
 RARER = 0.003  # as in backends/cuda/shapes.cc
@@ -50,7 +51,9 @@ class Call:
         found = json.loads(line)
         self.tokens = int(found["tokens"])
         stages = int(found["norm"]) + 2 * int(found["table"]) + 4 * int(found["cache"])
-        self.key = (self.tokens, *(int(found[n]) for n in ("head_dim", "rotary_dim", "q_heads", "k_heads")), stages)
+        head, rotary = int(found["head_dim"]), int(found["rotary_dim"])
+        self.listable = head % 4 == 0 and rotary % 4 == 0
+        self.key = (self.tokens, head // 4, rotary // 4, int(found["q_heads"]), int(found["k_heads"]), stages)
         self.shapes = [plain(shape) for shape, _ in found["tried"]]
         times: dict[Shape, float] = {}
         for shape, (_, us) in zip(self.shapes, found["tried"], strict=True):
@@ -65,22 +68,38 @@ def plain(shape: list[int]) -> Shape:
     return (0, 0, *shape[2:]) if shape[0] == 0 and shape[1] not in (6, 10) else tuple(shape)
 
 
-def useful(calls: list[Call]) -> list[Shape]:
-    """The shapes which together serve the calls best, each chosen for what it adds to those before it."""
+def with_share(line: str) -> str:
+    """A search of before the share was part of a shape: of one unit."""
+    found = json.loads(line)
+    found["tried"] = [[[*shape, 1] if len(shape) == 8 else shape, us] for shape, us in found["tried"]]
+    return json.dumps(found, separators=(",", ":"))
+
+
+def useful(calls: list[Call], count: int, before: list[Shape], of: Callable[[Shape], bool]) -> list[Shape]:
+    """So many shapes which together serve the calls best, each chosen for what it adds to those before it."""
     tried: dict[Shape, int] = {}
     for call in calls:
-        for shape in call.over:
+        for shape in filter(of, call.over):
             tried[shape] = tried.get(shape, 0) + 1
-    shapes = [shape for shape, count in tried.items() if count >= len(calls) // 50]
+    shapes = [shape for shape, times in tried.items() if times >= len(calls) // 50]
     over = torch.tensor([[min(call.over.get(shape, WORST), WORST) for shape in shapes] for call in calls])
-    served = torch.full((len(calls),), WORST)
+    served = torch.tensor([min([WORST, *(call.over[s] for s in before if s in call.over)]) for call in calls])
     chosen: list[int] = []
-    while len(chosen) < min(CANDIDATES, len(shapes)):
+    while len(chosen) < min(count, len(shapes)):
         each = torch.minimum(served[:, None], over).mean(0)
         chosen.append(int(each.argmin()))
         served = torch.minimum(served, over[:, chosen[-1]])
-    print(f"{len(chosen)} candidates: the best of them is on average {served.mean():.3f} of the best of all")
+    print(
+        f"{len(chosen)} candidates: the best is on average {served.mean():.3f} of the best of all, {len(calls)} calls"
+    )
     return [shapes[i] for i in chosen]
+
+
+def candidates_of(calls: list[Call]) -> list[Shape]:
+    """Most are chosen from all calls; those of several units a thread from the calls that tried such."""
+    shared = [call for call in calls if any(shape[8] > 1 for shape in call.over)]
+    most = useful(calls, CANDIDATES - SHARED, [], lambda shape: shape[8] == 1)
+    return most + useful(shared, SHARED, most, lambda shape: shape[8] > 1)
 
 
 class Model:
@@ -223,7 +242,7 @@ def main() -> None:
     parser.add_argument("--add", type=Path, metavar="SEARCH.jsonl", help="of `ropewalk tune`, taken in first")
     parser.add_argument("--check", action="store_true", help="of models of four fifths of the calls each")
     options = parser.parse_args()
-    lines = lzma.decompress(options.searches.read_bytes()).decode().splitlines()
+    lines = [with_share(x) for x in lzma.decompress(options.searches.read_bytes()).decode().splitlines()]
     if options.add:
         lines = added(lines, options.add.read_text().splitlines())
         options.searches.write_bytes(lzma.compress(("\n".join(lines) + "\n").encode(), preset=9))
@@ -231,21 +250,26 @@ def main() -> None:
     trust = torch.tensor([call.trust for call in calls])
     if options.check:
         return check(calls, inputs, over, trust)
-    candidates = useful([call for call in calls if call.trust > 0])
+    candidates = candidates_of([call for call in calls if call.trust > 0])
     model = Model(inputs, over, trust)
     entries = []
+    older = {call.key: call.over for call in calls if 0 < call.trust < 1}
     losses = torch.zeros_like(trust)
     for i, (call, shape) in enumerate(zip(calls, chosen(model, lines, candidates), strict=True)):
         losses[i] = call.over.get(shape, WORST)
-        if (call.trust == 1 and losses[i] > TOLERANCE) or (call.trust == 0 and shape != call.best):
+        if call.trust == 1 and losses[i] > TOLERANCE:
+            entries.append(call)
+        # A sweep found it fast with another shape: kept, unless an older search found the model's as good.
+        elif call.trust == 0 and shape != call.best and older.get(call.key, {}).get(shape, WORST) > TOLERANCE:
             entries.append(call)
     report("the model's choice, where it was timed", losses[(trust == 1) & (losses < WORST)])
     head = f"// By bench/cuda_table.py from {options.searches.name}"
     write("shapes_table.inc", [
         f"{head}: calls that may have another shape than the model's.",
-        "// Tokens, head_dim, rotary_dim, heads of q and of k; 1 norm + 2 table + 4 store or 8 fp8 store; the shape.",
+        "// Tokens, a fourth of a head and of its rotated part, heads of q and k; 1 norm + 2 table + 4 or 8 of a store;"
+        " the shape.",
         *(f"{{{', '.join(map(str, call.key))}, {{{', '.join(map(str, call.best))}}}}},"
-          for call in sorted(entries, key=lambda call: call.key)),
+          for call in sorted(filter(lambda call: call.listable, entries), key=lambda call: call.key)),
     ])  # fmt: skip
     write("shapes_candidates.inc", [f"{head}.", *(f"{{{', '.join(map(str, shape))}}}," for shape in candidates)])
     write("cost_model.inc", [f"{head}: weights, layer by layer.", *model.text()])

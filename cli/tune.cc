@@ -91,16 +91,20 @@ std::vector<RopeCase> Cases(const Options& options) {
 
 Json ToJson(const RopeCudaShape& s) {
   return Json::array({int{s.few}, int{s.vector}, int{s.in_flight}, int{s.flat}, int{s.cut}, int{s.warp_tokens},
-                      int{s.tokens}, int{s.resident}});
+                      int{s.tokens}, int{s.resident}, int{s.share}});
 }
 
-std::string ShapeText(const RopeCudaShape& s) {
+std::string LayoutText(const RopeCudaShape& s) {
   return s.few ? fmt::format("few: {} elements, {} heads, {} warps{}", s.vector, s.in_flight, s.cut,
                              s.tokens > 1 ? fmt::format(", {} tokens", s.tokens) : "")
                : fmt::format("many: {} elements{}, {} stages, {} turns, {} tokens{}{}", s.vector,
                              s.flat ? fmt::format(" flat {}", s.flat) : "", s.in_flight, s.cut, s.tokens,
                              s.warp_tokens > 1 ? fmt::format(", {} a warp", s.warp_tokens) : "",
                              s.resident ? fmt::format(", {} resident", s.resident) : "");
+}
+
+std::string ShapeText(const RopeCudaShape& s) {
+  return LayoutText(s) + (s.share > 1 ? fmt::format(", {} units a thread", s.share) : "");
 }
 
 int Tune(const Options& options) {

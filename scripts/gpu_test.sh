@@ -17,7 +17,7 @@ for part in $parts; do
   [[ $part =~ ^(conformance|random|random:[0-9]+/[1-9][0-9]*|engines|sanitizer|python)$ ]] || { echo "gpu_test: no part $part" >&2; exit 2; }
 done
 ropewalk=${ROPEWALK:-build/dev/bin/ropewalk}
-jobs=$(nproc)
+jobs=$(env -u OMP_NUM_THREADS nproc)
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT  # a file `failed` in it: something did not hold
 

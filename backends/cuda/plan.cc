@@ -22,7 +22,8 @@ constexpr int64_t kSharedBytes = 48 * 1024, kMostGridY = 65535;
 void LayOut(const RopeCall& call, RopeCudaShape shape, int64_t rows, int64_t all_heads, RopeCudaPlan* plan) {
   RopeCudaKey& key = plan->key;
   const bool plain = shape.few || !shape.flat || !FlatVectorFits(call, shape.vector);
-  const HeadDeal deal = DealHead(call, plain ? PlainVector(call, shape.vector) : shape.vector);
+  const HeadDeal deal =
+      plain ? DealHead(call, PlainVector(call, shape.vector), shape.share) : DealHead(call, shape.vector);
   const int per_warp = deal.per_warp();
   key.few_tokens = shape.few != 0;
   key.vector = static_cast<uint8_t>(deal.vector);
@@ -31,7 +32,10 @@ void LayOut(const RopeCall& call, RopeCudaShape shape, int64_t rows, int64_t all
   if (shape.few) {
     const RopeVariant& v = call.variant;
     const bool v_rides = !v.store_v || call.params.v_dim == call.params.rotary_dim;
-    const int heads = Ceil(deal.units, deal.lanes) <= 2 && v_rides ? std::clamp<int>(shape.in_flight, 1, 8) : 1;
+    // As many as a thread's registers hold.
+    const int64_t units = Ceil(deal.units, deal.lanes);
+    const int most = units <= 2 ? 8 : shape.share > 1 ? std::max(1, 32 / static_cast<int>(units * deal.vector)) : 1;
+    const int heads = v_rides ? std::clamp<int>(shape.in_flight, 1, most) : 1;
     key.in_flight = static_cast<uint8_t>(heads);
     // About so many warps a block that none is without a head; no more blocks than those leave heads for.
     const int64_t warps = Ceil(all_heads, per_warp * heads);

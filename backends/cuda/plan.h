@@ -104,6 +104,7 @@ struct RopeCudaShape {
   uint8_t tokens = 1;       // of a block
   uint8_t resident =
       0;  // staged, flat: warps that a multiprocessor shall hold, which limits registers; 0: the compiler's choice
+  uint8_t share = 1;  // units of a head that a thread takes at least, where they divide its units: fewer threads a head
 
   bool operator==(const RopeCudaShape&) const = default;
 };

@@ -140,7 +140,8 @@ bool FlatVectorFits(const RopeCall& call, int vector) {
          ChooseVector(call, 16, true) == 8;
 }
 
-HeadDeal DealHead(const RopeCall& call, int vector) {
+HeadDeal DealHead(const RopeCall& call, int vector, int share) {
+  constexpr int kMostShare = 8;  // more than a thread's registers hold
   const RopeVariant& v = call.variant;
   const rope_params& p = call.params;
   HeadDeal deal;
@@ -149,6 +150,8 @@ HeadDeal DealHead(const RopeCall& call, int vector) {
   deal.rest = v.norm || v.out_of_place || v.store_k ? (p.head_dim - p.rotary_dim) / vector : 0;
   // A thread for each unit; more where the rest of a head would fill a thread's registers.
   deal.lanes = static_cast<int>(Ceil(deal.units, Ceil(deal.units, 32)));
+  if (share > 1 && share <= kMostShare && deal.units % share == 0)
+    deal.lanes = std::min(deal.lanes, deal.units / share);
   while (deal.lanes < 32 && Ceil(deal.rest, deal.lanes) > 4) deal.lanes = std::min(32, 2 * deal.lanes);
   return deal;
 }
@@ -207,11 +210,12 @@ using Entry = RopeCudaTuned::Entry;
 // Calls that were searched on an H200, and their shapes. They serve the very same calls and no others: what is best for
 // a neighbour, even a close one, is on average no better than what the model says.
 struct Listed {
-  uint16_t tokens, head_dim, rotary_dim;
+  uint16_t tokens;
+  uint8_t head, rotary;  // a fourth of the elements of a head, and of its rotated part
   uint8_t q_heads, k_heads, stages;
   RopeCudaShape shape;
 
-  constexpr auto key() const { return std::tie(tokens, head_dim, rotary_dim, q_heads, k_heads, stages); }
+  constexpr auto key() const { return std::tie(tokens, head, rotary, q_heads, k_heads, stages); }
 };
 constexpr Listed kTable[] = {
 #include "backends/cuda/shapes_table.inc"
@@ -224,14 +228,14 @@ const RopeCudaShape* FindListed(const RopeCall& call) {
   const rope_params& p = call.params;
   const int64_t rows = p.batch * p.tokens, k_heads = call.tensors.k ? p.k_heads : 0;
   const bool whole_store = v.store_k && v.store_v && p.v_dim == p.head_dim;
-  if (std::max<int64_t>(rows, p.head_dim) > UINT16_MAX || std::max<int64_t>(p.q_heads, k_heads) > UINT8_MAX ||
-      RopeDtypeBytes(v.dtype) != 2 || p.rotary_offset != 0 || (Stores(v) && !whole_store)) {
+  if (rows > UINT16_MAX || std::max<int64_t>({p.head_dim / 4, p.q_heads, k_heads}) > UINT8_MAX || p.head_dim % 4 != 0 ||
+      p.rotary_dim % 4 != 0 || RopeDtypeBytes(v.dtype) != 2 || p.rotary_offset != 0 || (Stores(v) && !whole_store)) {
     return nullptr;
   }
   Listed wanted = {};
   wanted.tokens = static_cast<uint16_t>(rows);
-  wanted.head_dim = static_cast<uint16_t>(p.head_dim);
-  wanted.rotary_dim = static_cast<uint16_t>(p.rotary_dim);
+  wanted.head = static_cast<uint8_t>(p.head_dim / 4);
+  wanted.rotary = static_cast<uint8_t>(p.rotary_dim / 4);
   wanted.q_heads = static_cast<uint8_t>(p.q_heads);
   wanted.k_heads = static_cast<uint8_t>(k_heads);
   wanted.stages = static_cast<uint8_t>(v.norm + 2 * (v.table_dtype != kRopeNoDtype) + 4 * StoreKind(v));
@@ -360,6 +364,7 @@ std::vector<RopeCudaShape> RopeCudaCandidates(const RopeCall& call, const CudaDe
     vary(&RopeCudaShape::in_flight, {near->in_flight - 1, near->in_flight + 1});
     vary(&RopeCudaShape::cut, {near->cut - 1, near->cut + 1});
     vary(&RopeCudaShape::tokens, {near->tokens / 2, near->tokens * 2});
+    vary(&RopeCudaShape::share, {1, 2, 3, 4, 5});
     if (!near->few) vary(&RopeCudaShape::resident, {0, 24, 40});
     return shapes;
   }

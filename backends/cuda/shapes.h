@@ -48,7 +48,8 @@ struct HeadDeal {
   int per_warp() const { return 32 / lanes; }
   bool regular() const { return (lanes & (lanes - 1)) == 0; }
 };
-HeadDeal DealHead(const RopeCall& call, int vector);
+// `share`: so many units for each thread, if they divide those of a head.
+HeadDeal DealHead(const RopeCall& call, int vector, int share = 1);
 
 // The elements of a vector for `vector` wanted of a shape (0: the widest) where accesses are of a thread's own.
 int PlainVector(const RopeCall& call, int wanted);
