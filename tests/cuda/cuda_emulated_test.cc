@@ -6,10 +6,13 @@
 #include <gtest/gtest.h>
 
 #include <functional>
+#include <optional>
 #include <ostream>
+#include <set>
 #include <string>
 #include <vector>
 
+#include "backends/cuda/cuda.h"
 #include "base/text.h"
 #include "conformance/cases.h"
 #include "tests/expect_passed.h"
@@ -92,6 +95,38 @@ TEST(CudaEmulated, UnevenHeads) {
     const auto cases = Which([](const RopeCase& c) { return c.model.empty() && c.q_heads >= 20; });
     ASSERT_GE(cases.size(), 40u);
     ExpectAllPass(cases, "cuda", "heads that make no whole number of blocks");
+  });
+}
+
+// A thread takes several units of a head: of heads whose size is a power of two and of others, with and without a rest.
+TEST(CudaEmulated, SeveralUnitsOfAThread) {
+  OnEmulatedGpu("units", {}, [] {
+    const auto cases = Which(
+        [](const RopeCase& c) {
+          return Short(c) && c.dtype == kBF16 && c.norm && c.head_dim >= 80 && c.head_dim <= 192 && c.bad == Bad::kNone;
+        },
+        23);
+    ASSERT_GE(cases.size(), 8u);
+    std::set<std::string> lanes;
+    for (const uint8_t few : {uint8_t{0}, uint8_t{1}}) {
+      for (const uint8_t share : {uint8_t{2}, uint8_t{3}, uint8_t{5}}) {
+        RopeCudaShape shape;
+        shape.few = few;
+        shape.vector = 4;
+        shape.in_flight = shape.cut = 2;
+        shape.share = share;
+        TryRopeCudaShape(shape);
+        const RunSummary summary = RunOnIt(cases, "cuda");
+        ExpectPassed(summary, cases.size());
+        for (const auto& [kernel, count] : summary.kernels) {
+          const size_t at = kernel.find(few ? " few v4 l" : " many v4 l");
+          if (at != std::string::npos) lanes.insert(kernel.substr(kernel.find(" l", at) + 2, 2));
+        }
+      }
+    }
+    TryRopeCudaShape(std::nullopt);
+    for (const char* fewer : {"8 ", "5 "})
+      EXPECT_TRUE(lanes.contains(fewer)) << "no kernel with so many lanes: " << fewer;
   });
 }
 

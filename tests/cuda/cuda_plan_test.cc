@@ -68,7 +68,7 @@ std::string Describe(const RopeCall& call, const CudaDevice& device) {
 // What of the space was met, so that a test over too little of it fails.
 struct Met {
   int64_t plans = 0, refused = 0;
-  std::set<int> vectors, lanes, layouts, block_tokens, warp_tokens, rounds;
+  std::set<int> vectors, lanes, units, layouts, block_tokens, warp_tokens, rounds;
   std::set<bool> full, alike, packed_v, only;
 
   void Add(const RopeCall& call, const RopeCudaKey& key) {
@@ -76,6 +76,7 @@ struct Met {
     ++plans;
     vectors.insert(key.vector);
     lanes.insert(key.lanes);
+    units.insert(shape.units_per_lane);
     layouts.insert(key.few_tokens ? 0 : shape.flat ? 1 : shape.staged ? 2 : 3);
     block_tokens.insert(BlockTokens(shape.grid));
     warp_tokens.insert(WarpTokens(shape.grid));
@@ -88,6 +89,7 @@ struct Met {
   void ExpectMuch() const {
     EXPECT_EQ(vectors, (std::set<int>{1, 2, 4, 6, 8, 10, 12}));
     EXPECT_EQ(lanes.size(), 32u);
+    EXPECT_GE(units.size(), 6u);
     EXPECT_EQ(layouts.size(), 4u);
     EXPECT_GE(block_tokens.size(), 20u);
     EXPECT_GE(warp_tokens.size(), 4u);
