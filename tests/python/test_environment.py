@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 
 def sources() -> str:
     folders = [ROOT / name for name in ("core", "ops", "backends", "cli", "bindings")]
-    files = [path for folder in folders for path in folder.rglob("*") if path.suffix in (".cc", ".h", ".py")]
+    files = [path for folder in folders for path in folder.rglob("*") if path.suffix in (".cc", ".h", ".py", ".json")]
     return "\n".join(path.read_text() for path in files)
 
 
