@@ -18,8 +18,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 from stand_in import stand_in
 
-stand_in("IPython", "IPython.display", "aiohttp", "sgl_kernel", "torchvision", "torchvision.transforms",
-         "torchvision.transforms.functional")  # fmt: skip
+stand_in("IPython", "IPython.display", "aiohttp")
 
 from sglang.srt.plugins import load_plugins
 

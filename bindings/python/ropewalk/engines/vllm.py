@@ -1,8 +1,8 @@
 """Ropewalk in vLLM: a plugin (entry point group vllm.general_plugins) that ROPEWALK_VLLM=1 switches on.
 
 The operators `_C::rotary_embedding`, `_C::fused_qk_norm_rope` and `vllm::mrope` get Ropewalk's kernels, below
-torch.compile and vLLM's fusion passes, which write these operators into graphs. FlashAttention's implementation learns to normalise,
-rotate and store in one launch, for the pass that asks for it. Nothing of vLLM is imported before that.
+torch.compile and vLLM's fusion passes, which write these operators into graphs. FlashAttention's implementation learns
+to normalise, rotate and store in one launch, for the pass that asks for it. Nothing of vLLM is imported before that.
 """
 
 # SPDX-License-Identifier: Apache-2.0
@@ -142,7 +142,8 @@ def _norm_rope_store(
     q, k, v = rows.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
     rope_(q, k, positions=positions, cos_sin=cos_sin_cache, pairing=_common.pairing(is_neox),
           q_weight=q_weight.flatten(), k_weight=k_weight.flatten(), eps=rms_norm_eps, q_out=q_out.view(q.shape),
-          k_out=k_out.view(k.shape), v=v, slots=_slots(layer_slot_mapping, qkv.shape[0]), **_cache_of(self, layer, kv_cache))  # fmt: skip
+          k_out=k_out.view(k.shape), v=v, slots=_slots(layer_slot_mapping, qkv.shape[0]),
+          **_cache_of(self, layer, kv_cache))  # fmt: skip
     _engine.count("norm + rope + store")
 
 
@@ -154,10 +155,11 @@ def _norm_mrope_store(
     """`do_qk_norm_mrope_kvcache_update`: likewise with positions [3, tokens]; k goes into the cache alone."""
     rows = qkv.unflatten(-1, (-1, self.head_size))
     q, k, v = rows.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
-    rope_(q, k, positions=positions, cos_sin=cos_sin_cache,
-          axes=_axes(qkv.device, *mrope_section, bool(is_interleaved)), rotary_dim=rotary_dim, pairing=_common.pairing(is_neox), q_weight=q_weight.flatten(),
-          k_weight=k_weight.flatten(), eps=rms_norm_eps, q_out=q_out.view(q.shape), k_store_only=True, v=v,
-          slots=_slots(layer_slot_mapping, qkv.shape[0]), **_cache_of(self, layer, kv_cache))  # fmt: skip
+    rope_(q, k, positions=positions, cos_sin=cos_sin_cache, rotary_dim=rotary_dim,
+          axes=_axes(qkv.device, *mrope_section, bool(is_interleaved)), pairing=_common.pairing(is_neox),
+          q_weight=q_weight.flatten(), k_weight=k_weight.flatten(), eps=rms_norm_eps, q_out=q_out.view(q.shape),
+          k_store_only=True, v=v, slots=_slots(layer_slot_mapping, qkv.shape[0]),
+          **_cache_of(self, layer, kv_cache))  # fmt: skip
     _engine.count("norm + mrope + store")
 
 
