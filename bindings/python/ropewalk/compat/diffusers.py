@@ -51,10 +51,7 @@ def apply_rotary_emb(
         _common.tensors(function, freqs_cis=freqs_cis)
         if not freqs_cis.is_complex():
             raise ValueError(f"{function}: freqs_cis must be complex without use_real, but is {freqs_cis.dtype}")
-        table = _common.of_all_batches(freqs_cis)
-        if table.dtype == torch.complex128:
-            table = table.to(torch.complex64)
-        tables = dict(zip(("cos", "sin"), torch.view_as_real(table.resolve_conj()).unbind(-1), strict=True))
+        tables = _common.complex_tables(function, "freqs_cis", freqs_cis)
         names.update(cos="freqs_cis", sin="freqs_cis")
     return _common.differentiable(function, names, x, None, heads_first=use_real and sequence_dim == 2,
                                   pairing=_common.pairing(not neighbours), **tables)[0]  # fmt: skip

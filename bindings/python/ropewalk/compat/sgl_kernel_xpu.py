@@ -19,14 +19,17 @@ __all__ = [
     "apply_rope_with_cos_sin_cache_inplace",
     "forward_xpu",
     "fused_inplace_qknorm_rope",
+    "fused_q_norm_rope",
     "fused_qk_norm_rope",
     "fused_qk_rope_with_cos_sin_cache_inplace",
+    "multimodal_rotary_embedding",
     "rotary_embedding",
 ]
 
 
 class RotDimError(ValueError, RuntimeError):
-    """Of a table whose width does not fit: a ValueError as everywhere here, and a RuntimeError as in the original."""
+    """Of a table whose width does not fit, or of positions: a ValueError as everywhere here, and a RuntimeError as in
+    the original."""
 
 
 def apply_rope_inplace_with_kvcache(
@@ -52,6 +55,13 @@ def apply_rope_inplace_with_kvcache(
     rot_dim, head_dim = rope_dim or cos_sin_cache.shape[-1], q.shape[-1]
     if rot_dim % 2 or rot_dim > head_dim:
         raise RotDimError(f"{function}: rot_dim must be even and at most head_dim {head_dim}, but is {rot_dim}")
+    for name, x in (("positions", positions), ("out_loc", out_loc)):
+        if x.dim() != 1:
+            raise RotDimError(f"{function}: {name} must be 1-D, [tokens], but is {list(x.shape)}")
+        if x.shape[0] != q.shape[0]:
+            raise RotDimError(
+                f"{function}: {name} has {x.shape[0]} tokens, but q has {q.shape[0]}: {name}.size(0) must be q's"
+            )
     _common.float_cache(function, cos_sin_cache)
     store = _common.flat_store(function, k, v, k_cache, v_cache, out_loc, {})
     if out_loc.shape == positions.shape:
@@ -115,6 +125,60 @@ def fused_qk_norm_rope(
     _common.norm_rope("fused_qk_norm_rope", qkv, (num_heads_q, num_heads_k, num_heads_v), head_dim, eps,
                       (q_weight, k_weight), is_neox, position_ids, rotary_dim,
                       (base, factor, low, high, attention_factor), intel=True)  # fmt: skip
+
+
+def multimodal_rotary_embedding(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    cos_sin_cache: torch.Tensor,
+    positions: torch.Tensor,
+    mrope_section: list[int],
+    head_size: int,
+    rotary_dim: int,
+    mrope_interleaved: bool,
+    mrope_interleaved_glm: bool,
+    is_neox: bool,
+    axis_map: torch.Tensor | None = None,
+) -> None:
+    """`ropewalk.compat.sglang_jit.triton_mrope_fused`, under this name."""
+    _common.mrope("multimodal_rotary_embedding", {"axes": "axis_map"}, positions, query, key, head_size, cos_sin_cache,
+                  is_neox, rotary_dim, mrope_section, mrope_interleaved,
+                  axis_map if mrope_interleaved and mrope_interleaved_glm else None)  # fmt: skip
+
+
+def fused_q_norm_rope(
+    q_input: torch.Tensor, q_output: torch.Tensor, freqs_cis: torch.Tensor, positions: torch.Tensor, eps: float
+) -> None:
+    """RMSNorm without a weight of each head of q, then the rotation of pairs of neighbours at the end of the head.
+
+    Args:
+        q_input: [tokens, heads, head_dim] bfloat16, float16 or float32.
+        q_output: like q_input; written.
+        freqs_cis: [rows, rope_dim/2] complex, or [rows, rope_dim] float32 with a cosine and a sine for each pair, side
+            by side.
+        positions: [tokens] int32 or int64, rows of the table.
+
+    Raises:
+        ValueError: an argument does not fit. Nothing was written.
+    """
+    function = "fused_q_norm_rope"
+    _common.heads_apart(function, q_input)
+    _common.tensors(function, q_output=q_output, freqs_cis=freqs_cis, positions=positions)
+    if freqs_cis.is_complex():
+        tables = _common.complex_tables(function, "freqs_cis", freqs_cis)
+    elif freqs_cis.dim() == 2 and freqs_cis.shape[1] % 2 == 0:
+        tables = {"cos": freqs_cis[:, ::2], "sin": freqs_cis[:, 1::2]}
+    else:
+        raise ValueError(f"{function}: freqs_cis must be [rows, rope_dim], but is {list(freqs_cis.shape)}")
+    offset = q_input.shape[-1] - 2 * tables["cos"].shape[-1]
+    if offset < 0:
+        raise ValueError(
+            f"{function}: freqs_cis must have at most head_dim/2 pairs, {q_input.shape[-1] // 2}, but has "
+            f"{tables['cos'].shape[-1]}"
+        )
+    names = {"q": "q_input", "q_out": "q_output", "cos": "freqs_cis", "sin": "freqs_cis"}
+    _common.rope(function, names, q_input, None, q_out=q_output, positions=positions, pairing="interleaved",
+                 rotary_offset=offset, norm="rms", eps=eps, **tables)  # fmt: skip
 
 
 def fused_inplace_qknorm_rope(

@@ -24,10 +24,14 @@ __all__ = [
     "can_use_fused_inplace_qknorm_rope",
     "can_use_fused_qk_norm_rope",
     "fused_inplace_qknorm_rope",
+    "fused_qk_norm_mrope",
     "fused_qk_norm_rope",
+    "fused_qk_rope_reshape_and_cache",
     "fused_qknorm_rope_out_of_place",
     "fused_qknorm_rope_pack_kv",
     "rotary_embedding",
+    "table_qk_norm_rope_",
+    "triton_mrope_fused",
 ]
 
 
@@ -441,3 +445,183 @@ def rotary_embedding(
     _common.rotate_flat("rotary_embedding", positions, query, key, head_size, cos_sin_cache, is_neox,
                         rounding=_common.rounding_as(query, cos_sin_cache))  # fmt: skip
     return query, key
+
+
+def fused_qk_norm_mrope(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    q_weight: torch.Tensor,
+    k_weight: torch.Tensor,
+    cos_sin_cache: torch.Tensor,
+    positions: torch.Tensor,
+    axis_map: torch.Tensor,
+    eps: float,
+    *,
+    value: torch.Tensor | None = None,
+    key_cache: torch.Tensor | None = None,
+    value_cache: torch.Tensor | None = None,
+    slots: torch.Tensor | None = None,
+) -> None:
+    """RMSNorm of each head of q and k, then the rotation of halves by positions with three axes, in place; with the
+    last four the rotated k and value also go into the caches.
+
+    Args:
+        q, k: [tokens, heads, head_dim] bfloat16, float16 or float32.
+        q_weight, k_weight: [head_dim] bfloat16, float16 or float32, both the same.
+        cos_sin_cache: [rows, rotary_dim] float32, float16 or bfloat16: cosines, then sines.
+        positions: [3, tokens] int32 or int64, rows of the table.
+        axis_map: [rotary_dim/2] int32 or int64: the axis of each pair.
+        value: [tokens, k_heads, head_dim] or [tokens, k_heads * head_dim].
+        key_cache, value_cache: [slots, k_heads * head_dim] or [slots, k_heads, head_dim] of k's dtype or fp8.
+        slots: [tokens] int32 or int64; negative: not stored.
+
+    Raises:
+        ValueError: an argument does not fit. Nothing was written.
+    """
+    function = "fused_qk_norm_mrope"
+    _common.heads_apart(function, q)
+    _common.tensors(function, cos_sin_cache=cos_sin_cache, positions=positions, axis_map=axis_map)
+    names = {"axes": "axis_map", "v": "value", "k_cache": "key_cache", "v_cache": "value_cache"}
+    store = {}
+    if slots is not None or key_cache is not None or value_cache is not None or value is not None:
+        _common.tensors(function, value=value, key_cache=key_cache, value_cache=value_cache, slots=slots)
+        store = _common.flat_store(function, k, value, key_cache, value_cache, slots, names)
+    _common.rope(function, names, q, k, positions=positions, axes=axis_map.int(), cos_sin=cos_sin_cache, norm="rms",
+                 q_weight=q_weight, k_weight=k_weight, eps=eps, **store)  # fmt: skip
+
+
+def table_qk_norm_rope_(
+    qkv: torch.Tensor,
+    positions: torch.Tensor,
+    q_weight: torch.Tensor,
+    k_weight: torch.Tensor,
+    cos_sin_cache: torch.Tensor,
+    num_q_heads: int,
+    num_k_heads: int,
+    head_dim: int,
+    eps: float,
+) -> None:
+    """RMSNorm of each head of q and k, then the rotation of halves by a table, in place in packed rows. V is left as it
+    is.
+
+    Args:
+        qkv: [tokens, heads * head_dim] bfloat16, float16 or float32: q, then k, then whatever follows.
+        positions: [tokens] int32 or int64, rows of the table.
+        q_weight, k_weight: [head_dim] bfloat16, float16 or float32, both the same.
+        cos_sin_cache: [rows, rotary_dim] float32, float16 or bfloat16: cosines, then sines.
+
+    Raises:
+        ValueError: an argument does not fit. Nothing was written.
+    """
+    function = "table_qk_norm_rope_"
+    _common.tensors(function, qkv=qkv, positions=positions, cos_sin_cache=cos_sin_cache)
+    names = {"num_heads_q": "num_q_heads", "num_heads_k": "num_k_heads"}
+    for name, value, least in (("num_q_heads", num_q_heads, 0), ("num_k_heads", num_k_heads, 0),
+                               ("head_dim", head_dim, 2)):  # fmt: skip
+        _common.whole(function, name, value, least)
+    others, rest = divmod(qkv.shape[-1], head_dim)
+    others -= num_q_heads + num_k_heads
+    if qkv.dim() != 2 or rest or others < 0:
+        raise ValueError(
+            f"{function}: qkv must be [tokens, heads * {head_dim}] with at least num_q_heads + num_k_heads = "
+            f"{num_q_heads + num_k_heads} heads, but is {list(qkv.shape)}"
+        )
+    q, k = _common.packed(function, qkv, num_q_heads, num_k_heads, others, head_dim)
+    _common.norm_rope_heads(function, names, q, k, (q_weight, k_weight), eps, True, positions=positions,
+                            cos_sin=cos_sin_cache)  # fmt: skip
+
+
+def triton_mrope_fused(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    cos_sin_cache: torch.Tensor,
+    positions: torch.Tensor,
+    mrope_section: list[int],
+    head_size: int,
+    rotary_dim: int,
+    mrope_interleaved: bool,
+    mrope_interleaved_glm: bool,
+    is_neox_style: bool,
+    axis_map: torch.Tensor | None,
+) -> None:
+    """Rotates q and k in place by positions with three axes.
+
+    Args:
+        q, k: [tokens, heads * head_size] bfloat16, float16 or float32.
+        cos_sin_cache: [rows, rotary_dim] float32, float16 or bfloat16: cosines, then sines.
+        positions: [3, tokens] int32 or int64: time, height and width.
+        mrope_section: how many pairs each axis has: one behind the other, or, with mrope_interleaved, by turns.
+        mrope_interleaved_glm: by axis_map, [rotary_dim/2]: the axis of each pair.
+        is_neox_style: True: pairs (i, i + rotary_dim/2); False: pairs (2i, 2i + 1).
+
+    Raises:
+        ValueError: an argument does not fit. Nothing was written.
+    """
+    _common.mrope("triton_mrope_fused", {"query": "q", "key": "k", "axes": "axis_map"}, positions, q, k, head_size,
+                  cos_sin_cache, is_neox_style, rotary_dim, mrope_section, mrope_interleaved,
+                  axis_map if mrope_interleaved and mrope_interleaved_glm else None)  # fmt: skip
+
+
+def fused_qk_rope_reshape_and_cache(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    pos: torch.Tensor,
+    cos_sin: torch.Tensor,
+    k_scale: torch.Tensor | float | None,
+    v_scale: torch.Tensor | float | None,
+    is_neox: bool,
+    flash_layout: bool,
+    apply_scale: bool = True,
+    offs: torch.Tensor | None = None,
+    q_out: torch.Tensor | None = None,
+    k_out: torch.Tensor | None = None,
+    output_zeros: bool = True,
+    zeros_out: torch.Tensor | None = None,
+    swa_slot_mapping: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, ...]:
+    """Rotates q and k by a table into q_out and k_out (which may be q and k), and stores k and v in a paged cache.
+
+    Args:
+        q: [tokens, q_heads, head_dim]; k, v: [tokens, k_heads, head_dim], of one dtype.
+        key_cache, value_cache: [pages, page_size, k_heads, head_dim] of that dtype or fp8.
+        slot_mapping: [at most tokens] int32 or int64; negative, and tokens behind the last: not stored.
+        pos, offs: [tokens] int32 or int64, rows of the table, and what is added to them.
+        cos_sin: [rows, head_dim]: cosines, then sines.
+        k_scale, v_scale: of fp8 caches, with apply_scale.
+        flash_layout: must be True: caches in blocks of x elements are not served.
+        swa_slot_mapping: must be None.
+
+    Returns:
+        q_out, k_out, key_cache, value_cache and, with output_zeros, zeros of q's shape.
+
+    Raises:
+        ValueError: an argument does not fit. Nothing was written.
+    """
+    function = "fused_qk_rope_reshape_and_cache"
+    _common.heads_apart(function, q)
+    _common.tensors(function, k=k, v=v, key_cache=key_cache, value_cache=value_cache, slot_mapping=slot_mapping,
+                    pos=pos, cos_sin=cos_sin)  # fmt: skip
+    if not flash_layout:
+        raise ValueError(f"{function}: flash_layout must be True, but is {flash_layout}")
+    if swa_slot_mapping is not None:
+        raise ValueError(f"{function}: swa_slot_mapping must be None, but is a tensor")
+    missing = q.shape[0] - slot_mapping.shape[0] if slot_mapping.dim() == 1 else 0
+    if missing > 0:
+        slot_mapping = torch.nn.functional.pad(slot_mapping, (0, missing), value=-1)
+    fp8 = key_cache.element_size() == 1 and apply_scale
+    scales = {"k_scale": k_scale, "v_scale": v_scale} if fp8 else {}
+    q_out = torch.empty_like(q) if q_out is None else q_out
+    k_out = torch.empty_like(k) if k_out is None else k_out
+    names = {"k_cache": "key_cache", "v_cache": "value_cache", "slots": "slot_mapping", "positions": "pos",
+             "offsets": "offs", "cos_sin": "cos_sin"}  # fmt: skip
+    outputs = {} if q_out is q and k_out is k else {"q_out": q_out, "k_out": k_out}
+    _common.rope(function, names, q, k, positions=pos, offsets=offs, cos_sin=cos_sin, pairing=_common.pairing(is_neox),
+                 v=v, k_cache=key_cache, v_cache=value_cache, slots=slot_mapping, **outputs, **scales)  # fmt: skip
+    result = (q_out, k_out, key_cache, value_cache)
+    if not output_zeros and zeros_out is None:
+        return result
+    return *result, torch.zeros_like(q) if zeros_out is None else zeros_out.zero_()

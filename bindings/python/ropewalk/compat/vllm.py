@@ -1,4 +1,4 @@
-"""vLLM's rotary operators (`torch.ops._C`), by their own names and arguments.
+"""vLLM's rotary operators (`torch.ops._C`; for Intel GPUs `torch.ops._xpu_C`), by their own names and arguments.
 
 Errors of an argument are ValueErrors (TypeErrors where its type is wrong); nothing was written then.
 """
@@ -10,7 +10,15 @@ import torch
 
 from . import _common
 
-__all__ = ["fused_qk_norm_rope", "fused_qk_norm_rope_kvcache", "rotary_embedding"]
+__all__ = [
+    "apply_rotary_emb",
+    "deepseek_scaling_rope",
+    "fused_qk_norm_mrope",
+    "fused_qk_norm_rope",
+    "fused_qk_norm_rope_kvcache",
+    "multimodal_rotary_embedding",
+    "rotary_embedding",
+]
 
 
 def rotary_embedding(
@@ -124,3 +132,116 @@ def fused_qk_norm_rope_kvcache(
     _common.norm_rope_heads(function, names, q, k, (q_weight, k_weight), eps, is_neox, positions=positions,
                             cos_sin=cos_sin_cache, q_out=outputs[0], k_out=outputs[1], v=v, k_cache=key_cache,
                             v_cache=value_cache, slots=slots)  # fmt: skip
+
+
+def fused_qk_norm_mrope(
+    qkv: torch.Tensor,
+    num_heads_q: int,
+    num_heads_k: int,
+    num_heads_v: int,
+    head_dim: int,
+    eps: float,
+    q_weight: torch.Tensor,
+    k_weight: torch.Tensor,
+    cos_sin_cache: torch.Tensor,
+    is_neox: bool,
+    positions: torch.Tensor,
+    mrope_section_t: int,
+    mrope_section_h: int,
+) -> None:
+    """As `fused_qk_norm_rope`, by positions with three axes.
+
+    Args:
+        positions: [3, tokens] int32 or int64, rows of the table: time, height and width.
+        mrope_section_t, mrope_section_h: how many pairs time and height have; width has the others.
+
+    Raises:
+        ValueError: an argument does not fit. Nothing was written.
+    """
+    function = "fused_qk_norm_mrope"
+    q, k = _common.packed(function, qkv, num_heads_q, num_heads_k, num_heads_v, head_dim)
+    _common.tensors(function, cos_sin_cache=cos_sin_cache, positions=positions)
+    pairs = cos_sin_cache.shape[-1] // 2
+    sections = [mrope_section_t, mrope_section_h, pairs - mrope_section_t - mrope_section_h]
+    axes = _common.axes_of(function, sections, pairs, False, cos_sin_cache.device)
+    _common.norm_rope_heads(function, {}, q, k, (q_weight, k_weight), eps, is_neox, positions=positions,
+                            cos_sin=cos_sin_cache, axes=axes)  # fmt: skip
+
+
+def multimodal_rotary_embedding(
+    positions: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor | None,
+    head_size: int,
+    cos_sin_cache: torch.Tensor,
+    is_neox: bool,
+    mrope_section: list[int],
+) -> None:
+    """As `rotary_embedding`, by positions with three axes.
+
+    Args:
+        positions: [3, tokens] int32 or int64, rows of the table: time, height and width.
+        mrope_section: how many pairs each axis has, one behind the other.
+
+    Raises:
+        ValueError: an argument does not fit. Nothing was written.
+    """
+    _common.mrope("multimodal_rotary_embedding", {}, positions, query, key, head_size, cos_sin_cache, is_neox, 0,
+                  list(mrope_section) if isinstance(mrope_section, (list, tuple)) else mrope_section)  # fmt: skip
+
+
+def apply_rotary_emb(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, is_neox: bool = False) -> torch.Tensor:
+    """vLLM's function for Intel GPUs (`vllm_xpu_kernels.rotary`): x by a row of the table for each token.
+
+    Args:
+        x: [tokens, heads, head_dim] or [batch, tokens, heads, head_dim] bfloat16, float16 or float32.
+        cos, sin: [tokens, rotary_dim/2] float32, float16 or bfloat16.
+        is_neox: True: pairs (i, i + rotary_dim/2); False: pairs (2i, 2i + 1).
+
+    Returns:
+        A tensor like x.
+
+    Raises:
+        ValueError: an argument does not fit.
+    """
+    function = "apply_rotary_emb"
+    _common.tensors(function, x=x, cos=cos, sin=sin)
+    if x.dim() not in (3, 4):
+        raise ValueError(f"{function}: x must be [batch?, tokens, heads, head_dim], but is {list(x.shape)}")
+    new = torch.empty_like(x)
+    _common.rope(function, {"q": "x", "q_out": "x"}, x, None, q_out=new, cos=cos, sin=sin,
+                 pairing=_common.pairing(is_neox))  # fmt: skip
+    return new
+
+
+def deepseek_scaling_rope(
+    positions: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    offsets: torch.Tensor | None,
+    cos_sin_cache: torch.Tensor,
+    rotary_dim: int,
+    is_neox: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """vLLM's function for Intel GPUs: query and key by a table into new tensors.
+
+    Args:
+        positions: [tokens] int32 or int64, rows of the table.
+        query, key: [tokens, heads, head_dim] bfloat16, float16 or float32.
+        offsets: like positions, added to them.
+        cos_sin_cache: [rows, rotary_dim] float32, float16 or bfloat16: cosines, then sines.
+        is_neox: True: pairs (i, i + rotary_dim/2); False: pairs (2i, 2i + 1).
+
+    Returns:
+        The new query and key.
+
+    Raises:
+        ValueError: an argument does not fit.
+    """
+    function = "deepseek_scaling_rope"
+    _common.tensors(function, positions=positions, query=query, key=key, cos_sin_cache=cos_sin_cache)
+    new = torch.empty_like(query), torch.empty_like(key)
+    names = {"q": "query", "k": "key", "q_out": "query", "k_out": "key"}
+    _common.rotate(function, names, query, key, cos_sin_cache, positions, is_neox, rotary_dim, offsets=offsets,
+                   q_out=new[0], k_out=new[1])  # fmt: skip
+    return new

@@ -1,0 +1,3 @@
+"""Whether and where a rotation may store; the walk gives its own."""
+
+# SPDX-License-Identifier: Apache-2.0

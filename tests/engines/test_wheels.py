@@ -1,0 +1,72 @@
+"""The plugins in the engines' own code: the Python of their wheels, as `make test-engines` unpacks it. What the walks
+stand in for is named there; the operators of vLLM, in C++, are declared anew."""
+
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+WALKS = pathlib.Path(__file__).parent
+ENGINES = pathlib.Path(os.environ["ROPEWALK_TEST_ENGINES"])  # a folder for each engine, and one for what they import
+MORE = {"sglang": ["--layers"], "vllm": []}
+VARIABLES = {
+    "sglang": {"ROPEWALK_SGLANG": "1", "SGLANG_USE_CPU_ENGINE": "1"},
+    "vllm": {"ROPEWALK_VLLM": "1"},
+}
+EXACT = {"float32": 3e-7, "bfloat16": 5e-3}
+
+
+@pytest.fixture(scope="module")
+def walked() -> Any:
+    done: dict[str, Any] = {}
+
+    def walk(engine: str) -> Any:
+        if engine not in done:
+            path = os.pathsep.join([str(ENGINES / engine), str(ENGINES / "packages"), os.environ.get("PYTHONPATH", "")])
+            program = [sys.executable, str(WALKS / f"{engine}_walk.py"), *MORE[engine]]
+            ran = subprocess.run(program, capture_output=True, text=True, check=False,
+                                 env={**os.environ, "PYTHONPATH": path, **VARIABLES[engine]})  # fmt: skip
+            assert ran.returncode == 0, ran.stderr
+            done[engine] = json.loads(ran.stdout.splitlines()[-1]), ran.stderr
+        return done[engine]
+
+    return walk
+
+
+def within(name: str, found: dict) -> bool:
+    """Exact in float32; with 16 bits no further from the formula than the stock layer, by a tenth."""
+    if "float32" in name:
+        return found["error"] <= EXACT["float32"]
+    return found["error"] <= max(1.1 * found.get("stock", 0.0), EXACT["bfloat16"])
+
+
+@pytest.mark.parametrize("engine", MORE)
+def test_layers_are_served(walked: Any, engine: str) -> None:
+    layers = walked(engine)[0]["layers"]
+    assert len(layers) >= {"sglang": 46, "vllm": 12}[engine]
+    assert {name for name, found in layers.items() if found["served"] != 1} == set()
+    assert {name: found for name, found in layers.items() if not within(name, found)} == {}
+
+
+def test_sglang_rotation_stores(walked: Any) -> None:
+    for name, found in walked("sglang")[0]["stores"].items():
+        assert (found["served"], found["stored"], found["others"]) == (1, True, 0), name
+
+
+def test_vllm_norms_and_stores(walked: Any) -> None:
+    found = walked("vllm")[0]
+    assert all(one["served"] == 1 and one["v"] and within(name, one) for name, one in found["norms"].items())
+    assert all(one["asked"] and one["served"] == 1 and not one["others"] for one in found["stores"].values())
+    assert found["stock before"] == 0
+
+
+@pytest.mark.parametrize("engine", MORE)
+def test_the_loader_says_it(walked: Any, engine: str) -> None:
+    assert walked(engine)[1].count(f"ropewalk in {engine} ") == 1
