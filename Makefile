@@ -80,8 +80,8 @@ lint:  ## formatting, clang-tidy, ruff, headers, versions
 	@$(setup) system base dev
 	@scripts/lint.sh
 
-docs:  ## make docs/arguments.md, docs/models.md and Python's rope_ anew from their tables
-	@$(setup) system base
+docs:  ## make the generated pages and Python's rope_ anew from their tables, and the site in build/site-html
+	@$(setup) system base docs
 	@scripts/docs.sh
 
 clean:  ## remove what was built; .venv stays

