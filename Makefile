@@ -1,21 +1,17 @@
 # Ropewalk: every command does its own set-up first. `make` alone lists them.
 # SPDX-License-Identifier: Apache-2.0
 .DEFAULT_GOAL := help
-.PHONY: test-engines test-intel test-emulated test-models gpu-test cuda-report intel-report help run test setup wheel test-asan test-tsan test-arm fuzz bench format lint docs clean
+.PHONY: test-engines test-intel test-emulated test-models gpu-test cuda-report intel-report help run test setup wheel test-asan test-tsan test-arm fuzz bench fresh-debian format lint docs clean
 .NOTPARALLEL:
 
 setup := scripts/setup.sh
 FUZZ_SECONDS ?= 600
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 run:  ## see it work: what serves here, real models' shapes checked and timed, a real language model
-	@$(setup) system base sycl wheel
-	.venv/bin/ropewalk doctor
-	.venv/bin/ropewalk run
-	@$(setup) full
-	.venv/bin/python examples/smollm2.py
+	@scripts/run.sh
 
 test:  ## all tests, C++ and Python
 	@$(setup) system base sycl wheel full
@@ -24,9 +20,13 @@ test:  ## all tests, C++ and Python
 setup:  ## only the set-up: system packages, .venv, the wheel in it
 	@$(setup) system base sycl wheel full
 
-wheel:  ## a wheel for other machines, in dist/
-	@$(setup) system base sycl dev zig
-	@scripts/wheel.sh
+wheel:  ## wheels for other machines, x86-64 and aarch64, in dist/; or of MACHINES alone
+	@$(setup) system $(if $(MACHINES),,arm) base sycl dev zig
+	@scripts/wheel.sh $(MACHINES)
+
+fresh-debian:  ## README's ways of installing and `make run` on a fresh Debian 12 and 13, in a folder each (root; debootstrap)
+	@scripts/fresh_debian.sh 12
+	@scripts/fresh_debian.sh 13
 
 test-asan:  ## all tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	@$(setup) system base sycl wheel full
@@ -84,8 +84,8 @@ lint:  ## formatting, ruff, shellcheck, versions, headers, clang-tidy
 	@$(setup) system base dev
 	@scripts/lint.sh
 
-docs:  ## make docs/arguments.md, docs/models.md and Python's rope_ anew from their tables
-	@$(setup) system base
+docs:  ## make the generated pages and Python's rope_ anew from their tables, and the site in build/site-html
+	@$(setup) system base docs
 	@scripts/docs.sh
 
 clean:  ## remove what was built; .venv stays

@@ -33,6 +33,7 @@ def title(data: Row) -> str:
 def against_floor(data: Row) -> Any:
     """Time over the floor's by tokens; heads of 128 of all shapes, a point for each."""
     figure, axes = plt.subplots(2, 2, figsize=(11, 7.5), sharex=True, constrained_layout=True)
+    colours: dict[str, str] = {}  # a contender has the same one in every panel
     for axis, (op, pairing) in zip(axes.flat, MODES, strict=True):
         rows = [
             r for r in timed(data["results"])
@@ -48,7 +49,8 @@ def against_floor(data: Row) -> Any:
         for name, points in series.items():
             tokens = sorted(points)
             ours = name.startswith("ropewalk")
-            axis.plot(tokens, [statistics.median(points[n]) for n in tokens], marker="o", label=name,
+            colour = colours.setdefault(name, f"C{len(colours) % 10}")
+            axis.plot(tokens, [statistics.median(points[n]) for n in tokens], marker="o", label=name, color=colour,
                       linewidth=2.2 if ours else 1.0, markersize=5 if ours else 3, zorder=3 if ours else 2)  # fmt: skip
         axis.axhline(1.0, color="black", linewidth=0.8, linestyle=":")
         axis.set(xscale="log", yscale="log", title=f"{op}, {pairing}", ylabel="time / floor")
@@ -86,7 +88,7 @@ def speed_up(data: Row) -> Any:
             of_shapes = [peers.get((shape, op, pairing), {}).get(name) for shape in shapes]
             points = [(i, ratio) for i, ratio in enumerate(of_shapes) if ratio is not None]
             axis.bar([i + (number - (len(names) - 1) / 2) * width for i, _ in points], [y for _, y in points], width,
-                     label=name)  # fmt: skip
+                     label=name, color=f"C{number % 10}")  # fmt: skip
         axis.axhline(1.0, color="black", linewidth=0.8)
         axis.set(yscale="log", title=f"{op}, {pairing}", ylabel="peer's time / ours")
         axis.grid(True, axis="y", alpha=0.3)

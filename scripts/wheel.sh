@@ -1,29 +1,82 @@
 #!/usr/bin/env bash
-# A source distribution in dist/, and from it a wheel for other machines, for glibc 2.28 and later (RHEL 8, Debian 10,
-# Ubuntu 18.10): linked against that version (scripts/old_glibc.sh). auditwheel reads from the symbols on what it loads,
-# and refuses another tag.
+# scripts/wheel.sh [MACHINE..]: a source distribution in dist/, and from it a wheel for each kind of machine (this one's,
+# and on x86-64 aarch64 too), for glibc 2.28 and later (RHEL 8, Debian 10, Ubuntu 18.10): linked against that version
+# (scripts/old_glibc.sh). auditwheel reads from the symbols on what it loads, and refuses another tag. Then a program in
+# C and some of the conformance cases run on what is in the wheel, under qemu where it is for another machine.
 # SPDX-License-Identifier: Apache-2.0
 source "$(dirname "$0")/common.sh"
 choose_compiler
-glibc=2.28 platform=manylinux_2_28_$(uname -m) libraries=$root/build/glibc-2.28
-rm -rf build/dist dist
-if [[ ! -e $libraries/libc.so ]]; then
-  say "wheel: the libraries of glibc $glibc"
-  scripts/old_glibc.sh "$libraries" "$glibc"
+glibc=2.28 host=$(uname -m)
+machines=("$@")
+if ((!$#)); then
+  machines=("$host")
+  [[ $host == x86_64 ]] && machines+=(aarch64)
 fi
+
+# cross_options MACHINE: sets `cross` to what builds for a machine that is not this one: its compiler, and its
+# libtvm_ffi.so, of the version pinned and with the hashes of requirements/lock/base.txt.
+cross_options() {
+  local machine=$1 folder=$root/build/tvm-ffi-$1 platform platforms=()
+  command -v "$machine-linux-gnu-g++" >/dev/null || fail "no compiler for $machine was found: scripts/setup.sh system arm"
+  awk '/^apache-tvm-ffi==/ { on = 1 } on { print } on && !/\\$/ { exit }' requirements/lock/base.txt >build/tvm-ffi.txt
+  if [[ ! -f $folder/of.txt ]] || ! cmp -s build/tvm-ffi.txt "$folder/of.txt"; then
+    say "wheel: libtvm_ffi.so for $machine"
+    for platform in 2_28 2_24 2_17; do platforms+=(--platform "manylinux_${platform}_$machine"); done
+    rm -rf "$folder"
+    python -m pip download --quiet --no-deps --only-binary :all: "${platforms[@]}" --python-version 3.11 --require-hashes \
+      --dest "$folder" -r build/tvm-ffi.txt
+    python -m zipfile -e "$folder"/*.whl "$folder"
+    cp build/tvm-ffi.txt "$folder/of.txt"
+  fi
+  cross=(--config-settings="cmake.define.CMAKE_TOOLCHAIN_FILE=$root/cmake/$machine-linux-gnu.cmake"
+    --config-settings="cmake.define.ROPEWALK_TVM_FFI_LIBRARY=$folder/tvm_ffi/lib/libtvm_ffi.so")
+}
+
+# check_wheel MACHINE: what is in the wheel loads and computes.
+check_wheel() {
+  local machine=$1 folder=$root/build/wheel-check-$1 cc=${CC:-cc} qemu=() run
+  if [[ $machine != "$host" ]]; then
+    cc=$machine-linux-gnu-gcc
+    qemu=("$(command -v "qemu-$machine-static" || command -v "qemu-$machine")" -L "/usr/$machine-linux-gnu")
+  fi
+  rm -rf "$folder"
+  python -m zipfile -e dist/ropewalk-*_"$machine".whl "$folder"
+  "$cc" -std=c11 -I"$folder/ropewalk/include" tests/consumer/consumer.c -o "$folder/consumer" -L"$folder/ropewalk/lib" \
+    -lropewalk -lm
+  run=("${qemu[@]}")
+  if ((${#qemu[@]})); then run+=(-E); else run=(env); fi
+  "${run[@]}" LD_LIBRARY_PATH="$folder/ropewalk/lib" "$folder/consumer"
+  chmod +x "$folder"/ropewalk-*.data/scripts/ropewalk
+  "${qemu[@]}" "$folder"/ropewalk-*.data/scripts/ropewalk check --shard 0/20
+}
+
+mkdir -p build
+rm -rf dist
 say "sdist"
 python -m build --sdist --no-isolation --outdir dist .
-say "wheel: building it from that"
-# This system's libgcc_s may ask for more than that glibc has; the other system has its own.
-link="-B$libraries -L$libraries -Wl,--allow-shlib-undefined"
-python -m pip wheel dist/ropewalk-*.tar.gz --no-build-isolation --no-deps --wheel-dir build/dist -v \
-  --config-settings=build-dir="$root/build/wheel-old-glibc" --config-settings="cmake.define.CMAKE_SHARED_LINKER_FLAGS=$link" \
-  --config-settings="cmake.define.CMAKE_MODULE_LINKER_FLAGS=$link" \
-  --config-settings="cmake.define.CMAKE_EXE_LINKER_FLAGS=$link" 2>&1 | scripts/build_progress.sh
-say "wheel: naming the platform"
-# libtvm_ffi.so is apache-tvm-ffi's, which the wheel depends on; libsycl is that of the process whose queue is handed over.
-auditwheel repair --plat "$platform" --exclude libtvm_ffi.so --exclude libsycl.so.9 --exclude libsycl.so.8 --wheel-dir dist \
-  build/dist/ropewalk-*.whl
-auditwheel show dist/ropewalk-*.whl
+for machine in "${machines[@]}"; do
+  libraries=$root/build/glibc-$glibc-$machine cross=()
+  [[ $machine == "$host" ]] || cross_options "$machine"
+  if [[ ! -e $libraries/libc.so ]]; then
+    say "wheel: the libraries of glibc $glibc for $machine"
+    scripts/old_glibc.sh "$libraries" "$glibc" "$machine"
+  fi
+  say "wheel: building it from that, for $machine"
+  rm -rf build/dist
+  # This system's libgcc_s may ask for more than that glibc has; the other system has its own.
+  link="-B$libraries -L$libraries -Wl,--allow-shlib-undefined"
+  _PYTHON_HOST_PLATFORM=linux-$machine python -m pip wheel dist/ropewalk-*.tar.gz --no-build-isolation --no-deps \
+    --wheel-dir build/dist -v "${cross[@]}" --config-settings=build-dir="$root/build/wheel-$machine" \
+    --config-settings="cmake.define.CMAKE_SHARED_LINKER_FLAGS=$link" \
+    --config-settings="cmake.define.CMAKE_MODULE_LINKER_FLAGS=$link" \
+    --config-settings="cmake.define.CMAKE_EXE_LINKER_FLAGS=$link" 2>&1 | scripts/build_progress.sh
+  say "wheel: naming the platform"
+  # libtvm_ffi.so is apache-tvm-ffi's, which the wheel depends on; libsycl is that of the process whose queue is handed over.
+  auditwheel repair --plat "manylinux_2_28_$machine" --exclude libtvm_ffi.so --exclude libsycl.so.9 --exclude libsycl.so.8 \
+    --wheel-dir dist build/dist/ropewalk-*.whl
+  auditwheel show dist/ropewalk-*_"$machine".whl
+  say "wheel: running what is in it"
+  check_wheel "$machine"
+done
 twine check --strict dist/*
 ls -l dist

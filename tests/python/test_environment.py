@@ -14,7 +14,10 @@ LIBRARY = ("api", "backends", "base", "bindings", "frequencies", "models", "rope
 
 def files(*folders: str) -> list[Path]:
     found = [
-        path for name in folders for path in sorted((ROOT / name).rglob("*")) if path.suffix in (".cc", ".h", ".py", ".json")
+        path
+        for name in folders
+        for path in sorted((ROOT / name).rglob("*"))
+        if path.suffix in (".cc", ".h", ".py", ".json")
     ]
     assert {path.relative_to(ROOT).parts[0] for path in found} == set(folders)
     return found

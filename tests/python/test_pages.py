@@ -3,6 +3,7 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import importlib.util
 import pathlib
 import re
 import shlex
@@ -115,6 +116,34 @@ def test_the_readme_shows_the_example_in_c_plus_plus() -> None:  # which tests/c
 
 def test_the_readme_is_short() -> None:
     assert len(README.splitlines()) <= 120
+
+
+def made_by(script: str):
+    """The module at this path of the tree."""
+    spec = importlib.util.spec_from_file_location(pathlib.Path(script).stem, ROOT / script)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_site_leads_to_every_page_once() -> None:
+    navigation = made_by("scripts/site/navigation.py")
+    entries = [entry for pages in navigation.sections().values() for entry in pages]
+    pages = [title(page.with_suffix("")) for page in PAGES if title(page) != f"{navigation.FRONT}.md"]
+    assert sorted(entries) == sorted(pages)
+    assert [title(page) for page in PAGES if not page.read_text().startswith("# ")] == []  # its name there
+
+
+def test_the_page_of_functions_is_that_of_the_docstrings() -> None:
+    """Else: make docs."""
+    made = made_by("scripts/reference_page.py")
+    assert made.PAGE.read_text() == made.page()
+
+
+def test_the_page_of_functions_has_all_of_them() -> None:
+    page = (ROOT / "docs/reference.md").read_text()
+    assert [name for name in ropewalk.__all__ if f"### `ropewalk.{name}`\n" not in page] == []
+    assert page.count("\n- `") > 150  # arguments and errors
 
 
 def test_every_result_is_named() -> None:

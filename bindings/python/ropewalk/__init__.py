@@ -7,6 +7,7 @@ cache). Tensors are anything with DLPack: torch, numpy, cupy; jax arrays on the 
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import inspect
 import json
 from typing import TYPE_CHECKING, Any
 
@@ -92,6 +93,20 @@ def _known(function: str, options: Any) -> dict[str, Any]:
         if name not in names:
             raise TypeError(f"{function}() got an unexpected keyword argument {_arrays._shown(name)}")
     return dict(options)
+
+
+# What `help` and completion show: the keywords of rope_.
+for _function in (rope, prepare, can_use, explain):
+    _function.__signature__ = inspect.signature(rope_).replace(  # type: ignore[attr-defined]
+        return_annotation=inspect.signature(_function).return_annotation
+    )
+
+
+def __dir__() -> list[str]:
+    """What is meant to be used, without what this file imports."""
+    return sorted(
+        [*__all__, "__doc__", "__version__", *(name for name in ("compat", "transformers") if name in globals())]
+    )
 
 
 def check_faults() -> None:

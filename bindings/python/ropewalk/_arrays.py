@@ -29,6 +29,14 @@ CHOICES: dict[str, dict[Any, int]] = {
 }
 
 
+# What other projects call the pairings.
+_ELSEWHERE = {
+    "half": "neox", "split_half": "neox", "rotate_half": "neox", "gpt-neox": "neox", "gpt_neox": "neox",
+    "gptj": "interleaved", "gpt-j": "interleaved", "gpt_j": "interleaved", "rotate_every_two": "interleaved",
+    "interleave": "interleaved",
+}  # fmt: skip
+
+
 def is_a(value: Any, kind: type | tuple[type, ...]) -> bool:
     """As isinstance, which believes an object's __class__."""
     return issubclass(type(value), kind)
@@ -200,6 +208,8 @@ def values(arguments: Mapping[str, Any]) -> list[Any]:
             value = number(f"rope: {name}", value)
         elif kind == "int":
             value = integer(f"rope: {name}", value, -(2**31), 2**31 - 1)
+        elif numpy is not None and is_a(value, numpy.bool_):
+            value = bool(value)
         elif not is_a(value, bool):
             if not is_a(value, int):
                 raise TypeError(f"rope: {name} must be a bool, but is a {_type_name(value)}")
@@ -239,7 +249,10 @@ def choice(name: str, value: Any) -> int:
     if (value is None or is_a(value, str)) and value in accepted:
         return accepted[value]
     names = " or ".join(repr(key) for key in accepted if key != "none")
-    raise (ValueError if is_a(value, str) else TypeError)(f"rope: {name} must be {names}, but is {_shown(value)}")
+    known = _ELSEWHERE.get(value.lower()) if name == "pairing" and is_a(value, str) else None
+    hint = f": that is {known!r} here" if known else ""
+    kind = ValueError if is_a(value, str) else TypeError
+    raise kind(f"rope: {name} must be {names}, but is {_shown(value)}{hint}")
 
 
 def empty(shape: tuple[int, ...], dtype: Any) -> Any:

@@ -103,7 +103,12 @@ class Frequencies:
         text = None if scaling is None else _json(scaling)
         base = _arrays.number("frequencies: theta", theta)
         dim = _arrays.integer("frequencies: rotary_dim", rotary_dim)
-        self._own(_create(base, dim, text, _length(sequence_length)))
+        try:
+            self._own(_create(base, dim, text, _length(sequence_length)))
+        except ValueError as error:
+            if scaling and "rope_type" not in scaling and "type" not in scaling:
+                raise ValueError(f"{error}: scaling has no rope_type, which says the rule") from None
+            raise
         self._recipe = ("_again", (base, dim, text, sequence_length))
 
     @classmethod
@@ -120,6 +125,9 @@ class Frequencies:
         Raises:
             ValueError: a frequency is not finite, there are none, or `axes` has another length or a negative entry.
         """
+        shape = getattr(inv_freq, "shape", None)
+        if shape is not None and len(shape) != 1:
+            raise ValueError(f"frequencies: inv_freq must have 1 dimension, but has {len(shape)}: {list(shape)}")
         values = array.array("d", [_arrays.number("frequencies: inv_freq", x) for x in inv_freq])
         rows = None
         if axes is not None:
@@ -253,13 +261,35 @@ class Frequencies:
             raise ValueError(f"frequencies: max_position must be >= 0, but is {rows}")
         shape = (rows, self.rotary_dim // 2)
         cos, sin = _arrays.empty(shape, dtype), _arrays.empty(shape, dtype)
+        made = str(cos.dtype).rpartition(".")[2]
+        if made not in ("float32", "float16", "bfloat16"):
+            raise ValueError(f"frequencies: dtype of a table must be float32, float16 or bfloat16, but is {made}")
         _table(self._handle, _arrays.convert("cos", cos, written=True), _arrays.convert("sin", sin, written=True))
         return cos, sin
 
     def __repr__(self) -> str:
-        scaling = self.attention_scaling
-        extra = "" if scaling == 1.0 else f", attention_scaling={scaling!r}"
-        return f"<ropewalk.Frequencies of rotary_dim {self.rotary_dim}{extra}>"
+        """Where they come from, as far as that is known: theta and rule, or the configuration."""
+        parts = [f"rotary_dim {self.rotary_dim}"]
+        made_by, how = self._recipe
+        if made_by == "_again":
+            rule = json.loads(how[2] or "{}")
+            parts.append(f"theta {how[0]:g}")
+            parts += [str(rule[name]) for name in ("rope_type", "type") if name in rule][:1]
+        elif made_by == "_parsed":
+            parts += [f"from {how[1]}"] + [f"layer type {how[2]}"] * (how[2] is not None)
+        rows = self.axes
+        if rows is not None:
+            parts.append(f"{int(max(rows)) + 1} axes")
+        if self.attention_scaling != 1.0:
+            parts.append(f"attention_scaling={self.attention_scaling!r}")
+        return f"<ropewalk.Frequencies of {', '.join(parts)}>"
+
+    def __eq__(self, other: object) -> bool:
+        """Whether they rotate alike: by the same fractions of a turn, the same scaling and the same axes."""
+        return self._content == other._content if _arrays.is_a(other, Frequencies) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self._content)
 
     def __copy__(self) -> Frequencies:
         return self

@@ -58,6 +58,11 @@ class Patch:
         self.fused_norms = 0  # of these, with the norm of q and k fused in
         self._patched = [module for module in model.modules() if STATE in module.__dict__]
 
+    def __repr__(self) -> str:
+        norms = f", {self.fused_norms} with the norm" if self.fused_norms else ""
+        state = f"{self.layers} layers of it by Ropewalk{norms}" if self._patched else "as it was"
+        return f"<ropewalk.transformers.Patch of {type(self.model).__name__}: {state}>"
+
     def unpatch(self) -> None:
         """Restores the model. What others have wrapped round its layers since stays, and calls what it was."""
         self._unset(*self._patched)
@@ -100,6 +105,10 @@ def patch(model: torch.nn.Module, *, angles: str = "exact", rounding: str = "fus
         ValueError: the model has no such attention, is patched already, is spread over devices, or does something with
             the rotary embedding that Ropewalk does not know. The model is then as it was.
     """
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(
+            f"patch: model must be a transformers model (a torch.nn.Module), but is a {type(model).__name__}"
+        )
     if angles not in ("exact", "table"):
         raise ValueError(f"patch: angles must be 'exact' or 'table', but is {_shown(angles)}")
     result = Patch(model)
