@@ -13,7 +13,7 @@ FRONT = "README"
 NAVIGATION = {
     "Python": ["docs/python", "docs/reference", "docs/arguments"],
     "C and C++": ["docs/cpp"],
-    "Engines": ["docs/compat", "docs/models", "docs/environment", "docs/performance"],
+    "Engines": ["docs/engines", "docs/compat", "docs/models", "docs/environment", "docs/performance"],
     "Command line": ["docs/cli"],
     "Kernel authors": ["docs/design", "docs/cuda", "docs/intel", "docs/opencl", "CONTRIBUTING"],
     "The project": ["CHANGELOG", "SECURITY", "CODE_OF_CONDUCT"],
