@@ -158,23 +158,27 @@ bool HoldsModels(const fs::path& directory) {
 
 }  // namespace
 
+std::vector<fs::path> PythonPackages() {
+  std::vector<fs::path> places;
+  std::error_code error;
+  const fs::path program = fs::read_symlink("/proc/self/exe", error);
+  if (error) return places;
+  for (const char* lib : {"lib", "lib64"}) {
+    for (const auto& entry : fs::directory_iterator(program.parent_path().parent_path() / lib, error)) {
+      if (entry.path().filename().string().starts_with("python3")) places.push_back(entry.path() / "site-packages");
+    }
+  }
+  return places;
+}
+
 std::string ModelsDirectory(std::vector<std::string>* tried) {
   std::vector<fs::path> places = {"models"};
   if (const char* variable = EnvironmentVariable("ROPEWALK_MODELS"); variable && *variable)
     places.emplace_back(variable);
   std::error_code error;
   const fs::path program = fs::read_symlink("/proc/self/exe", error);
-  if (!error) {
-    const fs::path prefix = program.parent_path().parent_path();
-    places.push_back(prefix / "share/ropewalk/models");
-    for (const char* lib : {"lib", "lib64"}) {
-      for (const auto& entry : fs::directory_iterator(prefix / lib, error)) {
-        if (entry.path().filename().string().starts_with("python3")) {
-          places.push_back(entry.path() / "site-packages/ropewalk/models");
-        }
-      }
-    }
-  }
+  if (!error) places.push_back(program.parent_path().parent_path() / "share/ropewalk/models");
+  for (const fs::path& packages : PythonPackages()) places.push_back(packages / "ropewalk/models");
   for (const fs::path& place : places) {
     if (HoldsModels(place)) return place.string();
     if (tried) tried->push_back(place.string());

@@ -6,6 +6,7 @@
 
 #include <CLI/CLI.hpp>
 #include <cstdint>
+#include <filesystem>
 #include <memory>
 #include <nlohmann/json.hpp>
 #include <stdexcept>
@@ -84,6 +85,9 @@ struct Model {
 std::vector<Model> LoadModels(const std::vector<std::string>& paths);
 // The directory of the models that come with Ropewalk; "" if there is none. `tried` gets the places looked at.
 std::string ModelsDirectory(std::vector<std::string>* tried);
+
+// The folders of Python packages beside this command, if it came with one: PREFIX/lib/python3*/site-packages.
+std::vector<std::filesystem::path> PythonPackages();
 
 struct FrequenciesDeleter {
   void operator()(ropewalk_frequencies* frequencies) const { ropewalk_frequencies_release(frequencies); }

@@ -5,8 +5,12 @@
 #include <sched.h>
 #include <unistd.h>
 
+#include <algorithm>
+#include <fstream>
+
 #include "backends/cuda/cache.h"
 #include "backends/cuda/nvrtc.h"
+#include "base/environment.h"
 #include "cli/common.h"
 #include "conformance/runner.h"
 #include "measure/floor.h"
@@ -56,6 +60,61 @@ Json Tools() {
   return tools;
 }
 
+// The version of a package of Python by its folder NAME-VERSION.dist-info; "" if it is not there.
+std::string PackageVersion(const std::vector<std::filesystem::path>& places, const std::string& package) {
+  std::error_code error;
+  for (const auto& place : places) {
+    for (const auto& entry : std::filesystem::directory_iterator(place, error)) {
+      const std::string name = entry.path().filename().string();
+      if (name.starts_with(package + "-") && name.ends_with(".dist-info")) {
+        return name.substr(package.size() + 1, name.size() - package.size() - 1 - std::string(".dist-info").size());
+      }
+    }
+  }
+  return "";
+}
+
+// As ropewalk/engines/__init__.py has it: by the variable, or by the engine's own list of plugins.
+bool AsksForRopewalk(const Json& engine) {
+  const auto text = [&](const char* key) {
+    const char* value = EnvironmentVariable(engine[key].get<std::string>().c_str());
+    return std::string(value ? value : "");
+  };
+  const std::string value = text("variable");
+  if (!value.empty()) return value == "1";
+  std::string plugins = text("plugins");
+  std::erase(plugins, ' ');
+  return ("," + plugins + ",").find(",ropewalk,") != std::string::npos;
+}
+
+// The engines that the Python package beside this command has a plugin for; none where there is no such package.
+Json Engines() {
+  Json engines = Json::array();
+  const auto places = PythonPackages();
+  for (const auto& place : places) {
+    std::ifstream file(place / "ropewalk/engines/known.json");
+    const Json known = file ? Json::parse(file, nullptr, /*allow_exceptions=*/false) : Json();
+    if (!known.is_object()) continue;
+    for (const auto& [name, engine] : known.items()) {
+      const std::string version = PackageVersion(places, engine["package"]);
+      const auto versions = engine["versions"].get<std::vector<std::string>>();
+      const bool is_known = std::ranges::find(versions, version.substr(0, version.find('+'))) != versions.end();
+      const bool asks = AsksForRopewalk(engine);
+      std::string why;
+      if (version.empty()) {
+        why = "not installed";
+      } else if (!is_known) {
+        why = fmt::format("the plugin knows version {} alone", versions[0]);
+      } else if (!asks) {
+        why = fmt::format("not asked: set {}=1", engine["variable"].get<std::string>());
+      }
+      engines.push_back({{"name", name}, {"version", version}, {"serves", why.empty()}, {"why", why}});
+    }
+    break;
+  }
+  return engines;
+}
+
 // One small case of each dtype, to see that what is said to serve does.
 Json SelfTest() {
   RunSummary sum;
@@ -82,6 +141,7 @@ Json Examine() {
   out["self_test"] = SelfTest();
   out["kernels_run"] = Parsed(ropewalk_counters());
   out["tools"] = Tools();
+  out["engines"] = Engines();
   std::vector<std::string> tried;
   const std::string models = ModelsDirectory(&tried);
   out["models"] = {{"directory", models}, {"tried", tried}};
@@ -129,6 +189,14 @@ int Doctor(const Options& options) {
     tools.Add({there ? "yes" : "no", tool["what"], tool["used_for"], there ? tool["where"] : tool["remedy"]});
   }
   tools.Print();
+  if (!found["engines"].empty()) {
+    fmt::print("\n");
+    Table engines({"engine", "version", "plugin serves", "why not"});
+    for (const Json& engine : found["engines"]) {
+      engines.Add({engine["name"], engine["version"], engine["serves"].get<bool>() ? "yes" : "no", engine["why"]});
+    }
+    engines.Print();
+  }
 
   const std::string models = found["models"]["directory"];
   fmt::print("\nmodels:       {}\n",

@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 from typing import Any
@@ -70,3 +71,24 @@ def test_vllm_norms_and_stores(walked: Any) -> None:
 @pytest.mark.parametrize("engine", MORE)
 def test_the_loader_says_it(walked: Any, engine: str) -> None:
     assert walked(engine)[1].count(f"ropewalk in {engine} ") == 1
+
+
+def test_the_slot_of_transformers(tmp_path: pathlib.Path) -> None:
+    """transformers takes versions of `kernels` that PyPI does not have: the newest there is given such a number."""
+    shutil.copytree(ENGINES / "packages/kernels", tmp_path / "kernels")
+    (tmp_path / "kernels-0.18.2.dist-info").mkdir()
+    (tmp_path / "kernels-0.18.2.dist-info/METADATA").write_text(
+        "Metadata-Version: 2.1\nName: kernels\nVersion: 0.18.2\n"
+    )
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    program = [sys.executable, str(WALKS / "kernels_walk.py")]
+    env = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
+    ran = subprocess.run(program, capture_output=True, text=True, check=False, env=env)
+    assert ran.returncode == 0, ran.stderr
+    found = json.loads(ran.stdout.splitlines()[-1])
+    for name, one in found["patched"].items():
+        assert one["layers"] == 2 and one["apart"] < 1e-5, name
+    for name, one in found["slot"].items():
+        assert one["logits"] < 1e-5 and one["gradients"] < 1e-5, name
+        stock = name == "nanochat"  # which turns otherwise
+        assert one["launches"] == (0 if stock else 4), name  # two layers, there and back

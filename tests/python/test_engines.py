@@ -17,6 +17,7 @@ import pytest
 
 pytest.importorskip("torch")
 
+from ropewalk import engines
 from ropewalk.engines import Engine
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -199,3 +200,33 @@ print(hasattr(cls.forward, "__wrapped__"))"""
     assert "BailingMRotaryEmbedding.forward (its parameters are self layer_id positions" in ran.stderr
     assert "_C::fused_qk_norm_rope (its parameters are qkv layer num_heads_q" in ran.stderr
     assert "serves _C::rotary_embedding, vllm::mrope;" in ran.stderr
+
+
+def doctor(folder: pathlib.Path, installed: dict[str, str], **variables: str) -> dict[str, Any]:
+    """What `ropewalk doctor` says where the command lies beside such packages."""
+    packages = folder / "lib/python3.11/site-packages"
+    (packages / "ropewalk/engines").mkdir(parents=True)
+    (folder / "bin").mkdir()
+    shutil.copy(pathlib.Path(sys.executable).with_name("ropewalk"), folder / "bin/ropewalk")
+    known = pathlib.Path(engines.__file__).with_name("known.json")
+    shutil.copy(known, packages / "ropewalk/engines/known.json")
+    for name, version in installed.items():
+        (packages / f"{name}-{version}.dist-info").mkdir()
+    command, env = [str(folder / "bin/ropewalk"), "doctor", "--json"], environment(**variables)
+    ran = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
+    assert ran.returncode == 0, ran.stderr
+    return {engine["name"]: engine for engine in json.loads(ran.stdout)["engines"]}
+
+
+def test_doctor_tells_of_both(tmp_path: pathlib.Path) -> None:
+    told = doctor(tmp_path / "a", {"sglang": "0.5.23", "sglang_router": "0.1"})
+    assert told["sglang"] == {
+        "name": "sglang", "version": "0.5.23", "serves": False, "why": "not asked: set ROPEWALK_SGLANG=1",
+    }  # fmt: skip
+    assert told["vllm"] == {"name": "vllm", "version": "", "serves": False, "why": "not installed"}
+    told = doctor(tmp_path / "b", {"sglang": "0.5.23+cu13", "vllm": "0.40.0"}, SGLANG_PLUGINS="a, ropewalk",
+                  ROPEWALK_VLLM="1")  # fmt: skip
+    assert (told["sglang"]["serves"], told["sglang"]["why"]) == (True, "")
+    assert told["vllm"]["why"] == "the plugin knows version 0.33.0 alone"
+    told = doctor(tmp_path / "c", {"sglang": "0.5.23"}, SGLANG_PLUGINS="ropewalk", ROPEWALK_SGLANG="0")
+    assert not told["sglang"]["serves"]

@@ -14,7 +14,7 @@ kept, so that an unknown variant is refused.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -37,6 +37,8 @@ from ._patched_module import (
 )
 from ._rotary_module import frequencies_of
 
+__all__ = ["Patch", "patch", "use_kernels"]
+
 _TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
@@ -56,6 +58,7 @@ class Patch:
         self.model = model
         self.layers = 0  # attention layers that Ropewalk serves
         self.fused_norms = 0  # of these, with the norm of q and k fused in
+        self.skipped: dict[str, str] = {}  # classes of layers that rotate and were left alone, with the reason
         self._patched = [module for module in model.modules() if STATE in module.__dict__]
 
     def __repr__(self) -> str:
@@ -75,6 +78,16 @@ class Patch:
         for module in modules:
             take_off(module)
         self._patched = [m for m in self._patched if STATE in m.__dict__]
+
+    def _count(self, model: torch.nn.Module, refusals: dict[str, ValueError]) -> None:
+        attentions = [m for m in model.modules() if APPLY in _names(m) and STATE in m.__dict__]
+        self.layers = len(attentions)
+        self.fused_norms = sum(m.__dict__[STATE].fuses_norm for m in attentions)
+        self.skipped = {name: str(error).removeprefix("patch: ") for name, error in refusals.items()}
+        for module in model.modules():
+            other = None if STATE in module.__dict__ else _other_rotation(module)
+            if other:
+                self.skipped.setdefault(type(module).__name__, f"calls {other}, which Ropewalk does not serve here")
 
     def __enter__(self) -> Patch:
         return self
@@ -99,11 +112,12 @@ def patch(model: torch.nn.Module, *, angles: str = "exact", rounding: str = "fus
         fuse_norm: do the per-head RMSNorm of q and k in the same pass where the model has one.
 
     Returns:
-        A Patch, also a context manager.
+        A Patch, also a context manager. Its `skipped` names the layers that rotate and were left as they are, with the
+        reason: a vision tower beside a text model that is served, for example.
 
     Raises:
-        ValueError: the model has no such attention, is patched already, is spread over devices, or does something with
-            the rotary embedding that Ropewalk does not know. The model is then as it was.
+        ValueError: the model has no such attention, is patched already, is spread over devices, or all that rotates in
+            it does something that Ropewalk does not know. The model is then as it was.
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(
@@ -119,19 +133,34 @@ def patch(model: torch.nn.Module, *, angles: str = "exact", rounding: str = "fus
     for module in (*attentions, *rotaries):
         _check_forward(module)
     _check_devices(model, (*attentions, *rotaries))
+    refusals: dict[str, ValueError] = {}
     try:
         with torch.no_grad():
             for rotary in rotaries:
                 served = [m for m in attentions if getattr(m, "config", None) is rotary.config]
-                if served:
-                    _patch_rotary(result, rotary, served, angles, rounding, fuse_norm)
-        unserved = [m for m in attentions if STATE not in m.__dict__]
-        if unserved:
-            raise ValueError(f"patch: no rotary embedding found for {type(unserved[0]).__name__}")
+                try:
+                    if served:
+                        _patch_rotary(result, rotary, served, angles, rounding, fuse_norm)
+                except ValueError as error:
+                    # All layers of a configuration or none: they hand the same tables round.
+                    alike = [m for m in rotaries if m.config is rotary.config]
+                    result._unset(*(each for m in (*served, *alike) for each in m.modules()))
+                    refusals.update({type(m).__name__: error for m in served})
+        for name in {type(m).__name__ for m in attentions if STATE not in m.__dict__} - refusals.keys():
+            refusals[name] = ValueError(f"patch: no rotary embedding found for {name}")
+        if not any(STATE in m.__dict__ for m in attentions):
+            raise next(iter(refusals.values()))
     except BaseException:
         result.unpatch()
         raise
+    result._count(model, refusals)
     return result
+
+
+def _other_rotation(module: Any) -> str | None:
+    """The name of a rotation that the module calls and that is not the one that is served."""
+    names = (name for name in _names(module) if name.startswith(("apply_rotary", "apply_multimodal_rotary")))
+    return next((name for name in names if name != APPLY), None)
 
 
 def _check_forward(module: Any) -> None:
@@ -257,7 +286,7 @@ def _patch_attention(
     name = base.__name__
     if TABLES not in inspect.signature(base.forward).parameters:
         raise ValueError(f"patch: {name} is not handed cosines and sines ({TABLES}), which Ropewalk does not know")
-    weight = next(attention.parameters())
+    weight = _plain_weight(result.model, attention)
     positions = torch.arange(3, 9, device=weight.device)[None]
     hidden = torch.randn(
         (1, 6, rotary.config.hidden_size), generator=torch.Generator().manual_seed(7), dtype=torch.float32
@@ -287,17 +316,32 @@ def _patch_attention(
         except (AttributeError, TypeError):  # its code does more with the tables than to hand them on
             got = torch.full_like(want, float("nan"))
         if (got - want).abs().max() <= tolerance * want.abs().max():
-            result.layers += 1
-            result.fused_norms += fused is not None
             return
         result._unset(attention, *norms)
     raise ValueError(f"patch: with Ropewalk {name} gives another result than with its own {APPLY}")
 
 
+def _plain_weight(model: Any, attention: Any) -> Any:
+    """A weight of the dtype that the layer computes in: not a quantised one."""
+    for module in (attention, model):
+        for weight in module.parameters():
+            if weight.dtype in _TOLERANCE:
+                return weight
+    raise ValueError(f"patch: {type(model).__name__} has no weights of float32, float16 or bfloat16")
+
+
+# What some layers' forwards need besides: nothing of it, as it is in a first pass without a cache.
+_NOTHING = {"alibi": None, "past_key_values": None, "layer_past": None, "merged_attention_mask": None}
+
+
 def _try(name: str, attention: Any, hidden: Any, position_embeddings: tuple[Any, Any]) -> Any:
     """The output of one layer for a given input."""
+    parameters = inspect.signature(type(attention).forward).parameters
     arguments = {"hidden_states": hidden, TABLES: position_embeddings, "attention_mask": None}
-    for parameter in inspect.signature(type(attention).forward).parameters.values():
+    arguments.update({known: value for known, value in _NOTHING.items() if known in parameters})
+    if "position_ids" in parameters:
+        arguments["position_ids"] = torch.arange(3, 3 + hidden.shape[1], device=hidden.device)[None]
+    for parameter in parameters.values():
         needed = parameter.default is parameter.empty and parameter.kind not in (
             parameter.VAR_KEYWORD,
             parameter.VAR_POSITIONAL,
@@ -308,6 +352,8 @@ def _try(name: str, attention: Any, hidden: Any, position_embeddings: tuple[Any,
     attention.eval()
     try:
         output = attention(**arguments)
+    except (KeyError, IndexError, RuntimeError, AssertionError) as error:
+        raise ValueError(f"patch: {name} alone ends in {type(error).__name__}: {str(error)[:200]}") from None
     finally:
         attention.train(training)
     return (output[0] if isinstance(output, tuple) else output).float()
@@ -315,7 +361,9 @@ def _try(name: str, attention: Any, hidden: Any, position_embeddings: tuple[Any,
 
 def _find_pairing(name: str, attention: Any, stock_apply: Any, tables: tuple[Any, Any]) -> tuple[Any, str]:
     """What the model's function does, found out by trying it."""
-    known = list(inspect.signature(stock_apply).parameters)[:4] == ["q", "k", "cos", "sin"]
+    # A module of the package `kernels`, if that is installed: its forward is the function.
+    plain = stock_apply.forward if isinstance(stock_apply, torch.nn.Module) else stock_apply
+    known = list(inspect.signature(plain).parameters)[:4] == ["q", "k", "cos", "sin"]
     cos, sin = (table.float() for table in tables)
     head_dim = getattr(attention, "head_dim", None) or getattr(attention, "head_size", None)
     if known and head_dim and cos.dim() == 3:
@@ -369,3 +417,74 @@ def _find_norm(module: Any, head_dim: int | None) -> Norm | None:
         if torch.allclose(plain * factor, want, atol=0.0, rtol=_TOLERANCE.get(x.dtype, 1e-4)):
             return Norm(eps, zero_centered and weight is not None)
     return None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# transformers' own slot, by the package `kernels`
+
+_serves: dict[tuple[Any, ...], bool] = {}
+
+
+@torch.compiler.assume_constant_result
+def _slot_serves(cls: Any, head_dim: int, width: int, unsqueeze_dim: int) -> bool:
+    """Whether the function of a modeling file is the common one: some that have the slot rotate otherwise. Found out by
+    trying it, once."""
+    from .compat.transformers import apply_rotary_pos_emb  # noqa: PLC0415
+
+    key = cls, head_dim, width, unsqueeze_dim
+    if key not in _serves:
+        generator = torch.Generator().manual_seed(7)
+        shape = (1, 2, 3, head_dim) if unsqueeze_dim == 1 else (1, 3, 2, head_dim)
+        half = torch.randn((2, 1, 3, max(width // 2, 1)), generator=generator)
+        args = (*torch.randn((2, *shape), generator=generator), *torch.cat((half, half), -1), unsqueeze_dim)
+        try:
+            with torch.no_grad():
+                pairs = zip(apply_rotary_pos_emb(*args), cls.forward(None, *args), strict=True)
+                _serves[key] = all(a.shape == b.shape and torch.allclose(a, b, atol=1e-5) for a, b in pairs)
+        except Exception:  # the stock function's, whatever it is: that is called then
+            _serves[key] = False
+    return _serves[key]
+
+
+class _RotaryPosEmb(torch.nn.Module):
+    can_torch_compile = True
+    has_backward = True
+
+    def forward(self, q: Any, k: Any, cos: Any, sin: Any, unsqueeze_dim: int = 1) -> Any:
+        from .compat.transformers import apply_rotary_pos_emb  # noqa: PLC0415
+
+        if _slot_serves(type(self), q.shape[-1], cos.shape[-1], unsqueeze_dim):
+            return apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim)
+        return type(self).forward(self, q, k, cos, sin, unsqueeze_dim)
+
+
+class _Repository:
+    """What `kernels` takes a layer from: nothing is downloaded."""
+
+    layer_name = "rotary_pos_emb"
+
+    def load(self) -> type[torch.nn.Module]:
+        return _RotaryPosEmb
+
+
+def use_kernels(devices: Iterable[str] = ("cpu", "cuda", "xpu")) -> None:
+    """Puts Ropewalk's rotation into transformers' own slot `rotary_pos_emb`, for models that are loaded with
+    `use_kernels=True`, as TRL and axolotl do it, too. Training as well: its gradients are those of the stock function.
+
+    A model whose function is not the common one goes on with its own.
+
+    Args:
+        devices: the kinds of devices that it is registered for.
+
+    Raises:
+        ImportError: the package `kernels` is not installed, or not in a version that transformers takes.
+    """
+    from transformers.integrations import hub_kernels  # noqa: PLC0415
+
+    if not hub_kernels.is_kernels_available():
+        raise ImportError("use_kernels: the package kernels is not installed in a version that transformers takes")
+    mode = hub_kernels.Mode
+    modes = (mode.INFERENCE, mode.TRAINING, mode.INFERENCE | mode.TORCH_COMPILE, mode.TRAINING | mode.TORCH_COMPILE)
+    mapping = hub_kernels.get_kernel_mapping_transformers()
+    ours = {device: {each: _Repository() for each in modes} for device in devices}
+    mapping["rotary_pos_emb"] = {**mapping.get("rotary_pos_emb", {}), **ours}
