@@ -21,11 +21,18 @@ for file in /etc/resolv.conf /etc/hosts /etc/pip.conf /etc/ssl/certs/ca-certific
   if [[ -f $file ]]; then mkdir -p "$folder/$(dirname "$file")"; cat "$file" >"$folder$file"; fi
 done
 tree=$folder/work/ropewalk
-mkdir -p "$tree" "$folder/proc"
-if ! mountpoint -q "$folder/proc"; then
-  mount -t proc proc "$folder/proc"
-  trap 'umount "$folder/proc"' EXIT
-fi
+mkdir -p "$tree" "$folder/proc" "$folder/sys"
+# PoCL aborts where it cannot read the machine's memory from /sys. Never remove the folder while these are there.
+mounted=()
+trap 'for place in "${mounted[@]}"; do umount "$place"; done' EXIT
+mount_at() {
+  local place=$1; shift
+  if mountpoint -q "$place"; then return; fi
+  mount "$@" "$place"
+  mounted+=("$place")
+}
+mount_at "$folder/proc" -t proc proc
+mount_at "$folder/sys" -t sysfs -o ro sysfs
 git ls-files -z --cached --others --exclude-standard | tar --null --ignore-failed-read -T - -cf - | tar -xf - -C "$tree"
 if compgen -G "dist/ropewalk-*_$(uname -m).whl" >/dev/null; then
   mkdir -p "$tree/dist"
@@ -41,10 +48,7 @@ inside() {
 }
 if [[ ${CCACHE_DIR:-} ]]; then
   mkdir -p "$folder/ccache"
-  if ! mountpoint -q "$folder/ccache"; then
-    mount --bind "$CCACHE_DIR" "$folder/ccache"
-    trap 'umount "$folder/ccache"; umount "$folder/proc" || true' EXIT
-  fi
+  mount_at "$folder/ccache" --bind "$CCACHE_DIR"
 fi
 inside "command -v make >/dev/null || { apt-get update -qq && apt-get install -y -qq --no-install-recommends make >/dev/null; }"
 for part in "${parts[@]}"; do
