@@ -167,7 +167,8 @@ class Checker {
     }
     const auto wrong = std::find_if(owners, owners + all_heads_, [](uint8_t count) { return count != 1; });
     const auto h = static_cast<int>(wrong - owners);
-    return Require(h == all_heads_, "head ", h, " of ", all_heads_, *wrong ? " has several owners" : " has no owner");
+    if (h == all_heads_) return true;  // there is no owner to tell of
+    return Require(false, "head ", h, " of ", all_heads_, *wrong ? " has several owners" : " has no owner");
   }
 
   // ---- elements of a head: each one's owner, and the pair that turns it

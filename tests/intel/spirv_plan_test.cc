@@ -172,9 +172,9 @@ std::vector<Lie> Lies() {
     for (const int by : {-1, 1}) {
       const auto change = [at, by](RopeSpirvPlan* plan) {
         char* const word = reinterpret_cast<char*>(&plan->shape) + at;
-        rw_i32 value;
+        rw_u32 value;  // which goes round
         std::memcpy(&value, word, sizeof(value));
-        value += by;
+        value += static_cast<rw_u32>(by);
         std::memcpy(word, &value, sizeof(value));
       };
       Lie lie{Text("the word at ", at, " of the shape by ", by), change};
