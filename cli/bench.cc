@@ -6,6 +6,7 @@
 #include <sched.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <ctime>
 
@@ -42,7 +43,8 @@ void AddVariants(const Options& options, const bench::Place& place, RopeCase c, 
   for (const std::string& op : options.ops) {
     for (const std::string& pairing : options.pairings) {
       bench::SetVariant(op == "norm+rope", pairing == "neox" ? ROPEWALK_NEOX : ROPEWALK_INTERLEAVED, &c);
-      const std::string label = fmt::format("{}/{}x{}", c.q_heads, c.k_heads, c.head_dim);
+      std::string label = fmt::format("{}/{}x{}", c.q_heads, c.k_heads, c.head_dim);
+      if (c.rotary_dim != c.head_dim) label += fmt::format(", {} of it", c.rotary_dim);
       items->push_back({label, place.MemoryOf(c), c, threads});
     }
   }
@@ -59,6 +61,7 @@ std::vector<Item> Items(const Options& options, const bench::Place& place) {
     cpu_set_t set;
     if (sched_getaffinity(0, sizeof(set), &set) == 0 && CPU_COUNT(&set) > 1) threads.push_back(2);
   }
+  WarnOfThreads(*std::ranges::max_element(threads));
   const std::vector<Model> models = options.models.empty() ? std::vector<Model>() : LoadModels(options.models);
   for (const std::string& dtype_name : options.dtypes) {
     const uint32_t dtype = ParseDtype(dtype_name);
@@ -107,6 +110,7 @@ Json ToJson(const Item& item, const bench::Place& place, const bench::TimedCase&
           {"us", timed.time.ours * 1e6},
           {"floor_us", timed.time.floor * 1e6},
           {"of_floor", timed.time.of_floor},
+          {"noisy", timed.time.noisy},
           {"gb_per_s", timed.gigabytes_per_second()},
           {"pairs", timed.time.pairs},
           {"calls", timed.time.calls},
@@ -199,7 +203,8 @@ int Bench(const Options& options) {
                  timed.held ? fmt::format("{:.2f}", timed.time.floor * 1e6) : "-",
                  timed.held ? fmt::format("{:.2f}", timed.time.ours * 1e6) : Verdict(false),
                  timed.held ? fmt::format("{:.1f}", timed.gigabytes_per_second()) : "-",
-                 timed.held ? fmt::format("{:.3f}", timed.time.of_floor) : "-", timed.kernel});
+                 timed.held ? fmt::format("{:.3f}{}", timed.time.of_floor, timed.time.noisy ? "~" : " ") : "- ",
+                 timed.kernel});
     }
   }
   const bool held = failures.empty();
@@ -212,7 +217,8 @@ int Bench(const Options& options) {
         "\n{}; load {:.1f}. Each result was checked before it was timed.\n"
         "of floor: our time over that of an in-place read-modify-write of the same bytes, median of pairs taken in "
         "turns;\n"
-        "          {}.\n"
+        "          {}. ~: noisy, the middle half of the pairs lies further apart than by a "
+        "quarter.\n"
         "GB/s:     bytes read and written over our median.\n",
         DeviceText(place), machine["load_before"].get<double>(), place.FloorText());
   }
@@ -237,7 +243,7 @@ void AddBench(CLI::App* app, int* exit_code) {
       ->check(Whole(1, kMostTokens));
   command->add_option("--dtype", options->dtypes, "bf16, f16, f32 (default: all three)")
       ->delimiter(',')
-      ->check(CLI::IsMember({"bf16", "f16", "f32", "bfloat16", "float16", "float32"}))
+      ->check(Dtypes())
       ->type_name("DTYPE");
   command->add_option("--pairing", options->pairings, "neox, interleaved (default: both)")
       ->delimiter(',')
@@ -255,16 +261,22 @@ void AddBench(CLI::App* app, int* exit_code) {
   command->add_flag("--sweep", options->sweep,
                     "head sizes and rotated parts of every kind on one thread of the CPU, each beside 128 of 128; the "
                     "worst first");
-  command->add_option("--json", options->json, "write JSON to this file; -: to stdout")->type_name("FILE");
-  command->add_option("--csv", options->csv, "write CSV to this file; -: to stdout")->type_name("FILE");
+  command->add_option("--json", options->json, "write JSON to this file, or print it")
+      ->expected(0, 1)
+      ->default_str("-")
+      ->type_name("[FILE]");
+  command->add_option("--csv", options->csv, "write CSV to this file, or print it")
+      ->expected(0, 1)
+      ->default_str("-")
+      ->type_name("[FILE]");
   command->footer(
       "Examples:\n"
-      "  ropewalk bench                                          32/8 heads of 128, in L2, L3 and DRAM\n"
-      "  ropewalk bench --shape 4096,24,24,128 --dtype bf16      one shape\n"
-      "  ropewalk bench --model qwen3-8b --threads 1,2,4         a model's own pairing and norm\n"
-      "  ropewalk bench --backend cuda --dtype bf16              on the first NVIDIA GPU\n"
-      "  ropewalk bench --sweep --seconds 0.05                   what other head sizes and parts cost\n"
-      "  ropewalk bench --json out.json --csv out.csv            for machines\n\n"
+      "  ropewalk bench                               32/8 heads of 128, L2 to DRAM\n"
+      "  ropewalk bench --shape 4096,24,24,128        one shape\n"
+      "  ropewalk bench --model qwen3-8b              a model's own pairing and norm\n"
+      "  ropewalk bench --backend cuda --dtype bf16   on the first NVIDIA GPU\n"
+      "  ropewalk bench --sweep --seconds 0.05        what other head sizes cost\n"
+      "  ropewalk bench --json out.json --csv o.csv   for machines\n\n"
       "Exit code 0 only if every result was right; speed never fails.");
   command->callback([options, exit_code] { *exit_code = Bench(*options); });
 }

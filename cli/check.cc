@@ -107,7 +107,7 @@ void TakeShard(const std::string& shard, std::vector<RopeCase>* cases) {
   const std::string_view text = shard;
   if (!ParseWhole(text.substr(0, slash), &k) || !ParseWhole(text.substr(std::min(slash + 1, text.size())), &n) ||
       k >= n) {
-    throw Failure(fmt::format("--shard must be K/N with K < N, but is \"{}\"", shard), kNotHeld);
+    throw Failure(fmt::format("--shard must be K/N with K < N, but is \"{}\"", shard));
   }
   std::vector<RopeCase> taken;
   for (size_t i = 0; i < cases->size(); ++i) {
@@ -161,8 +161,13 @@ int Check(const Options& options) {
     fmt::print("{}  {}\n        {}\n        again: {}\n", Verdict(false), failure.name, failure.message, failure.rerun);
   }
   if (!summary.error.empty()) fmt::print("{}\n", summary.error);
-  fmt::print("{}: {} cases ran, {} failed; {} elements compared; worst error {:.3f} of the tolerance ({})\n",
-             Verdict(summary.ok()), summary.run, summary.failed, summary.elements, summary.worst, summary.worst_case);
+  fmt::print("{}: {} ran, {} failed; {} compared", Verdict(summary.ok()), Counted(summary.run, "case"), summary.failed,
+             Counted(summary.elements, "element"));
+  if (summary.worst_case.empty()) {
+    fmt::print("\n");
+  } else {
+    fmt::print("; worst error {:.3f} of the tolerance ({})\n", summary.worst, summary.worst_case);
+  }
   return summary.ok() ? kHeld : kNotHeld;
 }
 
@@ -205,11 +210,12 @@ void AddCheck(CLI::App* app, int* exit_code) {
       "Examples:\n"
       "  ropewalk check                            all cases\n"
       "  ropewalk check --backend cpu:avx2         on one target of the CPU\n"
-      "  ropewalk check --case 'norm*' --list      which cases a pattern means\n"
+      "  ropewalk check --case '*rms*' --list      which cases a pattern means\n"
       "  ropewalk check --model my/config.json     one model's shapes, in three dtypes\n"
       "  ropewalk check --random 1000 --seed 7     a thousand cases that no list has\n"
-      "  ropewalk check --engines --case Phi-4     one model's heads, split over 1, 2, 4 and 8 ranks, in every mode\n\n"
-      "A tolerance is half a unit in the last place of the output and 2^-20 of the pair's length (2^-21 in float32).\n"
+      "  ropewalk check --engines --case Phi-4     one model's heads, over 1 to 8 ranks\n\n"
+      "A tolerance is half a unit in the last place of the output and 2^-20 of the\n"
+      "pair's length (2^-21 in float32).\n"
       "Exit code 1 if a case fails or none ran.");
   command->callback([options, exit_code] { *exit_code = Check(*options); });
 }

@@ -5,11 +5,13 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cctype>
 #include <charconv>
 #include <cstdio>
 #include <cstdlib>
 #include <filesystem>
 #include <fstream>
+#include <string_view>
 #include <utility>
 
 #include "base/environment.h"
@@ -44,8 +46,14 @@ size_t Width(std::string_view text) {
   return width;
 }
 
+// A terminal that knows no escape sequences, such as Emacs's, says so.
+bool KnowsEscapes(int file) {
+  const char* kind = std::getenv("TERM");
+  return isatty(file) && !(kind && std::string_view(kind) == "dumb");
+}
+
 bool Coloured() {
-  static const bool coloured = isatty(STDOUT_FILENO) && !std::getenv("NO_COLOR");
+  static const bool coloured = KnowsEscapes(STDOUT_FILENO) && !std::getenv("NO_COLOR");
   return coloured;
 }
 
@@ -90,6 +98,30 @@ void Table::Print() const {
   std::fflush(stdout);
 }
 
+std::string Wrapped(std::string_view text, size_t indent) {
+  constexpr size_t kWidth = 80;
+  std::string out;
+  size_t column = indent;
+  while (!text.empty()) {
+    const std::string_view word = text.substr(0, text.find(' '));
+    text.remove_prefix(std::min(word.size() + 1, text.size()));
+    if (column > indent && column + 1 + Width(word) > kWidth) {
+      out += "\n" + std::string(indent, ' ');
+      column = indent;
+    } else if (column > indent) {
+      out += ' ';
+      ++column;
+    }
+    out += word;
+    column += Width(word);
+  }
+  return out;
+}
+
+std::string Counted(int64_t count, std::string_view noun) {
+  return fmt::format("{} {}{}", count, noun, count == 1 ? "" : "s");
+}
+
 std::string Verdict(bool held) {
   const char* text = held ? "ok" : "FAILED";
   if (!Coloured()) return text;
@@ -99,7 +131,7 @@ std::string Verdict(bool held) {
 // ---- progress -------------------------------------------------------------------------------------------------------
 
 Progress::Progress(std::string label, int64_t total)
-    : label_(std::move(label)), total_(total), shown_(isatty(STDERR_FILENO) != 0) {}
+    : label_(std::move(label)), total_(total), shown_(KnowsEscapes(STDERR_FILENO)) {}
 
 Progress::~Progress() {
   if (shown_) std::fputs("\r\033[K", stderr);
@@ -172,9 +204,15 @@ std::vector<fs::path> PythonPackages() {
 }
 
 std::string ModelsDirectory(std::vector<std::string>* tried) {
-  std::vector<fs::path> places = {"models"};
-  if (const char* variable = EnvironmentVariable("ROPEWALK_MODELS"); variable && *variable)
-    places.emplace_back(variable);
+  std::vector<fs::path> places;
+  // Said by the user, it is taken or refused. A folder `models` of some other project is passed over.
+  if (const char* variable = EnvironmentVariable("ROPEWALK_MODELS"); variable && *variable) {
+    if (!HoldsModels(variable)) {
+      throw Failure(fmt::format("ROPEWALK_MODELS is {}, but no model configuration (*.json) is there", variable));
+    }
+    return variable;
+  }
+  if (HoldsModels("models") && fs::exists("models/qwen3-8b.json")) places.emplace_back("models");
   std::error_code error;
   const fs::path program = fs::read_symlink("/proc/self/exe", error);
   if (!error) places.push_back(program.parent_path().parent_path() / "share/ropewalk/models");
@@ -185,6 +223,38 @@ std::string ModelsDirectory(std::vector<std::string>* tried) {
   }
   return "";
 }
+
+namespace {
+
+std::string Lower(std::string_view text) {
+  std::string lower(text);
+  for (char& c : lower) c = static_cast<char>(std::tolower(static_cast<unsigned char>(c)));
+  return lower;
+}
+
+// One of the models that come with Ropewalk, by its file's name or by that which `run` prints, in any case.
+Model NamedModel(const std::string& name) {
+  const std::string directory = ModelsDirectory(nullptr);
+  std::vector<std::string> names;
+  const std::string wanted = Lower(name);
+  for (const fs::path& path : directory.empty() ? std::vector<fs::path>() : ConfigsIn(directory)) {
+    if (Lower(path.stem().string()) == wanted) return LoadModel(path);
+    names.push_back(path.stem().string());
+  }
+  for (const fs::path& path : directory.empty() ? std::vector<fs::path>() : ConfigsIn(directory)) {
+    Model model = LoadModel(path);
+    const std::string own = Lower(model.config.name);
+    if (own == wanted || own.substr(own.rfind('/') + 1) == wanted) return model;
+  }
+  std::string text = fmt::format("--model: no such file or directory: {}", name);
+  if (std::ranges::count(name, '/') == 1 && name.front() != '.' && !name.ends_with(".json")) {
+    text += " (a name on the Hub? download its config.json, and give that)";
+  }
+  if (!names.empty()) text += fmt::format("; the models that come with Ropewalk: {}", fmt::join(names, ", "));
+  throw Failure(text);
+}
+
+}  // namespace
 
 std::vector<Model> LoadModels(const std::vector<std::string>& paths) {
   std::vector<Model> models;
@@ -207,13 +277,7 @@ std::vector<Model> LoadModels(const std::vector<std::string>& paths) {
     } else if (fs::exists(place, error)) {
       models.push_back(LoadModel(place));
     } else {
-      // A name alone means one of the models that come with Ropewalk.
-      const std::string directory = ModelsDirectory(nullptr);
-      const fs::path named = fs::path(directory) / (place + ".json");
-      if (directory.empty() || place.find('/') != std::string::npos || !fs::exists(named, error)) {
-        throw Failure(fmt::format("--model: no such file or directory: {}", place));
-      }
-      models.push_back(LoadModel(named));
+      models.push_back(NamedModel(place));
     }
   }
   return models;
@@ -264,10 +328,6 @@ void WriteText(const std::string& path, const std::string& text) {
   if (path == "-") {
     fmt::print("{}", text);
     return;
-  }
-  if (const fs::path parent = fs::path(path).parent_path(); !parent.empty()) {
-    std::error_code error;
-    fs::create_directories(parent, error);
   }
   std::ofstream file(path, std::ios::binary);
   file << text;

@@ -57,6 +57,12 @@ class Table {
   std::vector<std::vector<std::string>> rows_;
 };
 
+// The text in lines of at most 80 columns, of which those after the first begin with `indent` spaces, where the first
+// one begins already.
+std::string Wrapped(std::string_view text, size_t indent);
+// "1 case", "2 cases".
+std::string Counted(int64_t count, std::string_view noun);
+
 // "ok" or "FAILED", in colour on a terminal.
 std::string Verdict(bool held);
 

@@ -75,7 +75,7 @@ std::vector<RopeCudaKey> Keys(const Options& options, const std::vector<Model>& 
 int Compile(const Options& options) {
   const std::vector<Model> models = LoadModels(options.models);
   const std::vector<std::string> archs = options.archs.empty() ? BundleArchs() : options.archs;
-  Table table({"arch", ">kernels", ">MB", ">s", "file"});
+  Table table({"arch", ">kernels", ">MB", ">CPU s", "file"});
   for (const std::string& arch : archs) {
     const std::vector<RopeCudaKey> keys = Keys(options, models, arch);
     BundleReport report;

@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <fstream>
 
+#include "backends/cuda/bundle.h"
 #include "backends/cuda/cache.h"
 #include "backends/cuda/nvrtc.h"
 #include "base/environment.h"
@@ -143,9 +144,18 @@ Json Examine() {
   out["tools"] = Tools();
   out["engines"] = Engines();
   std::vector<std::string> tried;
-  const std::string models = ModelsDirectory(&tried);
-  out["models"] = {{"directory", models}, {"tried", tried}};
+  std::string models, problem = "none found: give --model CONFIG.json, or set ROPEWALK_MODELS";
+  try {
+    models = ModelsDirectory(&tried);
+  } catch (const Failure& failure) {
+    problem = failure.what();
+  }
+  out["models"] = {{"directory", models}, {"tried", tried}, {"problem", models.empty() ? problem : ""}};
   out["kernel_cache"] = DiskCacheText();
+  out["bundles"] = BundleTexts();
+  if (const char* named = EnvironmentVariable("ROPEWALK_BUNDLE"); named && *named && out["bundles"].empty()) {
+    out["bundles"].push_back(fmt::format("none at {} (ROPEWALK_BUNDLE)", named));
+  }
   return out;
 }
 
@@ -167,12 +177,14 @@ int Doctor(const Options& options) {
              cpu["cores"].get<int>(), cpu["cores"].get<int>() == 1 ? "" : "s", cpu["vector_bytes"].get<int>(),
              Kib(cpu["l1_bytes"]), Kib(cpu["l2_bytes"]), Kib(cpu["l3_bytes"]));
 
-  Table backends({"backend", "serves", "what, or why not", "remedy"});
+  fmt::print("backend  serves  what, or why not\n");
   for (const Json& backend : found["backends"]) {
-    backends.Add(
-        {backend["name"], backend["available"].get<bool>() ? "yes" : "no", backend["detail"], backend["remedy"]});
+    fmt::print("{:<7}  {:<6}  {}\n", backend["name"].get<std::string>(),
+               backend["available"].get<bool>() ? "yes" : "no", Wrapped(backend["detail"].get<std::string>(), 17));
+    if (const std::string remedy = backend["remedy"]; !remedy.empty()) {
+      fmt::print("{:17}remedy: {}\n", "", Wrapped(remedy, 25));
+    }
   }
-  backends.Print();
   for (const Json& backend : found["backends"]) {
     const std::string name = backend["name"];
     std::string parts;
@@ -183,12 +195,15 @@ int Doctor(const Options& options) {
   }
 
   fmt::print("\n");
-  Table tools({"found", "what", "used for", "where, or remedy"});
+  fmt::print("found  what\n");
   for (const Json& tool : found["tools"]) {
     const bool there = tool["found"].get<bool>();
-    tools.Add({there ? "yes" : "no", tool["what"], tool["used_for"], there ? tool["where"] : tool["remedy"]});
+    fmt::print(
+        "{:<5}  {}\n", there ? "yes" : "no",
+        Wrapped(fmt::format("{} (for {})", tool["what"].get<std::string>(), tool["used_for"].get<std::string>()), 7));
+    fmt::print("{:7}{}{}\n", "", there ? "" : "remedy: ",
+               Wrapped(there ? tool["where"].get<std::string>() : tool["remedy"].get<std::string>(), there ? 7 : 15));
   }
-  tools.Print();
   if (!found["engines"].empty()) {
     fmt::print("\n");
     Table engines({"engine", "version", "plugin serves", "why not"});
@@ -200,14 +215,20 @@ int Doctor(const Options& options) {
 
   const std::string models = found["models"]["directory"];
   fmt::print("\nmodels:       {}\n",
-             models.empty() ? "none found: give --model CONFIG.json, or set ROPEWALK_MODELS" : models);
+             models.empty() ? Wrapped(found["models"]["problem"].get<std::string>(), 14) : models);
+  for (const Json& bundle : found["bundles"]) {
+    fmt::print("CUDA bundle:  {}\n", Wrapped(bundle.get<std::string>(), 14));
+  }
   fmt::print("CUDA cache:   {}\n", found["kernel_cache"].get<std::string>());
   std::string kernels;
   for (const auto& [kernel, count] : found["kernels_run"].items()) {
     kernels += (kernels.empty() ? "" : ", ") + kernel;
   }
-  fmt::print("self-test:    {} ({} cases by {}; worst error {:.2f} of the tolerance)\n", Verdict(held),
-             found["self_test"]["cases"].get<int>(), kernels, found["self_test"]["worst"].get<double>());
+  fmt::print("self-test:    {}\n",
+             Wrapped(fmt::format("{} ({} by {}; worst error {:.2f} of the tolerance)", Verdict(held),
+                                 Counted(found["self_test"]["cases"].get<int>(), "case"), kernels,
+                                 found["self_test"]["worst"].get<double>()),
+                     14));
   if (!held) fmt::print("              {}\n", found["self_test"]["message"].get<std::string>());
   return held ? kHeld : kNotHeld;
 }

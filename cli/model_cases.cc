@@ -2,6 +2,7 @@
 #include "cli/model_cases.h"
 
 #include <fmt/format.h>
+#include <sched.h>
 
 #include "measure/timed_case.h"
 
@@ -11,6 +12,7 @@ void AddModelOption(CLI::App* command, std::vector<std::string>* models) {
   command
       ->add_option("--model,--models", *models,
                    "config.json, a directory, or a name such as qwen3-8b; may be repeated (default: all in models/)")
+      ->delimiter(',')
       ->type_name("CONFIG.json|DIR");
 }
 
@@ -20,14 +22,22 @@ struct DtypeName {
   const char* name;
   uint32_t dtype;
 };
-constexpr DtypeName kDtypeNames[] = {{"bf16", kBF16},     {"f16", kF16},     {"f32", kF32},
-                                     {"bfloat16", kBF16}, {"float16", kF16}, {"float32", kF32}};
+constexpr DtypeName kDtypeNames[] = {
+    {"bf16", kBF16},   {"f16", kF16},     {"f32", kF32},  {"bfloat16", kBF16},
+    {"float16", kF16}, {"float32", kF32}, {"fp16", kF16}, {"fp32", kF32},
+};
 
 }  // namespace
 
+CLI::Validator Dtypes() {
+  std::vector<std::string> names;
+  for (const DtypeName& entry : kDtypeNames) names.emplace_back(entry.name);
+  return CLI::IsMember(names, CLI::ignore_case);
+}
+
 void AddDtypeOption(CLI::App* command, std::string* dtype) {
   command->add_option("--dtype", *dtype, "of q and k: bf16, f16 or f32")
-      ->check(CLI::IsMember({"bf16", "f16", "f32", "bfloat16", "float16", "float32"}))
+      ->check(Dtypes())
       ->type_name("DTYPE")
       ->capture_default_str();
 }
@@ -49,6 +59,13 @@ void RequireNoThreads(bool given, const std::string& backend) {
   if (given) throw Failure(fmt::format("--threads is for the CPU: leave it out with --backend {}", backend));
 }
 
+void WarnOfThreads(int32_t threads) {
+  cpu_set_t set;
+  if (sched_getaffinity(0, sizeof(set), &set) != 0 || threads <= CPU_COUNT(&set)) return;
+  fmt::print(stderr, "ropewalk: {} threads on {} will wait for each other\n", threads,
+             Counted(CPU_COUNT(&set), "core"));
+}
+
 std::string DeviceText(const bench::Place& place) {
   const std::string driver = place.driver();
   return driver.empty() ? place.device() : fmt::format("{}, driver {}", place.device(), driver);
@@ -60,7 +77,7 @@ std::string ThreadsText(int32_t threads) {
 
 uint32_t ParseDtype(const std::string& name) {
   for (const DtypeName& entry : kDtypeNames) {
-    if (name == entry.name) return entry.dtype;
+    if (CLI::detail::to_lower(name) == entry.name) return entry.dtype;
   }
   throw Failure(fmt::format("--dtype must be bf16, f16 or f32, but is {}", name));
 }
@@ -86,6 +103,13 @@ RopeCase ParseShape(const std::string& text, uint32_t dtype) {
   }
   RopeCase c = bench::ShapeCase(numbers[0], numbers[1], numbers[2], numbers[3], dtype);
   if (numbers.size() == 5) c.rotary_dim = numbers[4];
+  const int64_t rotated = c.rotary_dim ? c.rotary_dim : c.head_dim;
+  if (numbers[0] < 1 || numbers[1] < 1 || rotated < 2 || rotated % 2 || rotated > c.head_dim) {
+    throw Failure(fmt::format(
+        "--shape must have tokens and heads, and rotate an even number of elements of a head (all of them unless "
+        "rotary_dim is given), but is {}",
+        text));
+  }
   bench::Complete(&c);
   return c;
 }

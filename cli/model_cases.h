@@ -13,12 +13,14 @@
 namespace ropewalk::cli {
 
 void AddModelOption(CLI::App* command, std::vector<std::string>* models);
+CLI::Validator Dtypes();  // their names, in any case
 void AddDtypeOption(CLI::App* command, std::string* dtype);
 
 // For what is timed: a backend, forced; its place is a GPU's for CUDA, else the host.
 void AddPlaceOption(CLI::App* command, std::string* backend);
 bench::Place& PlaceOf(const std::string& backend);              // throws Failure
 void RequireNoThreads(bool given, const std::string& backend);  // throws Failure
+void WarnOfThreads(int32_t threads);                            // on stderr, if they are more than the cores
 std::string DeviceText(const bench::Place& place);              // "NVIDIA H200, driver 580.95.05 for CUDA 13.0"
 std::string ThreadsText(int32_t threads);                       // ", 2 threads", "" for 0
 

@@ -1,6 +1,10 @@
 // ropewalk run: real models' shapes: checked against the reference, timed against the floor, explained.
 // SPDX-License-Identifier: Apache-2.0
 #include <fmt/format.h>
+#include <fmt/ranges.h>
+
+#include <cstdlib>
+#include <set>
 
 #include "cli/common.h"
 #include "cli/model_cases.h"
@@ -60,6 +64,7 @@ Json ToJson(const Item& item, const bench::TimedCase& timed) {
           {"us", timed.time.ours * 1e6},
           {"floor_us", timed.time.floor * 1e6},
           {"of_floor", timed.time.of_floor},
+          {"noisy", timed.time.noisy},
           {"bytes", timed.bytes},
           {"gb_per_s", timed.gigabytes_per_second()},
           {"floor_kernel", timed.floor_shape},
@@ -71,6 +76,7 @@ int Run(const Options& options) {
   bench::Place& place = PlaceOf(options.backend);
   if (!place.threaded()) RequireNoThreads(options.threads != 0, options.backend);
   const int32_t threads = place.threaded() ? std::max(options.threads, 1) : 0;
+  WarnOfThreads(threads);
   const std::vector<Model> models = LoadModels(options.models);
   std::vector<Item> items;
   for (const Model& model : models) {
@@ -87,7 +93,10 @@ int Run(const Options& options) {
       options.seconds > 0 ? options.seconds : std::clamp(20.0 / static_cast<double>(items.size()), 0.05, 0.5);
   timing.full_check = int64_t{2} << 20;
 
-  Table table({"model", ">tokens", ">heads", ">dim", "op", "checked", ">us", ">GB/s", ">of floor", "kernel"});
+  // 80 columns: what a model's lines share stands over them.
+  std::vector<std::string> lines;
+  std::set<std::string> kernels;
+  std::string heading;
   Json results = Json::array();
   std::vector<std::string> failures;
   {
@@ -104,12 +113,18 @@ int Run(const Options& options) {
       }
       if (!timed.held) failures.push_back(fmt::format("{}, {} tokens: {}", label, c.tokens, timed.message));
       results.push_back(ToJson(item, timed));
-      table.Add(
-          {label, std::to_string(c.tokens), fmt::format("{}/{}", c.q_heads, c.k_heads),
-           c.rotary_dim == c.head_dim ? std::to_string(c.head_dim) : fmt::format("{} of {}", c.rotary_dim, c.head_dim),
-           bench::OpName(c), Checked(timed), timed.held ? fmt::format("{:.2f}", timed.time.ours * 1e6) : "-",
-           timed.held ? fmt::format("{:.1f}", timed.gigabytes_per_second()) : "-",
-           timed.held ? fmt::format("{:.2f}", timed.time.of_floor) : "-", timed.kernel});
+      const std::string part = c.rotary_dim == c.head_dim ? "" : fmt::format("{} of ", c.rotary_dim);
+      std::string shared =
+          fmt::format("{}: {}/{} heads, {}{}, {}", label, c.q_heads, c.k_heads, part, c.head_dim, bench::OpName(c));
+      if (shared != heading) lines.push_back(heading = std::move(shared));
+      if (!timed.held) {
+        lines.push_back(fmt::format("{:>10}  {}", c.tokens, Checked(timed)));
+        continue;
+      }
+      kernels.insert(timed.kernel);
+      lines.push_back(fmt::format("{:>10}  {:>10.2f}  {:>7.1f}  {:>8.2f}{}  {}", c.tokens, timed.time.ours * 1e6,
+                                  timed.gigabytes_per_second(), timed.time.of_floor, timed.time.noisy ? '~' : ' ',
+                                  Checked(timed)));
     }
   }
   const bool held = failures.empty();
@@ -124,19 +139,27 @@ int Run(const Options& options) {
     fmt::print("{}\n", out.dump(2));
     return held ? kHeld : kNotHeld;
   }
-  table.Print();
-  fmt::print(
-      "\n{}{}, {}.\n"
-      "checked:  largest error, in units of the tolerance, against the double-precision reference; the rounding to the "
-      "dtype\n"
-      "          is within it, so that 16-bit dtypes come near 1.\n"
-      "of floor: our time over that of an in-place read-modify-write of the same bytes in the same run; at few tokens, "
-      "which\n"
-      "          lie in the caches, the arithmetic and the call itself show. The floor is {}.\n\n",
-      DeviceText(place), ThreadsText(threads), options.dtype, place.FloorText());
+  fmt::print("{:>10}  {:>10}  {:>7}  {:>8}   {}\n", "tokens", "us", "GB/s", "of floor", "checked");
+  for (const std::string& line : lines) fmt::print("{}\n", line);
+  double load = 0;
+  getloadavg(&load, 1);
+  fmt::print("\n{}{}, {}; load {:.1f}.\n", DeviceText(place), ThreadsText(threads), options.dtype, load);
+  const auto note = [](std::string_view name, const std::string& text) {
+    fmt::print("{:<10}{}\n", name, Wrapped(text, 10));
+  };
+  note("checked:",
+       "largest error, in units of the tolerance, against the double-precision reference; the rounding to the dtype is "
+       "within it, so that 16-bit dtypes come near 1.");
+  note("of floor:",
+       fmt::format("our time over that of an in-place read-modify-write of the same bytes in the same run; at few "
+                   "tokens, which lie in the caches, the arithmetic and the call itself show. The floor is {}. ~: "
+                   "noisy, as the middle half of the measurements lies further apart than by a quarter.",
+                   place.FloorText()));
+  note("kernels:", fmt::format("{}", fmt::join(kernels, ", ")));
+  fmt::print("\n");
   for (const std::string& failure : failures) fmt::print("{}  {}\n", Verdict(false), failure);
-  fmt::print("{}: {} shapes of {} model{}\n", Verdict(held), items.size(), models.size(),
-             models.size() == 1 ? "" : "s");
+  fmt::print("{}: {} of {}\n", Verdict(held), Counted(static_cast<int64_t>(items.size()), "shape"),
+             Counted(static_cast<int64_t>(models.size()), "model"));
   return held ? kHeld : kNotHeld;
 }
 
@@ -144,8 +167,7 @@ int Run(const Options& options) {
 
 void AddRun(CLI::App* app, int* exit_code) {
   auto options = std::make_shared<Options>();
-  CLI::App* command = app->add_subcommand(
-      "run", "real models' shapes: checked against the reference, timed against the floor, explained");
+  CLI::App* command = app->add_subcommand("run", "real models' shapes: checked, timed against the floor, explained");
   AddModelOption(command, &options->models);
   AddDtypeOption(command, &options->dtype);
   command->add_option("--tokens", options->tokens, "tokens in a call (default: 1, 64 and up to 2048)")
@@ -158,7 +180,7 @@ void AddRun(CLI::App* app, int* exit_code) {
   command->add_flag("--json", options->json, "print JSON");
   command->footer(
       "Examples:\n"
-      "  ropewalk run                                   every model that comes with Ropewalk\n"
+      "  ropewalk run                                   all that come with Ropewalk\n"
       "  ropewalk run --model qwen3-8b --tokens 1,4096  one of them, at your sizes\n"
       "  ropewalk run --model path/to/config.json       yours\n"
       "  ropewalk run --backend cuda                    on the first NVIDIA GPU\n\n"

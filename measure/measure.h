@@ -25,11 +25,17 @@ inline double Median(std::vector<double> values) {
   return (*middle + *std::max_element(values.begin(), middle)) / 2;
 }
 
+inline bool Noisy(std::vector<double> figures) {
+  std::ranges::sort(figures);
+  return !figures.empty() && figures[figures.size() * 3 / 4] > 1.25 * figures[figures.size() / 4];
+}
+
 struct Paired {
   double ours = 0, floor = 0;  // median seconds of one call
   double of_floor = 0;         // median of ours / floor, pair by pair: 1 is the floor's speed
   int pairs = 0;
-  int64_t calls = 0;  // in each of a pair's halves
+  int64_t calls = 0;   // in each of a pair's halves
+  bool noisy = false;  // the middle half of ours / floor lies further apart than by a quarter
 };
 
 // Times `ours` and `floor` in turns for about `seconds`. `restore` puts the data back, untimed, before values drift
@@ -79,6 +85,7 @@ Paired MeasurePaired(Ours&& ours, FloorCall&& floor, RestoreCall&& restore, doub
   out.ours = Median(ours_seconds);
   out.floor = Median(floor_seconds);
   out.of_floor = Median(figures);
+  out.noisy = Noisy(figures);
   return out;
 }
 

@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 #include <sys/wait.h>
 
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <nlohmann/json.hpp>
@@ -69,7 +70,7 @@ TEST_F(Cli, NumbersAreTakenAsTheyAreOrRefused) {
   for (const char* shard : {"1", "1/", "/2", "2/2", "0/0", "-1/4", "1/-4", "99999999999999999999/4", "1/4x",
                             "1/99999999999999999999", "0x0/2", "' 1/2'"}) {
     const Ended ended = Command(Text("check --list --shard ", shard));
-    EXPECT_EQ(ended.code, 1) << shard << ": " << ended.said;
+    EXPECT_EQ(ended.code, 2) << shard << ": " << ended.said;
     EXPECT_NE(ended.said.find("--shard must be K/N with K < N"), std::string::npos) << shard << ": " << ended.said;
   }
   EXPECT_EQ(Command("check --list --shard 1/4").code, 0);
@@ -179,6 +180,74 @@ TEST_F(Cli, AWrongTargetInTheEnvironmentIsSaid) {
     EXPECT_NE(explain.said.find(Text("but is \"", target, "\"")), std::string::npos) << explain.said;
   }
   unsetenv("ROPEWALK_CPU_TARGET");
+}
+
+// Whatever the case, and as `run` prints it; what is no model is told of the others.
+TEST_F(Cli, ModelsHaveTheNamesThatAreSeen) {
+  for (const char* name :
+       {"qwen3-8b", "Qwen3-8B", "QWEN3-8B", "c4ai-command-r-v01", "FLUX.1-dev", "qwen3-8b,qwen3-8b"}) {
+    const Ended ended = Command(Text("run --tokens 1 --seconds 0.001 --model ", name));
+    EXPECT_EQ(ended.code, 0) << name << ": " << ended.said;
+  }
+  const Ended hub = Command("run --model Qwen/Qwen2-7B");
+  EXPECT_EQ(hub.code, 2);
+  EXPECT_NE(hub.said.find("download its config.json"), std::string::npos) << hub.said;
+  EXPECT_NE(hub.said.find("qwen3-8b"), std::string::npos) << hub.said;
+  const Ended nowhere = Shell(Text("(ROPEWALK_MODELS=/nowhere '", ROPEWALK_COMMAND, "' run) 2>&1"));
+  EXPECT_EQ(nowhere.code, 2);
+  EXPECT_NE(nowhere.said.find("ROPEWALK_MODELS is /nowhere"), std::string::npos) << nowhere.said;
+}
+
+// A folder `models` of another project is not taken for ours.
+TEST_F(Cli, AnotherProjectsModelsArePassedOver) {
+  const Ended ended = Shell(Text("d=$(mktemp -d) && mkdir $d/models && echo '{}' >$d/models/foo.json && cd $d && (",
+                                 "unset ROPEWALK_MODELS; '", ROPEWALK_COMMAND, "' run --tokens 1; rm -r $d) 2>&1"));
+  EXPECT_EQ(ended.said.find("foo.json"), std::string::npos) << ended.said;
+}
+
+TEST_F(Cli, WordsThatAreNoneSayWhatWasMeant) {
+  const auto says = [](const char* arguments, const char* words) {
+    const Ended ended = Command(arguments);
+    EXPECT_EQ(ended.code, 2) << arguments << ": " << ended.said;
+    EXPECT_NE(ended.said.find(words), std::string::npos) << arguments << ": " << ended.said;
+  };
+  says("doctr", "did you mean ropewalk doctor?");
+  says("chekc --list", "did you mean ropewalk check?");
+  says("run qwen3-8b", "a model is given by --model qwen3-8b");
+  says("bench --shape 16,32,8,127", "must have tokens and heads, and rotate an even number");
+  says("bench --shape 16,32,8,128,130", "must have tokens and heads, and rotate an even number");
+  says("bench --seconds 0.001 --shape 1,2,2,64 --json /nowhere/x.json", "cannot write /nowhere/x.json");
+  EXPECT_EQ(Command("help").code, 0);
+  EXPECT_EQ(Command("version").said, Command("--version").said);
+  EXPECT_EQ(Command("-V").said, Command("--version").said);
+  for (const char* dtype : {"fp16", "BF16", "Float32"}) {
+    EXPECT_EQ(Command(Text("run --model smollm2-135m --tokens 1 --seconds 0.001 --dtype ", dtype)).code, 0) << dtype;
+  }
+}
+
+// A table that wraps is no table.
+TEST_F(Cli, DoctorAndRunFitATerminal) {
+  for (const char* command :
+       {"doctor", "run --tokens 1 --seconds 0.001", "run --help", "bench --help", "check --help"}) {
+    const std::string said = Command(command).said;
+    for (size_t start = 0; start < said.size();) {
+      const size_t end = std::min(said.find('\n', start), said.size());
+      const std::string line = said.substr(start, end - start);
+      const bool is_path = line.find(' ', line.find_first_not_of(' ')) == std::string::npos;  // cannot be broken
+      EXPECT_TRUE(line.size() <= 80 || is_path || line.starts_with("CPU:") || line.starts_with("models:") ||
+                  line.starts_with("CUDA cache:"))
+          << command << ": " << line;
+      start = end + 1;
+    }
+  }
+}
+
+TEST_F(Cli, BenchPrintsJsonLikeTheOthers) {
+  const Ended ended = Command("bench --shape 1,2,2,64,32 --dtype bf16 --seconds 0.001 --threads 1 --json 2>/dev/null");
+  const auto found = nlohmann::json::parse(ended.said, nullptr, false);
+  ASSERT_FALSE(found.is_discarded()) << ended.said;
+  EXPECT_EQ(found["results"][0]["label"], "2/2x64, 32 of it");
+  EXPECT_TRUE(found["results"][0]["noisy"].is_boolean());
 }
 
 }  // namespace
