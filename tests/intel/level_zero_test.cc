@@ -642,7 +642,7 @@ TEST_F(LevelZeroHost, AQueueWhereNoneOrBothRunTimesAreLoaded) {
 // ---------------------------------------------------------------------------------------------------------------------
 // doctor
 
-// The line of the backend, single spaces between words.
+// The row of the backend in one line, single spaces between words.
 std::string DoctorOf(const std::string& environment) {
   // Under AddressSanitizer: the OpenCL drivers that it looks at leave memory behind when they are closed again.
   const std::string no_leaks = "ASAN_OPTIONS=\"$ASAN_OPTIONS:detect_leaks=0\" ";
@@ -652,6 +652,7 @@ std::string DoctorOf(const std::string& environment) {
     if (c != ' ' || (!all.empty() && all.back() != ' ')) all += static_cast<char>(c);
   }
   EXPECT_EQ(pipe ? pclose(pipe) : -1, 0) << all;
+  for (size_t at = 0; (at = all.find("\n ", at)) != std::string::npos;) all.erase(at, 1);  // lines that go on
   const size_t begin = all.find("\nintel ");
   return begin == std::string::npos ? all : all.substr(begin + 1, all.find('\n', begin + 1) - begin - 1);
 }
@@ -665,7 +666,7 @@ TEST_F(LevelZeroHost, DoctorNamesWhatIsMissingAndTheRemedy) {
   EXPECT_HAS(no_loader, "intel no ROPEWALK_LIBZE_LOADER names /nowhere/libze_loader.so.1, which cannot be opened");
   EXPECT_HAS(no_loader, "apt-get install libze1");
   const std::string no_shim = DoctorOf(fake + "ROPEWALK_LIBSYCL_SHIM=/nowhere/shim.so");
-  EXPECT_HAS(no_shim, "no SYCL queues: ROPEWALK_LIBSYCL_SHIM is /nowhere/shim.so, which is not there unset ROPEWALK_");
+  EXPECT_HAS(no_shim, "no SYCL queues: ROPEWALK_LIBSYCL_SHIM is /nowhere/shim.so, which is not there remedy: unset ROPEWALK_");
   const std::string narrow = DoctorOf(fake + "FAKE_ZE_SUB_GROUPS=32");
   EXPECT_HAS(narrow, "intel no Level Zero 1.9; xpu:0 (Fake GPU) has sub-groups of 32, but 16 is needed");
   EXPECT_HAS(narrow, "use a GPU that fits, or a newer driver");
