@@ -263,7 +263,7 @@ class Frequencies:
         cos, sin = _arrays.empty(shape, dtype), _arrays.empty(shape, dtype)
         made = str(cos.dtype).rpartition(".")[2]
         if made not in ("float32", "float16", "bfloat16"):
-            raise ValueError(f"frequencies: dtype of a table must be float32, float16 or bfloat16, but is {made}")
+            raise ValueError(f"frequencies: dtype of a table must be float32, float16 or bfloat16, but is {made[:60]}")
         _table(self._handle, _arrays.convert("cos", cos, written=True), _arrays.convert("sin", sin, written=True))
         return cos, sin
 
