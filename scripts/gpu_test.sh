@@ -30,7 +30,7 @@ check() {
     "$@" --backend "$backend" --shard "$i/$jobs" >"$work/check.$i" 2>&1 || touch "$work/failed" &
   done
   wait
-  awk '/cases ran/ { for (i = 1; i < NF; i++) { if ($(i + 1) == "cases") run += $i; if ($(i + 1) ~ /^failed/) bad += $i; if ($(i + 1) == "elements") n += $i } shards++ }
+  awk '/ cases? ran/ { for (i = 1; i < NF; i++) { if ($(i + 1) ~ /^cases?$/) run += $i; if ($(i + 1) ~ /^failed/) bad += $i; if ($(i + 1) ~ /^elements?$/) n += $i } shards++ }
        /ERROR SUMMARY: 0 errors|RACECHECK SUMMARY: 0 hazards/ { clean++ } /ERROR SUMMARY|RACECHECK SUMMARY/ { summaries++ }
        END { printf "%d cases ran, %d failed; %d elements compared; %d of '"$jobs"' processes told", run, bad, n, shards
              if (summaries) printf "; %d of %d summaries without an error", clean, summaries
