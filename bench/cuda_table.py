@@ -68,13 +68,6 @@ def plain(shape: list[int]) -> Shape:
     return (0, 0, *shape[2:]) if shape[0] == 0 and shape[1] not in (6, 10) else tuple(shape)
 
 
-def with_share(line: str) -> str:
-    """A search of before the share was part of a shape: of one unit."""
-    found = json.loads(line)
-    found["tried"] = [[[*shape, 1] if len(shape) == 8 else shape, us] for shape, us in found["tried"]]
-    return json.dumps(found, separators=(",", ":"))
-
-
 def useful(calls: list[Call], count: int, before: list[Shape], of: Callable[[Shape], bool]) -> list[Shape]:
     """So many shapes which together serve the calls best, each chosen for what it adds to those before it."""
     tried: dict[Shape, int] = {}
@@ -242,7 +235,7 @@ def main() -> None:
     parser.add_argument("--add", type=Path, metavar="SEARCH.jsonl", help="of `ropewalk tune`, taken in first")
     parser.add_argument("--check", action="store_true", help="of models of four fifths of the calls each")
     options = parser.parse_args()
-    lines = [with_share(x) for x in lzma.decompress(options.searches.read_bytes()).decode().splitlines()]
+    lines = lzma.decompress(options.searches.read_bytes()).decode().splitlines()
     if options.add:
         lines = added(lines, options.add.read_text().splitlines())
         options.searches.write_bytes(lzma.compress(("\n".join(lines) + "\n").encode(), preset=9))

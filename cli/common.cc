@@ -118,6 +118,12 @@ std::string Wrapped(std::string_view text, size_t indent) {
   return out;
 }
 
+std::string Lower(std::string_view text) {
+  std::string lower(text);
+  for (char& c : lower) c = static_cast<char>(std::tolower(static_cast<unsigned char>(c)));
+  return lower;
+}
+
 std::string Counted(int64_t count, std::string_view noun) {
   return fmt::format("{} {}{}", count, noun, count == 1 ? "" : "s");
 }
@@ -226,22 +232,16 @@ std::string ModelsDirectory(std::vector<std::string>* tried) {
 
 namespace {
 
-std::string Lower(std::string_view text) {
-  std::string lower(text);
-  for (char& c : lower) c = static_cast<char>(std::tolower(static_cast<unsigned char>(c)));
-  return lower;
-}
-
 // One of the models that come with Ropewalk, by its file's name or by that which `run` prints, in any case.
 Model NamedModel(const std::string& name) {
-  const std::string directory = ModelsDirectory(nullptr);
+  const std::string directory = ModelsDirectory(nullptr), wanted = Lower(name);
+  const std::vector<fs::path> configs = directory.empty() ? std::vector<fs::path>() : ConfigsIn(directory);
   std::vector<std::string> names;
-  const std::string wanted = Lower(name);
-  for (const fs::path& path : directory.empty() ? std::vector<fs::path>() : ConfigsIn(directory)) {
+  for (const fs::path& path : configs) {
     if (Lower(path.stem().string()) == wanted) return LoadModel(path);
     names.push_back(path.stem().string());
   }
-  for (const fs::path& path : directory.empty() ? std::vector<fs::path>() : ConfigsIn(directory)) {
+  for (const fs::path& path : configs) {
     Model model = LoadModel(path);
     const std::string own = Lower(model.config.name);
     if (own == wanted || own.substr(own.rfind('/') + 1) == wanted) return model;

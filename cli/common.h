@@ -60,6 +60,7 @@ class Table {
 // The text in lines of at most 80 columns, of which those after the first begin with `indent` spaces, where the first
 // one begins already.
 std::string Wrapped(std::string_view text, size_t indent);
+std::string Lower(std::string_view text);  // ASCII letters
 // "1 case", "2 cases".
 std::string Counted(int64_t count, std::string_view noun);
 

@@ -76,8 +76,9 @@ std::string ThreadsText(int32_t threads) {
 }
 
 uint32_t ParseDtype(const std::string& name) {
+  const std::string lower = Lower(name);
   for (const DtypeName& entry : kDtypeNames) {
-    if (CLI::detail::to_lower(name) == entry.name) return entry.dtype;
+    if (lower == entry.name) return entry.dtype;
   }
   throw Failure(fmt::format("--dtype must be bf16, f16 or f32, but is {}", name));
 }

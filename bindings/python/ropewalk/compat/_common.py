@@ -168,15 +168,22 @@ def axes_of(function: str, section: Any, pairs: int, interleaved: bool, device: 
         whole(function, "mrope_section", count, 0)
     if sum(section) != pairs:
         raise ValueError(f"{function}: mrope_section must be {pairs} pairs in all, but is {list(section)}")
-    return _axes(tuple(section), bool(interleaved), str(device))
+    return known_axes(tuple(section), bool(interleaved), str(device))
 
 
 @functools.cache
-def _axes(section: tuple[int, ...], interleaved: bool, device: str) -> torch.Tensor:
+def known_axes(section: tuple[int, ...], interleaved: bool, device: str) -> torch.Tensor:
+    """As `axes_of`, of a section that is known to fit."""
     axes = [axis for axis, count in enumerate(section) for _ in range(count)]
     if interleaved:
         axes = [i % 3 if i < 3 * section[i % 3] else 0 for i in range(len(axes))]
     return torch.tensor(axes, dtype=torch.int32, device=device)
+
+
+def slot_of_each(slots: torch.Tensor, tokens: int) -> torch.Tensor:
+    """slots with -1, not stored, for the tokens behind its last."""
+    missing = tokens - slots.shape[0]
+    return torch.nn.functional.pad(slots, (0, missing), value=-1) if missing > 0 else slots
 
 
 def mrope(

@@ -123,9 +123,8 @@ def fused_qk_norm_rope_kvcache(
     if num_heads_v != num_heads_k:
         raise ValueError(f"{function}: num_heads_v must be num_heads_k, {num_heads_k}, but is {num_heads_v}")
     v = qkv.view(qkv.shape[0], -1, head_dim)[:, num_heads_q + num_heads_k :]
-    missing = qkv.shape[0] - slots.shape[0] if slots.dim() == 1 else 0
-    if missing > 0:
-        slots = torch.nn.functional.pad(slots, (0, missing), value=-1)
+    if slots.dim() == 1:
+        slots = _common.slot_of_each(slots, qkv.shape[0])
     outputs = [x.unflatten(-1, (-1, head_dim)) if x.dim() == 2 and x.shape[1] % head_dim == 0 else x
                for x in (q_out, k_out)]  # fmt: skip
     names = {"v": "qkv", "k_cache": "key_cache", "v_cache": "value_cache"}

@@ -27,24 +27,14 @@ _DEVICES = ("CPU", "CUDA", "XPU")
 _ROPE = "vllm.model_executor.layers.rotary_embedding"
 
 
-@functools.cache
-def _axes(device: torch.device, t: int, h: int, w: int, interleaved: bool) -> torch.Tensor:
-    """The axis of each pair. Interleaved: time, height and width take turns, as long as each has pairs."""
-    axes = [0] * t + [1] * h + [2] * w
-    if interleaved:
-        axes = [i % 3 if i % 3 and i < 3 * (t, h, w)[i % 3] else 0 for i in range(t + h + w)]
-    return torch.tensor(axes, dtype=torch.int32, device=device)
-
-
 def _mrope(
     positions: Any, query: Any, key: Any, cos_sin_cache: Any, head_size: int, rotary_dim: int, mrope_section_t: int,
     mrope_section_h: int, mrope_section_w: int, mrope_interleaved: bool, is_neox_style: bool,
 ) -> None:  # fmt: skip
     """`vllm::mrope`."""
-    q, k = _common.heads("mrope", positions[0], head_size, query=query, key=key)
-    axes = _axes(q.device, mrope_section_t, mrope_section_h, mrope_section_w, bool(mrope_interleaved))
-    rope_(q, k, positions=positions, cos_sin=cos_sin_cache, axes=axes, rotary_dim=rotary_dim,
-          pairing=_common.pairing(is_neox_style))  # fmt: skip
+    section = (mrope_section_t, mrope_section_h, mrope_section_w)
+    _common.mrope("mrope", {}, positions, query, key, head_size, cos_sin_cache, is_neox_style, rotary_dim, section,
+                  mrope_interleaved)  # fmt: skip
 
 
 _OPERATORS = {
@@ -129,8 +119,7 @@ def _cache_of(impl: Any, layer: Any, kv_cache: Any) -> dict[str, Any]:
 
 def _slots(slots: torch.Tensor, tokens: int) -> torch.Tensor:
     """A slot for each token: rows behind the last are padding, which is not stored."""
-    missing = tokens - slots.shape[0]
-    return torch.nn.functional.pad(slots, (0, missing), value=-1) if missing > 0 else slots[:tokens]
+    return _common.slot_of_each(slots[:tokens], tokens)
 
 
 def _norm_rope_store(
@@ -153,10 +142,11 @@ def _norm_mrope_store(
     layer_slot_mapping: Any,
 ) -> None:  # fmt: skip
     """`do_qk_norm_mrope_kvcache_update`: likewise with positions [3, tokens]; k goes into the cache alone."""
+    axes = _common.known_axes(tuple(mrope_section), bool(is_interleaved), str(qkv.device))
     rows = qkv.unflatten(-1, (-1, self.head_size))
     q, k, v = rows.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
     rope_(q, k, positions=positions, cos_sin=cos_sin_cache, rotary_dim=rotary_dim,
-          axes=_axes(qkv.device, *mrope_section, bool(is_interleaved)), pairing=_common.pairing(is_neox),
+          axes=axes, pairing=_common.pairing(is_neox),
           q_weight=q_weight.flatten(), k_weight=k_weight.flatten(), eps=rms_norm_eps, q_out=q_out.view(q.shape),
           k_store_only=True, v=v, slots=_slots(layer_slot_mapping, qkv.shape[0]),
           **_cache_of(self, layer, kv_cache))  # fmt: skip
