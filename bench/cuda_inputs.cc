@@ -53,8 +53,8 @@ RopeCall CallOf(const nlohmann::json& searched) {
 }
 
 RopeCudaShape ShapeOf(const nlohmann::json& numbers) {
-  const auto n = numbers.get<std::array<uint8_t, 9>>();
-  return {n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8]};
+  const auto n = numbers.get<std::array<uint8_t, 10>>();
+  return {n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8], n[9]};
 }
 
 void Run() {

@@ -4,7 +4,9 @@
 
 A search is what `ropewalk tune --all --json` writes: a call, and the shapes tried with their microseconds. `trust` is
 how much it counts: 1; less where rows had no v or positions were random, which is not how they are compared with the
-floor; 0 for a call that a sweep timed with one shape only, and found fast. --add takes new ones in first. Written are
+floor; 0 for a call that only a sweep timed, with the faster of its shapes. `swept` has shapes that sweeps timed
+(bench/gpu_sweep.py): they count instead of the search's, scaled so that their mean agrees. --add takes new searches in
+first. Written are
 
 - `shapes_candidates.inc`: so many shapes that some of them serves each call well, the most useful first;
 - `cost_model.inc`: a small network that gives the logarithm of a shape's time, up to a summand of the call. It is
@@ -22,7 +24,9 @@ from __future__ import annotations
 import argparse
 import json
 import lzma
+import math
 import random
+import statistics
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -31,14 +35,14 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-SEARCHES = ROOT / "docs/results/2026-11-29-h200-searches.jsonl.xz"
+SEARCHES = ROOT / "docs/results/2026-11-30-h200-searches.jsonl.xz"
 INPUTS = ROOT / "build/dev/bench/cuda_inputs"
 INTO = ROOT / "backends/cuda"
 TOLERANCE = 1.03
 CANDIDATES, SHARED = 64, 12
 HIDDEN = (32, 16)  # as in backends/cuda/cost.cc
 EPOCHS = 160
-RARER = 0.003  # as in backends/cuda/shapes.cc
+RARER, OTHER_START, FAR = 0.003, 0.01, 0.1  # as in backends/cuda/shapes.cc
 WORST = 2.2  # times the best: a shape that is worse is as bad
 
 Shape = tuple[int, ...]
@@ -54,17 +58,37 @@ class Call:
         head, rotary = int(found["head_dim"]), int(found["rotary_dim"])
         self.listable = head % 4 == 0 and rotary % 4 == 0
         self.key = (self.tokens, head // 4, rotary // 4, int(found["q_heads"]), int(found["k_heads"]), stages)
-        self.shapes = [plain(shape) for shape, _ in found["tried"]]
+        self.table = bool(found["table"])
+        self.shapes = [self.started(plain(shape)) for shape, _ in found["tried"]]
         times: dict[Shape, float] = {}
         for shape, (_, us) in zip(self.shapes, found["tried"], strict=True):
             times[shape] = min(us, times.get(shape, us))
+        swept = {self.started(plain(shape)): us for shape, us in found.get("swept", ())}
+        both = [times[shape] / us for shape, us in swept.items() if shape in times]
+        if both:
+            scale = math.exp(sum(map(math.log, both)) / len(both))
+            times |= {shape: us * scale for shape, us in swept.items() if shape in times}
         self.best = min(times, key=lambda shape: times[shape])
         self.over = {shape: us / times[self.best] for shape, us in times.items()}
         self.trust = float(found["trust"])
+        self.over_base: dict[Shape, float] = {}  # of shapes without their start: with the best one
+        for shape, over in self.over.items():
+            self.over_base[shape[:-1]] = min(over, self.over_base.get(shape[:-1], over))
+
+    def started(self, shape: Shape) -> Shape:
+        """With the start that 0 stands for, as RopeCudaStart in backends/cuda/plan.h."""
+        return (*shape[:-1], start_of(shape, self.tokens, self.table))
+
+
+def start_of(shape: Shape, tokens: int, table: bool) -> int:
+    if shape[-1] == 0:
+        return 1 if not shape[0] and tokens < 3072 else 3 if table else 2
+    return shape[-1]
 
 
 def plain(shape: list[int]) -> Shape:
-    """With 0 for the vector where it is the widest."""
+    """With 0 for the vector where it is the widest; ten numbers, as older searches have no start."""
+    shape = [*shape, 0][:10]
     return (0, 0, *shape[2:]) if shape[0] == 0 and shape[1] not in (6, 10) else tuple(shape)
 
 
@@ -72,11 +96,11 @@ def useful(calls: list[Call], count: int, before: list[Shape], of: Callable[[Sha
     """So many shapes which together serve the calls best, each chosen for what it adds to those before it."""
     tried: dict[Shape, int] = {}
     for call in calls:
-        for shape in filter(of, call.over):
+        for shape in filter(of, call.over_base):
             tried[shape] = tried.get(shape, 0) + 1
     shapes = [shape for shape, times in tried.items() if times >= len(calls) // 50]
-    over = torch.tensor([[min(call.over.get(shape, WORST), WORST) for shape in shapes] for call in calls])
-    served = torch.tensor([min([WORST, *(call.over[s] for s in before if s in call.over)]) for call in calls])
+    over = torch.tensor([[min(call.over_base.get(shape, WORST), WORST) for shape in shapes] for call in calls])
+    served = torch.tensor([min([WORST, *(call.over_base[s] for s in before if s in call.over_base)]) for call in calls])
     chosen: list[int] = []
     while len(chosen) < min(count, len(shapes)):
         each = torch.minimum(served[:, None], over).mean(0)
@@ -90,7 +114,7 @@ def useful(calls: list[Call], count: int, before: list[Shape], of: Callable[[Sha
 
 def candidates_of(calls: list[Call]) -> list[Shape]:
     """Most are chosen from all calls; those of several units a thread from the calls that tried such."""
-    shared = [call for call in calls if any(shape[8] > 1 for shape in call.over)]
+    shared = [call for call in calls if any(shape[8] > 1 for shape in call.over_base)]
     most = useful(calls, CANDIDATES - SHARED, [], lambda shape: shape[8] == 1)
     return most + useful(shared, SHARED, most, lambda shape: shape[8] > 1)
 
@@ -157,10 +181,15 @@ def inputs_of(lines: list[str]) -> torch.Tensor:
     return torch.tensor([[float(number) for number in row.split()] for row in said.splitlines()])
 
 
+def with_shapes(line: str, shapes: list[Shape]) -> str:
+    """The call of a search with these shapes, for `inputs_of`."""
+    return line[: line.index('"tried"')] + f'"tried":{json.dumps([[shape, 1] for shape in shapes])}}}'
+
+
 def read(lines: list[str]) -> tuple[list[Call], torch.Tensor, torch.Tensor]:
     """The calls; inputs of each shape tried, and its time over the best, 0 where there is none."""
     calls = [Call(line) for line in lines]
-    values = inputs_of(lines)[:, 1:]
+    values = inputs_of([with_shapes(line, call.shapes) for line, call in zip(lines, calls, strict=True)])[:, 1:]
     assert len(values) == sum(len(call.shapes) for call in calls), len(values)
     most = max(len(call.shapes) for call in calls)
     inputs, over = torch.zeros(len(calls), most, values.shape[1]), torch.zeros(len(calls), most)
@@ -188,7 +217,20 @@ def added(lines: list[str], searches: list[str]) -> list[str]:
         best = min(us for _, us in found["tried"])
         tried = [[plain(shape), round(us, 3)] for shape, us in found["tried"] if us <= WORST * best]
         new[key(found)] = {name: found[name] for name in kept} | {"trust": 1, "tried": tried}
-    old = [line for line in lines if key(json.loads(line)) not in new]
+    old = []
+    for line in lines:
+        before = json.loads(line)
+        found = new.get(key(before))
+        if found is None:
+            old.append(line)
+        elif before["trust"] == 1:  # what else was tried, in the time of the new search
+            now = {plain(shape): us for shape, us in found["tried"]}
+            then = {plain(shape): us for shape, us in before["tried"]}
+            both = [now[shape] / us for shape, us in then.items() if shape in now]
+            if both:
+                found["tried"] += [
+                    [shape, round(us * statistics.median(both), 3)] for shape, us in then.items() if shape not in now
+                ]
     return [json.dumps(found, separators=(",", ":")) for found in new.values()] + old
 
 
@@ -199,17 +241,22 @@ def report(name: str, over: torch.Tensor) -> None:
 
 
 def chosen(model: Model, lines: list[str], candidates: list[Shape]) -> list[Shape]:
-    """The candidate that the model takes for each call, as ModelledShape in backends/cuda/shapes.cc does."""
-    tried = json.dumps([[shape, 1] for shape in candidates])
-    values = inputs_of([line[: line.index('"tried"')] + f'"tried":{tried}}}' for line in lines])
-    costs = model(values[:, 1:]).masked_fill(values[:, 0] == 0, 1e9).view(len(lines), len(candidates))
+    """The candidate and start that the model takes for each call, as ModelledShape in backends/cuda/shapes.cc does."""
+    starts = (0, 1, 2, 3)  # 0: the usual one
+    shapes = [(*shape, start) for shape in candidates for start in starts]
+    values = inputs_of([with_shapes(line, shapes) for line in lines])
+    costs = model(values[:, 1:]).masked_fill(values[:, 0] == 0, 1e9).view(len(lines), len(candidates), len(starts))
     found = []
-    for row in costs.tolist():
-        best = 0
-        for i, cost in enumerate(row):
-            if cost < row[best] - RARER:
-                best = i
-        found.append(candidates[best])
+    for row, line in zip(costs.tolist(), lines, strict=True):
+        call = json.loads(line)
+        best, least = candidates[0], math.inf
+        for shape, of_shape in zip(candidates, row, strict=True):
+            for start, cost in zip(starts, of_shape, strict=True):
+                if start and of_shape[0] > least + FAR:
+                    break
+                if cost < least - (OTHER_START if start else RARER):
+                    best, least = (*shape, start_of((*shape, start), call["tokens"], call["table"])), cost
+        found.append(best)
     return found
 
 

@@ -87,6 +87,12 @@ Status PlanOf(const RopeCall& call, const CudaDevice& device, const RopeCudaShap
   return CheckRopeCudaPlan(call, device, *plan);
 }
 
+std::vector<RopeCudaShape> FirstShapes(const RopeCall& call, const CudaDevice& device, const TuneOptions& options) {
+  RopeCudaOrigin origin;
+  if (options.near) return {ChooseRopeCudaShape(call, device, RopeCudaLayout::kAny, &origin)};
+  return RopeCudaCandidates(call, device);
+}
+
 // A case made ready: its data, what must become of it, its first candidates compiled. In the background, while another
 // case is searched.
 struct ReadyCase {
@@ -104,7 +110,7 @@ ReadyCase MakeReady(const RopeCase& c, const TuneOptions& options, const CudaDev
     ROPEWALK_TRY(LowerRope(ready.call->args(), nullptr, &ready.lowered));
     ready.check.Choose(*ready.call, options.sampled_tokens);
     std::vector<RopeCudaKey> keys;
-    for (const RopeCudaShape& shape : RopeCudaCandidates(ready.lowered, device)) {
+    for (const RopeCudaShape& shape : FirstShapes(ready.lowered, device, options)) {
       RopeCudaPlan plan;
       ROPEWALK_TRY(PlanOf(ready.lowered, device, shape, &plan));
       keys.push_back(plan.key);
@@ -122,6 +128,7 @@ class Search {
       : device_(device), graphs_(graphs), memory_(memory), ready_(*ready), copies_(memory, graphs), out_(*out) {}
 
   Status Make(const RopeCase& c, const TuneOptions& options, int64_t l2_bytes) {
+    options_ = options;
     out_.call = ready_.lowered;
     const int64_t count = CopyCount(c, l2_bytes, options.cold_bytes);
     ROPEWALK_TRY(copies_.Make(*ready_.call, count));
@@ -133,10 +140,12 @@ class Search {
     RopeCudaPlan plan;
     ROPEWALK_TRY(PlanRopeCuda(out_.call, device_, {.dependent_launch = true}, &plan));
     out_.origin = OriginName(plan.origin);
-    ROPEWALK_TRY(Try(RopeCudaCandidates(out_.call, device_)));
-    const std::vector<TriedShape> first = Best(kVaried);
-    for (const TriedShape& tried : first) {
-      ROPEWALK_TRY(Try(RopeCudaCandidates(out_.call, device_, &tried.shape)));
+    ROPEWALK_TRY(Try(FirstShapes(out_.call, device_, options_)));
+    for (int round = 0; round < (options_.near ? 2 : 1); ++round) {
+      const std::vector<TriedShape> best = Best(kVaried);
+      for (const TriedShape& tried : best) {
+        ROPEWALK_TRY(Try(RopeCudaCandidates(out_.call, device_, &tried.shape)));
+      }
     }
     return Compare();
   }
@@ -241,6 +250,7 @@ class Search {
   }
 
   const CudaDevice device_;
+  TuneOptions options_;
   CudaGraphs& graphs_;
   LockedMemory& memory_;
   ReadyCase& ready_;

@@ -35,6 +35,7 @@ struct TunedCase {
 struct TuneOptions {
   int64_t sampled_tokens = 8;        // that a result is compared with the reference at
   int64_t cold_bytes = 800'000'000;  // of the buffers that calls go round where caches shall be cold
+  bool near = false;                 // only shapes close to the one that is chosen now
 };
 
 class CudaTuner {

@@ -93,7 +93,13 @@ CostInputs CostInputsOf(const RopeCall& call, const CudaDevice& device, const Ro
   in.part = static_cast<float>(p.rotary_dim) / static_cast<float>(p.head_dim);
   in.k_part = static_cast<float>(call.tensors.k ? p.k_heads : 0) / static_cast<float>(all_heads);
   in.shared = Log2(1.0 + s.shared_bytes * std::min(room, blocks));
+  SetCostStart(RopeCudaStart(shape, p.batch * p.tokens, v.table_dtype != kRopeNoDtype), &in);
   return in;
+}
+
+void SetCostStart(int start, CostInputs* inputs) {
+  inputs->ended = start == 1;
+  inputs->issued = start == 3;
 }
 
 float RopeCudaCost(const CostInputs& inputs) {

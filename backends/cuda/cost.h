@@ -42,10 +42,14 @@ struct CostInputs {
   float part = 0;        // of a head that is rotated
   float k_part = 0;      // of the heads that are k's
   float shared = 0;      // log: bytes of shared memory of a multiprocessor
+  float ended = 0;       // whether the next kernel may start when this one ends; 0 and the next 0: in between
+  float issued = 0;      // whether it may when the loads are issued
 };
 inline constexpr size_t kCostInputs = sizeof(CostInputs) / sizeof(float);
 
 CostInputs CostInputsOf(const RopeCall& call, const CudaDevice& device, const RopeCudaShape& shape);
+// With another RopeCudaShape::start, 1 to 3.
+void SetCostStart(int start, CostInputs* inputs);
 
 // The logarithm of the time, up to a summand that all shapes of a call have in common.
 float RopeCudaCost(const CostInputs& inputs);

@@ -159,9 +159,8 @@ Status PlanRopeCuda(const RopeCall& call, const CudaDevice& device, RopeCudaOpti
   LayOutRopeCuda(call, shape, plan);
   const bool few = key.few_tokens != 0;
   const int vector = key.vector;
-  // The next kernel of the stream may start early if all blocks of this one run at once, or if there are so many that
-  // the last ones leave room. In between it would crowd them.
-  if (options.dependent_launch && device.major >= 9) key.dependent_launch = few || rows >= 3072 ? 2 : 1;
+  if (options.dependent_launch && device.major >= 9)
+    key.dependent_launch = RopeCudaStart(shape, rows, v.table_dtype != kRopeNoDtype);
   key.batched = p.batch > 1;
   if (Stores(v)) {
     const auto page_size = static_cast<uint64_t>(p.page_size);

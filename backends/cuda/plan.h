@@ -49,7 +49,7 @@ struct RopeCudaKey {
   uint8_t lanes = 0;             // threads of one head, up to 32
   uint8_t in_flight = 0;         // heads that a group loads ahead; in few, all of its heads
   uint8_t few_tokens = 0;        // the layout: 0 staged or flat, 1 few
-  uint8_t dependent_launch = 0;  // programmatic dependent launch: 1 the next may start at the end of this one, 2 early
+  uint8_t dependent_launch = 0;  // programmatic dependent launch: as RopeCudaShape::start, 0 none
   uint8_t table_vector = 0;      // elements of one access to the table
   uint8_t batched = 0;           // more than one batch entry
   uint8_t unit_scaling = 0;      // attention_scaling is 1
@@ -105,9 +105,19 @@ struct RopeCudaShape {
   uint8_t resident =
       0;  // staged, flat: warps that a multiprocessor shall hold, which limits registers; 0: the compiler's choice
   uint8_t share = 1;  // units of a head that a thread takes at least, where they divide its units: fewer threads a head
+  // When the next kernel of the stream may start: 1 at the end of this one, 2 when the position has arrived, 3 when all
+  // loads are issued. 0: as RopeCudaStart says.
+  uint8_t start = 0;
 
   bool operator==(const RopeCudaShape&) const = default;
 };
+
+// When the next kernel may start by a shape for so many rows. Without a choice: early if all blocks of this one run at
+// once, or if there are so many that the last ones leave room; in between it would crowd them.
+inline uint8_t RopeCudaStart(const RopeCudaShape& shape, int64_t rows, bool table) {
+  if (shape.start >= 1 && shape.start <= 3) return shape.start;
+  return !shape.few && rows < 3072 ? 1 : table ? 3 : 2;
+}
 
 // The facts of a call that its shape depends on. Numbers are logarithms to base 2.
 struct RopeCudaFeatures {

@@ -75,6 +75,7 @@ class PlanProof {
     Require(int64_t{key_.min_blocks} * key_.threads <= 2048, "asks for more threads than a multiprocessor holds");
     Require(plan_.grid_x <= kMostGridX && plan_.grid_y >= 1 && plan_.grid_y <= kMostGridY, "has a grid out of range");
     Require(device_.major >= 9 || !key_.dependent_launch, "starts dependent launches, which the device has not");
+    Require(key_.dependent_launch <= 3, "starts the next kernel at no known time");
     Require(!key_.flat || shape_.flat, "is said to fetch side by side, but has no stages");
     Require(!shape_.flat || WarpTokens(shape_.grid) == 1, "fetches side by side, but the threads of a warp part");
     Require(!key_.few_tokens || WarpTokens(shape_.grid) == 1, "is for few tokens, but the threads of a warp part");

@@ -286,20 +286,36 @@ void ForCandidates(const RopeCall& call, const CudaDevice& device, const Visit& 
 constexpr int64_t kLeastTokens = 3;    // below, latency alone decides
 constexpr int64_t kMostTokens = 8192;  // more differ in nothing but their number
 
-// The candidate that the model holds to be the fastest. They are sorted by how many calls they serve: one that serves
-// fewer has to be better by so much, as each shape is a kernel to compile.
+// The candidate and the start of the next kernel that the model holds to be the fastest. Candidates are sorted by how
+// many calls they serve: one that serves fewer, or another start than the usual one, has to be better by so much, as
+// each is a kernel to compile.
 RopeCudaShape ModelledShape(const RopeCall& call, const CudaDevice& device) {
-  constexpr float kRarer = 0.003f;
+  constexpr float kRarer = 0.003f, kOtherStart = 0.01f;
+  constexpr float kFar = 0.1f;  // too slow for another start to make up
+  const int64_t rows = call.params.batch * call.params.tokens;
+  const bool table = call.variant.table_dtype != kRopeNoDtype;
   RopeCall cut = call;
-  cut.params.tokens = std::min<int64_t>(call.params.batch * call.params.tokens, kMostTokens);
+  cut.params.tokens = std::min(rows, kMostTokens);
   cut.params.batch = 1;
   RopeCudaShape best;
   float least = std::numeric_limits<float>::max();
   ForCandidates(call, device, [&](const RopeCudaShape& shape) {
-    const float cost = RopeCudaCost(CostInputsOf(cut, device, shape));
-    if (cost >= least - kRarer) return;
-    best = shape;
-    least = cost;
+    CostInputs inputs = CostInputsOf(cut, device, shape);
+    const uint8_t usual = RopeCudaStart(shape, rows, table);
+    const auto consider = [&](uint8_t start, float cost, float worth) {
+      if (cost >= least - worth) return;
+      best = shape;
+      best.start = start;
+      least = cost;
+    };
+    const float cost = RopeCudaCost(inputs);
+    consider(usual, cost, kRarer);
+    if (cost > least + kFar) return;
+    for (const uint8_t start : {uint8_t{1}, uint8_t{2}, uint8_t{3}}) {
+      if (start == usual) continue;
+      SetCostStart(start, &inputs);
+      consider(start, RopeCudaCost(inputs), kOtherStart);
+    }
   });
   return best;
 }
@@ -366,6 +382,7 @@ std::vector<RopeCudaShape> RopeCudaCandidates(const RopeCall& call, const CudaDe
     vary(&RopeCudaShape::tokens, {near->tokens / 2, near->tokens * 2});
     vary(&RopeCudaShape::share, {1, 2, 3, 4, 5});
     if (!near->few) vary(&RopeCudaShape::resident, {0, 24, 40});
+    vary(&RopeCudaShape::start, {1, 2, 3});
     return shapes;
   }
   RopeCudaOrigin origin;

@@ -31,18 +31,19 @@ std::string Line(const RopeCudaTuned::Entry& entry) {
   const RopeCudaFeatures& f = entry.features;
   const RopeCudaShape& s = entry.shape;
   char line[256];
-  std::snprintf(line, sizeof(line), "%d %d %d %d %.4f %.4f %.4f %.4f %d %d %d %d %d %d %d %d %d\n", f.norm, f.table,
+  std::snprintf(line, sizeof(line), "%d %d %d %d %.4f %.4f %.4f %.4f %d %d %d %d %d %d %d %d %d %d\n", f.norm, f.table,
                 f.store, f.regular, static_cast<double>(f.lanes), static_cast<double>(f.bytes),
                 static_cast<double>(f.turns), static_cast<double>(f.tokens), s.few, s.vector, s.in_flight, s.flat,
-                s.cut, s.warp_tokens, s.tokens, s.resident, s.share);
+                s.cut, s.warp_tokens, s.tokens, s.resident, s.share, s.start);
   return line;
 }
 bool Parse(const std::string& line, RopeCudaTuned::Entry* entry) {
   RopeCudaFeatures& f = entry->features;
   RopeCudaShape& s = entry->shape;
-  return std::sscanf(line.c_str(), "%hhu %hhu %hhu %hhu %f %f %f %f %hhu %hhu %hhu %hhu %hhu %hhu %hhu %hhu %hhu", &f.norm,
-                     &f.table, &f.store, &f.regular, &f.lanes, &f.bytes, &f.turns, &f.tokens, &s.few, &s.vector,
-                     &s.in_flight, &s.flat, &s.cut, &s.warp_tokens, &s.tokens, &s.resident, &s.share) == 17 &&
+  return std::sscanf(line.c_str(), "%hhu %hhu %hhu %hhu %f %f %f %f %hhu %hhu %hhu %hhu %hhu %hhu %hhu %hhu %hhu %hhu",
+                     &f.norm, &f.table, &f.store, &f.regular, &f.lanes, &f.bytes, &f.turns, &f.tokens, &s.few,
+                     &s.vector, &s.in_flight, &s.flat, &s.cut, &s.warp_tokens, &s.tokens, &s.resident, &s.share,
+                     &s.start) == 18 &&
          std::isfinite(f.lanes) && std::isfinite(f.bytes) && std::isfinite(f.turns) && std::isfinite(f.tokens);
 }
 

@@ -39,7 +39,7 @@ RopeCudaShape DrawShape(PlanDraw& draw) {
   RopeCudaShape shape;
   if (draw.OneIn(16)) {  // as a file may have it
     for (uint8_t* field : {&shape.few, &shape.vector, &shape.in_flight, &shape.flat, &shape.cut, &shape.warp_tokens,
-                           &shape.tokens, &shape.resident, &shape.share}) {
+                           &shape.tokens, &shape.resident, &shape.share, &shape.start}) {
       *field = static_cast<uint8_t>(draw.From(0, draw.OneIn(2) ? 4 : 255));
     }
     return shape;
@@ -55,6 +55,7 @@ RopeCudaShape DrawShape(PlanDraw& draw) {
   shape.tokens = draw.Of(kTokens);
   shape.resident = static_cast<uint8_t>(draw.From(0, 64));
   shape.share = draw.OneIn(2) ? uint8_t{1} : static_cast<uint8_t>(draw.From(0, 6));
+  shape.start = static_cast<uint8_t>(draw.From(0, 3));
   return shape;
 }
 

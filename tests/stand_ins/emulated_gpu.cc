@@ -274,6 +274,12 @@ void Ptx(EmulatedMachine* machine, const char* whole, const EmulatedOperand* ope
     lane.open.clear();
   };
   if (text.empty() || is("griddepcontrol.")) return;
+  if (is("{.reg .pred never;")) return;  // an exit that no thread takes
+  if (is("cvt.s64.s32 %0, %1;")) {
+    const int64_t wide = static_cast<int32_t>(word(1));
+    std::memcpy(operands[0].address, &wide, sizeof(wide));
+    return;
+  }
   if (is("ld.global.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4]")) return load(4, 4);
   if (is("ld.global.L1::no_allocate.v2.u32 {%0,%1}, [%2]")) return load(2, 4);
   if (is("ld.global.u32 %0, [%1]")) return load(1, 4);

@@ -30,8 +30,9 @@ __device__ __forceinline__ void FewTokens(const rope_cuda_args& a) {
 
   Token t = BeginToken<K>(a, g.row);
   // Other loads and sums wait for these two, so they go first: the angles for the position, the stores for the slot.
-  const rw_i64 slot = SlotOf<K>(a, second_line, t.batch, t.token);
-  const rw_i64 position = K::kAxes ? 0 : PositionOf<K>(a, t.batch, t.token, 0);
+  const auto loaded_slot = LoadSlot<K>(a, second_line, t.batch, t.token);
+  LoadedPosition<K> loaded_position = {};
+  if constexpr (!K::kAxes) loaded_position = LoadPosition<K>(a, t.batch, t.token, 0);
 
   // A group that has no head loads head 0 instead: that costs less than a condition. K::kFull promises that every group
   // has a head, K::kAlike that the heads of a warp all belong to one tensor.
@@ -58,7 +59,9 @@ __device__ __forceinline__ void FewTokens(const rope_cuda_args& a) {
     LoadWeights<K>(h >= QHeads<K>(a.params) && h < g.heads ? a.k_weight : a.q_weight, g.lane, weights[round]);
   }
   // The next kernel takes its place now, but it waits for the end of this one, as this one waited.
-  if constexpr (K::kDependentLaunch == 2) LetTheNextStart();
+  if constexpr (K::kDependentLaunch == 2) LetTheNextStart<2>(loaded_position.position);
+  if constexpr (K::kDependentLaunch == 3) LetTheNextStart<3>();
+  const rw_i64 slot = Widen(loaded_slot), position = Position(loaded_position);
 
   // A token that cannot be served is only marked here. The work for it is at the very end, out of the way of the
   // others.
@@ -101,7 +104,7 @@ __device__ __forceinline__ void FewTokens(const rope_cuda_args& a) {
     CheckToken<K>(a, g.row, slot, position, reports, t);
     DoNotServe<K>(a, t, g, step);
   }
-  if constexpr (K::kDependentLaunch == 1) LetTheNextStart();
+  if constexpr (K::kDependentLaunch == 1) LetTheNextStart<1>();
 }
 
 }  // namespace ropewalk

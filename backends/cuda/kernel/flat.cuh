@@ -30,8 +30,9 @@ __device__ __forceinline__ void Flat(const rope_cuda_args& a) {
   if (S::kBlockTokens > 1 && !g.inside) return;
   if constexpr (K::kDependentLaunch) WaitForOthers();
   Token t = BeginToken<K>(a, g.row);
-  const rw_i64 slot = SlotOf<K>(a, a.slots, t.batch, t.token);
-  const rw_i64 position = K::kAxes ? 0 : PositionOf<K>(a, t.batch, t.token, 0);
+  const auto loaded_slot = LoadSlot<K>(a, a.slots, t.batch, t.token);
+  LoadedPosition<K> loaded_position = {};
+  if constexpr (!K::kAxes) loaded_position = LoadPosition<K>(a, t.batch, t.token, 0);
 
   __shared__ Aligned<16> staged[(K::kInFlight * S::kStageBytes + 15) / 16];
   __shared__ Aligned<8> codes[S::kStagedCodes ? S::kBlockHeads * S::kSpan / 8 : 1];
@@ -69,7 +70,9 @@ __device__ __forceinline__ void Flat(const rope_cuda_args& a) {
   };
 #pragma unroll
   for (int stage = 0; stage < K::kInFlight; ++stage) fetch(g.warp_first + stage * kStep, stage);
-  if constexpr (K::kDependentLaunch == 2) LetTheNextStart();
+  if constexpr (K::kDependentLaunch == 2) LetTheNextStart<2>(loaded_position.position);
+  if constexpr (K::kDependentLaunch == 3) LetTheNextStart<3>();
+  const rw_i64 slot = Widen(loaded_slot), position = Position(loaded_position);
 
   const bool reports = g.lane == 0 && g.first == 0;
   CheckToken<K>(a, g.row, slot, position, reports, t);
@@ -153,7 +156,7 @@ __device__ __forceinline__ void Flat(const rope_cuda_args& a) {
   }
   if constexpr (K::kStoreV && !S::kVRides) StoreHeadsOfV<K>(a, t, g, kStep);
   CheckSlot<K>(a, g.row, slot, reports);
-  if constexpr (K::kDependentLaunch == 1) LetTheNextStart();
+  if constexpr (K::kDependentLaunch == 1) LetTheNextStart<1>();
 }
 
 }  // namespace ropewalk

@@ -144,15 +144,31 @@ __device__ __forceinline__ Token BeginToken(const rope_cuda_args& a, rw_i64 row)
   return t;
 }
 
-// Programmatic dependent launch: wait until the kernels before this one have ended; let the next one start.
+// Programmatic dependent launch: wait until the kernels before this one have ended.
 __device__ __forceinline__ void WaitForOthers() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
-__device__ __forceinline__ void LetTheNextStart() {
+// Let the next kernel start, whose own wait is for the end of this one. K::kDependentLaunch says when: 1 at the end; 2
+// when the position has arrived, and with it the first rows; 3 when all loads are issued. Compilers move work on loaded
+// values to either side of the launch, which then waits for them or does not. An exit that no thread takes stands in
+// their way: before the launch it needs the position, behind it it keeps all such work there.
+template <int kWhen>
+__device__ __forceinline__ void LetTheNextStart([[maybe_unused]] rw_i64 position = 0) {
 #if __CUDA_ARCH__ >= 900
+  if constexpr (kWhen == 2) {
+    asm volatile(
+        "{.reg .pred never; .reg .u32 depth; mov.u32 depth, %%ntid.z; setp.ne.u32 never, depth, 1; "
+        "setp.eq.and.s64 never, %0, 0, never; @never exit;}" ::"l"(position)
+        : "memory");
+  }
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+  if constexpr (kWhen == 3) {
+    asm volatile(
+        "{.reg .pred never; .reg .u32 depth; mov.u32 depth, %ntid.z; setp.ne.u32 never, depth, 1; @never exit;}" ::
+            : "memory");
+  }
 #endif
 }
 

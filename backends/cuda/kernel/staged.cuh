@@ -18,8 +18,9 @@ __device__ __forceinline__ void Staged(const rope_cuda_args& a) {
   if (S::kBlockTokens > 1 && S::kWarpTokens == 1 && !g.inside) return;
   if constexpr (K::kDependentLaunch) WaitForOthers();
   Token t = BeginToken<K>(a, g.row);
-  const rw_i64 slot = SlotOf<K>(a, a.slots, t.batch, t.token);
-  const rw_i64 position = K::kAxes ? 0 : PositionOf<K>(a, t.batch, t.token, 0);
+  const auto loaded_slot = LoadSlot<K>(a, a.slots, t.batch, t.token);
+  LoadedPosition<K> loaded_position = {};
+  if constexpr (!K::kAxes) loaded_position = LoadPosition<K>(a, t.batch, t.token, 0);
 
   Share<K> share;
   __shared__ Aligned<16> staged[S::kStaged ? (K::kInFlight * S::kStageBytes + 15) / 16 : 1];
@@ -50,7 +51,9 @@ __device__ __forceinline__ void Staged(const rope_cuda_args& a) {
   } else {
     fetch(g.first, 0);
   }
-  if constexpr (K::kDependentLaunch == 2) LetTheNextStart();
+  if constexpr (K::kDependentLaunch == 2) LetTheNextStart<2>(loaded_position.position);
+  if constexpr (K::kDependentLaunch == 3) LetTheNextStart<3>();
+  const rw_i64 slot = Widen(loaded_slot), position = Position(loaded_position);
 
   const bool reports = g.lane == 0 && g.first == 0 && (S::kWarpTokens == 1 || g.inside);
   CheckToken<K>(a, g.row, slot, position, reports, t);
@@ -119,7 +122,7 @@ __device__ __forceinline__ void Staged(const rope_cuda_args& a) {
     if (S::kStaged) asm volatile("cp.async.wait_all;" ::: "memory");
     DoNotServe<K>(a, t, g, kStep);
   }
-  if constexpr (K::kDependentLaunch == 1) LetTheNextStart();
+  if constexpr (K::kDependentLaunch == 1) LetTheNextStart<1>();
 }
 
 }  // namespace ropewalk

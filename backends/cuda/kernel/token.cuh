@@ -45,20 +45,37 @@ __device__ __forceinline__ rw_i64 Index(rw_i64 token, rw_i64 stride) {
   return K::kDenseIndices ? token : token * stride;
 }
 
+// A position as it was loaded, and its offset.
 template <class K>
-__device__ __forceinline__ rw_i64 PositionOf(const rope_cuda_args& a, rw_i64 batch, rw_i64 token, int axis) {
+struct LoadedPosition {
+  typename IntOf<K::kPositionsDtype>::Type position;
+  typename IntOf<K::kOffsetsDtype>::Type offset;
+};
+template <class K>
+__device__ __forceinline__ LoadedPosition<K> LoadPosition(const rope_cuda_args& a, rw_i64 batch, rw_i64 token,
+                                                          int axis) {
   const rope_params& p = a.params;
-  rw_i64 position = token;
+  LoadedPosition<K> loaded = {};
   if constexpr (K::kPositionsDtype != kRopeNoDtype) {
-    position = LoadInt<K::kPositionsDtype>(
+    loaded.position = LoadInt<K::kPositionsDtype>(
         a.positions, (K::kAxes ? axis * p.positions_axis : 0) + (K::kBatched ? batch * p.positions_batch : 0) +
             Index<K>(token, p.positions_token));
+  } else {
+    loaded.position = token;
   }
   if constexpr (K::kOffsetsDtype != kRopeNoDtype) {
-    position += LoadInt<K::kOffsetsDtype>(a.offsets, (K::kBatched ? batch * p.offsets_batch : 0) +
-                                                     Index<K>(token, p.offsets_token));
+    loaded.offset = LoadInt<K::kOffsetsDtype>(
+        a.offsets, (K::kBatched ? batch * p.offsets_batch : 0) + Index<K>(token, p.offsets_token));
   }
-  return position;
+  return loaded;
+}
+template <class K>
+__device__ __forceinline__ rw_i64 Position(const LoadedPosition<K>& loaded) {
+  return Widen(loaded.position) + Widen(loaded.offset);
+}
+template <class K>
+__device__ __forceinline__ rw_i64 PositionOf(const rope_cuda_args& a, rw_i64 batch, rw_i64 token, int axis) {
+  return Position(LoadPosition<K>(a, batch, token, axis));
 }
 
 // Keeps the fault of the lowest row, under a lock: faults are rare.
@@ -82,7 +99,8 @@ __device__ __forceinline__ void RecordFault(rope_fault* fault, rw_i64 row, int k
 
 // The slot of a token as the caller gave it; -1 if there are no slots.
 template <class K>
-__device__ __forceinline__ rw_i64 SlotOf(const rope_cuda_args& a, const void* slots, rw_i64 batch, rw_i64 token) {
+__device__ __forceinline__ typename IntOf<K::kSlotsDtype>::Type LoadSlot(const rope_cuda_args& a, const void* slots,
+                                                                         rw_i64 batch, rw_i64 token) {
   if constexpr (K::kSlotsDtype == kRopeNoDtype) return -1;
   return LoadInt<K::kSlotsDtype>(slots, (K::kBatched ? batch * a.params.slots_batch : 0) +
                                               Index<K>(token, a.params.slots_token));

@@ -239,10 +239,25 @@ __device__ __forceinline__ float LoadFloat(const void* p, rw_i64 index) {
   return HalfToFloat(bits);
 }
 
+// An integer of the caller's as it lies in memory, and widened. A kernel loads positions and slots, lets the next
+// kernel start and widens then: the other way round the next one would wait for the loads. The asm keeps this order.
 template <int kDtype>
-__device__ __forceinline__ rw_i64 LoadInt(const void* p, rw_i64 index) {
-  if constexpr (kDtype == kRopeI32) return static_cast<const int*>(p)[index];
-  return static_cast<const rw_i64*>(p)[index];
+struct IntOf {
+  using Type = rw_i64;
+};
+template <>
+struct IntOf<kRopeI32> {
+  using Type = int;
+};
+template <int kDtype>
+__device__ __forceinline__ typename IntOf<kDtype>::Type LoadInt(const void* p, rw_i64 index) {
+  return static_cast<const typename IntOf<kDtype>::Type*>(p)[index];
+}
+__device__ __forceinline__ rw_i64 Widen(rw_i64 x) { return x; }
+__device__ __forceinline__ rw_i64 Widen(int x) {
+  rw_i64 wide;
+  asm volatile("cvt.s64.s32 %0, %1;" : "=l"(wide) : "r"(x));
+  return wide;
 }
 
 }  // namespace ropewalk
