@@ -6,10 +6,13 @@
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
+#include <filesystem>
+#include <fstream>
 #include <nlohmann/json.hpp>
 #include <string>
 
 #include "base/text.h"
+#include "tests/fresh_process.h"
 
 namespace ropewalk {
 namespace {
@@ -248,6 +251,20 @@ TEST_F(Cli, BenchPrintsJsonLikeTheOthers) {
   ASSERT_FALSE(found.is_discarded()) << ended.said;
   EXPECT_EQ(found["results"][0]["label"], "2/2x64, 32 of it");
   EXPECT_TRUE(found["results"][0]["noisy"].is_boolean());
+}
+
+// A library that is there and no library is not told as missing.
+TEST_F(Cli, AFileThatCannotBeLoadedIsNotMissing) {
+  const std::string folder = Directory() + "/junk";
+  for (const char* name : {"libcuda.so.1", "libOpenCL.so.1", "libze_loader.so.1"}) {
+    std::filesystem::create_directories(folder);
+    std::ofstream(folder + "/" + name) << "junk";
+    const Ended ended = Shell(Text("unset ROPEWALK_LIBCUDA ROPEWALK_LIBOPENCL ROPEWALK_LIBZE_LOADER; LD_LIBRARY_PATH='",
+                                   folder, "' '", ROPEWALK_COMMAND, "' doctor --json 2>&1"));
+    EXPECT_NE(ended.said.find(Text(name, " cannot be opened: ", folder, "/", name)), std::string::npos) << ended.said;
+    EXPECT_EQ(ended.said.find(Text(name, " was not found")), std::string::npos) << ended.said;
+    std::filesystem::remove_all(folder);
+  }
 }
 
 }  // namespace
