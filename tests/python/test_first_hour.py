@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import inspect
 import pickle
+import traceback
 
 import pytest
 import ropewalk
@@ -75,3 +76,10 @@ def test_completion_offers_what_is_meant_to_be_used() -> None:
 def test_help_shows_the_keywords(name: str) -> None:
     shown = inspect.signature(getattr(ropewalk, name))
     assert list(shown.parameters) == list(inspect.signature(ropewalk.rope_).parameters)
+
+
+def test_refusals_read_no_symbols() -> None:
+    # For its first backtrace tvm-ffi reads the symbols of every library of the process.
+    with pytest.raises(ValueError, match="abacus") as caught:
+        ropewalk.force_backend("abacus")
+    assert not [frame for frame in traceback.extract_tb(caught.tb) if frame.name.startswith("__tvm_ffi_")]
