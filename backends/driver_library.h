@@ -4,6 +4,8 @@
 
 #include <dlfcn.h>
 
+#include <cerrno>
+#include <cstring>
 #include <string>
 
 #include "base/environment.h"
@@ -23,13 +25,19 @@ inline void* OpenLibrary(const char* variable, const char* name, const char* oth
     if (!library) *why = Text(variable, " names ", named, ", which cannot be opened: ", dlerror());
     return library;
   }
+  std::string refused;
   for (const char* candidate : {name, other}) {
     if (!candidate) continue;
     *path = candidate;
     if (void* library = dlopen(candidate, RTLD_NOW | RTLD_LOCAL)) return library;
+    // A file that is there, or lacks another library, is to be told from one that is not there.
+    const std::string said = dlerror();
+    if (said.starts_with(candidate) && said.ends_with(std::strerror(ENOENT))) continue;
+    Append(&refused, Text(refused.empty() ? "" : "; ", said));
   }
-  *why =
-      Text(name, " was not found: looked for it as the system's loader does", other ? Text(", and for ", other) : "");
+  *why = refused.empty() ? Text(name, " was not found: looked for it as the system's loader does",
+                                other ? Text(", and for ", other) : "")
+                         : Text(name, " cannot be opened: ", refused);
   return nullptr;
 }
 

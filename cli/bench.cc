@@ -3,12 +3,15 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <fmt/chrono.h>
 #include <fmt/format.h>
+#include <fmt/ranges.h>
 #include <sched.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <cstdlib>
 #include <ctime>
+#include <set>
+#include <utility>
 
 #include "cli/common.h"
 #include "cli/model_cases.h"
@@ -177,17 +180,19 @@ int Bench(const Options& options) {
   const std::vector<Item> items = Items(options, place);
   if (items.empty()) throw Failure("nothing to time", kNotHeld);
   const Json machine = MachineOf(place);
-  Table table(
-      {"shape", "data in", "dtype", ">threads", ">tokens", "op", ">floor us", ">us", ">GB/s", ">of floor", "kernel"});
+  // 80 columns: what lines share stands over them.
+  std::vector<std::string> lines;
+  std::set<std::string> kernels;
+  std::string heading;
   Json results = Json::array();
   std::vector<std::string> failures;
   {
     Progress progress("bench", static_cast<int64_t>(items.size()));
+    CatchInterrupt();
     for (const Item& item : items) {
       const RopeCase& c = item.test_case;
-      const std::string threads = item.threads ? std::to_string(item.threads) : "-";
-      const std::string what = fmt::format("{}, {} {}, {} tokens{}", item.label, bench::OpName(c), ShortDtype(c.dtype),
-                                           c.tokens, ThreadsText(item.threads));
+      const std::string what = fmt::format("{}, {} {}, {}{}", item.label, bench::OpName(c), ShortDtype(c.dtype),
+                                           Counted(c.tokens, "token"), ThreadsText(item.threads));
       progress.Step(what);
       bench::TimingOptions timing;
       timing.threads = std::max(item.threads, 1);
@@ -199,31 +204,44 @@ int Bench(const Options& options) {
       timed.held = timed.held && status.ok();
       if (!timed.held) failures.push_back(what + ": " + timed.message);
       results.push_back(ToJson(item, place, timed));
-      table.Add({item.label, item.memory, ShortDtype(c.dtype), threads, std::to_string(c.tokens), bench::OpName(c),
-                 timed.held ? fmt::format("{:.2f}", timed.time.floor * 1e6) : "-",
-                 timed.held ? fmt::format("{:.2f}", timed.time.ours * 1e6) : Verdict(false),
-                 timed.held ? fmt::format("{:.1f}", timed.gigabytes_per_second()) : "-",
-                 timed.held ? fmt::format("{:.3f}{}", timed.time.of_floor, timed.time.noisy ? "~" : " ") : "- ",
-                 timed.kernel});
+      std::string shared = fmt::format("{}, {}{}", item.label, ShortDtype(c.dtype), ThreadsText(item.threads));
+      if (shared != heading) lines.push_back(heading = std::move(shared));
+      const std::string call = fmt::format("{:>8}  {:<4}  {:<21}", c.tokens, item.memory, bench::OpName(c));
+      if (timed.held) {
+        kernels.insert(timed.kernel);
+        lines.push_back(fmt::format("{}  {:>9.2f}  {:>9.2f}  {:>7.1f}  {:>8.3f}{}", call, timed.time.floor * 1e6,
+                                    timed.time.ours * 1e6, timed.gigabytes_per_second(), timed.time.of_floor,
+                                    timed.time.noisy ? "~" : ""));
+      } else {
+        lines.push_back(fmt::format("{}  {}", call, Verdict(false)));
+      }
+      if (Interrupted()) break;
     }
   }
   const bool held = failures.empty();
-  Json out = {{"version", ropewalk_version()}, {"machine", machine}, {"held", held}, {"results", results}};
+  Json out = {{"version", ropewalk_version()},
+              {"machine", machine},
+              {"held", held},
+              {"asked", items.size()},
+              {"results", results}};
   if (!options.json.empty()) WriteText(options.json, out.dump(2) + "\n");
   if (!options.csv.empty()) WriteText(options.csv, Csv(results));
   if (options.json != "-" && options.csv != "-") {
-    table.Print();
-    fmt::print(
-        "\n{}; load {:.1f}. Each result was checked before it was timed.\n"
-        "of floor: our time over that of an in-place read-modify-write of the same bytes, median of pairs taken in "
-        "turns;\n"
-        "          {}. ~: noisy, the middle half of the pairs lies further apart than by a "
-        "quarter.\n"
-        "GB/s:     bytes read and written over our median.\n",
-        DeviceText(place), machine["load_before"].get<double>(), place.FloorText());
+    fmt::print("{:>8}  {:<4}  {:<21}  {:>9}  {:>9}  {:>7}  {:>8}\n", "tokens", "in", "op", "floor us", "us", "GB/s",
+               "of floor");
+    for (const std::string& line : lines) fmt::print("{}\n", line);
+    fmt::print("\n{}; load {:.1f}.\nEach result was checked before it was timed.\n", DeviceText(place),
+               machine["load_before"].get<double>());
+    PrintNote("in:", "where the data lies.");
+    PrintNote("of floor:", fmt::format("our time over that of an in-place read-modify-write of the same bytes, median "
+                                       "of pairs taken in turns; {}. ~: noisy, the middle half of the pairs lies "
+                                       "further apart than by a quarter.",
+                                       place.FloorText()));
+    PrintNote("GB/s:", "bytes read and written over our median.");
+    PrintNote("kernels:", fmt::format("{}", fmt::join(kernels, ", ")));
   }
   for (const std::string& failure : failures) fmt::print(stderr, "{}  {}\n", Verdict(false), failure);
-  return held ? kHeld : kNotHeld;
+  return EndOf(held, static_cast<int64_t>(results.size()), static_cast<int64_t>(items.size()));
 }
 
 }  // namespace

@@ -49,7 +49,7 @@ std::string Source(const Options& options) {
   return words.empty() ? words : words.substr(1);
 }
 
-Json ToJson(const RunSummary& summary, const Options& options) {
+Json ToJson(const RunSummary& summary, int64_t asked, const Options& options) {
   const auto counts = [](const std::map<std::string, RunSummary::Count>& of) {
     Json out = Json::object();
     for (const auto& [name, count] : of) out[name] = {{"run", count.run}, {"failed", count.failed}};
@@ -58,6 +58,7 @@ Json ToJson(const RunSummary& summary, const Options& options) {
   Json out = {{"version", ropewalk_version()},
               {"backend", options.backend},
               {"held", summary.ok()},
+              {"asked", asked},
               {"run", summary.run},
               {"failed", summary.failed},
               {"elements", summary.elements},
@@ -142,13 +143,16 @@ int Check(const Options& options) {
     run.source = Source(options);
     run.max_failures = options.max_failures;
     run.progress = [&](const CaseResult& result, int64_t, int64_t) { progress.Step(result.name); };
+    run.stop = Interrupted;
+    CatchInterrupt();
     summary = RunCases(cases, MemoryOf(options.backend), run);
   }
+  const bool tried = summary.run > 0 || matching == 0;  // not with a backend that is absent
   if (options.json) {
-    fmt::print("{}\n", ToJson(summary, options).dump(2));
-    return summary.ok() ? kHeld : kNotHeld;
+    fmt::print("{}\n", ToJson(summary, matching, options).dump(2));
+    return tried ? EndOf(summary.ok(), summary.run, matching) : kCannot;
   }
-  if (!summary.error.empty() && summary.run == 0) throw Failure(summary.error, kNotHeld);
+  if (!summary.error.empty() && summary.run == 0) throw Failure(summary.error, tried ? kNotHeld : kCannot);
   PrintOptions(summary);
   fmt::print("\n");
   Table kernels({"backend and kernel", ">cases", ">failed"});
@@ -168,7 +172,7 @@ int Check(const Options& options) {
   } else {
     fmt::print("; worst error {:.3f} of the tolerance ({})\n", summary.worst, summary.worst_case);
   }
-  return summary.ok() ? kHeld : kNotHeld;
+  return EndOf(summary.ok(), summary.run, matching);
 }
 
 }  // namespace

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cctype>
 #include <charconv>
+#include <csignal>
 #include <cstdio>
 #include <cstdlib>
 #include <filesystem>
@@ -118,6 +119,8 @@ std::string Wrapped(std::string_view text, size_t indent) {
   return out;
 }
 
+void PrintNote(std::string_view name, std::string_view text) { fmt::print("{:<10}{}\n", name, Wrapped(text, 10)); }
+
 std::string Lower(std::string_view text) {
   std::string lower(text);
   for (char& c : lower) c = static_cast<char>(std::tolower(static_cast<unsigned char>(c)));
@@ -132,6 +135,36 @@ std::string Verdict(bool held) {
   const char* text = held ? "ok" : "FAILED";
   if (!Coloured()) return text;
   return fmt::format("\033[{}m{}\033[0m", held ? 32 : 31, text);
+}
+
+// ---- Ctrl-C ---------------------------------------------------------------------------------------------------------
+
+namespace {
+
+volatile std::sig_atomic_t interrupted = 0;
+
+void OnInterrupt(int) {
+  interrupted = 1;
+  constexpr std::string_view kNote = "\ninterrupted: ends when this part is done; Ctrl-C again ends at once\n";
+  if (write(STDERR_FILENO, kNote.data(), kNote.size()) < 0) return;  // nobody reads it
+}
+
+}  // namespace
+
+void CatchInterrupt() {
+  struct sigaction action = {}, before = {};
+  action.sa_handler = OnInterrupt;
+  action.sa_flags = static_cast<int>(SA_RESETHAND | SA_RESTART);
+  // A shell that starts a command behind itself has it ignore Ctrl-C.
+  if (sigaction(SIGINT, nullptr, &before) == 0 && before.sa_handler != SIG_IGN) sigaction(SIGINT, &action, nullptr);
+}
+
+bool Interrupted() { return interrupted != 0; }
+
+int EndOf(bool held, int64_t done, int64_t asked) {
+  if (!Interrupted() || done >= asked) return held ? kHeld : kNotHeld;
+  fmt::print(stderr, "interrupted: {} of {} done\n", done, asked);
+  return kInterrupted;
 }
 
 // ---- progress -------------------------------------------------------------------------------------------------------

@@ -23,9 +23,10 @@ using Json = nlohmann::ordered_json;
 
 // What a command ends with.
 enum ExitCode : int {
-  kHeld = 0,     // everything asked for held
-  kNotHeld = 1,  // a check failed, or nothing ran
-  kCannot = 2,   // bad usage, a missing file, an absent backend
+  kHeld = 0,           // everything asked for held
+  kNotHeld = 1,        // a check failed, or nothing ran
+  kCannot = 2,         // bad usage, a missing file, an absent backend
+  kInterrupted = 130,  // by Ctrl-C, as shells count it: what was done until then is printed
 };
 
 // Ends a command with one sentence on stderr.
@@ -60,12 +61,21 @@ class Table {
 // The text in lines of at most 80 columns, of which those after the first begin with `indent` spaces, where the first
 // one begins already.
 std::string Wrapped(std::string_view text, size_t indent);
+// A line of what is told below a table: a name of at most 10 columns, and the text behind it.
+void PrintNote(std::string_view name, std::string_view text);
 std::string Lower(std::string_view text);  // ASCII letters
 // "1 case", "2 cases".
 std::string Counted(int64_t count, std::string_view noun);
 
 // "ok" or "FAILED", in colour on a terminal.
 std::string Verdict(bool held);
+
+// From now on Ctrl-C only asks for the end, once: a second one ends the process.
+void CatchInterrupt();
+bool Interrupted();
+// What a loop of `asked` parts that asks Interrupted() after each ends with, having done so many. Says on stderr what
+// Ctrl-C left undone.
+int EndOf(bool held, int64_t done, int64_t asked);
 
 // One line on stderr that is written over; silent where stderr is not a terminal.
 class Progress {

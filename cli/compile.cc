@@ -118,12 +118,12 @@ void AddCompile(CLI::App* app, int* exit_code) {
       ->capture_default_str();
   command->footer(
       "Examples:\n"
-      "  ropewalk compile --arch sm_90a --model qwen3-8b -o bundles      what one model needs on an H100 or H200\n"
-      "  ropewalk compile -o bundles                                     all models that come with Ropewalk, "
-      "everywhere\n\n"
-      "Needs NVRTC and no GPU. Each way of calling a model's layers is compiled: in place and out of place, from\n"
-      "frequencies and from a table, with the KV store in the model's dtype and in fp8, tensors apart, packed and\n"
-      "transposed, positions of 32 and 64 bits. A bundle serves only the version of Ropewalk that made it.");
+      "  ropewalk compile --arch sm_90a --model qwen3-8b  one model, for H100 and H200\n"
+      "  ropewalk compile -o bundles                      all that come with Ropewalk\n\n"
+      "Needs NVRTC and no GPU. Each way of calling a model's layers is compiled: in\n"
+      "place and out of place, from frequencies and from a table, with the KV store in\n"
+      "the model's dtype and in fp8, tensors apart, packed and transposed, positions of\n"
+      "32 and 64 bits. A bundle serves only the version of Ropewalk that made it.");
   command->callback([options, exit_code] { *exit_code = Compile(*options); });
 }
 

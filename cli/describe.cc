@@ -167,8 +167,8 @@ int Describe(const Options& options) {
 
 void AddDescribe(CLI::App* app, int* exit_code) {
   auto options = std::make_shared<Options>();
-  CLI::App* command = app->add_subcommand(
-      "describe", "the operation's arguments: Markdown, JSON, Python or torch schema; the model types");
+  CLI::App* command =
+      app->add_subcommand("describe", "the operation's arguments: Markdown, JSON, Python or torch schema; model types");
   auto* json = command->add_flag("--json", options->json, "the description as JSON");
   auto* schema = command->add_flag("--schema", options->schema, "the torch schema");
   auto* markdown = command->add_flag("--markdown", options->markdown, "the page of the docs (the default)");

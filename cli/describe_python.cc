@@ -23,6 +23,9 @@ struct PythonArg {
 std::string TypeOf(const Json& arg) {
   const std::string kind = arg["kind"];
   const bool none = arg["default"] == "None";
+  if (kind == "tensor") {
+    return fmt::format("SupportsDLPack{}{}", arg["host_scalar"].get<bool>() ? " | float" : "", none ? " | None" : "");
+  }
   if (kind == "handle") return "Frequencies | None";
   if (kind == "choice") {
     std::string names;
@@ -192,11 +195,14 @@ std::string PythonFace(const Json& description) {
       R"("""`rope_` and its keywords. Made by `ropewalk describe --python` from the description of the operation: do not edit."""
 
 # SPDX-License-Identifier: Apache-2.0
+# What `type(q) is Tensor` says of q and of the others, no checker follows.
+# mypy: disable-error-code="attr-defined,union-attr"
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from . import _call
+from ._arrays import SupportsDLPack
 from ._call import (
     NORM,
     PAIRING,
@@ -214,7 +220,7 @@ from ._call import (
 from ._frequencies import Frequencies
 
 if TYPE_CHECKING:
-    from typing import Literal, TypedDict
+    from typing import TypedDict
 
     class RopeOptions(TypedDict, total=False):
         """The keywords of `rope_`."""

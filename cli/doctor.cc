@@ -225,11 +225,11 @@ int Doctor(const Options& options) {
     kernels += (kernels.empty() ? "" : ", ") + kernel;
   }
   fmt::print("self-test:    {}\n",
-             Wrapped(fmt::format("{} ({} by {}; worst error {:.2f} of the tolerance)", Verdict(held),
-                                 Counted(found["self_test"]["cases"].get<int>(), "case"), kernels,
-                                 found["self_test"]["worst"].get<double>()),
+             Wrapped(fmt::format("{} ({}{}; worst error {:.2f} of the tolerance)", Verdict(held),
+                                 Counted(found["self_test"]["cases"].get<int>(), "case"),
+                                 kernels.empty() ? "" : " by " + kernels, found["self_test"]["worst"].get<double>()),
                      14));
-  if (!held) fmt::print("              {}\n", found["self_test"]["message"].get<std::string>());
+  if (!held) fmt::print("              {}\n", Wrapped(found["self_test"]["message"].get<std::string>(), 14));
   return held ? kHeld : kNotHeld;
 }
 

@@ -133,13 +133,13 @@ void AddFloor(CLI::App* app, int* exit_code) {
   arch->needs(output);
   command->footer(
       "Examples:\n"
-      "  ropewalk floor --tokens 64 --heads 32,8,8 --few                           rope, in place, packed rows\n"
-      "  ropewalk floor --tokens 4096 --many --cache fp8 --arch sm_90a -o a.cubin  a store, compiled\n\n"
-      "A kernel takes one argument: the pointers that \"arguments\" names, 8 bytes each. slots: an int64 for each "
-      "row;\n"
-      "positions: 4 bytes for each row, which hold \"position\"; weight: run_bytes of zeros. The floor is the fastest "
-      "of\n"
-      "\"shapes\".");
+      "  rope, in place, packed rows:\n"
+      "    ropewalk floor --tokens 64 --heads 32,8,8 --few\n"
+      "  a store, compiled:\n"
+      "    ropewalk floor --tokens 4096 --many --cache fp8 --arch sm_90a -o a.cubin\n\n"
+      "A kernel takes one argument: the pointers that \"arguments\" names, 8 bytes each.\n"
+      "slots: an int64 for each row; positions: 4 bytes for each row, which hold\n"
+      "\"position\"; weight: run_bytes of zeros. The floor is the fastest of \"shapes\".");
   command->callback([options, exit_code] { *exit_code = Floor(*options); });
 }
 

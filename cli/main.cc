@@ -21,9 +21,9 @@
 namespace ropewalk::cli {
 namespace {
 
-constexpr size_t kColumn = 34;  // where descriptions begin
+constexpr size_t kColumn = 34, kCommandColumn = 14;  // where descriptions begin, of options and of subcommands
 
-// Descriptions of options in 80 columns.
+// Descriptions in 80 columns.
 class Narrow : public CLI::Formatter {
  public:
   std::string make_option_desc(const CLI::Option* option) const override {
@@ -31,6 +31,24 @@ class Narrow : public CLI::Formatter {
     const std::string indent = "\n" + std::string(kColumn, ' ');  // which CLI11 puts there itself
     for (size_t at = 0; (at = text.find(indent, at)) != std::string::npos;) text.replace(at, indent.size(), "\n");
     return text;
+  }
+
+  // A long list of choices goes on over lines.
+  std::string make_option_opts(const CLI::Option* option) const override {
+    constexpr size_t kChoices = 66;
+    std::string text = CLI::Formatter::make_option_opts(option);
+    for (size_t start = 0; text.size() - start > kChoices;) {
+      const size_t comma = text.rfind(',', start + kChoices);
+      if (comma == std::string::npos || comma <= start) break;
+      text.insert(comma + 1, "\n      ");
+      start = comma + 1;
+    }
+    return text;
+  }
+
+  std::string make_subcommand(const CLI::App* command) const override {
+    return fmt::format("  {:<{}}{}\n", command->get_name(), kCommandColumn - 2,
+                       Wrapped(command->get_description(), kCommandColumn));
   }
 };
 
@@ -60,19 +78,20 @@ std::string Meant(const CLI::App& app, const std::string& word) {
 
 int Main(int argc, char** argv) {
   CLI::App app("Ropewalk: rotary position embedding on queries and keys, at the speed of memory.", "ropewalk");
-  app.set_version_flag("-V,--version", ropewalk_version());
+  app.set_version_flag("-v,-V,--version", ropewalk_version());
   app.require_subcommand(0, 1);
   const auto formatter = std::make_shared<Narrow>();
   formatter->column_width(kColumn);
   app.formatter(formatter);  // before the subcommands, which take it over
   app.footer(
       "Start here:\n"
-      "  ropewalk doctor                  what serves on this machine, and what would help\n"
-      "  ropewalk run                     real models' shapes: checked, timed against the floor, explained\n"
-      "  ropewalk run --model config.json one model of yours\n"
-      "  ropewalk check                   every case against the double-precision reference\n"
-      "  ropewalk SUBCOMMAND --help       examples of each\n\n"
-      "Exit code: 0 if all held, 1 if something did not (or nothing ran), 2 if it could not be tried.");
+      "  ropewalk doctor                   what serves here, and what would help\n"
+      "  ropewalk run                      real models' shapes: checked and timed\n"
+      "  ropewalk run --model config.json  one model of yours\n"
+      "  ropewalk check                    every case against the reference\n"
+      "  ropewalk SUBCOMMAND --help        examples of each\n\n"
+      "Exit code: 0 if all held, 1 if something did not (or nothing ran), 2 if it could\n"
+      "not be tried, 130 after Ctrl-C.");
   std::string help = "--help", version = "--version";  // as words, too
   int exit_code = kHeld;
   AddDoctor(&app, &exit_code);

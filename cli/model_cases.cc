@@ -49,7 +49,9 @@ void AddPlaceOption(CLI::App* command, std::string* backend) {
 }
 
 bench::Place& PlaceOf(const std::string& backend) {
-  if (!backend.empty()) Require(ropewalk_force_backend(backend.c_str()));
+  // For a moment where none is named, so that a wrong ROPEWALK_CPU_TARGET is one sentence.
+  Require(ropewalk_force_backend(backend.empty() ? "cpu" : backend.c_str()));
+  if (backend.empty()) Require(ropewalk_force_backend(nullptr));
   bench::Place* place = nullptr;
   if (const Status status = bench::PlaceOf(backend, &place); !status.ok()) throw Failure(status.text());
   return *place;

@@ -101,17 +101,20 @@ int Run(const Options& options) {
   std::vector<std::string> failures;
   {
     Progress progress("run", static_cast<int64_t>(items.size()));
+    CatchInterrupt();
     for (const Item& item : items) {
+      if (Interrupted()) break;
       const RopeCase& c = item.test_case;
       const std::string label = ModelLabel(*item.model, c);
-      progress.Step(fmt::format("{}, {} tokens", label, c.tokens));
+      const std::string what = fmt::format("{}, {}", label, Counted(c.tokens, "token"));
+      progress.Step(what);
       bench::TimedCase timed;
       const Status status = bench::TimeCase(c, timing, &timed, place);
       if (!status.ok()) {
         timed.held = false;
         timed.message = status.text();
       }
-      if (!timed.held) failures.push_back(fmt::format("{}, {} tokens: {}", label, c.tokens, timed.message));
+      if (!timed.held) failures.push_back(what + ": " + timed.message);
       results.push_back(ToJson(item, timed));
       const std::string part = c.rotary_dim == c.head_dim ? "" : fmt::format("{} of ", c.rotary_dim);
       std::string shared =
@@ -128,6 +131,9 @@ int Run(const Options& options) {
     }
   }
   const bool held = failures.empty();
+  const auto end = [&] {
+    return EndOf(held, static_cast<int64_t>(results.size()), static_cast<int64_t>(items.size()));
+  };
   if (options.json) {
     const Json out = {{"version", ropewalk_version()},
                       {"device", place.device()},
@@ -135,32 +141,31 @@ int Run(const Options& options) {
                       {"cpu", bench::CpuName()},
                       {"threads", threads ? Json(threads) : Json()},
                       {"held", held},
+                      {"asked", items.size()},
                       {"results", results}};
     fmt::print("{}\n", out.dump(2));
-    return held ? kHeld : kNotHeld;
+    return end();
   }
   fmt::print("{:>10}  {:>10}  {:>7}  {:>8}   {}\n", "tokens", "us", "GB/s", "of floor", "checked");
   for (const std::string& line : lines) fmt::print("{}\n", line);
   double load = 0;
   getloadavg(&load, 1);
   fmt::print("\n{}{}, {}; load {:.1f}.\n", DeviceText(place), ThreadsText(threads), options.dtype, load);
-  const auto note = [](std::string_view name, const std::string& text) {
-    fmt::print("{:<10}{}\n", name, Wrapped(text, 10));
-  };
-  note("checked:",
-       "largest error, in units of the tolerance, against the double-precision reference; the rounding to the dtype is "
-       "within it, so that 16-bit dtypes come near 1.");
-  note("of floor:",
-       fmt::format("our time over that of an in-place read-modify-write of the same bytes in the same run; at few "
-                   "tokens, which lie in the caches, the arithmetic and the call itself show. The floor is {}. ~: "
-                   "noisy, as the middle half of the measurements lies further apart than by a quarter.",
-                   place.FloorText()));
-  note("kernels:", fmt::format("{}", fmt::join(kernels, ", ")));
+  PrintNote(
+      "checked:",
+      "largest error, in units of the tolerance, against the double-precision reference; the rounding to the dtype is "
+      "within it, so that 16-bit dtypes come near 1.");
+  PrintNote("of floor:",
+            fmt::format("our time over that of an in-place read-modify-write of the same bytes in the same run; at few "
+                        "tokens, which lie in the caches, the arithmetic and the call itself show. The floor is {}. ~: "
+                        "noisy, as the middle half of the measurements lies further apart than by a quarter.",
+                        place.FloorText()));
+  PrintNote("kernels:", fmt::format("{}", fmt::join(kernels, ", ")));
   fmt::print("\n");
   for (const std::string& failure : failures) fmt::print("{}  {}\n", Verdict(false), failure);
-  fmt::print("{}: {} of {}\n", Verdict(held), Counted(static_cast<int64_t>(items.size()), "shape"),
+  fmt::print("{}: {} of {}\n", Verdict(held), Counted(static_cast<int64_t>(results.size()), "shape"),
              Counted(static_cast<int64_t>(models.size()), "model"));
-  return held ? kHeld : kNotHeld;
+  return end();
 }
 
 }  // namespace

@@ -122,8 +122,10 @@ int Sweep(const SweepOptions& options) {
   const Json machine = MachineOf(bench::HostPlace());
   std::vector<Line> lines;
   std::vector<std::string> failures, kernels;
-  Progress progress("sweep", static_cast<int64_t>(options.dtypes.size() * options.pairings.size() * options.ops.size() *
-                                                  2 * parts.size()));
+  const auto asked =
+      static_cast<int64_t>(options.dtypes.size() * options.pairings.size() * options.ops.size() * 2 * parts.size());
+  Progress progress("sweep", asked);
+  CatchInterrupt();
   for (const std::string& dtype_name : options.dtypes) {
     const uint32_t dtype = ParseDtype(dtype_name);
     const int64_t tokens = options.tokens ? options.tokens : dtype == kF32 ? 32 : 64;
@@ -131,12 +133,14 @@ int Sweep(const SweepOptions& options) {
       for (const std::string& pairing_name : options.pairings) {
         const int32_t pairing = pairing_name == "neox" ? ROPEWALK_NEOX : ROPEWALK_INTERLEAVED;
         for (const Angles angles : {Angles::kFrequencies, Angles::kTable}) {
+          if (Interrupted()) break;
           const bool norm = op == "norm+rope";
           Ready whole;
           const RopeCase whole_case = CaseOf({128, 128, 0}, tokens, dtype, norm, pairing, angles);
           if (const Status status = MakeReady(whole_case, &whole); !status.ok()) throw Failure(status.text(), kNotHeld);
           if (std::ranges::find(kernels, whole.kernel) == kernels.end()) kernels.push_back(whole.kernel);
           for (const Part& part : parts) {
+            if (Interrupted()) break;
             Line line{.test_case = CaseOf(part, tokens, dtype, norm, pairing, angles)};
             const RopeCase& c = line.test_case;
             const std::string what = fmt::format("{}, {} {}", PartText(c), bench::OpName(c), ShortDtype(dtype));
@@ -184,6 +188,7 @@ int Sweep(const SweepOptions& options) {
                        {"kernels", kernels},
                        {"aim", kAim},
                        {"above", above},
+                       {"asked", asked},
                        {"held", held}};
     // A result a line: there are more than a thousand.
     std::string text = head.dump(1);
@@ -195,15 +200,15 @@ int Sweep(const SweepOptions& options) {
   if (!options.csv.empty() && !results.empty()) WriteText(options.csv, Csv(results));
   if (options.json != "-" && options.csv != "-") {
     table.Print();
-    fmt::print(
-        "\n{}; load {:.1f}; one thread, {}/{} heads, in place. Each result was checked before it was timed.\n"
-        "ratio: the time of a byte that must be read and written (the rotated part, with the norm whole heads) over "
-        "that of\n       128 of 128, medians of calls taken in turns. {} of {} are above {}.\n",
-        machine["cpu"].get<std::string>(), machine["load_before"].get<double>(), kHeads, kHeads, above, lines.size(),
-        kAim);
+    fmt::print("\n{}; load {:.1f}.\nOne thread, {}/{} heads, in place. Each result was checked before it was timed.\n",
+               machine["cpu"].get<std::string>(), machine["load_before"].get<double>(), kHeads, kHeads);
+    PrintNote("ratio:", fmt::format("the time of a byte that must be read and written (the rotated part, with the norm "
+                                    "whole heads) over that of 128 of 128, medians of calls taken in turns. {} of {} "
+                                    "are above {}.",
+                                    above, lines.size(), kAim));
   }
   for (const std::string& failure : failures) fmt::print(stderr, "{}  {}\n", Verdict(false), failure);
-  return held ? kHeld : kNotHeld;
+  return EndOf(held, static_cast<int64_t>(lines.size()), asked);
 }
 
 }  // namespace ropewalk::cli

@@ -119,14 +119,16 @@ int Tune(const Options& options) {
   std::vector<std::string> failures;
   std::string lines;
   double most = 1;
-  size_t done = 0;
+  size_t visited = 0, done = 0;
   const auto start = std::chrono::steady_clock::now();
   {
     Progress progress("tune", static_cast<int64_t>(cases.size()));
+    CatchInterrupt();
     const auto visit = [&](const RopeCase& c, const Status& status, const bench::TunedCase& tuned) {
       progress.Step(c.name);
+      ++visited;
       const double spent = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-      const bool go_on = options.seconds <= 0 || spent < options.seconds;
+      const bool go_on = (options.seconds <= 0 || spent < options.seconds) && !Interrupted();
       if (!status.ok()) {
         failures.push_back(c.name + ": " + status.text());
         return go_on;
@@ -185,7 +187,7 @@ int Tune(const Options& options) {
                path);
   }
   for (const std::string& failure : failures) fmt::print(stderr, "{}  {}\n", Verdict(false), failure);
-  return failures.empty() && done > 0 ? kHeld : kNotHeld;
+  return EndOf(failures.empty() && done > 0, static_cast<int64_t>(visited), static_cast<int64_t>(cases.size()));
 }
 
 }  // namespace
@@ -222,11 +224,11 @@ void AddTune(CLI::App* app, int* exit_code) {
   command->add_flag("--dry-run", options->dry_run, "keep nothing");
   command->footer(
       "Examples:\n"
-      "  ropewalk tune --model qwen3-8b                   a model's shapes at 1 to 4096 tokens\n"
-      "  ropewalk tune --shape 512,28,4,128               one shape, every stage\n\n"
-      "Each candidate's result is compared with the reference before it is timed. What gains 2 % or more is kept "
-      "beside the\n"
-      "compiled kernels, for this device, driver and version of Ropewalk.\n"
+      "  ropewalk tune --model qwen3-8b      a model's shapes at 1 to 4096 tokens\n"
+      "  ropewalk tune --shape 512,28,4,128  one shape, every stage\n\n"
+      "Each candidate's result is compared with the reference before it is timed. What\n"
+      "gains 2 % or more is kept beside the compiled kernels, for this device, driver\n"
+      "and version of Ropewalk.\n"
       "Exit code 0 only if every candidate was right.");
   command->callback([options, exit_code] { *exit_code = Tune(*options); });
 }

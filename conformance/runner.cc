@@ -173,6 +173,7 @@ RunSummary RunCases(std::span<const RopeCase> cases, DeviceMemory& memory, const
       break;
     }
     if (options.max_failures > 0 && summary.failed >= options.max_failures) break;
+    if (options.stop && options.stop()) break;
   }
   if (!options.backend.empty()) (void)ropewalk_force_backend(nullptr);
   return summary;

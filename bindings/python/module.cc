@@ -25,8 +25,15 @@ namespace {
 using ropewalk::Arg;
 using ropewalk::Kind;
 
+// Without a backtrace, which tvm-ffi would take in SetRaisedFromCStr: the process's first one reads the symbols of
+// every library (380 ms and 23 MB), and a refusal is of what the caller gave.
 int Raise(const char* kind, const std::string& text) {
-  TVMFFIErrorSetRaisedFromCStr(kind, ropewalk::ValidUtf8(text).c_str());
+  const std::string valid = ropewalk::ValidUtf8(text);
+  const TVMFFIByteArray kind_bytes{kind, std::strlen(kind)}, message{valid.data(), valid.size()}, no_backtrace{"", 0};
+  TVMFFIObjectHandle error = nullptr;
+  if (TVMFFIErrorCreate(&kind_bytes, &message, &no_backtrace, &error) != 0) return -1;
+  TVMFFIErrorSetRaised(error);
+  TVMFFIObjectDecRef(error);
   return -1;
 }
 

@@ -84,6 +84,7 @@ inline Result MakeResult(int code) {
   return {static_cast<ropewalk_code>(code), code == ROPEWALK_OK ? "" : ropewalk_last_error()};
 }
 
+// Designated initialisers stand in the order of the struct in ropewalk.h: pairing before q, rounding before eps.
 inline Result rope(const RopeArgs& args, void* stream = nullptr) { return MakeResult(ropewalk_rope(&args, stream)); }
 inline Result prepare(const RopeArgs& args) { return MakeResult(ropewalk_prepare(&args)); }
 inline Result check_faults() { return MakeResult(ropewalk_check_faults()); }

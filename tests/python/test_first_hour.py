@@ -5,9 +5,13 @@ from __future__ import annotations
 
 import inspect
 import pickle
+import traceback
+import typing
 
 import pytest
 import ropewalk
+from ropewalk import _module
+from ropewalk._arrays import SupportsDLPack
 
 numpy = pytest.importorskip("numpy")
 F = ropewalk.Frequencies(theta=1e6, rotary_dim=128)
@@ -75,3 +79,30 @@ def test_completion_offers_what_is_meant_to_be_used() -> None:
 def test_help_shows_the_keywords(name: str) -> None:
     shown = inspect.signature(getattr(ropewalk, name))
     assert list(shown.parameters) == list(inspect.signature(ropewalk.rope_).parameters)
+
+
+def test_tensors_have_a_type_and_choices_are_named() -> None:
+    hints = typing.get_type_hints(ropewalk.rope_)
+    for arg in _module.description():
+        hint = hints[arg["name"]]
+        parts = set(typing.get_args(hint)) or {hint}
+        if arg["kind"] == "tensor":
+            optional = {type(None)} if arg["default"] == "None" else set()
+            assert parts == {SupportsDLPack} | optional | ({float} if arg["host_scalar"] else set()), arg["name"]
+        elif arg["kind"] == "choice":
+            literals = [part for part in parts if typing.get_origin(part) is typing.Literal]
+            assert set(typing.get_args(literals[0]) if literals else parts) == set(arg["choices"])
+    for name in ("rope", "prepare", "can_use", "explain"):
+        assert getattr(ropewalk, name).__annotations__["q"] == "SupportsDLPack"
+
+
+def test_what_has_dlpack_is_a_tensor() -> None:
+    assert isinstance(heads(2, 2), SupportsDLPack)
+    assert not isinstance([1.0], SupportsDLPack)
+
+
+def test_refusals_read_no_symbols() -> None:
+    # For its first backtrace tvm-ffi reads the symbols of every library of the process.
+    with pytest.raises(ValueError, match="abacus") as caught:
+        ropewalk.force_backend("abacus")
+    assert not [frame for frame in traceback.extract_tb(caught.tb) if frame.name.startswith("__tvm_ffi_")]

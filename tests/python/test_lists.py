@@ -50,6 +50,15 @@ def test_the_struct_has_the_arguments_and_no_others() -> None:
     assert set(fields()) == set(ARGUMENTS) | ROOM
 
 
+def test_designated_initialisers_stand_where_the_pages_say() -> None:
+    """docs/cpp.md and ropewalk.hpp name what stands elsewhere in the struct than in arguments.md."""
+    names = [name for name in fields() if name not in ROOM]
+    for early, late in (("pairing", "q"), ("rounding", "eps")):
+        assert names.index(early) + 1 == names.index(late)
+    rest = [name for name in ARGUMENTS if name not in ("pairing", "rounding")]
+    assert [name for name in names if name not in ("pairing", "rounding")] == rest
+
+
 @pytest.mark.parametrize("name", [name for name, arg in ARGUMENTS.items() if arg["kind"] == "tensor"])
 def test_the_header_gives_each_tensor_its_shape_and_dtypes(name: str) -> None:
     """T is q's dtype, `as cos` that of cos."""

@@ -1,15 +1,24 @@
 // The command line as a program: what it prints is printed or it says so, and numbers are taken as they are or refused.
 // SPDX-License-Identifier: Apache-2.0
+#include <fcntl.h>
 #include <gtest/gtest.h>
+#include <pty.h>
 #include <sys/wait.h>
+#include <unistd.h>
 
 #include <algorithm>
+#include <csignal>
 #include <cstdio>
 #include <cstdlib>
+#include <filesystem>
+#include <fstream>
+#include <iterator>
 #include <nlohmann/json.hpp>
 #include <string>
+#include <vector>
 
 #include "base/text.h"
+#include "tests/fresh_process.h"
 
 namespace ropewalk {
 namespace {
@@ -178,6 +187,12 @@ TEST_F(Cli, AWrongTargetInTheEnvironmentIsSaid) {
     const Ended explain = Command("explain --model qwen3-8b");
     EXPECT_NE(explain.code, 0);
     EXPECT_NE(explain.said.find(Text("but is \"", target, "\"")), std::string::npos) << explain.said;
+    for (const char* command : {"run --tokens 1", "bench --tokens 1", "check --random 1", "check --random 1 --json"}) {
+      const Ended ended = Command(command);
+      EXPECT_EQ(ended.code, 2) << command;
+      EXPECT_NE(ended.said.find(wanted), std::string::npos) << command << ": " << ended.said;
+      EXPECT_EQ(ended.said.find("bug"), std::string::npos) << command << ": " << ended.said;
+    }
   }
   unsetenv("ROPEWALK_CPU_TARGET");
 }
@@ -220,15 +235,18 @@ TEST_F(Cli, WordsThatAreNoneSayWhatWasMeant) {
   EXPECT_EQ(Command("help").code, 0);
   EXPECT_EQ(Command("version").said, Command("--version").said);
   EXPECT_EQ(Command("-V").said, Command("--version").said);
+  EXPECT_EQ(Command("-v").said, Command("--version").said);
   for (const char* dtype : {"fp16", "BF16", "Float32"}) {
     EXPECT_EQ(Command(Text("run --model smollm2-135m --tokens 1 --seconds 0.001 --dtype ", dtype)).code, 0) << dtype;
   }
 }
 
 // A table that wraps is no table.
-TEST_F(Cli, DoctorAndRunFitATerminal) {
+TEST_F(Cli, TablesAndHelpFitATerminal) {
   for (const char* command :
-       {"doctor", "run --tokens 1 --seconds 0.001", "run --help", "bench --help", "check --help"}) {
+       {"doctor", "run --tokens 1 --seconds 0.001", "bench --tokens 1 --dtype bf16 --seconds 0.001", "--help",
+        "run --help", "bench --help", "check --help", "explain --help", "compile --help", "tune --help",
+        "describe --help", "floor --help", "completion --help", "manual --help"}) {
     const std::string said = Command(command).said;
     for (size_t start = 0; start < said.size();) {
       const size_t end = std::min(said.find('\n', start), said.size());
@@ -248,6 +266,107 @@ TEST_F(Cli, BenchPrintsJsonLikeTheOthers) {
   ASSERT_FALSE(found.is_discarded()) << ended.said;
   EXPECT_EQ(found["results"][0]["label"], "2/2x64, 32 of it");
   EXPECT_TRUE(found["results"][0]["noisy"].is_boolean());
+}
+
+// A library that is there and no library is not told as missing.
+TEST_F(Cli, AFileThatCannotBeLoadedIsNotMissing) {
+  const std::string folder = Directory() + "/junk";
+  for (const char* name : {"libcuda.so.1", "libOpenCL.so.1", "libze_loader.so.1"}) {
+    std::filesystem::create_directories(folder);
+    std::ofstream(folder + "/" + name) << "junk";
+    const Ended ended = Shell(Text("unset ROPEWALK_LIBCUDA ROPEWALK_LIBOPENCL ROPEWALK_LIBZE_LOADER; LD_LIBRARY_PATH='",
+                                   folder, "' '", ROPEWALK_COMMAND, "' doctor --json 2>&1"));
+    EXPECT_NE(ended.said.find(Text(name, " cannot be opened: ", folder, "/", name)), std::string::npos) << ended.said;
+    EXPECT_EQ(ended.said.find(Text(name, " was not found")), std::string::npos) << ended.said;
+    std::filesystem::remove_all(folder);
+  }
+}
+
+// A command on a terminal. Each of `cues`, once seen there, is answered by Ctrl-C.
+struct Terminal {
+  int code = -1, signal = 0;
+  std::string shown, out;  // on the terminal (stderr), on stdout
+};
+
+Terminal OnTerminal(std::vector<std::string> arguments, const std::vector<std::string>& cues) {
+  Terminal ended;
+  const std::string out = Directory() + "/stdout";
+  int terminal = -1;
+  const pid_t child = forkpty(&terminal, nullptr, nullptr, nullptr);
+  if (child == 0) {
+    std::signal(SIGINT, SIG_DFL);
+    setenv("TERM", "xterm", 1);
+    setenv("ROPEWALK_MODELS", ROPEWALK_MODELS_DIR, 1);
+    const int file = open(out.c_str(), O_WRONLY | O_CREAT | O_TRUNC, 0600);
+    dup2(file, STDOUT_FILENO);
+    arguments.insert(arguments.begin(), ROPEWALK_COMMAND);
+    std::vector<char*> words;
+    std::ranges::transform(arguments, std::back_inserter(words), [](std::string& word) { return word.data(); });
+    words.push_back(nullptr);
+    execv(ROPEWALK_COMMAND, words.data());
+    _exit(127);
+  }
+  size_t cue = 0, from = 0;
+  char buffer[4096];
+  for (ssize_t got; (got = read(terminal, buffer, sizeof(buffer))) > 0;) {  // until the other end is closed
+    ended.shown.append(buffer, static_cast<size_t>(got));
+    for (size_t at; cue < cues.size() && (at = ended.shown.find(cues[cue], from)) != std::string::npos; ++cue) {
+      from = at + cues[cue].size();
+      EXPECT_EQ(write(terminal, "\3", 1), 1);
+    }
+  }
+  close(terminal);
+  int status = -1;
+  waitpid(child, &status, 0);
+  if (WIFEXITED(status)) ended.code = WEXITSTATUS(status);
+  if (WIFSIGNALED(status)) ended.signal = WTERMSIG(status);
+  std::ifstream file(out);
+  ended.out.assign(std::istreambuf_iterator<char>(file), {});
+  return ended;
+}
+
+TEST_F(Cli, CtrlCKeepsWhatWasDone) {
+  const auto interrupted = [](const std::vector<std::string>& arguments, const std::string& cue) {
+    const Terminal ended = OnTerminal(arguments, {cue});
+    EXPECT_EQ(ended.code, 130) << ended.shown;
+    EXPECT_NE(ended.shown.find("interrupted: "), std::string::npos) << ended.shown;
+    EXPECT_NE(ended.shown.find(" done\r\n"), std::string::npos) << ended.shown;
+    return ended.out;
+  };
+  const auto parsed = [](const std::string& text) { return nlohmann::json::parse(text, nullptr, false); };
+
+  const auto check = parsed(interrupted({"check", "--json"}, "check 2/"));
+  ASSERT_FALSE(check.is_discarded());
+  EXPECT_GE(check["run"], 1);
+  EXPECT_LT(check["run"], check["asked"]);
+  EXPECT_NE(interrupted({"check"}, "check 2/").find(" ran, 0 failed"), std::string::npos);
+
+  const std::string csv = Directory() + "/bench.csv", json = Directory() + "/bench.json";
+  const std::vector<std::string> bench = {"bench", "--tokens", "1", "--seconds", "0.02", "--csv", csv, "--json", json};
+  EXPECT_NE(interrupted(bench, "bench 2/").find("of floor"), std::string::npos);
+  std::ifstream json_file(json), csv_file(csv);
+  const auto benched = parsed({std::istreambuf_iterator<char>(json_file), {}});
+  ASSERT_FALSE(benched.is_discarded());
+  EXPECT_GE(benched["results"].size(), 1u);
+  EXPECT_LT(benched["results"].size(), benched["asked"]);
+  const std::string lines{std::istreambuf_iterator<char>(csv_file), {}};
+  EXPECT_EQ(static_cast<size_t>(std::ranges::count(lines, '\n')), 1 + benched["results"].size());
+
+  const auto run = parsed(interrupted({"run", "--tokens", "1", "--seconds", "0.02", "--json"}, "run 2/"));
+  ASSERT_FALSE(run.is_discarded());
+  EXPECT_GE(run["results"].size(), 1u);
+  EXPECT_LT(run["results"].size(), run["asked"]);
+
+  const auto sweep = parsed(interrupted({"bench", "--sweep", "--seconds", "0.01", "--json"}, "sweep 2/"));
+  ASSERT_FALSE(sweep.is_discarded());
+  EXPECT_GE(sweep["results"].size(), 1u);
+  EXPECT_LT(sweep["results"].size(), sweep["asked"]);
+}
+
+TEST_F(Cli, ASecondCtrlCEndsAtOnce) {
+  const Terminal ended =
+      OnTerminal({"bench", "--shape", "1,2,2,64", "--seconds", "1000"}, {"bench 1/", "Ctrl-C again ends at once"});
+  EXPECT_EQ(ended.signal, SIGINT) << ended.shown;
 }
 
 }  // namespace

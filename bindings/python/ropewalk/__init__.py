@@ -18,6 +18,7 @@ from ._frequencies import Frequencies
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+    from ._arrays import SupportsDLPack
     from ._face import RopeOptions
 
 __all__ = [
@@ -51,7 +52,7 @@ if _arrays.torch is not None:
     _use_torch_threads()
 
 
-def rope(q: Any, k: Any = None, **options: Unpack[RopeOptions]) -> tuple[Any, Any]:
+def rope(q: SupportsDLPack, k: SupportsDLPack | None = None, **options: Unpack[RopeOptions]) -> tuple[Any, Any]:
     """As `rope_`, but into new tensors: q and k are left as they are. KV caches are written as there.
 
     Returns:
@@ -63,14 +64,14 @@ def rope(q: Any, k: Any = None, **options: Unpack[RopeOptions]) -> tuple[Any, An
     return new if isinstance(q, _call.Tensor) else (_arrays.as_given(q, new[0]), _arrays.as_given(k, new[1]))
 
 
-def prepare(q: Any, k: Any = None, **options: Unpack[RopeOptions]) -> None:
+def prepare(q: SupportsDLPack, k: SupportsDLPack | None = None, **options: Unpack[RopeOptions]) -> None:
     """Makes all that a later `rope_` with such arguments needs (kernels, device copies), so that it neither compiles
     nor allocates and may be captured in a graph. Takes the arguments of `rope_`; reads and writes no tensor's data.
     """
     _prepare(*_arrays.values({"q": q, "k": k, **_known("prepare", options)}))
 
 
-def can_use(q: Any, k: Any = None, **options: Unpack[RopeOptions]) -> bool:
+def can_use(q: SupportsDLPack, k: SupportsDLPack | None = None, **options: Unpack[RopeOptions]) -> bool:
     """Whether `rope_` would serve such a call here: True if `prepare` succeeds, which it then has.
 
     Raises nothing but a TypeError for a keyword that `rope_` does not have."""
@@ -82,7 +83,7 @@ def can_use(q: Any, k: Any = None, **options: Unpack[RopeOptions]) -> bool:
     return True
 
 
-def explain(q: Any, k: Any = None, **options: Unpack[RopeOptions]) -> dict[str, str]:
+def explain(q: SupportsDLPack, k: SupportsDLPack | None = None, **options: Unpack[RopeOptions]) -> dict[str, str]:
     """Which backend, kernel and source would serve such a call of `rope_`, and why. Writes nothing."""
     return json.loads(_explain(*_arrays.values({"q": q, "k": k, **_known("explain", options)})))
 

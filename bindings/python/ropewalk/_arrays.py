@@ -9,7 +9,7 @@ from __future__ import annotations
 import operator
 import sys
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import tvm_ffi
 
@@ -27,6 +27,13 @@ CHOICES: dict[str, dict[Any, int]] = {
     for arg in _module.description()
     if arg["kind"] == "choice"
 }
+
+
+@runtime_checkable
+class SupportsDLPack(Protocol):
+    """A tensor: torch's, numpy's, cupy's, jax's, or of another package with DLPack."""
+
+    def __dlpack__(self, *args: Any, **kwargs: Any) -> Any: ...
 
 
 # What other projects call the pairings.

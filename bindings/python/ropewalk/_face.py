@@ -1,11 +1,14 @@
 """`rope_` and its keywords. Made by `ropewalk describe --python` from the description of the operation: do not edit."""
 
 # SPDX-License-Identifier: Apache-2.0
+# What `type(q) is Tensor` says of q and of the others, no checker follows.
+# mypy: disable-error-code="attr-defined,union-attr"
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from . import _call
+from ._arrays import SupportsDLPack
 from ._call import (
     NORM,
     PAIRING,
@@ -23,70 +26,70 @@ from ._call import (
 from ._frequencies import Frequencies
 
 if TYPE_CHECKING:
-    from typing import Literal, TypedDict
+    from typing import TypedDict
 
     class RopeOptions(TypedDict, total=False):
         """The keywords of `rope_`."""
 
-        positions: Any
-        offsets: Any
+        positions: SupportsDLPack | None
+        offsets: SupportsDLPack | None
         frequencies: Frequencies | None
-        cos: Any
-        sin: Any
-        cos_sin: Any
-        axes: Any
+        cos: SupportsDLPack | None
+        sin: SupportsDLPack | None
+        cos_sin: SupportsDLPack | None
+        axes: SupportsDLPack | None
         pairing: Literal["neox", "interleaved"]
         rotary_dim: int | None
         rotary_offset: int
         inverse: bool
         norm: Literal["none", "rms"] | None
-        q_weight: Any
-        k_weight: Any
+        q_weight: SupportsDLPack | None
+        k_weight: SupportsDLPack | None
         zero_centered_weight: bool
         eps: float
         rounding: Literal["fused", "reference"]
-        q_out: Any
-        k_out: Any
-        v: Any
-        k_cache: Any
-        v_cache: Any
-        slots: Any
-        k_scale: Any
-        v_scale: Any
+        q_out: SupportsDLPack | None
+        k_out: SupportsDLPack | None
+        v: SupportsDLPack | None
+        k_cache: SupportsDLPack | None
+        v_cache: SupportsDLPack | None
+        slots: SupportsDLPack | None
+        k_scale: SupportsDLPack | float | None
+        v_scale: SupportsDLPack | float | None
         sycl_queue: Any
         disable_pdl: bool
         k_store_only: bool
 
 
 def rope_(
-    q: Any,
-    k: Any = None,
+    q: SupportsDLPack | None,
+    k: SupportsDLPack | None = None,
     *,
-    positions: Any = None,
-    offsets: Any = None,
+    positions: SupportsDLPack | None = None,
+    offsets: SupportsDLPack | None = None,
     frequencies: Frequencies | None = None,
-    cos: Any = None,
-    sin: Any = None,
-    cos_sin: Any = None,
-    axes: Any = None,
+    cos: SupportsDLPack | None = None,
+    sin: SupportsDLPack | None = None,
+    cos_sin: SupportsDLPack | None = None,
+    axes: SupportsDLPack | None = None,
     pairing: Literal["neox", "interleaved"] = "neox",
     rotary_dim: int | None = None,
     rotary_offset: int = 0,
     inverse: bool = False,
     norm: Literal["none", "rms"] | None = None,
-    q_weight: Any = None,
-    k_weight: Any = None,
+    q_weight: SupportsDLPack | None = None,
+    k_weight: SupportsDLPack | None = None,
     zero_centered_weight: bool = False,
     eps: float = 1e-6,
     rounding: Literal["fused", "reference"] = "fused",
-    q_out: Any = None,
-    k_out: Any = None,
-    v: Any = None,
-    k_cache: Any = None,
-    v_cache: Any = None,
-    slots: Any = None,
-    k_scale: Any = None,
-    v_scale: Any = None,
+    q_out: SupportsDLPack | None = None,
+    k_out: SupportsDLPack | None = None,
+    v: SupportsDLPack | None = None,
+    k_cache: SupportsDLPack | None = None,
+    v_cache: SupportsDLPack | None = None,
+    slots: SupportsDLPack | None = None,
+    k_scale: SupportsDLPack | float | None = None,
+    v_scale: SupportsDLPack | float | None = None,
     sycl_queue: Any = None,
     disable_pdl: bool = False,
     k_store_only: bool = False,
