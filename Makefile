@@ -1,14 +1,14 @@
 # Ropewalk: every command does its own set-up first. `make` alone lists them.
 # SPDX-License-Identifier: Apache-2.0
 .DEFAULT_GOAL := help
-.PHONY: test-engines test-intel test-emulated test-models gpu-test cuda-report intel-report help run test setup wheel test-asan test-tsan test-arm fuzz bench fresh-debian format lint docs clean
+.PHONY: test-engines test-transformers test-intel test-emulated test-models gpu-test cuda-report intel-report help run test setup wheel test-asan test-tsan test-arm fuzz bench fresh-debian format lint docs clean
 .NOTPARALLEL:
 
 setup := scripts/setup.sh
 FUZZ_SECONDS ?= 600
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 run:  ## see it work: what serves here, real models' shapes checked and timed, a real language model
 	@scripts/run.sh
@@ -51,6 +51,10 @@ test-models:  ## the heads of every real model, split over ranks, in every mode:
 test-engines:  ## the plugins in the Python code of SGLang and vLLM, by their own loaders, on the CPU
 	@$(setup) system base sycl wheel full engines
 	@scripts/test.sh engines
+
+test-transformers:  ## all model classes of transformers that rotate, tiny, with Ropewalk and without, on the CPU
+	@$(setup) system base sycl wheel full
+	@scripts/test.sh transformers
 
 test-intel:  ## all cases on Intel's CPU OpenCL device, each with the exact kernel of a GPU; results in build/
 	@$(setup) system base sycl wheel full

@@ -5,7 +5,7 @@
 # exact kernel that a GPU would have and with a general one, of which `make test` runs half; emulated: every case
 # and 2,000 random ones with the CUDA kernel, run on the processor; models: the heads of every model of
 # conformance/models.cc, as tensor-parallel ranks have them, in every mode, on the CPU and likewise; engines: the plugins
-# in the Python code of SGLang and vLLM.
+# in the Python code of SGLang and vLLM; transformers: all its model classes that rotate, of which `make test` runs a sample.
 # SPDX-License-Identifier: Apache-2.0
 source "$(dirname "$0")/common.sh"
 
@@ -108,6 +108,10 @@ case $mode in
   engines)
     part "the engines' own loaders and layers (tests/engines)" env ROPEWALK_TEST_ENGINES="$venv/engines" \
       python -m pytest -p no:cacheprovider tests/engines
+    ;;
+  transformers)
+    part "all model classes of transformers that rotate" python -m pytest -p no:cacheprovider -rP --all-models \
+      tests/python/test_transformers_walk.py
     ;;
   tsan)
     choose_compiler

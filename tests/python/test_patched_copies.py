@@ -322,15 +322,18 @@ def test_signatures_and_names_stay():
 
 
 @torch.no_grad()
-def test_layers_that_call_their_own_rotary_module_are_refused():
+def test_layers_that_call_their_own_rotary_module_go_by_its_tables():
     options = {"hidden_size": 64, "ffn_dim": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 16,
                "vocab_size": 128, "max_position_embeddings": 64, "num_codebooks": 2}  # fmt: skip
     from transformers.models.moshi.modeling_moshi import MoshiModel
 
-    model = MoshiModel(AutoConfig.for_model("moshi", **options)).eval()
-    with pytest.raises(ValueError, match="patch: Moshi.*Attention is not handed cosines and sines"):
-        rt.patch(model)
-    assert not rt.Patch(model)._patched
+    model, prompt = MoshiModel(AutoConfig.for_model("moshi", **options)).eval(), ids()
+    want = model(prompt).last_hidden_state
+    with rt.patch(model) as patch:
+        before = launches()
+        close(model(prompt).last_hidden_state, want)
+        assert launches() == before + 2
+        assert patch.by_table == {"MoshiAttention": "its angles come from no rotary module that is known"}
 
 
 @torch.no_grad()

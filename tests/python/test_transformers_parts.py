@@ -58,17 +58,43 @@ def test_a_layer_that_could_have_alibi() -> None:
     assert same(model_of("falcon", **options), ids()).layers == 2
 
 
-def test_a_vision_tower_is_left_alone_and_named() -> None:
+def mistral3() -> Any:
     text = {**SMALL, "model_type": "mistral", "head_dim": 16}
     vision = {"model_type": "pixtral", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1,
               "num_attention_heads": 4, "image_size": 32, "patch_size": 8}  # fmt: skip
     torch.manual_seed(0)
     config = transformers.Mistral3Config(text_config=text, vision_config=vision, image_token_index=5)
-    model = transformers.Mistral3ForConditionalGeneration(config).eval()
+    return transformers.Mistral3ForConditionalGeneration(config).eval()
+
+
+@torch.no_grad()
+def test_a_vision_tower_goes_by_its_own_tables() -> None:
+    model = mistral3()
     patch = same(model, ids().clamp(min=6))
+    assert (patch.layers, patch.skipped, list(patch.by_table)) == (3, {}, ["PixtralAttention"])
+    assert "rows and columns of images" in patch.by_table["PixtralAttention"]
+    tower, image = model.model.vision_tower, torch.randn((1, 3, 32, 24), generator=torch.Generator().manual_seed(4))
+    want = tower(image, image_sizes=[(32, 24)]).last_hidden_state
+    with ropewalk.transformers.patch(model):
+        before = sum(ropewalk.counters().values())
+        got = tower(image, image_sizes=[(32, 24)]).last_hidden_state
+        assert sum(ropewalk.counters().values()) == before + 1
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_a_part_that_does_something_unknown_is_left_alone_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.models.pixtral import modeling_pixtral
+
+    stock = modeling_pixtral.apply_rotary_pos_emb
+
+    def scaled(q: Any, k: Any, cos: Any, sin: Any, unsqueeze_dim: int = 1) -> Any:
+        q, k = stock(q, k, cos, sin, unsqueeze_dim)
+        return q * 1.01, k
+
+    monkeypatch.setattr(modeling_pixtral, "apply_rotary_pos_emb", scaled)
+    patch = same(mistral3(), ids().clamp(min=6))
     assert patch.layers == 2
-    assert list(patch.skipped) == ["PixtralAttention"]
-    assert "rows and columns of images" in patch.skipped["PixtralAttention"]
+    assert "apply_rotary_pos_emb of PixtralAttention does something that" in patch.skipped["PixtralAttention"]
 
 
 def test_nothing_is_skipped_where_all_is_served() -> None:

@@ -85,29 +85,88 @@ def whole(table: Any) -> Any:
     return table
 
 
-def _make_apply(
-    take: Callable[[Any], Any], pairing: str, rounding: str, norm: Norm | None
-) -> Callable[..., tuple[Any, Any]]:
-    """The function that a layer finds under the name of transformers' own."""
-    options: dict[str, Any] = {"pairing": pairing, "rounding": rounding}
-    if norm:
-        options.update(norm="rms", eps=norm.eps, zero_centered_weight=norm.zero_centered)
+@dataclass(frozen=True)
+class Form:
+    """How a function of a modeling file rotates, found out by trying it."""
 
-    def apply(q: Any, k: Any, cos: Any, sin: Any, unsqueeze_dim: int = 1) -> tuple[Any, Any]:
-        more = {}
+    parameters: tuple[str, ...]  # its own: q and k, or one tensor, then cos and sin or complex frequencies
+    take: Callable[[Any], Any]  # of its tables: one column a pair
+    pairing: str  # as in rope_; "split": neighbours are read, halves are written
+    inverse: bool
+    tokens_first: bool  # where it has no unsqueeze_dim: [.., tokens, heads, head_dim] or [.., heads, tokens, head_dim]
+    heads_axis: int | None  # of a table with a dimension for the heads: where that is
+    last_tokens: bool  # the tables are of the last tokens alone: those before (classes, registers) are not rotated
+    trailing: bool  # where a head has more elements than are rotated, these are its last, not its first
+
+    @property
+    def pair(self) -> bool:
+        return self.parameters[1] not in ("cos", "sin") and not self.parameters[1].startswith("freqs_ci")
+
+    def make(self, rounding: str, norm: Norm | None = None, in_place: bool = True) -> Callable[..., Any]:
+        """The function that a layer finds under the name of its own."""
+        options: dict[str, Any] = {"rounding": rounding, "inverse": self.inverse}
+        options["pairing"] = "neox" if self.pairing == "split" else self.pairing
         if norm:
-            more["q_weight"], more["k_weight"] = (
-                getattr(module, "weight", None) for module in (sin.layer.q_norm, sin.layer.k_norm)
-            )
-            sin = sin.sin
-        tokens_first = (q, k) if unsqueeze_dim == 2 else (q.transpose(1, 2), k.transpose(1, 2))
-        if isinstance(sin, Angles):
-            rope_(*tokens_first, positions=sin.positions, frequencies=sin.frequencies, **options, **more)
-        else:
-            rope_(*tokens_first, cos=take(cos), sin=take(sin), **options, **more)
-        return q, k
+            options.update(norm="rms", eps=norm.eps, zero_centered_weight=norm.zero_centered)
+        names, take, heads_axis, pair = self.parameters, self.take, self.heads_axis, self.pair
+        split, last_tokens, trailing = self.pairing == "split", self.last_tokens, self.trailing
+        tokens_first_by_default = self.tokens_first
+        is_complex = "cos" not in names
 
-    return apply
+        def own(x: Any) -> Any:
+            """The memory to rotate in."""
+            if x is None:
+                return None
+            if split:  # neighbours become halves, in a copy
+                return x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
+            return x if in_place and x.stride(-1) == 1 else x.clone(memory_format=torch.contiguous_format)
+
+        def table(x: Any) -> Any:
+            x = take(x)
+            return x if heads_axis is None else x.squeeze(heads_axis)
+
+        def apply(*args: Any, **kwargs: Any) -> Any:
+            given = dict(zip(names, args))
+            given.update(kwargs)
+            q, k = own(given[names[0]]), own(given[names[1]]) if pair else None
+            if is_complex:
+                both = torch.view_as_real(given[names[2 if pair else 1]])
+                cos, sin = both[..., 0], both[..., 1]
+            else:
+                cos, sin = given["cos"], given["sin"]
+            more = {}
+            if norm:
+                more["q_weight"], more["k_weight"] = (
+                    getattr(module, "weight", None) for module in (sin.layer.q_norm, sin.layer.k_norm)
+                )
+                sin = sin.sin
+            exact = isinstance(sin, Angles)
+            if trailing:
+                pairs = len(sin.frequencies.inv_freq) if exact else take(cos).shape[-1]
+                more["rotary_offset"] = q.shape[-1] - 2 * pairs
+            place = given.get("unsqueeze_dim")  # of the heads, in tables of [batch, tokens, ..] or [tokens, ..]
+            tokens_first = tokens_first_by_default if place is None else place == (2 if exact else cos.dim() - 1)
+            views = [x if x is None or tokens_first else x.transpose(-3, -2) for x in (q, k)]
+            if exact:
+                rope_(*views, positions=sin.positions, frequencies=sin.frequencies, **options, **more)
+            else:
+                cos, sin = table(cos), table(sin)
+                if last_tokens:
+                    views = [x if x is None else x[..., -cos.shape[-2] :, :, :] for x in views]
+                rope_(*views, cos=cos, sin=sin, **options, **more)
+            return (q, k) if pair else q
+
+        return apply
+
+
+def with_functions(base: Any, functions: dict[str, Any]) -> Any:
+    """The forward of a class, whose code finds these functions under the names of its own."""
+    stock = inspect.unwrap(base.forward)
+    made = types.FunctionType(
+        stock.__code__, {**stock.__globals__, **functions}, stock.__name__, stock.__defaults__, stock.__closure__
+    )
+    made.__kwdefaults__ = stock.__kwdefaults__
+    return made
 
 
 class Plan:
@@ -115,17 +174,9 @@ class Plan:
 
     def __init__(self, *made_from: Any) -> None:
         self.made_from = made_from
-        base, take, pairing, rounding, norm = made_from
-        stock = inspect.unwrap(base.forward)
+        base, forms, rounding, norm, in_place = made_from
         self.fuses_norm = norm is not None
-        self.function = types.FunctionType(
-            stock.__code__,
-            {**stock.__globals__, APPLY: _make_apply(take, pairing, rounding, norm)},
-            stock.__name__,
-            stock.__defaults__,
-            stock.__closure__,
-        )
-        self.function.__kwdefaults__ = stock.__kwdefaults__
+        self.function = with_functions(base, {name: form.make(rounding, norm, in_place) for name, form in forms})
 
     def __deepcopy__(self, memo: Any) -> Plan:
         return self
@@ -135,14 +186,15 @@ class Plan:
 
 
 def _attention_forward(base: Any) -> Any:
-    place = list(inspect.signature(base.forward).parameters).index(TABLES) - 1
+    parameters = list(inspect.signature(base.forward).parameters)
+    place = parameters.index(TABLES) - 1 if TABLES in parameters else len(parameters)
 
     @functools.wraps(base.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         plan = getattr(self, STATE, None)
         tables = kwargs.get(TABLES, args[place] if place < len(args) else None)
         serves = plan is not None and not torch.is_grad_enabled()
-        if tables is not None:
+        if isinstance(tables, tuple):
             cos, sin = tables
             if serves and plan.fuses_norm:
                 tables = cos, _OfLayer(sin, self)
@@ -190,7 +242,20 @@ def _norm_forward(base: Any) -> Any:
     return forward
 
 
-_FORWARDS = {"attention": _attention_forward, "rotary": _rotary_forward, "norm": _norm_forward}
+def _recorded_forward(base: Any) -> Any:
+    @functools.wraps(base.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return self.__dict__[STATE].call(base, self, args, kwargs)
+
+    return forward
+
+
+_FORWARDS = {
+    "attention": _attention_forward,
+    "rotary": _rotary_forward,
+    "norm": _norm_forward,
+    "recorded": _recorded_forward,
+}
 
 
 @functools.cache
@@ -223,7 +288,7 @@ def _rebind(module: Any, old: Any, new: Any) -> None:
 
 
 def put(module: Any, kind: str, state: Any) -> None:
-    """Makes a module one of its class with the forward of that kind: "attention", "rotary" or "norm"."""
+    """Makes a module one of its class with the forward of that kind: "attention", "rotary", "norm" or "recorded"."""
     base = type(module)
     module.__class__ = _class(base, kind)
     module.__dict__[STATE] = state

@@ -16,6 +16,10 @@ from . import Frequencies
 _TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 
+class WrongFrequencies(ValueError):
+    """A module turns neither by its configuration nor by the numbers that it holds, so that one of them is wrong."""
+
+
 def frequencies_of(
     module: Any, layer_type: str | None, tables: Callable[[Any], tuple[Any, Any]], changes: bool
 ) -> Frequencies | None:
@@ -28,6 +32,7 @@ def frequencies_of(
         changes: whether the rule goes by the length (dynamic, longrope): the numbers are then of one moment.
 
     Raises:
+        WrongFrequencies: the module holds numbers that are not the configuration's, and does not turn by them.
         ValueError: neither the configuration's frequencies nor the module's numbers give its cosines and sines.
     """
     name = type(module).__name__
@@ -44,16 +49,17 @@ def frequencies_of(
         reason = "they differ"
     except ValueError as error:
         ours, reason = None, str(error)
+    error_class = ValueError if ours is None else WrongFrequencies
     failure = f"patch: the frequencies of {name} are not those of its configuration"
     if buffer is None or changes or (ours is not None and ours.axes is not None):
-        raise ValueError(f"{failure} ({reason}): give angles='table'")
+        raise error_class(f"{failure} ({reason}): give angles='table'")
     scaling = float(getattr(module, f"{prefix}attention_scaling", 1.0))
     try:
         own = Frequencies.from_array(buffer.double().cpu(), scaling)
     except ValueError as error:
-        raise ValueError(f"{failure} ({reason}), and its own cannot be used: {error}") from None
+        raise error_class(f"{failure} ({reason}), and its own cannot be used: {error}") from None
     if not buffer.any() or not _agrees(own, tables, tolerance):
-        raise ValueError(f"{failure} ({reason}), and it does not turn by its own: give angles='table'")
+        raise error_class(f"{failure} ({reason}), and it does not turn by its own: give angles='table'")
     warnings.warn(f"{failure} ({reason}): its own are taken", stacklevel=2)
     return own
 

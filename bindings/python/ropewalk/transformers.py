@@ -14,40 +14,19 @@ kept, so that an unknown variant is refused.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 
-from . import Frequencies, rope
+from . import Frequencies
 from ._arrays import _shown
-from ._patched_module import (
-    APPLY,
-    STATE,
-    TABLES,
-    Angles,
-    Norm,
-    Plan,
-    call_rotary,
-    evens,
-    halves,
-    put,
-    take_off,
-    whole,
-)
-from ._rotary_module import frequencies_of
+from ._patched_module import APPLY, STATE, TABLES, Angles, Form, Norm, Plan, call_rotary, put, take_off, whole
+from ._rotary_module import WrongFrequencies, frequencies_of
+from ._trial import TOLERANCE, AnglesDoNotTellError, Call, Recording, form_of, layout_of, names_of, rotations_of, same
 
 __all__ = ["Patch", "patch", "use_kernels"]
-
-_TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-
-
-def _layout(cos: Any) -> Callable[[Any], Any]:
-    """How to take one column a pair from the model's table."""
-    half = cos.shape[-1] // 2
-    if torch.equal(cos[..., :half], cos[..., half:]):
-        return halves
-    return evens if torch.equal(cos[..., ::2], cos[..., 1::2]) else whole
 
 
 class Patch:
@@ -59,6 +38,8 @@ class Patch:
         self.layers = 0  # attention layers that Ropewalk serves
         self.fused_norms = 0  # of these, with the norm of q and k fused in
         self.skipped: dict[str, str] = {}  # classes of layers that rotate and were left alone, with the reason
+        # Classes of layers that turn by the model's own cosines and sines though angles="exact", with the reason.
+        self.by_table: dict[str, str] = {}
         self._patched = [module for module in model.modules() if STATE in module.__dict__]
 
     def __repr__(self) -> str:
@@ -80,14 +61,14 @@ class Patch:
         self._patched = [m for m in self._patched if STATE in m.__dict__]
 
     def _count(self, model: torch.nn.Module, refusals: dict[str, ValueError]) -> None:
-        attentions = [m for m in model.modules() if APPLY in _names(m) and STATE in m.__dict__]
+        attentions = [m for m in model.modules() if rotations_of(m) and STATE in m.__dict__]
         self.layers = len(attentions)
         self.fused_norms = sum(m.__dict__[STATE].fuses_norm for m in attentions)
         self.skipped = {name: str(error).removeprefix("patch: ") for name, error in refusals.items()}
         for module in model.modules():
-            other = None if STATE in module.__dict__ else _other_rotation(module)
-            if other:
-                self.skipped.setdefault(type(module).__name__, f"calls {other}, which Ropewalk does not serve here")
+            own = _own_rotation(module)
+            if own:
+                self.skipped.setdefault(type(module).__name__, f"has its own {own}, which Ropewalk does not serve")
 
     def __enter__(self) -> Patch:
         return self
@@ -126,41 +107,212 @@ def patch(model: torch.nn.Module, *, angles: str = "exact", rounding: str = "fus
     if angles not in ("exact", "table"):
         raise ValueError(f"patch: angles must be 'exact' or 'table', but is {_shown(angles)}")
     result = Patch(model)
-    attentions = [m for m in model.modules() if APPLY in _names(m)]
+    attentions = [m for m in model.modules() if rotations_of(m)]
     if not attentions:
-        raise ValueError(f"patch: no layer of {type(model).__name__} calls {APPLY}")
+        methods = {type(m).__name__: _own_rotation(m) for m in model.modules()}
+        own = next((f"; {name} has its own {method}" for name, method in methods.items() if method), "")
+        raise ValueError(f"patch: no layer of {type(model).__name__} calls {APPLY} or another function like it{own}")
     rotaries = [m for m in model.modules() if _is_rotary(m)]
     for module in (*attentions, *rotaries):
         _check_forward(module)
     _check_devices(model, (*attentions, *rotaries))
-    refusals: dict[str, ValueError] = {}
+    trial = _Trial(result, attentions, rotaries, rounding, fuse_norm)
     try:
         with torch.no_grad():
-            for rotary in rotaries:
-                served = [m for m in attentions if getattr(m, "config", None) is rotary.config]
-                try:
-                    if served:
-                        _patch_rotary(result, rotary, served, angles, rounding, fuse_norm)
-                except ValueError as error:
-                    # All layers of a configuration or none: they hand the same tables round.
-                    alike = [m for m in rotaries if m.config is rotary.config]
-                    result._unset(*(each for m in (*served, *alike) for each in m.modules()))
-                    refusals.update({type(m).__name__: error for m in served})
-        for name in {type(m).__name__ for m in attentions if STATE not in m.__dict__} - refusals.keys():
-            refusals[name] = ValueError(f"patch: no rotary embedding found for {name}")
-        if not any(STATE in m.__dict__ for m in attentions):
-            raise next(iter(refusals.values()))
+            trial.record(angles == "exact")
+            trial.serve()
+            failure = trial.recording.failure()
+            if failure and angles == "exact":
+                result.unpatch()
+                trial.why_table = dict.fromkeys(trial.exact, f"with angles='exact' {failure}")
+                trial.exact.clear()
+                trial.serve()
+                failure = trial.recording.failure()
+            if failure:
+                raise ValueError(f"patch: {failure}")
     except BaseException:
         result.unpatch()
         raise
-    result._count(model, refusals)
+    result._count(model, trial.refusals)
     return result
 
 
-def _other_rotation(module: Any) -> str | None:
-    """The name of a rotation that the module calls and that is not the one that is served."""
-    names = (name for name in _names(module) if name.startswith(("apply_rotary", "apply_multimodal_rotary")))
-    return next((name for name in names if name != APPLY), None)
+class _Trial:
+    """Finds out what the layers of a model do, and puts Ropewalk in where that is equal."""
+
+    def __init__(
+        self, result: Patch, attentions: list[Any], rotaries: list[Any], rounding: str, fuse_norm: bool
+    ) -> None:
+        self.result = result
+        self.attentions = attentions
+        self.rotaries = rotaries
+        self.rounding = rounding
+        self.fuse_norm = fuse_norm
+        self.recording = Recording()
+        self.plans: dict[Any, Plan] = {}
+        self.forms: dict[Any, dict[str, Form]] = {}  # by class of layers
+        self.unserved: dict[str, ValueError] = {}  # classes of layers that cannot be served in any way
+        self.refusals: dict[str, ValueError] = {}
+        self.exact: dict[Any, _Rotary] = {}  # by rotary module
+        self.why_table: dict[Any, str] = {}  # likewise, if it cannot be exact
+
+    def record(self, exact: bool) -> None:
+        """Runs the model, and what of it was not reached alone."""
+        self.recording.run(self.result.model, [*self.attentions, *self.rotaries])
+        ran = {module for module, _ in self.recording.rotary_calls}
+        for attention in self.attentions:
+            if attention not in self.recording.calls and type(attention).__name__ not in self.unserved:
+                try:
+                    self._call_alone(attention)
+                except ValueError as error:
+                    self.unserved[type(attention).__name__] = error
+        if exact:
+            self._check_rotaries(ran)
+        known: dict[Any, Form | None] = {}
+        for attention, call in self.recording.calls.items():
+            cls, functions = type(attention), rotations_of(attention)
+            if cls.__name__ in self.unserved:
+                continue
+            for name, args, kwargs in call.rotations:
+                shapes = tuple(getattr(x, "shape", x) for x in (*args, *kwargs.values()))
+                key = cls, name, shapes, tuple(kwargs)
+                if key not in known:
+                    try:
+                        known[key] = form_of(functions[name], args, kwargs)
+                    except AnglesDoNotTellError:  # another call does
+                        continue
+                form = known[key]
+                if form is None or self.forms.setdefault(cls, {}).setdefault(name, form) != form:
+                    self.unserved[cls.__name__] = ValueError(
+                        f"patch: the {name} of {cls.__name__} does something that Ropewalk does not know"
+                    )
+
+    def _check_rotaries(self, ran: set[Any]) -> None:
+        """Compares the angles of each rotary module with those of its configuration. One that did not run in its model
+        keeps its tables: who else takes them is not known."""
+        for module, call in self.recording.rotary_calls:
+            rotary = self.exact.setdefault(module, _Rotary(module.config))
+            try:
+                _, layer_type = _asked(module, call)
+                rotary.check(module, layer_type)
+            except WrongFrequencies as error:
+                for attention, of_layer in self.recording.calls.items():
+                    source = self.recording.source(of_layer.tables(attention))
+                    if source and source[0] is module:
+                        self.unserved[type(attention).__name__] = error
+            except ValueError as error:
+                self.why_table[module] = str(error).removeprefix("patch: ").removesuffix(": give angles='table'")
+        for module in self.exact.keys() - ran:
+            model = type(self.result.model).__name__
+            self.why_table[module] = f"its model was not run: what {model} takes is not known"
+        for module in self.why_table:
+            self.exact.pop(module, None)
+
+    def _call_alone(self, attention: Any) -> None:
+        """The call of a layer that no run reached, with an input and tables made for it."""
+        name = type(attention).__name__
+        rotary = next((m for m in self.rotaries if getattr(attention, "config", None) is m.config), None)
+        if rotary is None:
+            raise ValueError(f"patch: no rotary embedding found for {name}")
+        if TABLES not in inspect.signature(type(attention).forward).parameters:
+            raise ValueError(f"patch: {name} is not handed cosines and sines ({TABLES}), which Ropewalk does not know")
+        weight = _plain_weight(self.result.model, attention)
+        positions = torch.arange(3, 9, device=weight.device)[None]
+        hidden = torch.randn(
+            (1, 6, rotary.config.hidden_size), generator=torch.Generator().manual_seed(7), dtype=torch.float32
+        ).to(weight)
+        layer_type = _layer_type(rotary, attention)
+        takes_type = "layer_type" in inspect.signature(type(rotary).forward).parameters
+        call = Call((hidden, positions, layer_type) if takes_type else (hidden, positions), {})
+        call.result = call_rotary(type(rotary), rotary, hidden, positions, layer_type)
+        self.recording.rotary_calls.append((rotary, call))
+        with self.recording.of(self.result.model, [attention]):
+            _run_alone(name, attention, hidden, call.result)
+
+    def serve(self) -> None:
+        """Puts Ropewalk in: by frequencies where those are exact, else by the model's own tables."""
+        self.refusals = dict(self.unserved)
+        groups: dict[Any, list[Any]] = {}
+        for attention in reversed(self.attentions):  # what is inside of another comes first
+            if type(attention).__name__ not in self.refusals:
+                source = self.recording.source(self.recording.calls[attention].tables(attention))
+                groups.setdefault(source and source[0], []).append(attention)
+        for rotary, served in groups.items():
+            if rotary in self.exact:
+                try:
+                    self._serve_exact(rotary, served)
+                    continue
+                except ValueError as error:
+                    self.result._unset(*(each for m in (*served, rotary) for each in m.modules()))
+                    self.why_table[rotary] = str(error).removeprefix("patch: ")
+            for attention in served:
+                name = type(attention).__name__
+                try:
+                    self._serve_layer(attention, None)
+                except ValueError as error:
+                    self.refusals[name] = error
+                else:
+                    if (self.exact or self.why_table) and self.recording.calls[attention].rotations:
+                        reason = self.why_table.get(rotary, "its angles come from no rotary module that is known")
+                        self.result.by_table[name] = reason
+        if not any(STATE in m.__dict__ for m in self.attentions):
+            raise next(iter(self.refusals.values()))
+
+    def _serve_exact(self, module: Any, served: list[Any]) -> None:
+        """The layers that are handed the tables of a rotary module, all of them or none, and that module."""
+        rotary = self.exact[module]
+        for other in self.result.model.modules():
+            code = getattr(inspect.unwrap(type(other).forward), "__code__", None)
+            if code and TABLES in code.co_varnames and "cos" in code.co_varnames:
+                if getattr(other, "config", None) is rotary.config and other not in self.attentions:
+                    raise ValueError(f"patch: {type(other).__name__} uses the cosines and sines in an unknown way")
+        for attention, call in self.recording.calls.items():
+            source = self.recording.source(call.tables(attention))
+            if attention not in served and source and source[0] is module:
+                raise ValueError(f"patch: {type(attention).__name__}, which stays stock, takes its cosines and sines")
+        for attention in served:
+            _, call = self.recording.source(self.recording.calls[attention].tables(attention))
+            positions, layer_type = _asked(module, call)
+            angles = Angles(positions, rotary.frequencies(layer_type, positions), module, layer_type)
+            self._serve_layer(attention, (angles, angles))
+        self.result._set(module, "rotary", rotary)
+
+    def _serve_layer(self, attention: Any, tables: Any) -> None:
+        """One layer, where it then gives what it gave, handed these tables or else those that it had."""
+        base = type(attention)
+        call = self.recording.calls[attention]
+        forms = tuple(self.forms.get(base, {}).items())
+        if not forms:
+            raise ValueError(f"patch: {base.__name__} rotates nothing in a first pass")
+        dtype = next((x.dtype for x in (*call.args, *call.kwargs.values()) if isinstance(x, torch.Tensor)), None)
+        handed = isinstance(tables or call.tables(attention), tuple)
+        norm = _find_norms(attention, forms) if self.fuse_norm and handed else None
+        for fused in (norm, None) if norm else (None,):
+            for in_place in (True, False):
+                key = base, forms, self.rounding, fused, in_place
+                plan = self.plans.setdefault(key, Plan(*key))
+                norms = (attention.q_norm, attention.k_norm) if fused else ()
+                self.result._set(attention, "attention", plan)
+                for each in norms:
+                    self.result._set(each, "norm", True)
+                training = attention.training
+                attention.eval()
+                try:
+                    if same(call.again(attention, tables), call.result, dtype):
+                        return
+                    reason = f"gives another result than with its own {forms[0][0]}"
+                except (AttributeError, TypeError, ValueError, RuntimeError) as error:  # e.g. it does more with tables
+                    reason = f"ends in {type(error).__name__}: {error}"
+                finally:
+                    attention.train(training)
+                self.result._unset(attention, *norms)
+        raise ValueError(f"patch: with Ropewalk {base.__name__} {reason}")
+
+
+def _own_rotation(module: Any) -> str | None:
+    """The method of a module that rotates: not a function, and so not served."""
+    names = (name for name in names_of(module) if re.match("_?apply_rotary", name))
+    return next((name for name in names if hasattr(type(module), name)), None)
 
 
 def _check_forward(module: Any) -> None:
@@ -184,11 +336,6 @@ def _check_devices(model: Any, modules: Any) -> None:
             f"patch: {type(model).__name__} is spread over devices or offloaded, {', '.join(devices)}: each layer is "
             "tried where it lies, so call ropewalk.transformers.patch before dispatching the model"
         )
-
-
-def _names(module: torch.nn.Module) -> tuple[str, ...]:
-    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
-    return code.co_names if code else ()
 
 
 def _is_rotary(module: torch.nn.Module) -> bool:
@@ -224,7 +371,7 @@ class _Rotary:
         """Layer type, and the length to ask for: 0 where it does not matter."""
         rule = self._rule(layer_type)
         kind = rule.get("rope_type", "default")
-        if kind not in ("dynamic", "longrope"):
+        if not self.changes(layer_type):
             return layer_type, 0
         length = int(position_ids.max()) + 1
         longest = self.config.max_position_embeddings
@@ -232,6 +379,10 @@ class _Rotary:
         if kind == "longrope":
             return layer_type, max(longest, original + 1) if length > original else 0
         return layer_type, length if length > longest else 0
+
+    def changes(self, layer_type: str | None) -> bool:
+        """Whether the rule goes by the length."""
+        return self._rule(layer_type).get("rope_type", "default") in ("dynamic", "longrope")
 
     def frequencies(self, layer_type: str | None, position_ids: Any) -> Frequencies:
         key = self._key(layer_type, position_ids)
@@ -254,78 +405,23 @@ class _Rotary:
             x = torch.zeros(1, dtype=torch.float32, device=device)
             tables = call_rotary(type(module), module, x, positions.to(device), layer_type)
             cos, sin = (table.reshape(-1, *table.shape[-2:])[0] for table in tables)
-            take = _layout(cos)
+            take = layout_of(cos, sin) or whole
             return take(cos), take(sin)
 
-        changes = self._rule(layer_type).get("rope_type", "default") in ("dynamic", "longrope")
-        self.own[layer_type] = frequencies_of(module, layer_type, tables, changes)
+        self.own[layer_type] = frequencies_of(module, layer_type, tables, self.changes(layer_type))
 
 
-def _patch_rotary(
-    result: Patch, module: Any, attentions: list[Any], angles: str, rounding: str, fuse_norm: bool
-) -> None:
-    rotary = _Rotary(module.config)
-    if angles == "exact":
-        for other in result.model.modules():
-            code = getattr(inspect.unwrap(type(other).forward), "__code__", None)
-            if code and TABLES in code.co_varnames and "cos" in code.co_varnames:
-                if getattr(other, "config", None) is rotary.config and other not in attentions:
-                    raise ValueError(f"patch: {type(other).__name__} uses the cosines and sines in an unknown way")
-    plans: dict[Any, Plan] = {}
-    for attention in attentions:
-        _patch_attention(result, plans, module, rotary, attention, angles, rounding, fuse_norm)
-    if angles == "exact":
-        result._set(module, "rotary", rotary)
-
-
-def _patch_attention(
-    result: Patch, plans: dict[Any, Plan], module: Any, rotary: _Rotary, attention: Any, angles: str, rounding: str,
-    fuse_norm: bool,
-) -> None:  # fmt: skip
-    base = type(attention)
-    name = base.__name__
-    if TABLES not in inspect.signature(base.forward).parameters:
-        raise ValueError(f"patch: {name} is not handed cosines and sines ({TABLES}), which Ropewalk does not know")
-    weight = _plain_weight(result.model, attention)
-    positions = torch.arange(3, 9, device=weight.device)[None]
-    hidden = torch.randn(
-        (1, 6, rotary.config.hidden_size), generator=torch.Generator().manual_seed(7), dtype=torch.float32
-    ).to(weight)
-    layer_type = _layer_type(rotary, attention)
-    stock_tables = call_rotary(type(module), module, hidden, positions, layer_type)
-    ours = stock_tables
-    if angles == "exact":
-        rotary.check(module, layer_type)
-        ours = (Angles(positions, rotary.frequencies(layer_type, positions), module, layer_type),) * 2
-
-    stock_apply = inspect.unwrap(base.forward).__globals__[APPLY]
-    take, pairing = _find_pairing(name, attention, stock_apply, stock_tables)
-    want = _try(name, attention, hidden, stock_tables)
-    tolerance = _TOLERANCE.get(weight.dtype, 1e-4)
-
-    norm = _find_norms(attention) if fuse_norm else None
-    for fused in (norm, None) if norm else (None,):
-        key = base, take, pairing, rounding, fused
-        plan = plans.setdefault(key, Plan(*key))
-        norms = (attention.q_norm, attention.k_norm) if fused else ()
-        result._set(attention, "attention", plan)
-        for each in norms:
-            result._set(each, "norm", True)
-        try:
-            got = _try(name, attention, hidden, ours)
-        except (AttributeError, TypeError):  # its code does more with the tables than to hand them on
-            got = torch.full_like(want, float("nan"))
-        if (got - want).abs().max() <= tolerance * want.abs().max():
-            return
-        result._unset(attention, *norms)
-    raise ValueError(f"patch: with Ropewalk {name} gives another result than with its own {APPLY}")
+def _asked(module: Any, call: Call) -> tuple[Any, Any]:
+    """The positions and the layer type of a call of a rotary module."""
+    given = inspect.signature(type(module).forward).bind(module, *call.args, **call.kwargs).arguments
+    return given.get("position_ids"), given.get("layer_type")
 
 
 def _plain_weight(model: Any, attention: Any) -> Any:
     """A weight of the dtype that the layer computes in: not a quantised one."""
     for module in (attention, model):
         for weight in module.parameters():
-            if weight.dtype in _TOLERANCE:
+            if weight.dtype in TOLERANCE:
                 return weight
     raise ValueError(f"patch: {type(model).__name__} has no weights of float32, float16 or bfloat16")
 
@@ -334,8 +430,8 @@ def _plain_weight(model: Any, attention: Any) -> Any:
 _NOTHING = {"alibi": None, "past_key_values": None, "layer_past": None, "merged_attention_mask": None}
 
 
-def _try(name: str, attention: Any, hidden: Any, position_embeddings: tuple[Any, Any]) -> Any:
-    """The output of one layer for a given input."""
+def _run_alone(name: str, attention: Any, hidden: Any, position_embeddings: tuple[Any, Any]) -> None:
+    """Runs one layer for a given input."""
     parameters = inspect.signature(type(attention).forward).parameters
     arguments = {"hidden_states": hidden, TABLES: position_embeddings, "attention_mask": None}
     arguments.update({known: value for known, value in _NOTHING.items() if known in parameters})
@@ -348,46 +444,18 @@ def _try(name: str, attention: Any, hidden: Any, position_embeddings: tuple[Any,
         )
         if needed and parameter.name not in (*arguments, "self"):
             raise ValueError(f"patch: {name}.forward needs {parameter.name}, which Ropewalk does not know")
-    training = attention.training
-    attention.eval()
     try:
-        output = attention(**arguments)
-    except (KeyError, IndexError, RuntimeError, AssertionError) as error:
+        attention(**arguments)
+    except Exception as error:
         raise ValueError(f"patch: {name} alone ends in {type(error).__name__}: {str(error)[:200]}") from None
-    finally:
-        attention.train(training)
-    return (output[0] if isinstance(output, tuple) else output).float()
 
 
-def _find_pairing(name: str, attention: Any, stock_apply: Any, tables: tuple[Any, Any]) -> tuple[Any, str]:
-    """What the model's function does, found out by trying it."""
-    # A module of the package `kernels`, if that is installed: its forward is the function.
-    plain = stock_apply.forward if isinstance(stock_apply, torch.nn.Module) else stock_apply
-    known = list(inspect.signature(plain).parameters)[:4] == ["q", "k", "cos", "sin"]
-    cos, sin = (table.float() for table in tables)
-    head_dim = getattr(attention, "head_dim", None) or getattr(attention, "head_size", None)
-    if known and head_dim and cos.dim() == 3:
-        take = _layout(cos)
-        width = 2 * take(cos).shape[-1]
-        # Some layers hand over whole heads, others only the rotated part.
-        for dim in (head_dim, width) if width < head_dim else (head_dim,):
-            generator = torch.Generator().manual_seed(7)
-            q, k = (torch.randn((1, 2, cos.shape[1], dim), generator=generator).to(cos) for _ in range(2))
-            try:
-                want = stock_apply(q, k, cos, sin)
-            except RuntimeError:  # the sizes do not go together
-                continue
-            for pairing in ("neox", "interleaved") if width <= dim else ():
-                got = rope(q.transpose(1, 2), k.transpose(1, 2), cos=take(cos), sin=take(sin), pairing=pairing)
-                if all(torch.allclose(x.transpose(1, 2), y, atol=1e-5) for x, y in zip(got, want, strict=True)):
-                    return take, pairing
-    raise ValueError(f"patch: the {APPLY} of {name} does something that Ropewalk does not know")
-
-
-def _find_norms(attention: Any) -> Norm | None:
+def _find_norms(attention: Any, forms: tuple[tuple[str, Form], ...]) -> Norm | None:
     """The norm of q and k, if they have RMSNorms of one head each, both alike, that come before the rotation."""
-    names = _names(attention)
-    if not all(name in names and names.index(name) < names.index(APPLY) for name in ("q_norm", "k_norm")):
+    if len(forms) != 1 or not forms[0][1].pair or forms[0][1].pairing == "split":
+        return None
+    names = names_of(attention)
+    if not all(name in names and names.index(name) < names.index(forms[0][0]) for name in ("q_norm", "k_norm")):
         return None
     head_dim = getattr(attention, "head_dim", None)
     modules = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
@@ -414,7 +482,7 @@ def _find_norm(module: Any, head_dim: int | None) -> Norm | None:
     plain = x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + eps)
     for zero_centered in (False, True):
         factor = 1.0 if weight is None else weight.float() + zero_centered
-        if torch.allclose(plain * factor, want, atol=0.0, rtol=_TOLERANCE.get(x.dtype, 1e-4)):
+        if torch.allclose(plain * factor, want, atol=0.0, rtol=TOLERANCE.get(x.dtype, 1e-4)):
             return Norm(eps, zero_centered and weight is not None)
     return None
 
