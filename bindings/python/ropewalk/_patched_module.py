@@ -126,7 +126,7 @@ class Form:
             return x if heads_axis is None else x.squeeze(heads_axis)
 
         def apply(*args: Any, **kwargs: Any) -> Any:
-            given = dict(zip(names, args))
+            given = dict(zip(names, args, strict=False))
             given.update(kwargs)
             q, k = own(given[names[0]]), own(given[names[1]]) if pair else None
             if is_complex:

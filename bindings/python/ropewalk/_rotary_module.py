@@ -16,7 +16,7 @@ from . import Frequencies
 _TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 
-class WrongFrequencies(ValueError):
+class WrongFrequenciesError(ValueError):
     """A module turns neither by its configuration nor by the numbers that it holds, so that one of them is wrong."""
 
 
@@ -32,7 +32,7 @@ def frequencies_of(
         changes: whether the rule goes by the length (dynamic, longrope): the numbers are then of one moment.
 
     Raises:
-        WrongFrequencies: the module holds numbers that are not the configuration's, and does not turn by them.
+        WrongFrequenciesError: the module holds numbers that are not the configuration's, and does not turn by them.
         ValueError: neither the configuration's frequencies nor the module's numbers give its cosines and sines.
     """
     name = type(module).__name__
@@ -49,7 +49,7 @@ def frequencies_of(
         reason = "they differ"
     except ValueError as error:
         ours, reason = None, str(error)
-    error_class = ValueError if ours is None else WrongFrequencies
+    error_class = ValueError if ours is None else WrongFrequenciesError
     failure = f"patch: the frequencies of {name} are not those of its configuration"
     if buffer is None or changes or (ours is not None and ours.axes is not None):
         raise error_class(f"{failure} ({reason}): give angles='table'")

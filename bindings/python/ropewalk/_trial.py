@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ._patched_module import STATE, TABLES, Form, evens, halves, put, take_off, whole, with_functions
+from ._patched_module import TABLES, Form, evens, halves, put, take_off, whole, with_functions
 
 _ROTATES = re.compile(r"_?(vision_)?apply_(rotary|multimodal_rotary)\w*")
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -160,7 +160,7 @@ class Recording:
         if not isinstance(tables, tuple) or len(tables) != 2:
             return None
         for module, call in self.rotary_calls:
-            if isinstance(call.result, tuple) and all(x is y for x, y in zip(tables, call.result)):
+            if isinstance(call.result, tuple) and all(x is y for x, y in zip(tables, call.result, strict=False)):
                 return module, call
         return None
 
@@ -255,7 +255,7 @@ def form_of(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> For
         AnglesDoNotTellError: all angles of the call are 0.
     """
     names = _parameters(function)
-    given = {**dict(zip(names, args)), **kwargs}
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
     vectors = [name for name in names[:2] if isinstance(given.get(name), torch.Tensor) and name not in ("cos", "sin")]
     vectors = [name for name in vectors if not name.startswith("freqs_ci")]
     tables = [name for name in names if name in ("cos", "sin") or name.startswith("freqs_ci")]

@@ -23,7 +23,7 @@ import torch
 from . import Frequencies
 from ._arrays import _shown
 from ._patched_module import APPLY, STATE, TABLES, Angles, Form, Norm, Plan, call_rotary, put, take_off, whole
-from ._rotary_module import WrongFrequencies, frequencies_of
+from ._rotary_module import WrongFrequenciesError, frequencies_of
 from ._trial import TOLERANCE, AnglesDoNotTellError, Call, Recording, form_of, layout_of, names_of, rotations_of, same
 
 __all__ = ["Patch", "patch", "use_kernels"]
@@ -195,7 +195,7 @@ class _Trial:
             try:
                 _, layer_type = _asked(module, call)
                 rotary.check(module, layer_type)
-            except WrongFrequencies as error:
+            except WrongFrequenciesError as error:
                 for attention, of_layer in self.recording.calls.items():
                     source = self.recording.source(of_layer.tables(attention))
                     if source and source[0] is module:
