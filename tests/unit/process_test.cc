@@ -269,6 +269,10 @@ TEST(WhileOthersCall, TheProcessForks) {
 #ifdef __SANITIZE_THREAD__
   GTEST_SKIP() << "ThreadSanitizer allows no threads after fork()";
 #endif
+#ifdef __SANITIZE_ADDRESS__
+  // GCC 12's has no handler of fork: a pool's new thread waited in SizeClassAllocator64 in one of 8 to 44 children.
+  GTEST_SKIP() << "AddressSanitizer's allocator leaves a child the locks of other threads";
+#endif
   ASSERT_EQ(ropewalk_set_threads(3), ROPEWALK_OK);
   const auto call = MakeCall(Splittable());
   const auto faulty = MakeCall(Faulty());
