@@ -101,6 +101,17 @@ def test_nothing_is_skipped_where_all_is_served() -> None:
     assert same(model_of("llama"), ids()).skipped == {}
 
 
+def test_each_part_keeps_its_mode() -> None:
+    model = model_of("llama")
+    model.train()
+    model.model.layers[0].eval()
+    model.model.layers[1].self_attn.q_proj.eval()
+    before = {name: module.training for name, module in model.named_modules()}
+    with ropewalk.transformers.patch(model):
+        assert {name: module.training for name, module in model.named_modules()} == before
+    assert {name: module.training for name, module in model.named_modules()} == before
+
+
 def test_where_nothing_can_be_served_it_is_said() -> None:
     model = model_of("llama")
     for layer in model.model.layers:

@@ -75,6 +75,19 @@ def first(result: Any) -> Any:
     return result.float()
 
 
+@contextlib.contextmanager
+def in_eval(module: torch.nn.Module) -> Iterator[None]:
+    """A module in eval mode; afterwards each part of it is in its own mode again."""
+    training = [part for part in module.modules() if part.training]
+    for part in training:
+        part.training = False
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True
+
+
 class Recording:
     """The first call of each layer and all calls of the rotary modules, while `of` holds."""
 
@@ -108,18 +121,14 @@ class Recording:
     @contextlib.contextmanager
     def of(self, model: torch.nn.Module, modules: list[Any]) -> Iterator[None]:
         """Keeps what these modules of the model are called with, in eval mode."""
-        training = [module for module in model.modules() if module.training]
-        for module in training:
-            module.training = False
         for module in modules:
             put(module, "recorded", self)
         try:
-            yield
+            with in_eval(model):
+                yield
         finally:
             for module in modules:
                 take_off(module)
-            for module in training:
-                module.training = True
 
     def run(self, model: torch.nn.Module, modules: list[Any]) -> None:
         """Runs what of the model its own class can run alone, until all modules have been called."""
@@ -141,14 +150,11 @@ class Recording:
     def failure(self) -> str | None:
         """What is wrong with what ran whole, now that its layers are patched; None if nothing is."""
         for part, given, want in self.runs:
-            training = part.training
-            part.eval()
             try:
-                got = _whole(part(**given))
+                with in_eval(part):
+                    got = _whole(part(**given))
             except Exception as error:  # noqa: BLE001
                 return f"{type(part).__name__} then ends in {type(error).__name__}: {str(error)[:300]}"
-            finally:
-                part.train(training)
             # Below float32 a router of experts may choose others; each layer alone has been compared.
             exact = all(x.dtype == torch.float32 for x in part.parameters() if x.is_floating_point())
             if got.shape != want.shape or (exact and not same(got, want, torch.float32)):

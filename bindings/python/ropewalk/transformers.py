@@ -24,7 +24,18 @@ from . import Frequencies
 from ._arrays import _shown
 from ._patched_module import APPLY, STATE, TABLES, Angles, Form, Norm, Plan, call_rotary, put, take_off, whole
 from ._rotary_module import WrongFrequenciesError, frequencies_of
-from ._trial import TOLERANCE, AnglesDoNotTellError, Call, Recording, form_of, layout_of, names_of, rotations_of, same
+from ._trial import (
+    TOLERANCE,
+    AnglesDoNotTellError,
+    Call,
+    Recording,
+    form_of,
+    in_eval,
+    layout_of,
+    names_of,
+    rotations_of,
+    same,
+)
 
 __all__ = ["Patch", "patch", "use_kernels"]
 
@@ -295,16 +306,13 @@ class _Trial:
                 self.result._set(attention, "attention", plan)
                 for each in norms:
                     self.result._set(each, "norm", True)
-                training = attention.training
-                attention.eval()
                 try:
-                    if same(call.again(attention, tables), call.result, dtype):
-                        return
+                    with in_eval(attention):
+                        if same(call.again(attention, tables), call.result, dtype):
+                            return
                     reason = f"gives another result than with its own {forms[0][0]}"
                 except (AttributeError, TypeError, ValueError, RuntimeError) as error:  # e.g. it does more with tables
                     reason = f"ends in {type(error).__name__}: {error}"
-                finally:
-                    attention.train(training)
                 self.result._unset(attention, *norms)
         raise ValueError(f"patch: with Ropewalk {base.__name__} {reason}")
 
