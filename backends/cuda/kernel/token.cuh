@@ -73,9 +73,11 @@ template <class K>
 __device__ __forceinline__ rw_i64 Position(const LoadedPosition<K>& loaded) {
   return Widen(loaded.position) + Widen(loaded.offset);
 }
+// The position where it is used at once: no launch stands between, so that the compiler may widen it as it likes.
 template <class K>
 __device__ __forceinline__ rw_i64 PositionOf(const rope_cuda_args& a, rw_i64 batch, rw_i64 token, int axis) {
-  return Position(LoadPosition<K>(a, batch, token, axis));
+  const LoadedPosition<K> loaded = LoadPosition<K>(a, batch, token, axis);
+  return rw_i64{loaded.position} + rw_i64{loaded.offset};
 }
 
 // Keeps the fault of the lowest row, under a lock: faults are rare.
