@@ -223,7 +223,9 @@ def added(lines: list[str], searches: list[str]) -> list[str]:
         found = new.get(key(before))
         if found is None:
             old.append(line)
-        elif before["trust"] == 1:  # what else was tried, in the time of the new search
+        elif before["trust"] == 1:  # what sweeps timed, and what else was tried, in the time of the new search
+            if "swept" in before:
+                found["swept"] = before["swept"]
             now = {plain(shape): us for shape, us in found["tried"]}
             then = {plain(shape): us for shape, us in before["tried"]}
             both = [now[shape] / us for shape, us in then.items() if shape in now]
