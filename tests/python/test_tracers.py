@@ -337,15 +337,19 @@ def test_vmap_refuses_one_tensor_for_all():
 
 @pytest.mark.parametrize("function", [ropewalk.rope_, ropewalk.rope])
 @pytest.mark.parametrize("transform", [torch.func.grad, torch.func.jacrev, torch.func.vjp])
-def test_transforms_with_a_gradient_are_refused(function, transform):
+def test_transforms_with_a_gradient(function, transform):
+    """Of the square of what a rotation gives: a rotation keeps it."""
     q = draw(5, 4, 64)
 
     def loss(q):
         q = q * 1
         return (function(q, None, frequencies=F)[0] ** 2).sum()
 
-    with pytest.raises(ValueError, match="rope: q requires grad, and Ropewalk has no backward"):
-        transform(loss)(q) if transform is not torch.func.vjp else transform(loss, q)
+    if transform is torch.func.vjp:
+        got = transform(loss, q)[1](torch.ones(()))[0]
+    else:
+        got = transform(loss)(q)
+    torch.testing.assert_close(got, 2 * q, rtol=1e-5, atol=1e-5)
     assert torch.equal(q, draw(5, 4, 64))
 
 

@@ -382,9 +382,10 @@ def wants_gradient(values: Any) -> bool:
     return torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in values)
 
 
-def rope(arguments: dict[str, Any], what: str = "rope") -> tuple[Any, Any]:
+def rope(arguments: dict[str, Any]) -> tuple[Any, Any]:
     """The call into new tensors, through autograd. All arguments of a call without a store, by name."""
     tensors = {name: arguments.get(name) for name in _tensors}
+    first = next(name for name, x in tensors.items() if isinstance(x, torch.Tensor) and x.requires_grad)
     for name, x in tensors.items():
         if x is None:
             continue
@@ -395,8 +396,8 @@ def rope(arguments: dict[str, Any], what: str = "rope") -> tuple[Any, Any]:
             )
         if name not in _PURE:
             raise ValueError(
-                f"rope: q, k or a weight requires grad, and {name} is given: what is written there has no gradient; "
-                "call it under torch.no_grad(), or use ropewalk.rope without it"
+                f"rope: {first} requires grad, and {name} is given: a store and what is written elsewhere have no "
+                "gradient; call it under torch.no_grad(), or use ropewalk.rope without it"
             )
         if x.requires_grad and name not in DIFFERENTIABLE:
             raise ValueError(
@@ -435,7 +436,7 @@ def rope_in_place(arguments: dict[str, Any]) -> tuple[Any, Any]:
                 f"rope: {name} requires grad, and the gradient of the norm needs q and k as they are, which rope_ would "
                 f"overwrite: use ropewalk.rope, call it under torch.no_grad(), or give {name}.detach()"
             )
-    new = rope({**arguments, "q_out": None, "k_out": None})
+    new = rope(arguments)
     for name, rotated in zip(("q", "k"), new, strict=True):
         if rotated is not None:
             arguments[name].copy_(rotated)
