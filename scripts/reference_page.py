@@ -121,7 +121,7 @@ def page() -> str:
     lines.append("## `ropewalk`\n")
     for name in sorted(exported(PACKAGE / "__init__.py"), key=lambda n: (n not in ("rope_", "rope", "Frequencies"), n)):
         lines += described(core[name], f"ropewalk.{name}", "###")
-    patches = [PACKAGE / f"{name}.py" for name in ("transformers", "diffusers")]
+    patches = [PACKAGE / f"{name}.py" for name in ("transformers", "diffusers", "torchtitan")]
     for path in [*patches, *sorted((PACKAGE / "compat").glob("[!_]*.py"))]:
         module = ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
         lines.append(f"## `{module}`\n")
