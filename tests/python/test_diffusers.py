@@ -71,7 +71,7 @@ def test_gives_what_the_stock_model_gives(name, dtype, fuse_norm):
         assert got.dtype == want.dtype and error(got, want) <= (CLOSE if dtype == torch.float32 else CLOSE_BF16)
     began = launches()
     assert torch.equal(run(model, given), want) and launches() == began
-    assert classes(model) == before and not vars(patch)["_patched"]
+    assert classes(model) == before and patch.calls == {kind: layers} and "as it was" in repr(patch)
 
 
 @torch.no_grad()
@@ -304,8 +304,13 @@ def test_layers_that_differ_stay_stock(name, monkeypatch):
     model, given = make(name)
     want, before = run(model, given), classes(model)
     turn = known.Stream.turn
-    monkeypatch.setattr(known.Stream, "turn", lambda self, rounding, out: turn(
-        self if self.tables is None else self._replace(tables=(self.tables[1], self.tables[0])), rounding, out))
+    monkeypatch.setattr(
+        known.Stream,
+        "turn",
+        lambda self, rounding, out: turn(
+            self if self.tables is None else self._replace(tables=(self.tables[1], self.tables[0])), rounding, out
+        ),
+    )
     with pytest.raises(ValueError, match="can be served: .*: with Ropewalk it gives another result"):
         rd.patch(model)
     assert classes(model) == before and torch.equal(run(model, given), want)
@@ -408,6 +413,34 @@ def test_inside_of_a_wrapper():
     wrapped = torch.nn.Sequential(model)
     with rd.patch(wrapped) as patch:
         assert patch.layers == 2 and error(run(model, given), want) <= CLOSE
+
+
+@torch.no_grad()
+def test_hooks_that_skip_layers_go_on():
+    model, given = make("Z-Image")
+    config = diffusers.LayerSkipConfig([0], fqn="layers", skip_attention=True, skip_ff=False,
+                                       skip_attention_scores=False)  # fmt: skip
+    diffusers.hooks.apply_layer_skip(model, config)
+    want = run(model, given)
+    with rd.patch(model):
+        assert error(run(model, given), want) <= CLOSE
+    with rd.patch(make("Z-Image")[0]) as patch:
+        diffusers.hooks.apply_layer_skip(patch.model, config)
+        assert error(run(patch.model, given), want) <= CLOSE
+
+
+@pytest.mark.parametrize("name", ["Flux", "Wan", "Lumina 2"])
+def test_autocast_and_inference_mode(name):
+    model, given = make(name)
+    with torch.inference_mode():
+        want = run(model, given)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        of_autocast = run(model, given)
+    with rd.patch(model):
+        with torch.inference_mode():
+            assert error(run(model, given), want) <= CLOSE
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            assert error(run(model, given), of_autocast) <= CLOSE_BF16
 
 
 # ---- copies

@@ -108,7 +108,10 @@ def modules() -> dict[str, Any]:
     titan = "torchtitan"
     rope = module(f"{titan}.models.common.rope", RoPE=RoPE, CosSinRoPE=CosSinRoPE, ComplexRoPE=ComplexRoPE)
     made = [
-        *(module(name, __path__=[]) for name in (titan, f"{titan}.config", f"{titan}.models", f"{titan}.models.common")),
+        *(
+            module(name, __path__=[])
+            for name in (titan, f"{titan}.config", f"{titan}.models", f"{titan}.models.common")
+        ),
         module(f"{titan}.config.override", override=override, derive=derive),
         module("spmd_types", local_map=local_map, S=lambda dim: ("S", dim)),
         rope,

@@ -8,12 +8,14 @@ from the layer that calls it. Without that it does what its stock class does.
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+from diffusers.hooks._helpers import AttentionProcessorRegistry
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.attention_processor import CogVideoXAttnProcessor2_0
 from diffusers.models.normalization import RMSNorm
@@ -694,6 +696,8 @@ def _class(base: Any) -> Any:
     attributes = {**call, "__reduce_ex__": reduce_ex, "_ropewalk_base": base}
     made = type(base.__name__, (base,), {"__module__": base.__module__, "__doc__": base.__doc__, **attributes})
     made.__qualname__ = base.__qualname__
+    with contextlib.suppress(ValueError):  # diffusers' hooks that skip layers go by the class, where they know it
+        AttentionProcessorRegistry.register(made, AttentionProcessorRegistry.get(base))
     return made
 
 

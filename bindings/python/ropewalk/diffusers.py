@@ -48,15 +48,14 @@ class Patch:
         ]
         self.layers = len(states)
         self.fused_norms = sum(state.fuses_norm for state in states)
+        self._calls = list({id(state.calls): state.calls for state in states}.values())
 
     @property
     def calls(self) -> dict[str, int]:
         """How many calls of layers were served with the norm, without it and with a gradient, and how many went the
         stock way, by reason. Those inside torch.compile are not counted."""
-        states = (target.__dict__.get(STATE) for target in self._patched)
-        found = {id(state.calls): state.calls for state in states if hasattr(state, "calls")}
         total: dict[str, int] = {}
-        for calls in found.values():
+        for calls in self._calls:
             for name, count in calls.items():
                 total[name] = total.get(name, 0) + count
         return total
@@ -213,8 +212,8 @@ class _Trial:
         """Whether a layer is handed cosines and sines."""
         if _is_of_text(path) or not getattr(transformer.config, "use_rotary_positional_embeddings", True):
             return False
-        call = getattr(type(processor), "__call__", None)
-        return call is not None and any(name in inspect.signature(call).parameters for name in _ROTATES)
+        parameters = inspect.signature(type(processor).__call__).parameters if callable(processor) else ()
+        return any(name in parameters for name in _ROTATES)
 
     def _serve_processor(self, layers: list[Any]) -> None:
         """All layers of a processor, or none."""
