@@ -352,7 +352,7 @@ def test_a_model_without_rotation_is_refused():
         text_embed_dim=32, num_layers=1, sample_width=4, sample_height=4, sample_frames=9, patch_size=2,
         temporal_compression_ratio=4, max_text_seq_length=3,
     )  # fmt: skip
-    with pytest.raises(ValueError, match="of CogVideoXTransformer3DModel can be served: .*: it has no rotation"):
+    with pytest.raises(ValueError, match="no layer of CogVideoXTransformer3DModel is handed cosines and sines"):
         rd.patch(model)
 
 
@@ -386,6 +386,10 @@ def test_a_model_on_the_meta_device_is_refused():
 # ---- pipelines and wrappers
 
 
+class Mine(diffusers.models.transformers.transformer_wan.WanAttnProcessor):
+    pass
+
+
 @torch.no_grad()
 def test_pipelines():
     (first, given), (second, _) = make("Wan"), make("Wan")
@@ -399,6 +403,19 @@ def test_pipelines():
         assert error(run(first, given), want) <= CLOSE and error(run(second, given), want) <= CLOSE
         assert patch.calls == {known.NORM_AND_ROTATION: 4}
     assert torch.equal(run(first, given), want)
+    for part in (first, second):
+        part.blocks[1].attn1.set_processor(Mine())
+    with rd.patch(pipeline) as patch:
+        assert (patch.layers, patch.fused_norms) == (2, 0)
+        reason = "Mine is no processor that Ropewalk knows"
+        assert patch.skipped == {f"{name}.blocks.1.attn1": reason for name in ("transformer", "transformer_2")}
+        assert error(run(first, given), want) <= CLOSE
+    pipeline = diffusers.WanPipeline(
+        tokenizer=None, text_encoder=torch.nn.Linear(2, 2), vae=None, scheduler=scheduler, transformer=None,
+        transformer_2=None,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="patch: WanPipeline has Linear, none of those that Ropewalk knows: Flux"):
+        rd.patch(pipeline)
     pipeline = diffusers.WanPipeline(
         tokenizer=None, text_encoder=None, vae=None, scheduler=scheduler, transformer=None, transformer_2=None
     )
@@ -427,6 +444,56 @@ def test_hooks_that_skip_layers_go_on():
     with rd.patch(make("Z-Image")[0]) as patch:
         diffusers.hooks.apply_layer_skip(patch.model, config)
         assert error(run(patch.model, given), want) <= CLOSE
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("first", ["patch", "offloading"])
+@pytest.mark.parametrize("name", ["Flux", "Wan"])
+def test_hooks_of_group_offloading_survive(name, first):
+    model, given = make(name)
+    want = run(model, given)
+    patch = rd.patch(model) if first == "patch" else None
+    device = torch.device("cpu")
+    diffusers.hooks.apply_group_offloading(
+        model, onload_device=device, offload_device=device, offload_type="leaf_level"
+    )
+    patch = patch or rd.patch(model)
+    assert error(run(model, given), want) <= CLOSE
+    fuses = name != "Wan" or first == "patch"  # else the hook holds the forward of Wan's rotary module
+    assert patch.calls == {known.NORM_AND_ROTATION if fuses else known.ROTATION: 2}
+    assert patch.fused_norms == (2 if fuses else 0)
+    patch.unpatch()
+    assert torch.equal(run(model, given), want)
+
+
+@torch.no_grad()
+def test_weights_in_fp8():
+    model, given = make("Flux", torch.bfloat16)
+    model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.bfloat16)
+    want = run(model, given)
+    with rd.patch(model) as patch:
+        assert error(run(model, given), want) <= CLOSE_BF16
+        assert patch.calls == {known.NORM_AND_ROTATION: 2}
+
+
+def test_a_pipeline_runs():
+    model, _ = make("Flux")
+    pipeline = diffusers.FluxPipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(), vae=None, text_encoder=None, tokenizer=None,
+        text_encoder_2=None, tokenizer_2=None, transformer=model,
+    )  # fmt: skip
+    pipeline.set_progress_bar_config(disable=True)
+
+    def latents():
+        return pipeline(
+            prompt_embeds=torch.full((1, 3, 32), 0.3), pooled_prompt_embeds=torch.full((1, 32), 0.1), height=64,
+            width=64, num_inference_steps=2, output_type="latent", generator=torch.Generator().manual_seed(1),
+        ).images  # fmt: skip
+
+    want = latents()
+    with rd.patch(pipeline) as patch:
+        assert error(latents(), want) <= CLOSE and patch.calls == {known.NORM_AND_ROTATION: 4}
+    assert torch.equal(latents(), want)
 
 
 @pytest.mark.parametrize("name", ["Flux", "Wan", "Lumina 2"])

@@ -673,10 +673,13 @@ def of_all_heads(tables: Any, heads: int) -> tuple[Any, ...]:
     return tuple(_plain(x).expand(-1, -1, heads, -1).contiguous() for x in (cos[..., 0::2], sin[..., 1::2]))
 
 
-def _rotary_of_wan(self: Any, hidden_states: Any) -> tuple[Any, ...]:
-    tables = type(self)._ropewalk_base.forward(self, hidden_states)
-    heads = getattr(self, STATE, None)
-    return tables if heads is None or torch.is_grad_enabled() else of_all_heads(tables, heads)
+def _rotary_of_wan(base: Any) -> Callable[..., Any]:
+    def forward(self: Any, hidden_states: Any) -> tuple[Any, ...]:
+        tables = base.forward(self, hidden_states)  # hooks may have kept this function, and call it after `take_off`
+        heads = getattr(self, STATE, None)
+        return tables if heads is None or torch.is_grad_enabled() else of_all_heads(tables, heads)
+
+    return forward
 
 
 WAN_ROTARY = of_wan.WanRotaryPosEmbed
@@ -692,7 +695,7 @@ def _class(base: Any) -> Any:
         _, _, *state = base.__reduce_ex__(self, max(int(protocol), 2))
         return _new, (base,), *state
 
-    call = {"forward": _rotary_of_wan} if base is WAN_ROTARY else {"__call__": FAMILIES[base].call}
+    call = {"forward": _rotary_of_wan(base)} if base is WAN_ROTARY else {"__call__": FAMILIES[base].call}
     attributes = {**call, "__reduce_ex__": reduce_ex, "_ropewalk_base": base}
     made = type(base.__name__, (base,), {"__module__": base.__module__, "__doc__": base.__doc__, **attributes})
     made.__qualname__ = base.__qualname__

@@ -42,8 +42,8 @@ class Patch:
         self._patched = _patched_in(self.model)
         states = [
             module.processor.__dict__[STATE]
-            for part in _modules(self.model)
-            for path, module in part.named_modules()
+            for name, part in _modules(self.model).items()
+            for path, module in part.named_modules(prefix=name)
             if STATE in getattr(getattr(module, "processor", None), "__dict__", {}) and not _is_of_text(path)
         ]
         self.layers = len(states)
@@ -120,26 +120,30 @@ def patch(model: Any, *, rounding: str = "fused", fuse_norm: bool = True) -> Pat
         raise ValueError(f"patch: diffusers must be {' or '.join(VERSIONS)}, but is {diffusers.__version__}")
     from . import _patched_processor as known  # noqa: PLC0415
 
-    transformers = [m for part in parts for m in part.modules() if isinstance(m, known.MODELS)]
+    named = (pair for name, part in parts.items() for pair in part.named_modules(prefix=name))
+    transformers = {path: module for path, module in named if isinstance(module, known.MODELS)}
     if not transformers:
         names = ", ".join(cls.__name__ for cls in known.MODELS)
-        raise ValueError(f"patch: {_name_of_unknown(model, parts)} is none of those that Ropewalk knows: {names}")
-    if any(_patched_in(transformer) for transformer in transformers):
+        of_pipeline = ", ".join(type(part).__name__ for part in parts.values())
+        what = f"{type(model).__name__} is" if "" in parts else f"{type(model).__name__} has {of_pipeline},"
+        raise ValueError(f"patch: {what} none of those that Ropewalk knows: {names}")
+    if any(_patched_in(transformer) for transformer in transformers.values()):
         raise ValueError(f"patch: {type(model).__name__} is patched already, by Ropewalk")
     result = Patch(model)
     trial = _Trial(known, result, rounding, fuse_norm)
     try:
         with torch.no_grad():
-            for transformer in transformers:
-                trial.serve(transformer)
+            for path, transformer in transformers.items():
+                trial.serve(path, transformer)
     except BaseException:
         result.unpatch()
         raise
     trial.calls.clear()  # they count what is called from here on
     result._find()
     if not result.layers:
-        path, reason = next(iter(result.skipped.items()), (type(transformers[0]).__name__, "it has no rotation"))
-        raise ValueError(f"patch: no layer of {type(model).__name__} can be served: {path}: {reason}")
+        for path, reason in result.skipped.items():
+            raise ValueError(f"patch: no layer of {type(model).__name__} can be served: {path}: {reason}")
+        raise ValueError(f"patch: no layer of {type(model).__name__} is handed cosines and sines")
     return result
 
 
@@ -148,30 +152,23 @@ def _is_of_text(path: str) -> bool:
     return path.endswith("attn2")
 
 
-def _modules(model: Any) -> list[torch.nn.Module]:
-    """The model, or those of a pipeline."""
+def _modules(model: Any) -> dict[str, torch.nn.Module]:
+    """The model, or those of a pipeline by their names there."""
     if isinstance(model, torch.nn.Module):
-        return [model]
+        return {"": model}
     components = getattr(model, "components", None)
-    values = components.values() if isinstance(components, dict) else ()
-    return [x for x in values if isinstance(x, torch.nn.Module)]
+    named = components.items() if isinstance(components, dict) else ()
+    return {name: x for name, x in named if isinstance(x, torch.nn.Module)}
 
 
 def _patched_in(model: Any) -> list[Any]:
     """Its patched processors, and rotary modules."""
     found: dict[int, Any] = {}
-    for module in (m for part in _modules(model) for m in part.modules()):
+    for module in (m for part in _modules(model).values() for m in part.modules()):
         for target in (module, getattr(module, "processor", None)):
             if STATE in getattr(target, "__dict__", {}) and "_ropewalk_base" in vars(type(target)):
                 found[id(target)] = target
     return list(found.values())
-
-
-def _name_of_unknown(model: Any, parts: list[torch.nn.Module]) -> str:
-    if isinstance(model, torch.nn.Module):
-        return type(model).__name__
-    names = (type(part).__name__ for part in parts)
-    return f"the transformer of {type(model).__name__}, " + next((n for n in names if "Transformer" in n), "which")
 
 
 class _NotServedError(Exception):
@@ -189,24 +186,25 @@ class _Trial:
         self.calls: dict[str, int] = {}
         self.wants: dict[Any, Any] = {}  # what the layers gave
 
-    def serve(self, transformer: Any) -> None:
+    def serve(self, name: str, transformer: Any) -> None:
         layers: dict[int, list[tuple[str, Any]]] = {}  # by processor: one may serve many layers
-        for path, attn in transformer.named_modules():
+        skipped: dict[str, str] = {}
+        for path, attn in transformer.named_modules(prefix=name):
             processor = getattr(attn, "processor", None)
             if processor is None or not self._rotates(transformer, path, processor):
                 continue
             if type(processor) in self.known.FAMILIES:
                 layers.setdefault(id(processor), []).append((path, attn))
             else:
-                self.result.skipped[path] = f"{type(processor).__name__} is no processor that Ropewalk knows"
+                skipped[path] = f"{type(processor).__name__} is no processor that Ropewalk knows"
         for of_processor in layers.values():
             try:
                 self._serve_processor([attn for _, attn in of_processor])
             except _NotServedError as error:
-                for path, _ in of_processor:
-                    self.result.skipped[path] = str(error)
-        if isinstance(transformer, self.known.of_wan.WanTransformer3DModel) and self.fuse_norm:
+                skipped.update({path: str(error) for path, _ in of_processor})
+        if isinstance(transformer, self.known.of_wan.WanTransformer3DModel) and self.fuse_norm and not skipped:
             self._serve_wan(transformer.rope, [attn for each in layers.values() for _, attn in each])
+        self.result.skipped.update(skipped)
 
     def _rotates(self, transformer: Any, path: str, processor: Any) -> bool:
         """Whether a layer is handed cosines and sines."""
@@ -304,17 +302,19 @@ class _Trial:
 
     def _serve_wan(self, rotary: Any, layers: list[Any]) -> None:
         """Wan's norms are over all heads: its rotary module then gives the tables of all heads, once for all layers."""
-        states = [getattr(attn.processor, STATE, None) for attn in layers]
-        alike = type(rotary) is self.known.WAN_ROTARY and len({attn.heads for attn in layers}) == 1
-        if not alike or None in states:
+        states = [getattr(attn.processor, STATE) for attn in layers]
+        if type(rotary) is not self.known.WAN_ROTARY or len({attn.heads for attn in layers}) != 1:
             return
         for state in states:
             state.fuses_norm = True
         self.calls.clear()
         wrong = any(self._difference(attn, wide=True) is not None for attn in layers)
-        if wrong or self.calls != {self.known.NORM_AND_ROTATION: len(layers)}:
-            for state in states:
-                state.fuses_norm = False
-            return
-        self.known.put(rotary, layers[0].heads)
-        self.result._patched.append(rotary)
+        if not wrong and self.calls == {self.known.NORM_AND_ROTATION: len(layers)}:
+            self.known.put(rotary, layers[0].heads)
+            # A hook may hold the forward that it had, and call that.
+            if rotary(torch.zeros(1, 1, *rotary.patch_size))[0].shape[2] == layers[0].heads:
+                self.result._patched.append(rotary)
+                return
+            self.known.take_off(rotary)
+        for state in states:
+            state.fuses_norm = False
