@@ -11,6 +11,7 @@ import sys
 
 import pytest
 import torch
+import torch._dynamo.testing
 
 pytest.importorskip("diffusers")
 import diffusers  # noqa: E402
@@ -568,6 +569,17 @@ def test_saved_model_in_another_process(tmp_path):
 
 
 @torch.no_grad()
+def test_a_pickle_in_another_version_of_diffusers_is_stock(monkeypatch):
+    model, given = make("Wan")
+    want, before = run(model, given), classes(model)
+    with rd.patch(model):
+        data = pickle.dumps(model)
+    monkeypatch.setattr(diffusers, "__version__", "0.43.0")
+    clone = pickle.loads(data)
+    assert classes(clone) == before and torch.equal(run(clone, given), want)
+
+
+@torch.no_grad()
 def test_save_pretrained_holds_the_model_alone(tmp_path):
     model, given = make("Wan")
     want, keys = run(model, given), model.state_dict().keys()
@@ -591,6 +603,21 @@ def test_processors_that_others_put_there_since_stay():
 
 
 # ---- compiled
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["Qwen-Image", "Wan"])
+def test_blocks_compiled_alone_are_one_graph(name):
+    model, given = make(name)
+    want = run(model, given)
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    with rd.patch(model):
+        model.compile_repeated_blocks(fullgraph=True, backend=counter)
+        began = launches()
+        assert error(run(model, given), want) <= CLOSE and launches() > began
+    assert counter.frame_count == 1
+    torch._dynamo.reset()
 
 
 @torch.no_grad()

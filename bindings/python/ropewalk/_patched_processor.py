@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import diffusers
 import torch
 from diffusers.hooks._helpers import AttentionProcessorRegistry
 from diffusers.models.attention_dispatch import dispatch_attention_fn
@@ -37,7 +38,7 @@ from diffusers.models.transformers.transformer_z_image import ZImageTransformer2
 
 from . import rope_
 from .compat import _common
-from .diffusers import STATE
+from .diffusers import STATE, VERSIONS
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 NORMS = (torch.nn.RMSNorm, RMSNorm)
@@ -705,8 +706,8 @@ def _class(base: Any) -> Any:
 
 
 def _new(base: Any) -> Any:
-    """An empty object of that class, for pickle and copy."""
-    cls = _class(base)
+    """An empty object of that class, for pickle and copy; of the stock one where diffusers is of another version."""
+    cls = _class(base) if diffusers.__version__ in VERSIONS else base
     return cls.__new__(cls)
 
 

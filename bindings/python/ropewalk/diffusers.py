@@ -266,10 +266,10 @@ class _Trial:
         generator = torch.Generator().manual_seed(7)
 
         def drawn(*shape: int) -> Any:
-            return torch.randn(shape, generator=generator).to(like)
+            return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu").to(like)
 
         def angles(*shape: int) -> Any:
-            return 6.0 * torch.rand(shape, generator=generator).to(like.device, torch.float32)
+            return 6.0 * torch.rand(shape, generator=generator, dtype=torch.float32, device="cpu").to(like.device)
 
         def repeated(x: Any) -> Any:
             return x.cos().repeat_interleave(2, -1), x.sin().repeat_interleave(2, -1)
