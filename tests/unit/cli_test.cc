@@ -149,6 +149,12 @@ TEST_F(Cli, TheSweepHasEveryPartWorstFirst) {
       EXPECT_LE(results[i].at("ratio"), results[i - 1].at("ratio"));
     }
     real |= results[i].at("rotary_dim") == 64 && results[i].at("rotary_offset") == 128;
+    // A whole head costs as many lines a byte as 128 of 128; 8 of 32, 32 bytes of 128, twice as many.
+    const double ratio = results[i].at("ratio"), line = results[i].at("line_ratio");
+    if (results[i].at("rotary_dim") == results[i].at("head_dim") && results[i].at("head_dim") == 64) {
+      EXPECT_NEAR(line, ratio, 1e-9 * ratio);
+    }
+    if (results[i].at("rotary_dim") == 8) EXPECT_NEAR(2 * line, ratio, 1e-9 * ratio);
   }
   EXPECT_TRUE(real);
 }
