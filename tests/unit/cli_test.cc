@@ -14,6 +14,7 @@
 #include <fstream>
 #include <iterator>
 #include <nlohmann/json.hpp>
+#include <sstream>
 #include <string>
 #include <vector>
 
@@ -131,6 +132,18 @@ TEST_F(Cli, AModelIsNotReadForEver) {
   const Ended ended = Command("explain --model /dev/zero");
   EXPECT_EQ(ended.code, 2);
   EXPECT_NE(ended.said.find("/dev/zero: is larger than 8 MiB"), std::string::npos) << ended.said;
+}
+
+TEST_F(Cli, WhatExplainSaysFits80Columns) {
+  const Ended ended = Command("explain");
+  EXPECT_EQ(ended.code, 0) << ended.said;
+  std::istringstream lines(ended.said);
+  int count = 0;
+  for (std::string line; std::getline(lines, line); ++count) EXPECT_LE(line.size(), 80u) << line;
+  EXPECT_GT(count, 100);
+  const std::string qwen = Command("explain --model qwen3-8b").said;
+  EXPECT_NE(qwen.find("\nQwen3-8B\n"), std::string::npos) << qwen;
+  EXPECT_NE(qwen.find("\n  norm + rope + store in fp8: "), std::string::npos) << qwen;
 }
 
 TEST_F(Cli, TheSweepHasEveryPartWorstFirst) {
