@@ -202,14 +202,9 @@ int Sweep(const SweepOptions& options) {
   }
   const bool held = failures.empty() && !lines.empty();
   if (!options.json.empty()) {
-    const Json head = {{"version", ropewalk_version()},
-                       {"machine", machine},
-                       {"kernels", kernels},
-                       {"aim", kAim},
-                       {"above", above},
-                       {"lines_above", lines_above},
-                       {"asked", asked},
-                       {"held", held}};
+    const Json head = {
+        {"version", ropewalk_version()}, {"machine", machine}, {"kernels", kernels}, {"aim", kAim}, {"above", above},
+        {"lines_above", lines_above},    {"asked", asked},     {"held", held}};
     // A result a line: there are more than a thousand.
     std::string text = head.dump(1);
     text.resize(text.rfind('\n'));

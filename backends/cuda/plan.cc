@@ -161,8 +161,7 @@ Status PlanRopeCuda(const RopeCall& call, const CudaDevice& device, RopeCudaOpti
   plan->shape.start = RopeCudaStart(shape, rows, v.table_dtype != kRopeNoDtype);
   const bool few = key.few_tokens != 0;
   const int vector = key.vector;
-  if (options.dependent_launch && device.major >= 9)
-    key.dependent_launch = plan->shape.start;
+  if (options.dependent_launch && device.major >= 9) key.dependent_launch = plan->shape.start;
   key.batched = p.batch > 1;
   if (Stores(v)) {
     const auto page_size = static_cast<uint64_t>(p.page_size);
