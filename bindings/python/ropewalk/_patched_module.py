@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -177,12 +178,22 @@ class Plan:
         base, forms, rounding, norm, in_place = made_from
         self.fuses_norm = norm is not None
         self.function = with_functions(base, {name: form.make(rounding, norm, in_place) for name, form in forms})
+        # With norms that are the layer's own, as they are where gradients are enabled.
+        self.rotates = self.function
+        if norm:
+            self.rotates = with_functions(base, {name: form.make(rounding, None, in_place) for name, form in forms})
 
     def __deepcopy__(self, memo: Any) -> Plan:
         return self
 
     def __reduce__(self) -> Any:
         return Plan, self.made_from
+
+
+def _is_frozen(layer: Any, values: Any) -> bool:
+    """Whether no gradient can come of a call, though gradients are enabled."""
+    tensors = (x for x in values if isinstance(x, torch.Tensor))
+    return not any(x.requires_grad for x in itertools.chain(tensors, layer.parameters()))
 
 
 def _attention_forward(base: Any) -> Any:
@@ -194,6 +205,12 @@ def _attention_forward(base: Any) -> Any:
         plan = getattr(self, STATE, None)
         tables = kwargs.get(TABLES, args[place] if place < len(args) else None)
         serves = plan is not None and not torch.is_grad_enabled()
+        if plan is not None and not serves and not torch.compiler.is_compiling():
+            if _is_frozen(self, (*args, *kwargs.values())):
+                try:
+                    return plan.rotates(self, *args, **kwargs)
+                except ValueError:  # a gradient all the same, from elsewhere; nothing was written
+                    pass
         if isinstance(tables, tuple):
             cos, sin = tables
             if serves and plan.fuses_norm:
@@ -223,7 +240,9 @@ def _rotary_forward(base: Any) -> Any:
     @functools.wraps(base.forward)
     def forward(self: Any, x: Any, position_ids: Any = None, layer_type: str | None = None) -> tuple[Any, Any]:
         rotary = getattr(self, STATE, None)
-        if rotary is None or torch.is_grad_enabled():
+        # In a graph longrope's choice is made on the device, which the tables have behind them.
+        in_graph = rotary is not None and torch.compiler.is_compiling() and rotary.chooses(layer_type)
+        if rotary is None or torch.is_grad_enabled() or in_graph:
             more = (layer_type,) if takes_layer_type else ()
             return base.forward(self, x, position_ids, *more)
         angles = Angles(position_ids, rotary.frequencies(layer_type, position_ids), self, layer_type)
