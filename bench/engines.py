@@ -1,20 +1,20 @@
 """What norm and rotation cost inside whole layers, and what is left of that with Ropewalk.
 
-    python bench/engines.py [--seconds 180] [--models NAME,..] [--modes eager,graph,compile] [--json FILE] [--markdown FILE]
+    python bench/engines.py [--seconds 180] [--models NAME,..] [--modes eager,graph,compile] [--json F] [--markdown F]
     python bench/engines.py --device cpu --tiny        the same in small, to try the program
 
-Layers of the shapes of Qwen3-8B, Llama-3.1-8B and Phi-4 (four, random weights, bfloat16): a decode step of 1, 16, 64 and
-256 sequences, each with 1,024 tokens in its cache, and a prefill of 4,096 tokens. They are transformers' own, if it can
-be imported, else the same in plain torch, written here; the results say which. Attention blocks like Flux's (512 tokens
-of text, 4,096 of image) and Wan's (32,760 and 75,600 tokens) are always written here.
+Layers of the shapes of Qwen3-8B, Llama-3.1-8B and Phi-4 (four, random weights, bfloat16): a decode step of 1, 16, 64
+and 256 sequences, each with 1,024 tokens in its cache, and a prefill of 4,096 tokens. They are transformers' own, if it
+can be imported, else the same in plain torch, written here; the results say which. Attention blocks like Flux's (512
+tokens of text, 4,096 of image) and Wan's (32,760 and 75,600 tokens) are always written here.
 
 Contenders, which share their weights and take turns: "stock" is what transformers or diffusers does; "ropewalk" has
-Ropewalk in its place (`ropewalk.transformers.patch`, or `ropewalk.rope` and `rope_`); "store" stores k and v in the same
-launch, too (plain torch, decode); "left out" has no norm of q and k and no rotation: the most that can be won. The share
-is what a contender takes beyond that. Modes: eager, by the clock; graph: that captured in a CUDA graph; compile: one
-layer by torch.compile, by the clock and captured. Each contender's output is compared with stock's before it is timed.
-A number is the median of several rounds, in microseconds a layer; the peak of memory is that of a step beyond what was
-there before.
+Ropewalk in its place (`ropewalk.transformers.patch`, or `rope_`); "store" stores k and v in the same launch, too (plain
+torch, decode); "left out" has no norm of q and k and no rotation: the most that can be won. The share is what a
+contender takes beyond that. Modes: eager, by the clock; graph: that captured in a CUDA graph; compile: one layer by
+torch.compile, by the clock and captured. Each contender's output is compared with stock's before it is timed. A number
+is the median of several rounds, in microseconds a layer; the peak of memory is that of a step beyond what was there
+before.
 """
 
 # SPDX-License-Identifier: Apache-2.0
@@ -214,7 +214,8 @@ def of_transformers(shape: Shape, sizes: Sizes, like: dict[str, Any]) -> Callabl
     config = getattr(transformers, f"{shape.kind}Config")(
         vocab_size=256, hidden_size=shape.hidden, intermediate_size=shape.intermediate, num_hidden_layers=sizes.layers,
         num_attention_heads=shape.q_heads, num_key_value_heads=shape.k_heads, head_dim=shape.head_dim,
-        max_position_embeddings=8192, pad_token_id=0, eos_token_id=1, rope_parameters={"rope_type": "default", "rope_theta": shape.theta},
+        max_position_embeddings=8192, pad_token_id=0, eos_token_id=1,
+        rope_parameters={"rope_type": "default", "rope_theta": shape.theta},
     )  # fmt: skip
     config._attn_implementation = "sdpa"
     stock = made(lambda: getattr(transformers, f"{shape.kind}Model")(config), like)
@@ -406,7 +407,8 @@ def diffusion_models(sizes: Sizes, names: set[str], like: dict[str, Any]) -> Ite
         positions = torch.cat((torch.zeros(3, text, dtype=torch.int64, device=device), places), 1)
         inv_freq, axes, frequencies = axis_frequencies(widths)
         streams = [torch.randn(1, n, heads * head_dim, **like) for n in (text, image)]
-        yield block_case("Flux", f"{text} + {image} tokens", made(lambda: Flux(heads, head_dim), like), streams, positions,
+        block = made(lambda: Flux(heads, head_dim), like)
+        yield block_case("Flux", f"{text} + {image} tokens", block, streams, positions,
                          doubled_tables(inv_freq, axes, positions), frequencies)  # fmt: skip
     if "Wan" in names:
         heads, head_dim, videos = sizes.wan
@@ -497,14 +499,24 @@ def check(case: Case) -> float:
         got = case.steps[name]()
         apart = max(apart, float((got.float() - want).abs().max() / want.abs().max()))
         if not apart <= TOLERANCE[got.dtype]:
-            raise SystemExit(f"{case.model}, {case.step}: {name} differs from stock by {apart:.3g} of the largest element")
+            raise SystemExit(
+                f"{case.model}, {case.step}: {name} differs from stock by {apart:.3g} of the largest element"
+            )
     return apart
 
 
 def row(case: Case, mode: str, layers: int, times: dict[str, float], more: dict[str, Any]) -> dict[str, Any]:
     each = {name: time / layers for name, time in times.items()}
     share = {name: 1 - each["left out"] / value for name, value in each.items() if name != "left out"}
-    return {"model": case.model, "step": case.step, "source": case.source, "mode": mode, "us": each, "share": share, **more}
+    return {
+        "model": case.model,
+        "step": case.step,
+        "source": case.source,
+        "mode": mode,
+        "us": each,
+        "share": share,
+        **more,
+    }
 
 
 def measured(case: Case, modes: list[str], device: str, backend: str, seconds: float) -> Iterator[dict[str, Any]]:
@@ -600,14 +612,17 @@ def line(each: dict[str, Any]) -> str:
 def markdown(found: dict[str, Any]) -> str:
     sources = ", ".join(sorted({each["source"] for each in found["rows"]}))
     lines = [
-        f"{found['device']}, {found['date']}, torch {found['torch']}, Ropewalk {found['ropewalk']}, {found['dtype']}; layers "
-        f"of {sources}. Microseconds a layer; the share is what norm and rotation take of it.",
+        f"{found['device']}, {found['date']}, torch {found['torch']}, Ropewalk {found['ropewalk']}, {found['dtype']}; "
+        f"layers of {sources}. Microseconds a layer; the share is what norm and rotation take of it.",
         "",
         f"| {' | '.join(COLUMNS)} |",
         f"|{'---|' * len(COLUMNS)}",
         *(f"| {' | '.join(texts(each))} |" for each in found["rows"]),
     ]
-    return "\n".join([*lines, *([""] if found["left"] else []), *(f"Not measured: {name}." for name in found["left"])]) + "\n"
+    return (
+        "\n".join([*lines, *([""] if found["left"] else []), *(f"Not measured: {name}." for name in found["left"])])
+        + "\n"
+    )
 
 
 def main() -> None:
@@ -624,7 +639,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the numbers there")
     parser.add_argument("--markdown", type=Path, help="write a table there")
     arguments = parser.parse_args()
-    arguments.modes = arguments.modes or ",".join(mode for mode in MODES if arguments.device == "cuda" or mode != "graph")
+    arguments.modes = arguments.modes or ",".join(
+        mode for mode in MODES if arguments.device == "cuda" or mode != "graph"
+    )
     for given, known in ((arguments.models, names), (arguments.modes, MODES)):
         wrong = set(given.split(",")) - set(known)
         if wrong:

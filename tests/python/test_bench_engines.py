@@ -25,8 +25,8 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def run(bench: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *options: str) -> Any:
-    program = ["engines.py", "--device", "cpu", "--tiny", "--cell-seconds", "0.01", "--json", str(tmp_path / "found.json"),
-               "--markdown", str(tmp_path / "found.md"), *options]  # fmt: skip
+    program = ["engines.py", "--device", "cpu", "--tiny", "--cell-seconds", "0.01",
+               "--json", str(tmp_path / "found.json"), "--markdown", str(tmp_path / "found.md"), *options]  # fmt: skip
     monkeypatch.setattr(sys, "argv", program)
     bench.main()
     return json.loads((tmp_path / "found.json").read_text()), (tmp_path / "found.md").read_text()

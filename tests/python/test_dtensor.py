@@ -281,9 +281,7 @@ class Attention(torch.nn.Module):
         super().__init__()
         self.rope, self.head_dim = ropewalk.rope_, head_dim
         self.frequencies = ropewalk.Frequencies(theta=1e4, rotary_dim=head_dim)
-        self.q, self.k, self.v = (
-            torch.nn.Linear(width, n * head_dim, bias=False) for n in (q_heads, k_heads, k_heads)
-        )
+        self.q, self.k, self.v = (torch.nn.Linear(width, n * head_dim, bias=False) for n in (q_heads, k_heads, k_heads))
         self.o = torch.nn.Linear(q_heads * head_dim, width, bias=False)
         self.q_norm, self.k_norm = (torch.nn.Parameter(draw(head_dim, seed=7 + i)) for i in range(2))
 

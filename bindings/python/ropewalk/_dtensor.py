@@ -39,8 +39,8 @@ def _split(name: str, x: Any, dims: list[str | None]) -> list[str | None]:
         split.append(dims[placement.dim] if type(placement) is Shard else None)
     if "head_dim" in split:
         raise ValueError(
-            f"rope: {name} must not be sharded in head_dim, whose elements are rotated in pairs and normalised together, "
-            f"but is {list(x.placements)}: shard its heads or tokens, or call {name}.redistribute first"
+            f"rope: {name} must not be sharded in head_dim, whose elements are rotated and normalised together, but "
+            f"is {list(x.placements)}: shard its heads or tokens, or call {name}.redistribute first"
         )
     # The order in which dimensions of the mesh divide one of the tensor: what follows q is divided in torch's own.
     for entry in getattr(x._spec, "shard_order", None) or ():
