@@ -491,6 +491,10 @@ def peaks(steps: dict[str, Callable[[], Any]], device: str) -> dict[str, float] 
     return found
 
 
+class WrongResultError(Exception):
+    pass
+
+
 def check(case: Case) -> float:
     """The largest difference from stock, as a share of the largest element."""
     want = case.steps["stock"]().float()
@@ -499,9 +503,7 @@ def check(case: Case) -> float:
         got = case.steps[name]()
         apart = max(apart, float((got.float() - want).abs().max() / want.abs().max()))
         if not apart <= TOLERANCE[got.dtype]:
-            raise SystemExit(
-                f"{case.model}, {case.step}: {name} differs from stock by {apart:.3g} of the largest element"
-            )
+            raise WrongResultError(f"{name} differs from stock by {apart:.3g} of the largest element")
     return apart
 
 
@@ -562,6 +564,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     torch.manual_seed(0)
     rows: list[dict[str, Any]] = []
     left: list[str] = []
+    wrong: list[str] = []
     # What takes long comes last: compiling.
     for function in (measured, compiled) if "compile" in modes else (measured,):
         if function is measured and not {"eager", "graph"} & set(modes):
@@ -570,11 +573,19 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             name = f"{case.model}, {case.step}, {'compile' if function is compiled else 'eager and graph'}"
             if time.monotonic() > until:
                 left.append(name)
+                print(f"no time for {name}", flush=True)
                 continue
-            for each in function(case, modes, device, arguments.backend, arguments.cell_seconds):
-                rows.append(each)
-                left += [f"{name}, {way}: {error}" for way, error in each.get("failed", {}).items()]
-                print(line(each), flush=True)
+            try:
+                for each in function(case, modes, device, arguments.backend, arguments.cell_seconds):
+                    rows.append(each)
+                    left += [f"{name}, {way}: {error}" for way, error in each.get("failed", {}).items()]
+                    print(line(each), flush=True)
+            except WrongResultError as error:
+                wrong.append(f"{case.model}, {case.step}: {error}")
+                print(wrong[-1], flush=True)
+            except (RuntimeError, TypeError, ValueError) as error:  # of memory, of a capture: the others still count
+                left.append(f"{name}: {type(error).__name__}: {str(error).strip()[:200]}")
+                print(left[-1], flush=True)
             gc.collect()
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
@@ -586,6 +597,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "tiny": arguments.tiny,
         "rows": rows,
         "left": left,
+        "wrong": wrong,
     }
 
 
@@ -619,10 +631,8 @@ def markdown(found: dict[str, Any]) -> str:
         f"|{'---|' * len(COLUMNS)}",
         *(f"| {' | '.join(texts(each))} |" for each in found["rows"]),
     ]
-    return (
-        "\n".join([*lines, *([""] if found["left"] else []), *(f"Not measured: {name}." for name in found["left"])])
-        + "\n"
-    )
+    others = [f"Not measured: {name}." for name in found["left"]] + [f"Wrong: {name}." for name in found["wrong"]]
+    return "\n".join([*lines, *([""] if others else []), *others]) + "\n"
 
 
 def main() -> None:
@@ -657,6 +667,8 @@ def main() -> None:
         arguments.json.write_text(json.dumps(found, indent=1) + "\n")
     if arguments.markdown:
         arguments.markdown.write_text(markdown(found))
+    if found["wrong"]:
+        raise SystemExit(f"wrong results: {'; '.join(found['wrong'])}")
     if not found["rows"]:
         raise SystemExit("nothing was measured")
 

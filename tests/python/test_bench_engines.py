@@ -64,8 +64,10 @@ def test_compiled_layers_and_the_end_of_the_time(bench: Any, monkeypatch: pytest
 
 def test_a_wrong_result_is_not_timed(bench: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(bench.ropewalk, "rope_", lambda q, k, **options: (q, k))
-    with pytest.raises(SystemExit, match="Qwen3-8B, decode, 1 sequence: ropewalk differs from stock"):
-        run(bench, monkeypatch, tmp_path, "--plain", "--models", "Qwen3-8B")
+    with pytest.raises(SystemExit, match="Qwen3-8B, decode, 1 sequence: (ropewalk|store) differs from stock"):
+        run(bench, monkeypatch, tmp_path, "--plain", "--models", "Qwen3-8B", "--modes", "eager")
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["rows"] == [] and len(found["wrong"]) == 3
 
 
 @pytest.mark.parametrize("wrong", [["--models", "GPT-2"], ["--modes", "graph"], ["--modes", "jit"]])
