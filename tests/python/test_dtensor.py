@@ -290,10 +290,12 @@ class Attention(torch.nn.Module):
         q, k = self.rope(
             q, k, frequencies=self.frequencies, positions=positions, q_weight=self.q_norm, k_weight=self.k_norm
         )
-        q, k, v = (each.transpose(1, 2) for each in (q, k, v))
-        k, v = (each.repeat_interleave(2, 1) for each in (k, v))
-        scores = (q @ k.transpose(-1, -2) / self.head_dim**0.5).softmax(-1)
-        return self.o((scores @ v).transpose(1, 2).flatten(2))
+        # Attention itself by each rank's own heads, as tensor-parallel models have it.
+        own = [getattr(each, "to_local", lambda each=each: each)().transpose(1, 2) for each in (q, k, v)]
+        y = torch.nn.functional.scaled_dot_product_attention(*own, enable_gqa=True).transpose(1, 2).flatten(2)
+        if hasattr(q, "from_local"):
+            y = q.from_local(y, q.device_mesh, q.placements)
+        return self.o(y)
 
 
 @check
