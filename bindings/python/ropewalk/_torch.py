@@ -8,6 +8,7 @@ shape function does nothing but refuse.
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -133,6 +134,23 @@ for _definition in (_schema, _out_schema):
     )  # fmt: skip
 
 
+def _serves_dtensors() -> bool:
+    """Registers the rules for DTensors once torch has them, which is not imported for that: it takes seconds."""
+    global _has_dtensor_rules
+    if not _has_dtensor_rules and "torch.distributed.tensor" in sys.modules:
+        from . import _dtensor  # noqa: PLC0415
+
+        _has_dtensor_rules = True
+        _dtensor.register(_library, wrote)
+    return _has_dtensor_rules
+
+
+_has_dtensor_rules = False
+# Called while a graph is made, as by torch.compiler.assume_constant_result, which imports all of Dynamo.
+_serves_dtensors._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_serves_dtensors()
+
+
 def _scale(name: str, value: Any) -> Any:
     if not _arrays.is_number(value):
         return value
@@ -193,6 +211,7 @@ _TORCH_VALUES: dict[str, Any] = {
 
 def rope_(arguments: dict[str, Any]) -> None:
     """The call as an operator of torch. All arguments by name."""
+    _serves_dtensors()
     arguments = {**arguments, **{name: _scale(name, arguments[name]) for name in _host_scalars}}
     _check({name: arguments[name] for name in _tensors})
     in_place = arguments["q_out"] is None and arguments["k_out"] is None
