@@ -91,10 +91,10 @@ class Patch:
 def patch(model: torch.nn.Module, *, angles: str = "exact", rounding: str = "fused", fuse_norm: bool = True) -> Patch:
     """Puts Ropewalk in place of a model's rotary embedding.
 
-    It serves calls without gradients (`torch.no_grad`, `torch.inference_mode`, `generate`). Where gradients are enabled
-    and a layer is frozen, with an input that needs none, its rotation is served, by the model's own tables; all else
-    goes the stock way, as Ropewalk has no backward here. q and k are rotated in place, in the outputs of their
-    projections. A copy of the model, by `copy.deepcopy`, `pickle` or `torch.save`, is patched, too.
+    Training goes through it, too: with gradients enabled q and k are rotated into new tensors, and autograd keeps what the
+    projections gave, but no normalised copy of it. Without (`torch.no_grad`, `torch.inference_mode`, `generate`) they are
+    rotated in place, in the outputs of their projections. A copy of the model, by `copy.deepcopy`, `pickle` or
+    `torch.save`, is patched, too.
 
     Args:
         model: a transformers model whose attention calls `apply_rotary_pos_emb` (Llama, Mistral, Qwen3, Gemma 3, ..).
