@@ -274,30 +274,6 @@ def test_subclasses(which, subclass):
         assert torch.equal(got[name].inner if isinstance(got[name], Wrapped) else got[name], want[name])
 
 
-@torch.no_grad()
-def test_distributed_tensors_are_refused_by_the_operators_name():
-    dist = pytest.importorskip("torch.distributed")
-    if not dist.is_available():
-        pytest.skip("torch.distributed is not built in")
-    from torch.distributed.tensor import DTensor, Replicate, init_device_mesh
-
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        mesh = init_device_mesh("cpu", (1,))
-        local = draw(5, 4, 64)
-        q = DTensor.from_local(local, mesh, [Replicate()])
-        for function in (ropewalk.rope_, ropewalk.rope):
-            with pytest.raises(NotImplementedError, match="ropewalk.rope_"):
-                function(q, None, frequencies=F)
-            with pytest.raises(NotImplementedError, match="ropewalk.rope_"):
-                function(q, DTensor.from_local(local, mesh, [Replicate()]), frequencies=F)
-        assert torch.equal(local, draw(5, 4, 64))
-        ropewalk.rope_(q.to_local(), None, frequencies=F)
-        assert torch.equal(local, ropewalk.rope(draw(5, 4, 64), frequencies=F)[0])
-    finally:
-        dist.destroy_process_group()
-
-
 # ---- torch.func and dual numbers
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import itertools
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from typing import Any
 
 import torch
 
-from . import Frequencies, rope_
+from . import Frequencies, rope, rope_
 
 APPLY = "apply_rotary_pos_emb"
 TABLES = "position_embeddings"  # the argument that hands the cosines and sines to a layer
@@ -40,8 +39,7 @@ class Angles:
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(
             "the cosines and sines of a model under ropewalk.transformers.patch are no tensors, as its layers compute "
-            f"the angles, and have no {name!r}: use patch(model, angles='table'), or call the rotary module with "
-            "gradients enabled"
+            f"the angles, and have no {name!r}: use patch(model, angles='table')"
         )
 
     @classmethod
@@ -120,6 +118,8 @@ class Form:
                 return None
             if split:  # neighbours become halves, in a copy
                 return x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
+            if torch.is_grad_enabled():  # into new memory: autograd may need this
+                return x if x.stride(-1) == 1 else x.contiguous()
             return x if in_place and x.stride(-1) == 1 else x.clone(memory_format=torch.contiguous_format)
 
         def table(x: Any) -> Any:
@@ -148,13 +148,21 @@ class Form:
             place = given.get("unsqueeze_dim")  # of the heads, in tables of [batch, tokens, ..] or [tokens, ..]
             tokens_first = tokens_first_by_default if place is None else place == (2 if exact else cos.dim() - 1)
             views = [x if x is None or tokens_first else x.transpose(-3, -2) for x in (q, k)]
+            first = [None, None]  # tokens that are not rotated
             if exact:
-                rope_(*views, positions=sin.positions, frequencies=sin.frequencies, **options, **more)
+                more.update(positions=sin.positions, frequencies=sin.frequencies)
             else:
                 cos, sin = table(cos), table(sin)
                 if last_tokens:
+                    first = [x if x is None else x[..., : -cos.shape[-2], :, :] for x in views]
                     views = [x if x is None else x[..., -cos.shape[-2] :, :, :] for x in views]
-                rope_(*views, cos=cos, sin=sin, **options, **more)
+                more.update(cos=cos, sin=sin)
+            if torch.is_grad_enabled():
+                new = rope(*views, **options, **more)
+                new = [y if x is None else torch.cat((x, y), -3) for x, y in zip(first, new, strict=True)]
+                q, k = (x if x is None or tokens_first else x.transpose(-3, -2) for x in new)
+            else:
+                rope_(*views, **options, **more)
             return (q, k) if pair else q
 
         return apply
@@ -178,22 +186,12 @@ class Plan:
         base, forms, rounding, norm, in_place = made_from
         self.fuses_norm = norm is not None
         self.function = with_functions(base, {name: form.make(rounding, norm, in_place) for name, form in forms})
-        # With norms that are the layer's own, as they are where gradients are enabled.
-        self.rotates = self.function
-        if norm:
-            self.rotates = with_functions(base, {name: form.make(rounding, None, in_place) for name, form in forms})
 
     def __deepcopy__(self, memo: Any) -> Plan:
         return self
 
     def __reduce__(self) -> Any:
         return Plan, self.made_from
-
-
-def _is_frozen(layer: Any, values: Any) -> bool:
-    """Whether no gradient can come of a call, though gradients are enabled."""
-    tensors = (x for x in values if isinstance(x, torch.Tensor))
-    return not any(x.requires_grad for x in itertools.chain(tensors, layer.parameters()))
 
 
 def _attention_forward(base: Any) -> Any:
@@ -204,13 +202,7 @@ def _attention_forward(base: Any) -> Any:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         plan = getattr(self, STATE, None)
         tables = kwargs.get(TABLES, args[place] if place < len(args) else None)
-        serves = plan is not None and not torch.is_grad_enabled()
-        if plan is not None and not serves and not torch.compiler.is_compiling():
-            if _is_frozen(self, (*args, *kwargs.values())):
-                try:
-                    return plan.rotates(self, *args, **kwargs)
-                except ValueError:  # a gradient all the same, from elsewhere; nothing was written
-                    pass
+        serves = plan is not None
         if isinstance(tables, tuple):
             cos, sin = tables
             if serves and plan.fuses_norm:
@@ -242,7 +234,7 @@ def _rotary_forward(base: Any) -> Any:
         rotary = getattr(self, STATE, None)
         # In a graph longrope's choice is made on the device, which the tables have behind them.
         in_graph = rotary is not None and torch.compiler.is_compiling() and rotary.chooses(layer_type)
-        if rotary is None or torch.is_grad_enabled() or in_graph:
+        if rotary is None or in_graph:
             more = (layer_type,) if takes_layer_type else ()
             return base.forward(self, x, position_ids, *more)
         angles = Angles(position_ids, rotary.frequencies(layer_type, position_ids), self, layer_type)
@@ -254,7 +246,7 @@ def _rotary_forward(base: Any) -> Any:
 def _norm_forward(base: Any) -> Any:
     @functools.wraps(base.forward)
     def forward(self: Any, x: Any) -> Any:
-        if getattr(self, STATE, None) is None or torch.is_grad_enabled():
+        if getattr(self, STATE, None) is None:
             return base.forward(self, x)
         return x
 

@@ -91,10 +91,10 @@ class Patch:
 def patch(model: torch.nn.Module, *, angles: str = "exact", rounding: str = "fused", fuse_norm: bool = True) -> Patch:
     """Puts Ropewalk in place of a model's rotary embedding.
 
-    It serves calls without gradients (`torch.no_grad`, `torch.inference_mode`, `generate`). Where gradients are enabled
-    and a layer is frozen, with an input that needs none, its rotation is served, by the model's own tables; all else
-    goes the stock way, as Ropewalk has no backward here. q and k are rotated in place, in the outputs of their
-    projections. A copy of the model, by `copy.deepcopy`, `pickle` or `torch.save`, is patched, too.
+    Training goes through it, too: with gradients enabled q and k are rotated into new tensors, and autograd keeps what the
+    projections gave, but no normalised copy of it. Without (`torch.no_grad`, `torch.inference_mode`, `generate`) they are
+    rotated in place, in the outputs of their projections. A copy of the model, by `copy.deepcopy`, `pickle` or
+    `torch.save`, is patched, too.
 
     Args:
         model: a transformers model whose attention calls `apply_rotary_pos_emb` (Llama, Mistral, Qwen3, Gemma 3, ..).
@@ -313,7 +313,7 @@ class _Trial:
                             return
                     reason = f"gives another result than with its own {forms[0][0]}"
                 except (AttributeError, TypeError, ValueError, RuntimeError) as error:  # e.g. it does more with tables
-                    reason = f"ends in {type(error).__name__}: {error}"
+                    reason = f"ends in {type(error).__name__}: {error}{_if_sharded(attention)}"
                 self.result._unset(attention, *norms)
         raise ValueError(f"patch: with Ropewalk {base.__name__} {reason}")
 
@@ -345,6 +345,13 @@ def _check_devices(model: Any, modules: Any) -> None:
             f"patch: {type(model).__name__} is spread over devices or offloaded, {', '.join(devices)}: each layer is "
             "tried where it lies, so call ropewalk.transformers.patch before dispatching the model"
         )
+
+
+def _if_sharded(attention: Any) -> str:
+    """The remedy where a layer cannot be tried alone, as its parameters are spread over ranks."""
+    if any(type(weight).__name__ == "DTensor" for weight in attention.parameters()):
+        return "; its parameters are sharded: call ropewalk.transformers.patch before fully_shard"
+    return ""
 
 
 def _is_rotary(module: torch.nn.Module) -> bool:
