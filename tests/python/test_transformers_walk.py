@@ -91,7 +91,7 @@ def test_right_or_refused(name: str) -> None:
     before = sum(ropewalk.counters().values())
     with ropewalk.transformers.patch(model) as patch:
         got = tiny_models.output(model, given)
-        with torch.enable_grad():  # by the model's own tables then
+        with torch.enable_grad():
             frozen = tiny_models.output(model.requires_grad_(False), given)
     assert error_of(frozen, want) < 3e-6, patch
     assert patch.layers > 0 and sum(ropewalk.counters().values()) > before
