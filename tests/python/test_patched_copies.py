@@ -298,8 +298,12 @@ def test_frozen_layers_are_served_without_no_grad(name, angles):
     assert torch.equal(stock(model, prompt), want)
 
 
+def error_of(got, want):
+    return (got - want).abs().max() / want.abs().max()
+
+
 @pytest.mark.parametrize("name", ["llama", "qwen3"])
-def test_what_may_have_a_gradient_is_not_served(name):
+def test_one_gradient_of_a_frozen_model(name):
     model, prompt = make(name).requires_grad_(False), ids()
     layers = attentions(model)
     embedded = model.get_input_embeddings()(prompt)
@@ -314,19 +318,15 @@ def test_what_may_have_a_gradient_is_not_served(name):
         return gradient, launches() - before
 
     # The input; what comes after the rotation in the last layer; what comes before it in the first.
-    for parameter, frozen in ((None, 0), (layers[-1].o_proj.weight, 1), (layers[0].k_proj.weight, 0)):
+    for parameter in (None, layers[-1].o_proj.weight, layers[0].k_proj.weight):
         want, _ = gradients(parameter)
         with rt.patch(model):
             got, served_layers = gradients(parameter)
-        assert torch.equal(got, want) if not frozen else error_of(got, want) < 1e-5
-        assert served_layers == frozen
+        assert error_of(got, want) < 1e-5
+        assert served_layers >= len(layers)
 
 
-def error_of(got, want):
-    return (got - want).abs().max() / want.abs().max()
-
-
-def test_a_gradient_from_elsewhere_goes_the_stock_way():
+def test_a_gradient_from_elsewhere():
     model, prompt = make("qwen3").requires_grad_(False), ids()
     shift = torch.ones((), requires_grad=True)
     model.model.layers[1].self_attn.q_proj.register_forward_hook(lambda module, args, out: out + shift)
@@ -337,7 +337,7 @@ def test_a_gradient_from_elsewhere_goes_the_stock_way():
     want = gradient()
     with rt.patch(model):
         before = launches()
-        assert error_of(gradient(), want) < 1e-5 and launches() == before + 1
+        assert error_of(gradient(), want) < 1e-5 and launches() > before
 
 
 USES = {
