@@ -169,9 +169,10 @@ def test_gradients(name):
     with rd.patch(model) as patch:
         began = launches()
         got, ours = gradients(model, given)
-        layers = layers_of(name)[0]
+        layers, fused = layers_of(name)
         assert launches() >= began + 2 * layers  # there and back
-        assert patch.calls == {known.WITH_GRADIENT: layers}
+        kind = known.NORM_AND_ROTATION if fused else known.ROTATION
+        assert patch.calls == {kind + known.WITH_GRADIENT: layers}
     assert error(got, want) <= CLOSE and ours.keys() == of_stock.keys()
     for key, value in of_stock.items():  # some are 0 but for rounding
         assert (ours[key] - value).abs().max() <= 2e-5 * value.abs().max() + 1e-7 * largest, key
@@ -185,8 +186,7 @@ def test_frozen_parameters_need_no_gradient(name):
     with rd.patch(model) as patch:
         got = run(model, given)
         layers, fused = layers_of(name)
-        fuses = fused and name != "Wan"  # whose rotary module goes by the mode
-        assert patch.calls == {known.NORM_AND_ROTATION if fuses else known.ROTATION: layers}
+        assert patch.calls == {known.NORM_AND_ROTATION if fused else known.ROTATION: layers}
         assert error(got, want) <= CLOSE
 
 

@@ -36,7 +36,7 @@ from diffusers.models.transformers.transformer_qwenimage import (
 )
 from diffusers.models.transformers.transformer_z_image import ZImageTransformer2DModel, ZSingleStreamAttnProcessor
 
-from . import rope_
+from . import rope, rope_
 from .compat import _common
 from .diffusers import STATE, VERSIONS
 
@@ -44,7 +44,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 NORMS = (torch.nn.RMSNorm, RMSNorm)
 NORM_AND_ROTATION = "norm and rotation"
 ROTATION = "rotation"
-WITH_GRADIENT = "rotation with a gradient, the norm is the model's own"
+WITH_GRADIENT = ", with a gradient"
 
 
 class RefusedError(Exception):
@@ -96,50 +96,53 @@ class Stream(NamedTuple):
             for norm, x in zip(self.norms, (self.q, self.k), strict=True)
         )
 
-    def turn(self, rounding: str, out: tuple[Any, Any]) -> None:
-        """In place, or into `out`; with the norms if there are any."""
-        options: dict[str, Any] = {"pairing": "interleaved", "rounding": rounding}
-        if out[0] is not None:
-            options.update(q_out=out[0], k_out=out[1])
+    def options(self, rounding: str) -> dict[str, Any] | None:
+        """Those of `rope`; None if there is nothing to do."""
         first, second = self.norms
+        options: dict[str, Any] = {"pairing": "interleaved", "rounding": rounding}
         if first is not None:
             options.update(norm="rms", eps=first.eps, q_weight=first.weight, k_weight=second.weight)
         if self.tables is not None:
-            options.update(cos=self.tables[0], sin=self.tables[1])
-        elif first is not None:
-            options.update(frequencies=_common.still(self.q.shape[-1]))
-        elif out[0] is None:
-            return
-        else:
+            return {**options, "cos": self.tables[0], "sin": self.tables[1]}
+        return None if first is None else {**options, "frequencies": _common.still(self.q.shape[-1])}
+
+    def turn(self, rounding: str, out: tuple[Any, Any]) -> None:
+        """In place, or into `out`; with the norms if there are any."""
+        options = self.options(rounding)
+        if options is not None:
+            _called(rope_, self.q, self.k, q_out=out[0], k_out=out[1], **options)
+        elif out[0] is not None:
             out[0].copy_(self.q)
             out[1].copy_(self.k)
-            return
-        if torch.compiler.is_compiling():
-            rope_(self.q, self.k, **options)
-            return
-        try:
-            rope_(self.q, self.k, **options)
-        except (ValueError, TypeError, RuntimeError) as error:
-            raise RefusedError(str(error)) from None
 
-    def turned(self) -> tuple[Any, Any]:
+    def turned(self, rounding: str) -> tuple[Any, Any]:
         """New tensors; autograd goes through."""
-        q, k, _, tables = self.normed()
-        if tables is None:
-            return q, k
-        return _common.differentiable("rope", {}, q, k, cos=tables[0], sin=tables[1], pairing="interleaved")
+        options = self.options(rounding)
+        return (self.q, self.k) if options is None else _called(rope, self.q, self.k, **options)
+
+
+def _called(function: Any, q: Any, k: Any, **options: Any) -> Any:
+    if torch.compiler.is_compiling():
+        return function(q, k, **options)
+    try:
+        return function(q, k, **options)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise RefusedError(str(error)) from None
 
 
 def turned(state: State, *streams: Stream, inside: tuple[Any, Any] | None = None) -> tuple[Any, Any]:
     """q and k of all streams, one stream after the other. inside: the streams are its parts, and it may be written."""
-    if torch.is_grad_enabled() and any(stream.needs_gradient() for stream in streams):
-        state.count(WITH_GRADIENT)
-        done = [stream.turned() for stream in streams]
+    needs_gradient = torch.is_grad_enabled() and any(stream.needs_gradient() for stream in streams)
+    fuses = state.fuses_norm and (not needs_gradient or streams[0].q.device.type in ("cpu", "cuda"))
+    fused = [fuses and stream.can_fuse() for stream in streams]
+    normed = [stream if each else stream.normed() for stream, each in zip(streams, fused, strict=True)]
+    what = NORM_AND_ROTATION if all(fused) else ROTATION
+    if needs_gradient:
+        done = [stream.turned(state.rounding) for stream in normed]
+        state.count(what + WITH_GRADIENT)
         if len(done) == 1:
             return done[0]
         return torch.cat([q for q, _ in done], dim=1), torch.cat([k for _, k in done], dim=1)
-    fused = [state.fuses_norm and stream.can_fuse() for stream in streams]
-    normed = [stream if fuses else stream.normed() for stream, fuses in zip(streams, fused, strict=True)]
     first = normed[0]
     outs: list[tuple[Any, Any]]
     if len(normed) == 1:
@@ -152,7 +155,7 @@ def turned(state: State, *streams: Stream, inside: tuple[Any, Any] | None = None
         outs = list(zip(*(x.split(tokens, dim=1) for x in whole), strict=True))
     for stream, out in zip(normed, outs, strict=True):
         stream.turn(state.rounding, out)
-    state.count(NORM_AND_ROTATION if all(fused) else ROTATION)
+    state.count(what)
     return whole
 
 
@@ -429,13 +432,12 @@ def _wan(
     norms = attn.norm_q, attn.norm_k
     cos, sin = rotary_emb
     wide = _is_wide(cos, attn)
-    if wide and not torch.is_grad_enabled():  # norms over all heads: those are one, whose pairs are neighbours
+    if wide:  # norms over all heads: those are one, whose pairs are neighbours
         tables = cos[0].flatten(1), sin[0].flatten(1)
         query, key = turned(state, Stream(query.unsqueeze(2), key.unsqueeze(2), norms, tables))
         query, key = (x.squeeze(2).unflatten(2, (attn.heads, -1)) for x in (query, key))
     else:
-        every, other = (slice(None), slice(None)) if wide else (slice(0, None, 2), slice(1, None, 2))
-        tables = _plain(cos[0, :, 0, every]), _plain(sin[0, :, 0, other])
+        tables = _plain(cos[0, :, 0, 0::2]), _plain(sin[0, :, 0, 1::2])
         query, key = (norm(x).unflatten(2, (attn.heads, -1)) for norm, x in zip(norms, (query, key), strict=True))
         query, key = turned(state, Stream(query, key, (None, None), tables))
     value = value.unflatten(2, (attn.heads, -1))
@@ -678,7 +680,7 @@ def _rotary_of_wan(base: Any) -> Callable[..., Any]:
     def forward(self: Any, hidden_states: Any) -> tuple[Any, ...]:
         tables = base.forward(self, hidden_states)  # hooks may have kept this function, and call it after `take_off`
         heads = getattr(self, STATE, None)
-        return tables if heads is None or torch.is_grad_enabled() else of_all_heads(tables, heads)
+        return tables if heads is None else of_all_heads(tables, heads)
 
     return forward
 

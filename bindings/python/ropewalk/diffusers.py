@@ -52,8 +52,8 @@ class Patch:
 
     @property
     def calls(self) -> dict[str, int]:
-        """How many calls of layers were served with the norm, without it and with a gradient, and how many went the
-        stock way, by reason. Those inside torch.compile are not counted."""
+        """How many calls of layers were served, with the norm or without it, with a gradient or without, and how many
+        went the stock way, by reason. Those inside torch.compile are not counted."""
         total: dict[str, int] = {}
         for calls in self._calls:
             for name, count in calls.items():
@@ -88,9 +88,10 @@ def patch(model: Any, *, rounding: str = "fused", fuse_norm: bool = True) -> Pat
     It serves Flux, Flux 2, Qwen-Image, Z-Image, Wan, LTX, HunyuanVideo, CogVideoX and Lumina 2 of diffusers 0.42.1, in
     float32, bfloat16 and float16. RMSNorms per head are done in the launch of the rotation; those over all heads (Wan,
     LTX) as well, as one wide head; CogVideoX has LayerNorms, which stay its own. Where a layer joins text and image,
-    both are written where the attention reads them. Where a gradient is needed the rotation is served with its
-    gradient, and the norm is the model's own. Else q and k are rotated in place, in the outputs of their projections. A
-    copy of the model, by `copy.deepcopy`, `pickle` or `torch.save`, is patched, too.
+    both are written where the attention reads them. Training goes through it, too: where a gradient is needed q and k
+    are rotated into new tensors, with the norm on CPUs and NVIDIA's GPUs; elsewhere the norm is the model's own then.
+    Else they are rotated in place, in the outputs of their projections. A copy of the model, by `copy.deepcopy`,
+    `pickle` or `torch.save`, is patched, too.
 
     Args:
         model: a transformer of diffusers, a module that holds some, or a pipeline, whose transformers are patched.
