@@ -14,6 +14,7 @@
 #include "base/text.h"
 #include "base/thread_key.h"
 #include "models/make_frequencies.h"
+#include "rope/backward.h"
 #include "rope/call.h"
 #include "rope/known_calls.h"
 
@@ -86,23 +87,43 @@ const char* GuardText(const Body& body) {
   return code == ROPEWALK_OK ? state->returned.c_str() : nullptr;
 }
 
-// Lets callers be older than the library: what their struct lacks has its default.
-template <class Body>
-Status WithArgs(const ropewalk_rope_args* args, const Body& body) {
-  if (!args) return Status::Invalid("rope: args is null");
+// Lets callers be older than the library: what their struct lacks has its default. `least`: up to its first tensor.
+template <class Args, class Body>
+Status WithStruct(const char* name, const char* type, const Args* args, size_t least, const Body& body) {
+  if (!args) return Status::Invalid(Text("rope: ", name, " is null"));
   const uint32_t size = args->struct_size;
-  if (size == sizeof(ropewalk_rope_args)) return body(*args);
-  if (size > sizeof(ropewalk_rope_args)) {
-    return Status::Invalid(Text("rope: struct_size must be at most ", sizeof(ropewalk_rope_args), " for Ropewalk ",
+  if (size == sizeof(Args)) return body(*args);
+  if (size > sizeof(Args)) {
+    return Status::Invalid(Text("rope: struct_size must be at most ", sizeof(Args), " for Ropewalk ",
                                 ropewalk_version(), ", but is ", size, ": the caller was built for a newer one"));
   }
-  if (size < offsetof(ropewalk_rope_args, k) || size % alignof(ropewalk_rope_args) != 0) {
-    return Status::Invalid(
-        Text("rope: struct_size must be sizeof(ropewalk_rope_args) (", sizeof(ropewalk_rope_args), "), but is ", size));
+  if (size < least || size % alignof(Args) != 0) {
+    return Status::Invalid(Text("rope: struct_size must be sizeof(", type, ") (", sizeof(Args), "), but is ", size));
   }
-  ropewalk_rope_args full;
+  Args full;
   std::memcpy(&full, args, size);
   return body(full);
+}
+template <class Body>
+Status WithArgs(const ropewalk_rope_args* args, const Body& body) {
+  return WithStruct("args", "ropewalk_rope_args", args, offsetof(ropewalk_rope_args, k), body);
+}
+
+Status LoweredBackward(const ropewalk_rope_args* args, const ropewalk_rope_gradients* gradients, void* stream,
+                       RopeBackwardCall* call, const Backend** backend) {
+  return WithArgs(args, [&](const ropewalk_rope_args& full) -> Status {
+    return WithStruct(
+        "gradients", "ropewalk_rope_gradients", gradients, offsetof(ropewalk_rope_gradients, k_grad),
+        [&](const ropewalk_rope_gradients& full_gradients) -> Status {
+          ROPEWALK_TRY(LowerRopeBackward(full, full_gradients, stream, call));
+          ROPEWALK_TRY(ChooseBackend(call->turn.device, backend));
+          if (!call->turn.variant.norm || (*backend)->launch_backward) return {};
+          return Status::Unavailable(Text("rope: q_grad is on ", DeviceName(call->turn.device), ", but the backend ",
+                                          (*backend)->name,
+                                          " has no gradient of the norm: move the tensors to the CPU or an "
+                                          "NVIDIA GPU, or leave the norm to others and give norm none"));
+        });
+  });
 }
 
 Status Lowered(const ropewalk_rope_args* args, void* stream, RopeCall* call, const Backend** backend) {
@@ -145,6 +166,30 @@ int ropewalk_rope(const ropewalk_rope_args* args, void* stream) {
       return known ? LaunchKnown(known) : LaunchNew(full, stream, state);
     });
   });
+}
+
+int ropewalk_rope_backward(const ropewalk_rope_args* args, const ropewalk_rope_gradients* gradients, void* stream) {
+  return Guard([&]() -> Status {
+    RopeBackwardCall call;
+    const Backend* backend;
+    ROPEWALK_TRY(LoweredBackward(args, gradients, stream, &call, &backend));
+    if (!call.turn.variant.norm) return backend->launch(call.turn);
+    int64_t needed = 0;
+    ROPEWALK_TRY(backend->backward_workspace(call, &needed));
+    ROPEWALK_TRY(CheckWorkspace(call, needed));
+    return backend->launch_backward(call);
+  });
+}
+
+int64_t ropewalk_rope_backward_workspace(const ropewalk_rope_args* args, const ropewalk_rope_gradients* gradients) {
+  int64_t needed = 0;
+  const int code = Guard([&]() -> Status {
+    RopeBackwardCall call;
+    const Backend* backend;
+    ROPEWALK_TRY(LoweredBackward(args, gradients, nullptr, &call, &backend));
+    return call.turn.variant.norm ? backend->backward_workspace(call, &needed) : Status();
+  });
+  return code == ROPEWALK_OK ? needed : -code;
 }
 
 int ropewalk_prepare(const ropewalk_rope_args* args) {

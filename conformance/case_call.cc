@@ -11,6 +11,7 @@
 #include "base/digest.h"
 #include "base/text.h"
 #include "conformance/reference.h"
+#include "rope/backward.h"
 #include "rope/call.h"
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -279,6 +280,7 @@ struct CaseCall::Builder {
     call.host_args_.q = &inputs[0]->on_host;
     if (c.k_heads) call.host_args_.k = &inputs[1]->on_host;
     if (stored) call.host_args_.v = &inputs[2]->on_host;
+    if (call.backward_) return MakeGradients(wanted);
     if (!c.out_of_place) return;
     for (Heads& h : wanted) h.name += "_out";
     if (v) wanted.pop_back();
@@ -286,6 +288,32 @@ struct CaseCall::Builder {
     const std::vector<Tensor*> outputs = NewHeads(wanted);
     call.host_args_.q_out = &outputs[0]->on_host;
     if (c.k_heads && !c.k_store_only) call.host_args_.k_out = &outputs[1]->on_host;
+  }
+
+  void MakeGradients(std::vector<Heads> wanted) {
+    ropewalk_rope_gradients& g = call.host_gradients_;
+    for (Heads& h : wanted) h.name += "_grad";
+    const std::vector<Tensor*> grads = NewHeads(wanted);
+    for (Tensor* tensor : grads) FillData(tensor);
+    g.q_grad = &grads[0]->on_host;
+    if (c.k_heads) g.k_grad = &grads[1]->on_host;
+    // Without a norm q and k are not needed.
+    if (!c.norm && c.weight == Weight::kNone && random.Below(2)) call.host_args_.q = call.host_args_.k = nullptr;
+    if (!c.out_of_place) return;
+    for (Heads& h : wanted) h.name += "_out";
+    const std::vector<Tensor*> outputs = NewHeads(wanted);
+    g.q_grad_out = &outputs[0]->on_host;
+    if (c.k_heads) g.k_grad_out = &outputs[1]->on_host;
+  }
+
+  // Now and then one is frozen.
+  void MakeWeightGradients() {
+    if (c.weight == Weight::kNone) return;
+    const auto make = [&](const char* name) -> DLTensor* {
+      return random.Below(4) == 0 ? nullptr : &NewContiguous(name, kF32, {c.head_dim})->on_host;
+    };
+    call.host_gradients_.q_weight_grad = make("q_weight_grad");
+    if (c.k_heads) call.host_gradients_.k_weight_grad = make("k_weight_grad");
   }
 
   void MakeWeights() {
@@ -533,6 +561,7 @@ struct CaseCall::Builder {
     if (random.Below(2)) a.rotary_dim = static_cast<int32_t>(c.rotary_dim);
     MakeHeads();
     MakeWeights();
+    if (call.backward_) MakeWeightGradients();
     ROPEWALK_TRY(MakeAngles());
     MakePositions();
     MakeStore();
@@ -545,6 +574,7 @@ struct CaseCall::Builder {
       ROPEWALK_TRY(call.memory_.CopyIn(buffer->device, buffer->initial.data(), buffer->initial.size()));
     }
     call.args_ = call.host_args_;
+    call.gradients_ = call.host_gradients_;
     call.args_.sycl_queue = call.memory_.sycl_queue();
     for (const auto& tensor : call.tensors_) {
       tensor->on_device = tensor->on_host;
@@ -568,11 +598,19 @@ struct CaseCall::Builder {
         if (*field == &tensor->on_host && !on_host) *field = &tensor->on_device;
       }
     }
+    for (const Arg& arg : RopeBackwardDescription().first(kRopeGradients)) {
+      auto* const field = reinterpret_cast<DLTensor**>(reinterpret_cast<char*>(&call.gradients_) + arg.offset -
+                                                       offsetof(RopeBackwardArgs, gradients));
+      for (const auto& tensor : call.tensors_) {
+        if (*field == &tensor->on_host) *field = &tensor->on_device;
+      }
+    }
     return {};
   }
 };
 
-CaseCall::CaseCall(const RopeCase& c, DeviceMemory& memory) : case_(c), memory_(memory) {}
+CaseCall::CaseCall(const RopeCase& c, DeviceMemory& memory, bool backward)
+    : case_(c), memory_(memory), backward_(backward) {}
 
 CaseCall::~CaseCall() {
   for (const auto& buffer : buffers_) {
@@ -582,7 +620,40 @@ CaseCall::~CaseCall() {
 }
 
 Status CaseCall::Make(const RopeCase& c, DeviceMemory& memory, std::unique_ptr<CaseCall>* out) {
-  std::unique_ptr<CaseCall> call(new CaseCall(c, memory));
+  return Make(c, memory, false, out);
+}
+Status CaseCall::MakeBackward(const RopeCase& c, DeviceMemory& memory, std::unique_ptr<CaseCall>* out) {
+  ROPEWALK_TRY(Make(c, memory, true, out));
+  return (*out)->MakeWorkspace("workspace");
+}
+
+// Of as many elements as the call says, and not one more.
+Status CaseCall::MakeWorkspace(std::string_view name) {
+  const int64_t needed = ropewalk_rope_backward_workspace(&args_, &gradients_);
+  if (needed < 0) return Status::Invalid(ropewalk_last_error());
+  if (needed == 0) return {};
+  Builder builder{*this, case_, Random(name)};
+  Tensor* tensor = builder.NewContiguous(std::string(name), kF32, {needed});
+  Buffer& buffer = *tensor->buffer;
+  ROPEWALK_TRY(memory_.Allocate(buffer.initial.size(), &buffer.device));
+  ROPEWALK_TRY(memory_.CopyIn(buffer.device, buffer.initial.data(), buffer.initial.size()));
+  tensor->on_device = tensor->on_host;
+  tensor->on_device.data = static_cast<uint8_t*>(buffer.device) + tensor->first;
+  tensor->on_device.device = memory_.device();
+  gradients_.workspace = &tensor->on_device;
+  host_gradients_.workspace = &tensor->on_host;
+  return {};
+}
+
+const DLTensor* CaseCall::Written(RopeOutput output) const {
+  if (!backward_) return OutputTensor(host_args_, output);
+  const ropewalk_rope_gradients& g = host_gradients_;
+  if (output == RopeOutput::kQ) return g.q_grad_out ? g.q_grad_out : g.q_grad;
+  return g.k_grad_out ? g.k_grad_out : g.k_grad;
+}
+
+Status CaseCall::Make(const RopeCase& c, DeviceMemory& memory, bool backward, std::unique_ptr<CaseCall>* out) {
+  std::unique_ptr<CaseCall> call(new CaseCall(c, memory, backward));
   if (call->case_.rotary_dim == 0) call->case_.rotary_dim = c.head_dim;
   if ((c.cache != Cache::kNone || c.v_behind) && c.v_dim == 0) call->case_.v_dim = c.head_dim;
   Builder builder{*call, call->case_, Random(c.name)};
@@ -613,7 +684,8 @@ Status CaseCall::Run() {
     }
   }
 #endif
-  const int code = ropewalk_rope(&args_, memory_.stream());
+  const int code = backward_ ? ropewalk_rope_backward(&args_, &gradients_, memory_.stream())
+                             : ropewalk_rope(&args_, memory_.stream());
 #ifdef ROPEWALK_POISONS
   for (const auto& buffer : buffers_) {
     if (poisons) ASAN_UNPOISON_MEMORY_REGION(buffer->device, buffer->initial.size());
@@ -633,18 +705,23 @@ Status CaseCall::Verify(std::string* message, double* worst, int64_t* elements) 
 
   // The chain's norm sums and takes the root in a way of its own: a last bit may differ, but seldom. Subnormal numbers
   // have so few bits that their products often lie half-way between two, where the last bit of the root decides.
-  const bool counts_inexact = case_.norm && case_.rounding == ROPEWALK_ROUND_REFERENCE && case_.dtype != kF32 &&
-                              case_.angles != Angles::kFrequencies && case_.data != Data::kTiny;
+  const bool counts_inexact = !backward_ && case_.norm && case_.rounding == ROPEWALK_ROUND_REFERENCE &&
+                              case_.dtype != kF32 && case_.angles != Angles::kFrequencies && case_.data != Data::kTiny;
   int64_t rotated = 0, inexact = 0;
-  const auto check_row = [&](const ExpectedRow& row) {
-    const DLTensor* written = OutputTensor(host_args_, row.output);
+  const auto tensor_of = [&](const DLTensor* written, size_t* b) -> const Tensor& {
     const auto tensor = std::find_if(tensors_.begin(), tensors_.end(),
                                      [&](const auto& candidate) { return &candidate->on_host == written; });
+    *b = 0;
+    while (buffers_[*b].get() != (*tensor)->buffer) ++*b;
+    return **tensor;
+  };
+  const auto check_row = [&](const ExpectedRow& row) {
+    const DLTensor* written = Written(row.output);
     size_t b = 0;
-    while (buffers_[b].get() != (*tensor)->buffer) ++b;
+    const Tensor& tensor = tensor_of(written, &b);
     const uint32_t dtype = DtypeOf(written->dtype);
     const int64_t item = written->dtype.bits / 8;
-    const int64_t first = (*tensor)->first + RowOffset(*written, row.outer, row.token, row.head) * item;
+    const int64_t first = tensor.first + RowOffset(*written, row.outer, row.token, row.head) * item;
     for (size_t i = 0; i < row.elements.size(); ++i) {
       const Expected& want = row.elements[i];
       if (want.want == Expected::Want::kSame) continue;
@@ -670,7 +747,7 @@ Status CaseCall::Verify(std::string* message, double* worst, int64_t* elements) 
         }
       }
       if (right || !message->empty()) continue;
-      *message = Text(OutputName(host_args_, row.output), "[");
+      *message = Text(tensor.name, "[");
       if (written->ndim == 4) Append(message, Text(row.outer, ", "));
       Append(message,
              Text(row.token, ", ", row.head, ", ", i, "]: got ", got, " (", Number(got_bytes, item), "), want "));
@@ -683,7 +760,39 @@ Status CaseCall::Verify(std::string* message, double* worst, int64_t* elements) 
       }
     }
   };
-  const ReferenceFault fault = RopeReference(host_args_, check_row);
+  // Sums: errors are fractions of the magnitudes of what was added up.
+  const auto check_sums = [&](const DLTensor* written, const ReferenceWeightGrad& grad) {
+    if (!written) return;
+    size_t b = 0;
+    const Tensor& tensor = tensor_of(written, &b);
+    for (size_t i = 0; i < grad.value.size(); ++i) {
+      const auto at = static_cast<size_t>(tensor.first) + 4 * i;
+      std::memcpy(expected[b].data() + at, now[b].data() + at, 4);
+      ++*elements;
+      const double got = LoadNumber(kF32, now[b].data() + at), want = grad.value[i];
+      const double tolerance = 0x1p-20 * grad.magnitude[i] + 0x1p-140;
+      if (std::isfinite(want)) *worst = std::max(*worst, std::abs(got - want) / tolerance);
+      const bool right = std::isfinite(want) ? std::abs(got - want) <= tolerance + 0x1p-25 * std::abs(want)
+                                             : std::isnan(got) || std::isnan(want) || got == want;
+      if (right || !message->empty()) continue;
+      *message = Text(tensor.name, "[", i, "]: got ", got, ", want ", want, " within ", tolerance);
+    }
+  };
+  ReferenceFault fault;
+  if (backward_) {
+    ReferenceWeightGrad q_weight, k_weight;
+    fault = RopeBackwardReference(host_args_, host_gradients_, check_row, &q_weight, &k_weight);
+    check_sums(host_gradients_.q_weight_grad, q_weight);
+    check_sums(host_gradients_.k_weight_grad, k_weight);
+    if (host_gradients_.workspace) {
+      size_t b = 0;
+      const Tensor& tensor = tensor_of(host_gradients_.workspace, &b);
+      const auto bytes = static_cast<size_t>(4 * tensor.shape[0]);
+      std::memcpy(expected[b].data() + tensor.first, now[b].data() + tensor.first, bytes);
+    }
+  } else {
+    fault = RopeReference(host_args_, check_row);
+  }
   expected_fault_.clear();
   if (fault.token >= 0) {
     const std::string where =

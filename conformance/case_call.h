@@ -12,6 +12,7 @@
 #include "base/status.h"
 #include "conformance/cases.h"
 #include "conformance/memory.h"
+#include "conformance/reference.h"
 
 namespace ropewalk {
 
@@ -19,6 +20,8 @@ class CaseCall {
  public:
   // Allocates and fills everything; the data depends on the case's name alone.
   static Status Make(const RopeCase& c, DeviceMemory& memory, std::unique_ptr<CaseCall>* out);
+  // The gradient of the case, which must have no store: its gradients are laid out as q and k are, or as the outputs.
+  static Status MakeBackward(const RopeCase& c, DeviceMemory& memory, std::unique_ptr<CaseCall>* out);
   ~CaseCall();
   CaseCall(const CaseCall&) = delete;
   CaseCall& operator=(const CaseCall&) = delete;
@@ -26,9 +29,10 @@ class CaseCall {
   const RopeCase& test_case() const { return case_; }
   ropewalk_rope_args& args() { return args_; }                        // tensors on the device
   const ropewalk_rope_args& host_args() const { return host_args_; }  // the same tensors as they were made, on the host
+  ropewalk_rope_gradients& gradients() { return gradients_; }         // of a gradient
   const ropewalk_frequencies* frequencies() const { return frequencies_; }
 
-  Status Run();    // ropewalk_rope and, where the device runs on its own, the wait for it
+  Status Run();    // ropewalk_rope, or its gradient, and, where the device runs on its own, the wait for it
   Status Reset();  // puts the first data back
   // Compares every byte of every buffer with what the reference says of the first data. "" if all is right.
   // `worst` is the largest error in units of its tolerance, `elements` how many were compared.
@@ -47,7 +51,10 @@ class CaseCall {
   struct Tensor;
   struct Builder;
 
-  CaseCall(const RopeCase& c, DeviceMemory& memory);
+  CaseCall(const RopeCase& c, DeviceMemory& memory, bool backward);
+  static Status Make(const RopeCase& c, DeviceMemory& memory, bool backward, std::unique_ptr<CaseCall>* out);
+  const DLTensor* Written(RopeOutput output) const;  // on the host
+  Status MakeWorkspace(std::string_view name);
   Status Fetch(std::vector<std::vector<uint8_t>>* bytes) const;  // of each buffer
   std::string Compare(const std::vector<std::vector<uint8_t>>& expected,
                       const std::vector<std::vector<uint8_t>>& now) const;
@@ -57,8 +64,10 @@ class CaseCall {
   std::vector<std::unique_ptr<Buffer>> buffers_;
   std::vector<std::unique_ptr<Tensor>> tensors_;
   ropewalk_frequencies* frequencies_ = nullptr;
+  bool backward_ = false;
   ropewalk_rope_args args_;
   ropewalk_rope_args host_args_;
+  ropewalk_rope_gradients gradients_, host_gradients_;
   mutable std::string expected_fault_;
 };
 

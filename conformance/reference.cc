@@ -128,7 +128,81 @@ class Reference {
     return slot >= slots && a_.slots ? fault(kRopeFaultSlot) : ReferenceFault{};
   }
 
+  // The gradient of the heads of q or of k of a token, of the call with the gradient for q and k that is the other way
+  // round; `x` is before the norm.
+  ReferenceFault TokenGradient(int64_t batch, int64_t token, const RowVisitor& visit, RopeOutput output,
+                               const DLTensor& x, ReferenceWeightGrad* weight_grad) {
+    visit_ = &visit;
+    batch_ = batch;
+    token_ = token;
+    const Rotation rotation = RotationOf();
+    const DLTensor& grad = output == RopeOutput::kQ ? *a_.q : *a_.k;
+    const DLTensor* weight = output == RopeOutput::kQ ? a_.q_weight : a_.k_weight;
+    if (rotation.bad_axis || rotation.bad_position) {
+      row_.assign(static_cast<size_t>(head_dim_), {.want = Expected::Want::kNan});
+      for (int64_t head = 0; head < x.shape[x.ndim - 2]; ++head) Visit(output, batch_, token_, head);
+      return {batch * tokens() + token, rotation.bad_axis ? kRopeFaultAxis : kRopeFaultPosition};
+    }
+    for (int64_t head = 0; head < x.shape[x.ndim - 2]; ++head)
+      HeadGradient(output, x, grad, weight, rotation, head, weight_grad);
+    return {};
+  }
+
  private:
+  void HeadGradient(RopeOutput output, const DLTensor& x_tensor, const DLTensor& grad, const DLTensor* weight,
+                    const Rotation& rotation, int64_t head, ReferenceWeightGrad* weight_grad) {
+    const auto dim = static_cast<size_t>(head_dim_);
+    const double elements = static_cast<double>(head_dim_);
+    std::vector<double> n(dim), g(dim), w(dim), size(dim), angle_error(dim, 0.0);
+    double square = 0;
+    for (size_t i = 0; i < dim; ++i) {
+      const auto at = static_cast<int64_t>(i);
+      n[i] = Number(x_tensor, RowOffset(x_tensor, batch_, token_, head) + at);
+      g[i] = Number(grad, RowOffset(grad, batch_, token_, head) + at);
+      size[i] = std::abs(g[i]);
+      w[i] = (weight ? Number(*weight, Offset(*weight, 0, at)) : 1.0) + (a_.zero_centered_weight ? 1.0 : 0.0);
+      square += n[i] * n[i];
+    }
+    const double rstd = 1.0 / std::sqrt(square / elements + a_.eps);
+    for (int64_t pair = 0; pair < pairs_; ++pair) {
+      const auto p = static_cast<size_t>(pair);
+      const bool neox = a_.pairing == ROPEWALK_NEOX;
+      const auto i = static_cast<size_t>(a_.rotary_offset + (neox ? pair : 2 * pair));
+      const auto j = static_cast<size_t>(a_.rotary_offset + (neox ? pair + pairs_ : 2 * pair + 1));
+      const Range &c = rotation.cos[p], &s = rotation.sin[p];
+      const double gi = g[i], gj = g[j];
+      g[i] = gi * c.value - gj * s.value;
+      g[j] = gj * c.value + gi * s.value;
+      // As in the call, an error is a fraction of the pair's length: a sine is not exact where it is small.
+      size[i] = size[j] = std::hypot(gi, gj) * std::hypot(c.value, s.value);
+      // Reference rounding rounds computed cosines, and one next to a midpoint may go either way.
+      angle_error[i] = std::abs(gi) * (c.high - c.low) + std::abs(gj) * (s.high - s.low);
+      angle_error[j] = std::abs(gj) * (c.high - c.low) + std::abs(gi) * (s.high - s.low);
+    }
+    double along = 0, along_error = 0;
+    for (size_t i = 0; i < dim; ++i) {
+      n[i] *= rstd;
+      along += g[i] * w[i] * n[i] / elements;
+      along_error += angle_error[i] * std::abs(w[i] * n[i]) / elements;
+    }
+    // Errors are fractions of the head's largest term: where all of them cancel, nothing else is known.
+    double largest = 0;
+    for (size_t i = 0; i < dim; ++i) {
+      largest = std::max(largest, rstd * (size[i] * std::abs(w[i]) + std::abs(n[i] * along)));
+    }
+    row_.assign(dim, {});
+    for (size_t i = 0; i < dim; ++i) {
+      const double value = rstd * (g[i] * w[i] - n[i] * along);
+      const double error = 0x1p-18 * largest + rstd * (angle_error[i] * std::abs(w[i]) + std::abs(n[i]) * along_error);
+      // Roundings among the subnormal numbers are multiplied by 1 / rms.
+      row_[i] = Stored(type_, WithError(value, error + rstd * 0x1p-147), value);
+      if (!weight_grad) continue;
+      weight_grad->value[i] += g[i] * n[i];
+      weight_grad->magnitude[i] += (size[i] + 0x1p20 * angle_error[i]) * std::abs(n[i]);
+    }
+    Visit(output, batch_, token_, head);
+  }
+
   // ---- angles
 
   Rotation RotationOf() const {
@@ -333,9 +407,12 @@ class Reference {
 
   // Rounding keeps order: an error before it gives a number between the rounded ends.
   Expected Stored(uint32_t dtype, const Range& exact) const {
+    return Stored(dtype, exact, chain_ ? RoundNumber(dtype, exact.value) : exact.value);
+  }
+  static Expected Stored(uint32_t dtype, const Range& exact, double value) {
     if (std::isnan(exact.value)) return {.want = Expected::Want::kNan};
     return {.want = Expected::Want::kRange,
-            .value = chain_ ? RoundNumber(dtype, exact.value) : exact.value,
+            .value = value,
             .low = RoundNumber(dtype, exact.low),
             .high = RoundNumber(dtype, exact.high)};
   }
@@ -464,6 +541,44 @@ ReferenceFault RopeReference(const ropewalk_rope_args& args, const RowVisitor& v
   for (int64_t batch = 0; batch < batches; ++batch) {
     for (int64_t token = 0; token < reference.tokens(); ++token) {
       const ReferenceFault fault = reference.Token(batch, token, visit);
+      if (first.token < 0) first = fault;
+    }
+  }
+  return first;
+}
+
+// The gradient. With x a head of D elements, r = 1 / sqrt(mean(x x) + eps), n = r x, the weight w (1 without one, 1 +
+// weight if zero-centred) and the rotation R, the call computes y = R (n w).
+//
+// R is linear: it turns each rotated pair by [[c, -s], [s, c]] (c and s with the attention scaling in them, s negative
+// if inverse) and leaves the other elements. So the gradient g of n w is R^T dY, which turns by [[c, s], [-s, c]].
+// y depends on w_i by n_i w_i alone, hence dW_i = the sum of g_i n_i over all heads of all tokens; 1 + weight has the
+// same. And dn_j = g_j w_j, with dn_j / dx_i = r [i = j] + x_j dr / dx_i, where dr / dx_i = -r^3 x_i / D:
+//
+//   dX_i = r g_i w_i - r^3 x_i / D sum_j(g_j w_j x_j) = r (g_i w_i - n_i mean(g w n))
+//
+// Without a norm dX = g: the call itself, the other way round, with its rounding.
+ReferenceFault RopeBackwardReference(const ropewalk_rope_args& args, const ropewalk_rope_gradients& gradients,
+                                     const RowVisitor& visit, ReferenceWeightGrad* q_weight,
+                                     ReferenceWeightGrad* k_weight) {
+  ropewalk_rope_args turn = args;
+  turn.q = gradients.q_grad;
+  turn.k = gradients.k_grad;
+  turn.q_out = gradients.q_grad_out;
+  turn.k_out = gradients.k_grad_out;
+  turn.inverse = !args.inverse;
+  if (args.norm != ROPEWALK_NORM_RMS && !args.q_weight) return RopeReference(turn, visit);
+
+  Reference reference(turn);
+  const auto dim = static_cast<size_t>(turn.q->shape[turn.q->ndim - 1]);
+  for (ReferenceWeightGrad* grad : {q_weight, k_weight}) {
+    if (grad) *grad = {std::vector<double>(dim, 0.0), std::vector<double>(dim, 0.0)};
+  }
+  ReferenceFault first;
+  for (int64_t batch = 0; batch < (reference.tokens() > 0 ? reference.batch() : 0); ++batch) {
+    for (int64_t token = 0; token < reference.tokens(); ++token) {
+      ReferenceFault fault = reference.TokenGradient(batch, token, visit, RopeOutput::kQ, *args.q, q_weight);
+      if (args.k) reference.TokenGradient(batch, token, visit, RopeOutput::kK, *args.k, k_weight);
       if (first.token < 0) first = fault;
     }
   }

@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <functional>
 #include <span>
+#include <vector>
 
 #include "rope/arguments.h"
 
@@ -52,6 +53,17 @@ ReferenceFault RopeReference(const ropewalk_rope_args& args, const RowVisitor& v
 // The same for one token.
 ReferenceFault RopeReferenceToken(const ropewalk_rope_args& args, int64_t batch, int64_t token,
                                   const RowVisitor& visit);
+
+// The gradient of a weight: each element, and the sum of the magnitudes of what is added up to it (the length of a pair
+// of dY, times |n|), of which errors are fractions.
+struct ReferenceWeightGrad {
+  std::vector<double> value, magnitude;
+};
+// The gradient of norm and rotation, for arguments that ropewalk_rope_backward accepts. Visits the rows of q_grad and
+// k_grad, or of what is written instead (kQ and kK).
+ReferenceFault RopeBackwardReference(const ropewalk_rope_args& args, const ropewalk_rope_gradients& gradients,
+                                     const RowVisitor& visit, ReferenceWeightGrad* q_weight,
+                                     ReferenceWeightGrad* k_weight);
 
 // Numbers as tensors hold them, by dtype of rope/arguments.h. Rounding is to nearest even; fp8 saturates.
 double RoundNumber(uint32_t dtype, double value);

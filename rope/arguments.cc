@@ -6,6 +6,7 @@
 #include <cstring>
 #include <limits>
 
+#include "base/overlap.h"
 #include "base/text.h"
 
 namespace ropewalk {
@@ -19,7 +20,7 @@ constexpr DimEntry kDims[] = {
     {"", nullptr},          {"axes", "axes"},          {"batch", nullptr},      {"tokens", "tokens"},
     {"q_heads", "heads"},   {"k_heads", "k_heads"},    {"head_dim", nullptr},   {"v_dim", nullptr},
     {"rows", "rows"},       {"rotary_dim/2", nullptr}, {"rotary_dim", nullptr}, {"pages", "pages"},
-    {"page_size", nullptr},
+    {"page_size", nullptr}, {"workspace", nullptr},
 };
 
 std::string SizeText(Dim dim, int64_t size) {
@@ -54,6 +55,7 @@ struct Checker {
   const void* args;
   bool mapped_axes;
   const DLTensor* first = nullptr;  // q: says the device, and by its rank whether there is a batch
+  const char* first_name = "";
   Sizes* sizes;
 
   template <class... Parts>
@@ -109,8 +111,9 @@ struct Checker {
 
   Status WrongRank(const Arg& arg, const DLTensor& tensor) const {
     const std::string shape = ShapeText(tensor);
-    return Invalid(arg, "must be ", ShapeSpec(arg), first->ndim == 4 ? " with the batch of q" : "", ", but has ",
-                   tensor.ndim, tensor.ndim == 1 ? " dimension" : " dimensions", shape.empty() ? "" : " ", shape);
+    return Invalid(arg, "must be ", ShapeSpec(arg), first->ndim == 4 ? " with the batch of " : "",
+                   first->ndim == 4 ? first_name : "", ", but has ", tensor.ndim,
+                   tensor.ndim == 1 ? " dimension" : " dimensions", shape.empty() ? "" : " ", shape);
   }
 
   Status BindSize(const Arg& arg, Dim dim, int64_t size) const {
@@ -143,9 +146,9 @@ struct Checker {
     return std::ranges::find(arg.dims, Dim::kKHeads) != arg.dims.end() && tensor.shape[2] == first->shape[2] &&
            tokens > 0 && tokens < first->shape[1] && first->shape[1] % tokens == 0;
   }
-  static Status WithLayout(const Status& status) {
-    return Status::Invalid(Text(status.text(),
-                                "; q is read as [batch, tokens, heads, head_dim]: if it is [batch, heads, ",
+  Status WithLayout(const Status& status) const {
+    return Status::Invalid(Text(status.text(), "; ", first_name,
+                                " is read as [batch, tokens, heads, head_dim]: if it is [batch, heads, ",
                                 "tokens, head_dim], give transposed views, which serve without a copy"));
   }
 
@@ -204,7 +207,7 @@ struct Checker {
     ROPEWALK_TRY(CheckExtent(arg, tensor));
     const bool host_scalar = (arg.flags & kHostScalar) && DeviceType(tensor.device) == kDLCPU;
     if (!SameDevice(tensor.device, first->device) && !(host_scalar && Numel(tensor) == 1)) {
-      return Invalid(arg, "must be on the device of q (", DeviceName(first->device), "), but is on ",
+      return Invalid(arg, "must be on the device of ", first_name, " (", DeviceName(first->device), "), but is on ",
                      DeviceName(tensor.device));
     }
     ROPEWALK_TRY(CheckShape(arg, tensor, strides));
@@ -229,7 +232,7 @@ Status Check(std::span<const Arg> args_table, const void* args, bool mapped_axes
              std::span<Strides> strides) {
   sizes->value.fill(-1);
   sizes->from.fill(nullptr);
-  Checker checker{args_table, args, mapped_axes, nullptr, sizes};
+  Checker checker{args_table, args, mapped_axes, nullptr, "", sizes};
   for (size_t i = 0; i < args_table.size(); ++i) {
     const Arg& arg = args_table[i];
     if (arg.kind == Kind::kHandle || arg.kind == Kind::kQueue) continue;
@@ -244,11 +247,60 @@ Status Check(std::span<const Arg> args_table, const void* args, bool mapped_axes
     }
     if (!checker.first) {
       checker.first = tensor;
+      checker.first_name = arg.name;
       ROPEWALK_TRY(checker.CheckHasShape(arg, *tensor));
       if (tensor->ndim != 3 && tensor->ndim != 4) return checker.WrongRank(arg, *tensor);
     }
     strides[i] = {};
     ROPEWALK_TRY(checker.CheckTensor(arg, *tensor, &strides[i]));
+  }
+  return {};
+}
+
+Status CheckOverlap(std::span<const Arg> args_table, const void* args, std::span<const Replaced> replaced,
+                    std::span<const char* const> only_read) {
+  struct Part {
+    const Arg* arg;
+    bool written;
+    Footprint footprint;
+  };
+  constexpr size_t kMostTensors = 32;
+  Part parts[kMostTensors];
+  size_t count = 0;
+  for (const Arg& arg : args_table) {
+    const DLTensor* tensor = arg.kind == Kind::kTensor ? TensorOf(arg, args) : nullptr;
+    if (!tensor) continue;
+    if (count == kMostTensors) return Status::Internal("rope: more tensors than a check of them has room for");
+    Part& part = parts[count] = {&arg, arg.intent != Intent::kIn, FootprintOf(*tensor)};
+    if (!part.footprint.empty()) ++count;
+  }
+  const auto find = [&](const char* name) {
+    size_t i = 0;
+    while (i < count && std::strcmp(parts[i].arg->name, name) != 0) ++i;
+    return i;
+  };
+  for (const Replaced& pair : replaced) {
+    const size_t in = find(pair.in);
+    if (in == count || !TensorOf(*Find(args_table, pair.out), args)) continue;
+    parts[in].written = false;
+    const size_t out = find(pair.out);
+    if (out < count && parts[in].footprint == parts[out].footprint) parts[in] = parts[--count];
+  }
+  for (const char* name : only_read) {
+    if (const size_t i = find(name); i < count) parts[i].written = false;
+  }
+  for (size_t i = 0; i < count; ++i) {
+    if (!parts[i].written) continue;
+    if (parts[i].footprint.repeats()) {
+      return Status::Invalid(Text("rope: ", parts[i].arg->name,
+                                  " is written, but some of its elements share memory (overlapping strides)"));
+    }
+    for (size_t j = 0; j < count; ++j) {
+      if (i == j || (parts[j].written && j < i) || !Overlap(parts[i].footprint, parts[j].footprint)) continue;
+      const auto [first, second] = std::minmax(parts[i].arg, parts[j].arg);
+      return Status::Invalid(Text("rope: ", second->name, " must not share memory with ", first->name,
+                                  ", which it overlaps: ", parts[i].arg->name, " is written"));
+    }
   }
   return {};
 }

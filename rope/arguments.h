@@ -35,6 +35,7 @@ enum class Dim : uint8_t {
   kRotaryDim,
   kPages,
   kPageSize,
+  kWorkspace,
   kCount
 };
 const char* DimName(Dim dim);
@@ -93,6 +94,15 @@ inline const DLTensor* TensorOf(const Arg& arg, const void* args) {
 // axes. `strides` gets one entry an argument.
 Status Check(std::span<const Arg> args_table, const void* args, bool mapped_axes, Sizes* sizes,
              std::span<Strides> strides);
+
+// An input that is read alone where its output is given; both may be the same tensor.
+struct Replaced {
+  const char* in;
+  const char* out;
+};
+// Memory that is written must be one tensor's alone, each element once. Inputs of `only_read` are not written.
+Status CheckOverlap(std::span<const Arg> args_table, const void* args, std::span<const Replaced> replaced,
+                    std::span<const char* const> only_read = {});
 
 std::string DescriptionJson(std::span<const Arg> args_table);
 std::string TorchSchema(std::span<const Arg> args_table);

@@ -5,7 +5,6 @@
 #include <cstring>
 #include <limits>
 
-#include "base/overlap.h"
 #include "base/text.h"
 #include "rope/call.h"
 #include "rope/host_scales.h"
@@ -207,52 +206,6 @@ Status FindRotaryDim(const ropewalk_rope_args& a, const Sizes& sizes, int64_t* r
   return {};
 }
 
-// Written memory must be one tensor's alone, each element once.
-Status CheckOverlap(const ropewalk_rope_args& a) {
-  struct Part {
-    const Arg* arg;
-    bool written;
-    Footprint footprint;
-  };
-  Part parts[std::size(kArgs)];
-  size_t count = 0;
-  for (const Arg& arg : kArgs) {
-    const DLTensor* tensor = arg.kind == Kind::kTensor ? TensorOf(arg, &a) : nullptr;
-    if (!tensor) continue;
-    Part& part = parts[count] = {&arg, arg.intent != Intent::kIn, FootprintOf(*tensor)};
-    if (!part.footprint.empty()) ++count;
-  }
-  // If q_out is given, q is only read, unless both are the same tensor. The same holds for k.
-  const auto give_way = [&](const DLTensor* in, const DLTensor* out, size_t in_arg) {
-    if (!out) return;
-    const bool same = FootprintOf(*in) == FootprintOf(*out);
-    for (size_t i = 0; i < count; ++i) {
-      if (parts[i].arg != &kArgs[in_arg]) continue;
-      parts[i].written = false;
-      if (same) parts[i] = parts[--count];
-      return;
-    }
-  };
-  give_way(a.q, a.q_out, Index("q"));
-  give_way(a.k, a.k_out, Index("k"));
-  if (a.k_store_only) {
-    for (size_t i = 0; i < count; ++i) parts[i].written &= parts[i].arg != &kArgs[Index("k")];
-  }
-  for (size_t i = 0; i < count; ++i) {
-    if (!parts[i].written) continue;
-    if (parts[i].footprint.repeats()) {
-      return Invalid(parts[i].arg->name, " is written, but some of its elements share memory (overlapping strides)");
-    }
-    for (size_t j = 0; j < count; ++j) {
-      if (i == j || (parts[j].written && j < i) || !Overlap(parts[i].footprint, parts[j].footprint)) continue;
-      const auto [first, second] = std::minmax(parts[i].arg, parts[j].arg);
-      return Invalid(second->name, " must not share memory with ", first->name,
-                     ", which it overlaps: ", parts[i].arg->name, " is written");
-    }
-  }
-  return {};
-}
-
 rope_strides HeadStrides(const Strides& s, Dim heads) { return {s[Dim::kBatch], s[Dim::kTokens], s[heads]}; }
 
 }  // namespace
@@ -450,7 +403,9 @@ Status LowerRope(const ropewalk_rope_args& a, void* stream, RopeCall* call) {
   SetTensors(a, call);
   const RopeTensors& t = call->tensors;
   v.out_of_place = t.q_out != t.q || (t.k_out && t.k_out != t.k);
-  return CheckOverlap(a);
+  constexpr Replaced kReplaced[] = {{"q", "q_out"}, {"k", "k_out"}};
+  constexpr const char* kStoredOnly[] = {"k"};
+  return CheckOverlap(kArgs, &a, kReplaced, std::span(kStoredOnly, a.k_store_only ? 1 : 0));
 }
 
 std::string ShapesText(const RopeCall& call) {

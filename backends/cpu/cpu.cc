@@ -27,6 +27,7 @@ constexpr int kKernels = 3 * 2 * 2 * 2 * 4;
 
 std::atomic<const CpuTarget*> forced_target{nullptr};
 std::array<std::array<std::atomic<int64_t>, kKernels>, kMaxTargets> launches{};
+std::array<std::atomic<int64_t>, kMaxTargets> backward_launches{};
 
 // Null if there is none. Threads that look for it at once find the same.
 const CpuTarget* BestTarget() {
@@ -167,6 +168,76 @@ Status Launch(const RopeCall& call) {
   return {};
 }
 
+struct BackwardWork {
+  const RopeBackwardCall* call;
+  const RopeCpuBackwardPlan* plan;
+  CpuBackwardKernel kernel;
+  FirstFault* first_fault;
+
+  static void Rows(int64_t begin, int64_t end, const void* context) {
+    const BackwardWork& work = *static_cast<const BackwardWork*>(context);
+    const CpuScratch scratch;
+    work.kernel(*work.call, begin, end, work.first_fault, scratch.memory(), nullptr);
+  }
+  static void Chunks(int64_t begin, int64_t end, const void* context) {
+    const BackwardWork& work = *static_cast<const BackwardWork*>(context);
+    const RopeCpuBackwardPlan& plan = *work.plan;
+    const CpuScratch scratch;
+    const int64_t rows = work.call->turn.params.batch * work.call->turn.params.tokens;
+    for (int64_t i = begin; i < end; ++i) {
+      work.kernel(*work.call, i * plan.chunk_rows, std::min(rows, (i + 1) * plan.chunk_rows), work.first_fault,
+                  scratch.memory(), work.call->workspace + i * plan.chunk_sums);
+    }
+  }
+};
+
+// The sums of the chunks, in their order.
+void AddChunks(const RopeBackwardCall& call, const RopeCpuBackwardPlan& plan) {
+  const int64_t dim = call.turn.params.head_dim;
+  const float* sums = call.workspace;
+  for (float* grad : {call.q_weight_grad, call.k_weight_grad}) {
+    if (!grad) continue;
+    for (int64_t i = 0; i < dim; ++i) {
+      double total = 0;
+      for (int64_t chunk = 0; chunk < plan.chunks; ++chunk) {
+        const float* of_chunk = sums + chunk * plan.chunk_sums + i;
+        total += static_cast<double>(of_chunk[0]) + static_cast<double>(of_chunk[dim]);
+      }
+      grad[i] = static_cast<float>(total);
+    }
+    sums += 2 * dim;
+  }
+}
+
+Status LaunchBackward(const RopeBackwardCall& call) {
+  const CpuTarget* target = Target();
+  if (!target) return Status::Unavailable(Text("rope: ", Available().detail));
+  const RopeCpuPlan rows = PlanRopeCpu(call.turn);
+  const RopeCpuBackwardPlan plan = PlanRopeCpuBackward(call);
+  FirstFault first_fault;
+  const BackwardWork work{&call, &plan, target->backward, &first_fault};
+  if (plan.chunks > 1) {
+    Split(plan.chunks, 1, BackwardWork::Chunks, &work);
+  } else if (plan.chunks == 1) {
+    BackwardWork::Chunks(0, 1, &work);
+  } else if (rows.rows > 0 && !rows.one_part) {
+    Split(rows.rows, rows.grain, BackwardWork::Rows, &work);
+  } else if (rows.rows > 0) {
+    BackwardWork::Rows(0, rows.rows, &work);
+  }
+  AddChunks(call, plan);
+  if (rows.rows > 0)
+    backward_launches[static_cast<size_t>(target - CpuTargets().data())].fetch_add(1, std::memory_order_relaxed);
+  if (const int64_t row = first_fault.row(); row != INT64_MAX) RecordFault(call.turn, row, first_fault.plan());
+  return {};
+}
+
+Status BackwardWorkspace(const RopeBackwardCall& call, int64_t* elements) {
+  const RopeCpuBackwardPlan plan = PlanRopeCpuBackward(call);
+  *elements = plan.chunks * plan.chunk_sums;
+  return {};
+}
+
 Status Prepare(const RopeCall&) { return {}; }  // compiled ahead
 
 std::string PoolText() {
@@ -224,6 +295,8 @@ void Counters(std::vector<std::pair<std::string, int64_t>>* counters) {
       const int64_t count = launches[t][static_cast<size_t>(k)].load(std::memory_order_relaxed);
       if (count) counters->emplace_back(Text("cpu:", targets[t].name, " ", KernelName(k)), count);
     }
+    const int64_t count = backward_launches[t].load(std::memory_order_relaxed);
+    if (count) counters->emplace_back(Text("cpu:", targets[t].name, " backward"), count);
   }
 }
 
@@ -238,7 +311,8 @@ void Counters(std::vector<std::pair<std::string, int64_t>>* counters) {
 
 }  // namespace
 
-const Backend kCpuBackend = {"cpu", Serves, Available, Launch, Prepare, Explain, CheckFaults, Force, Counters};
+const Backend kCpuBackend = {"cpu",       Serves, Available, Launch,         Prepare,          Explain,
+                             CheckFaults, Force,  Counters,  LaunchBackward, BackwardWorkspace};
 
 Status SetParallelFor(ropewalk_parallel_for parallel_for, void* context) {
   const std::lock_guard lock(splitter_mutex);

@@ -48,13 +48,13 @@ bool HasAvx3Bf16() {
 }
 
 constexpr CpuTarget kTargets[] = {
-    {"avx3_bf16", HasAvx3Bf16, N_AVX3::ChooseBf16Kernel},
-    {"avx3", HasAvx3, N_AVX3::ChooseKernel},
-    {"avx2", HasAvx2, N_AVX2::ChooseKernel},
-    {"sse4", HasSse4, N_SSE4::ChooseKernel},
+    {"avx3_bf16", HasAvx3Bf16, N_AVX3::ChooseBf16Kernel, N_AVX3::BackwardRows},
+    {"avx3", HasAvx3, N_AVX3::ChooseKernel, N_AVX3::BackwardRows},
+    {"avx2", HasAvx2, N_AVX2::ChooseKernel, N_AVX2::BackwardRows},
+    {"sse4", HasSse4, N_SSE4::ChooseKernel, N_SSE4::BackwardRows},
 };
 #else
-constexpr CpuTarget kTargets[] = {{"neon", [] { return true; }, N_NEON::ChooseKernel}};
+constexpr CpuTarget kTargets[] = {{"neon", [] { return true; }, N_NEON::ChooseKernel, N_NEON::BackwardRows}};
 #endif
 
 }  // namespace

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <span>
 
+#include "rope/backward.h"
 #include "rope/call.h"
 
 namespace ropewalk {
@@ -14,10 +15,15 @@ class FirstFault;
 // Does rows [begin, end) of the batch x tokens rows; tells first_fault of faults. `scratch`: see CpuScratch.
 using CpuKernel = void (*)(const RopeCall& call, int64_t begin, int64_t end, FirstFault* first_fault, void* scratch);
 
+// The gradient of rows [begin, end), likewise. `sums`: see RopeCpuBackwardPlan; null if no weight's gradient is wanted.
+using CpuBackwardKernel = void (*)(const RopeBackwardCall& call, int64_t begin, int64_t end, FirstFault* first_fault,
+                                   void* scratch, float* sums);
+
 struct CpuTarget {
   const char* name;
   bool (*supported)();
   CpuKernel (*choose)(const RopeVariant& variant);
+  CpuBackwardKernel backward;
 };
 
 // Best first.

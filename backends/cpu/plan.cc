@@ -26,6 +26,18 @@ RopeCpuPlan PlanRopeCpu(const RopeCall& call) {
   return plan;
 }
 
+RopeCpuBackwardPlan PlanRopeCpuBackward(const RopeBackwardCall& call) {
+  const RopeCpuPlan plan = PlanRopeCpu(call.turn);
+  RopeCpuBackwardPlan backward;
+  const int64_t weights = (call.q_weight_grad ? 1 : 0) + (call.k_weight_grad ? 1 : 0);
+  if (weights == 0 || plan.rows == 0) return backward;
+  constexpr int64_t kMost = RopeCpuBackwardPlan::kMostChunks;
+  backward.chunk_rows = std::max(plan.grain, plan.rows / kMost + (plan.rows % kMost != 0));
+  backward.chunks = (plan.rows - 1) / backward.chunk_rows + 1;
+  backward.chunk_sums = weights * 2 * call.turn.params.head_dim;
+  return backward;
+}
+
 std::string RopeCpuPlanFault(const RopeCall& call, const RopeCpuPlan& plan, int threads) {
   const rope_params& p = call.params;
   if (plan.rows != p.batch * p.tokens) {

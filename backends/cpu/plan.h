@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <string>
 
+#include "rope/backward.h"
 #include "rope/call.h"
 
 namespace ropewalk {
@@ -18,6 +19,16 @@ struct RopeCpuPlan {
 };
 
 RopeCpuPlan PlanRopeCpu(const RopeCall& call);
+
+// The gradient: chunks of rows, each of which adds up its part of the weights' gradients by itself. How many there are
+// does not depend on threads, so that a sum is the same to the bit on any number of them. A chunk's sums are, of q and
+// of k where they are wanted, head_dim floats and as many more with what those lack of doubles.
+struct RopeCpuBackwardPlan {
+  static constexpr int64_t kMostChunks = 128;
+  int64_t chunk_rows = 0, chunks = 0;
+  int64_t chunk_sums = 0;  // floats of a chunk; 0: no weight's gradient is wanted, and rows go to threads as in a call
+};
+RopeCpuBackwardPlan PlanRopeCpuBackward(const RopeBackwardCall& call);
 
 struct RowRange {
   int64_t begin, end;

@@ -106,7 +106,7 @@ Status CudaContext::LoadKernel(const RopeCudaKey& key) {
     kernel->name = RopeCudaName(key);
     kernel->source = cubin->source;
     Status status =
-        driver.Check(driver.ModuleGetFunction(&kernel->function, module, "rope_kernel"), "cuModuleGetFunction");
+        driver.Check(driver.ModuleGetFunction(&kernel->function, module, RopeCudaFunction(key)), "cuModuleGetFunction");
     for (const auto& [attribute, value] : {std::pair{cu::kNumRegs, &kernel->registers},
                                            {cu::kLocalSizeBytes, &kernel->local_bytes},
                                            {cu::kSharedSizeBytes, &kernel->shared_bytes}}) {

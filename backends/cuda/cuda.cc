@@ -8,10 +8,12 @@
 #include <string_view>
 
 #include "backends/contexts.h"
+#include "backends/cuda/backward.h"
 #include "backends/cuda/bundle.h"
 #include "backends/cuda/cache.h"
 #include "backends/cuda/context.h"
 #include "backends/cuda/driver.h"
+#include "backends/cuda/kernel/backward_args.h"
 #include "backends/cuda/nvrtc.h"
 #include "backends/cuda/plan.h"
 #include "backends/known_pages.h"
@@ -284,6 +286,104 @@ Status Launch(const RopeCall& call) {
   return LaunchPrepared(call, &once);
 }
 
+// ---------------------------------------------------------------------------------------------------------------------
+// The gradient
+
+Status PlanBackward(const CudaDriver& driver, const RopeBackwardCall& call, RopeCudaBackwardPlan* plan) {
+  ROPEWALK_TRY(Usable(driver, call.turn));
+  return PlanRopeCudaBackward(call, driver.devices[static_cast<size_t>(call.turn.device.device_id)].properties, plan);
+}
+
+Status BackwardWorkspace(const RopeBackwardCall& call, int64_t* elements) {
+  RopeCudaBackwardPlan plan;
+  ROPEWALK_TRY(PlanBackward(GetCudaDriver(), call, &plan));
+  *elements = plan.workspace;
+  return {};
+}
+
+// The caller's names for the tensors of RopeBackwardCall::turn.
+std::string NameInBackward(std::string_view name) {
+  if (name == "q" || name == "k") return Text(name, "_grad");
+  if (name == "q_out" || name == "k_out") return Text(name.substr(0, 1), "_grad_out");
+  return std::string(name);
+}
+
+Status CheckBackwardPointers(const CudaDriver& driver, const RopeBackwardCall& call) {
+  const int ordinal = call.turn.device.device_id;
+  const auto ask = [&](const char* name, const void* pointer, bool* keep) {
+    return AskPointer(driver, ordinal, name, reinterpret_cast<cu::DevicePtr>(pointer), keep);
+  };
+  const auto ask_turn = [&](const char* name, const void* pointer, bool* keep) {
+    return ask(NameInBackward(name).c_str(), pointer, keep);
+  };
+  ROPEWALK_TRY(known_pages.Check(call.turn.tensors, static_cast<uint64_t>(ordinal), ask_turn));
+  // Under names of the call's tensors, so that pages that are known are not asked for again.
+  RopeTensors of_x;
+  of_x.q = const_cast<void*>(call.q);
+  of_x.k = const_cast<void*>(call.k);
+  ROPEWALK_TRY(known_pages.Check(of_x, static_cast<uint64_t>(ordinal), ask));
+  const std::pair<const char*, float*> sums[] = {
+      {"q_weight_grad", call.q_weight_grad}, {"k_weight_grad", call.k_weight_grad}, {"workspace", call.workspace}};
+  for (const auto& [name, pointer] : sums) {
+    RopeTensors one;
+    one.q = pointer;
+    const auto ask_one = [&, own = name](const char*, const void* at, bool* keep) { return ask(own, at, keep); };
+    ROPEWALK_TRY(known_pages.Check(one, static_cast<uint64_t>(ordinal), ask_one));
+  }
+  return {};
+}
+
+Status LaunchBackward(const RopeBackwardCall& call) {
+  const CudaDriver& driver = GetCudaDriver();
+  const RopeCall& turn = call.turn;
+  RopeCudaBackwardPlan plan;
+  ROPEWALK_TRY(PlanBackward(driver, call, &plan));
+  CudaContextScope scope;
+  ROPEWALK_TRY(scope.Enter(driver, turn.device.device_id));
+  CudaContext* const context = scope.context();
+  ROPEWALK_TRY(CheckBackwardPointers(driver, call));
+  const int blocks = plan.q_blocks + plan.k_blocks;
+  Ready ready, sums;
+  for (const auto& [key, kernel] : {std::pair(&plan.key, &ready), std::pair(&plan.sums_key, &sums)}) {
+    if (key == &plan.sums_key ? plan.sums_blocks == 0 : blocks == 0) continue;
+    if (FindReady(context, turn, *key, kernel)) continue;
+    int capturing = 0;
+    const cu::Result result = driver.StreamIsCapturing(static_cast<cu::Stream>(turn.stream), &capturing);
+    if (result == cu::kStreamCaptureImplicit || capturing != 0) {
+      return Status::Invalid(Text("rope: the stream is being captured, but the kernel (", RopeCudaName(*key),
+                                  ") is not loaded yet; do the call once before the capture"));
+    }
+    ROPEWALK_TRY(MakeReady(context, turn, *key, kernel));
+  }
+
+  rope_backward_cuda_args args = {};
+  SetAddresses(turn, ready, &args.turn);
+  args.turn.turns = reinterpret_cast<const rw_u64*>(ready.frequencies);
+  args.turn.rows = turn.params.rows;
+  args.turn.fault = blocks ? context->Fault(turn.params.batch > 1, turn.tensors.offsets != nullptr) : nullptr;
+  args.turn.params = turn.params;
+  args.q = call.q;
+  args.k = call.k;
+  args.q_strides = call.q_strides;
+  args.k_strides = call.k_strides;
+  args.sums = call.workspace;
+  args.q_weight_grad = call.q_weight_grad;
+  args.k_weight_grad = call.k_weight_grad;
+  args.q_blocks = plan.q_blocks;
+  args.k_blocks = plan.k_blocks;
+  const auto launch = [&](const CudaKernel* kernel, unsigned grid, unsigned threads) -> Status {
+    const cu::LaunchConfig config = {grid, 1, 1, threads, 1, 1, 0, static_cast<cu::Stream>(turn.stream), nullptr, 0u};
+    void* parameters[] = {&args};
+    const cu::Result result = driver.LaunchKernelEx(&config, kernel->function, parameters, nullptr);
+    if (result != cu::kSuccess) return LaunchFailed(context, turn, result);
+    CountLaunch(context, kernel);
+    return {};
+  };
+  if (blocks) ROPEWALK_TRY(launch(ready.kernel, static_cast<unsigned>(blocks), plan.key.threads));
+  if (plan.sums_blocks) ROPEWALK_TRY(launch(sums.kernel, plan.sums_blocks, plan.sums_key.threads));
+  return {};
+}
+
 Status Prepare(const RopeCall& call) {
   const CudaDriver& driver = GetCudaDriver();
   RopeCudaPlan plan;
@@ -332,6 +432,10 @@ Status Explain(const RopeCall& call, Explanation* explanation) {
                                                      : "no (ROPEWALK_PDL=0)");
   add("why", plan.why);
   add("plan", OriginName(plan.origin));
+  const RopeCudaShape& s = plan.shape;
+  add("shape",
+      Text(int{s.few}, " ", int{s.vector}, " ", int{s.in_flight}, " ", int{s.flat}, " ", int{s.cut}, " ",
+           int{s.warp_tokens}, " ", int{s.tokens}, " ", int{s.resident}, " ", int{s.share}, " ", int{s.start}));
   return {};
 }
 
@@ -365,6 +469,7 @@ void TryRopeCudaShape(const std::optional<RopeCudaShape>& shape) {
   prepared_shapes = {};
 }
 
-const Backend kCudaBackend = {"cuda", Serves, Available, Launch, Prepare, Explain, CheckFaults, Force, Counters};
+const Backend kCudaBackend = {"cuda",      Serves, Available, Launch,         Prepare,          Explain,
+                              CheckFaults, Force,  Counters,  LaunchBackward, BackwardWorkspace};
 
 }  // namespace ropewalk

@@ -125,6 +125,26 @@ int MinBlocks(const RopeCudaKey& key, const CudaDevice& device, int64_t rows, in
 
 }  // namespace
 
+uint8_t TableVector(const RopeCall& call, int vector, bool flat) {
+  const RopeVariant& v = call.variant;
+  const rope_params& p = call.params;
+  if (v.table_dtype == kRopeNoDtype || p.cos_pair != 1 || p.sin_pair != 1 || v.axes) return 1;
+  const int table_bytes = RopeDtypeBytes(v.table_dtype);
+  int table_vector = 16 / table_bytes;
+  // A run of pairs begins at a multiple of the vector, or of half of it where neighbours share one; and an axis may
+  // end anywhere.
+  const bool halved = v.pairing == ROPEWALK_INTERLEAVED && vector > 1 && (!flat || vector % 8 == 0);
+  const int run = halved ? vector / 2 : vector;
+  table_vector = std::min(table_vector, run);
+  if (halved) {
+    while (table_vector > 1 && (p.rotary_dim / 4) % table_vector) table_vector /= 2;
+  }
+  while (table_vector > 1 && run % table_vector) table_vector /= 2;
+  table_vector = Alignment(table_vector, call.tensors.cos, table_bytes, {p.cos_batch, p.cos_row});
+  table_vector = Alignment(table_vector, call.tensors.sin, table_bytes, {p.sin_batch, p.sin_row});
+  return static_cast<uint8_t>(table_vector);
+}
+
 void LayOutRopeCuda(const RopeCall& call, const RopeCudaShape& shape, RopeCudaPlan* plan) {
   const RopeVariant& v = call.variant;
   const rope_params& p = call.params;
@@ -157,10 +177,11 @@ Status PlanRopeCuda(const RopeCall& call, const CudaDevice& device, RopeCudaOpti
                               : options.rules ? RopeCudaShapeByRules(call, device, options.layout)
                                               : ChooseRopeCudaShape(call, device, options.layout, &plan->origin);
   LayOutRopeCuda(call, shape, plan);
+  plan->shape = shape;
+  plan->shape.start = RopeCudaStart(shape, rows, v.table_dtype != kRopeNoDtype);
   const bool few = key.few_tokens != 0;
   const int vector = key.vector;
-  if (options.dependent_launch && device.major >= 9)
-    key.dependent_launch = RopeCudaStart(shape, rows, v.table_dtype != kRopeNoDtype);
+  if (options.dependent_launch && device.major >= 9) key.dependent_launch = plan->shape.start;
   key.batched = p.batch > 1;
   if (Stores(v)) {
     const auto page_size = static_cast<uint64_t>(p.page_size);
@@ -221,23 +242,7 @@ Status PlanRopeCuda(const RopeCall& call, const CudaDevice& device, RopeCudaOpti
     key.table_row = static_cast<int32_t>(p.cos_row);
   }
 
-  key.table_vector = 1;
-  if (v.table_dtype != kRopeNoDtype && p.cos_pair == 1 && p.sin_pair == 1) {
-    const int table_bytes = RopeDtypeBytes(v.table_dtype);
-    int table_vector = 16 / table_bytes;
-    // A run of pairs begins at a multiple of the vector, or of half of it where neighbours share one; and an axis may
-    // end anywhere.
-    const bool halved = v.pairing == ROPEWALK_INTERLEAVED && vector > 1 && (!key.flat || vector % 8 == 0);
-    const int run = halved ? vector / 2 : vector;
-    table_vector = std::min(table_vector, run);
-    if (halved) {
-      while (table_vector > 1 && (p.rotary_dim / 4) % table_vector) table_vector /= 2;
-    }
-    while (table_vector > 1 && run % table_vector) table_vector /= 2;
-    table_vector = Alignment(table_vector, t.cos, table_bytes, {p.cos_batch, p.cos_row});
-    table_vector = Alignment(table_vector, t.sin, table_bytes, {p.sin_batch, p.sin_row});
-    key.table_vector = static_cast<uint8_t>(v.axes ? 1 : table_vector);
-  }
+  key.table_vector = TableVector(call, vector, key.flat != 0);
   const bool odd = key.vector == 6 || key.vector == 10;
   // Registers are limited only on the GPU that was searched: for another one the same text needs other numbers of them,
   // and may spill.

@@ -30,6 +30,10 @@ inline constexpr int kMostCudaWarps = 64;
 
 inline constexpr uint16_t kFlatPages = 64;
 
+// The operation; its gradient, without and with sums for those of the weights; what adds these up
+// (kernel/backward.cuh).
+enum : uint8_t { kCudaForward = 0, kCudaBackward = 1, kCudaBackwardAndSums = 2, kCudaSums = 3 };
+
 // Everything a kernel is specialised for. Plain bytes without padding, so that it can be hashed and compared as such.
 // Heads and strides are part of it where a model fixes them, that is where the heads of a token lie side by side: a
 // kernel then reads little but its pointers, which at few tokens is a third of its time (docs/cuda.md). Otherwise they
@@ -60,10 +64,10 @@ struct RopeCudaKey {
   uint8_t min_blocks = 0;        // at least so many on a multiprocessor, which limits registers; 0: no limit
   uint8_t scale_pointers = 0;    // a scale of an fp8 cache lies on the device
   // Facts of the grid that the kernel relies on; CheckRopeCudaPlan proves them.
-  uint8_t full = 0;   // few tokens: every group has a head
-  uint8_t alike = 0;  // few tokens: the heads of a warp are all of one tensor
-  uint8_t unused = 0;
-  uint16_t token_groups = 0;  // groups that share the heads of a token (backends/cuda/kernel/shape.h)
+  uint8_t full = 0;                 // few tokens: every group has a head
+  uint8_t alike = 0;                // few tokens: the heads of a warp are all of one tensor
+  uint8_t backward = kCudaForward;  // which kernel
+  uint16_t token_groups = 0;        // groups that share the heads of a token (backends/cuda/kernel/shape.h)
   uint16_t unused_too = 0;
 
   bool operator==(const RopeCudaKey&) const = default;
@@ -150,6 +154,7 @@ struct RopeCudaPlan {
   uint32_t grid_x = 0, grid_y = 1;  // 0: there is no work
   const char* why = "";             // the choice of the layout, for explain()
   RopeCudaOrigin origin = RopeCudaOrigin::kGiven;
+  RopeCudaShape shape;  // what it was laid out by
 };
 
 enum class RopeCudaLayout : uint8_t { kAny, kFew, kMany };
@@ -168,12 +173,17 @@ void LayOutRopeCuda(const RopeCall& call, const RopeCudaShape& shape, RopeCudaPl
 // Refuses a shape that the caller gave and that does not fit the call.
 Status PlanRopeCuda(const RopeCall& call, const CudaDevice& device, RopeCudaOptions options, RopeCudaPlan* plan);
 
+// Elements of one access to the table, for vectors of so many elements of a head.
+uint8_t TableVector(const RopeCall& call, int vector, bool flat);
+
 // Proves a plan of a call: each head of q, k and v of each token has exactly one owner, no access leaves its tensor,
 // vectors are aligned, block and shared memory fit, and what the key says of strides, addresses and the grid is so.
 Status CheckRopeCudaPlan(const RopeCall& call, const CudaDevice& device, const RopeCudaPlan& plan);
 
-// The text to compile: includes "backends/cuda/kernel/rope.cuh" and names one kernel, extern "C" `rope_kernel`.
+// The text to compile: includes "backends/cuda/kernel/rope.cuh", or backward.cuh, and names one kernel, extern "C".
 std::string RopeCudaSource(const RopeCudaKey& key);
+// What that is called: `rope_kernel`, of the gradient `rope_backward_kernel`.
+const char* RopeCudaFunction(const RopeCudaKey& key);
 // For people: "bfloat16 neox rms d128 r128 turns many v8 l8 x2 128".
 std::string RopeCudaName(const RopeCudaKey& key);
 

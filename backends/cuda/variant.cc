@@ -7,7 +7,18 @@
 
 namespace ropewalk {
 
+const char* RopeCudaFunction(const RopeCudaKey& key) {
+  return key.backward == kCudaForward ? "rope_kernel" : "rope_backward_kernel";
+}
+
 std::string RopeCudaSource(const RopeCudaKey& key) {
+  const bool backward = key.backward != kCudaForward;
+  const std::string kernel = Text("extern \"C\" __global__ void __launch_bounds__(", key.threads,
+                                  key.min_blocks ? Text(", ", key.min_blocks) : Text(), ") ", RopeCudaFunction(key),
+                                  "(const __grid_constant__ ", backward ? "rope_backward_cuda_args" : "rope_cuda_args",
+                                  " args) {\n  ropewalk::");
+  if (key.backward == kCudaSums)
+    return Text("#include \"backends/cuda/kernel/backward.cuh\"\n", kernel, "SumsBody(args);\n}\n");
   const RopeVariant& v = key.variant;
   const std::pair<const char*, int> constants[] = {
       {"Dtype", v.dtype},
@@ -59,19 +70,22 @@ std::string RopeCudaSource(const RopeCudaKey& key) {
       {"Alike", key.alike},
       {"KStoreOnly", v.store_k == kRopeStoreOnly},
   };
-  std::string text = "#include \"backends/cuda/kernel/rope.cuh\"\nstruct K {\n";
+  std::string text = Text("#include \"backends/cuda/kernel/", backward ? "backward" : "rope", ".cuh\"\nstruct K {\n");
   for (const auto& [name, value] : constants)
     Append(&text, Text("  static constexpr int k", name, " = ", value, ";\n"));
   Append(&text, Text("  static constexpr unsigned kEpsBits = ", std::bit_cast<uint32_t>(key.eps), "u;\n"));
-  return text + "};\nextern \"C\" __global__ void __launch_bounds__(K::kThreads" +
-         (key.min_blocks ? Text(", ", key.min_blocks) : Text()) +
-         ") rope_kernel(const __grid_constant__ rope_cuda_args args) {\n  ropewalk::RopeBody<K>(args);\n}\n";
+  if (backward) Append(&text, Text("  static constexpr int kSums = ", key.backward == kCudaBackwardAndSums, ";\n"));
+  return Text(text, "};\n", kernel, backward ? "BackwardBody" : "RopeBody", "<K>(args);\n}\n");
 }
 
 std::string RopeCudaName(const RopeCudaKey& key) {
   constexpr const char* kDtypes[] = {"", "float32", "float16", "bfloat16", "e4m3", "e5m2", "int32", "int64"};
   const RopeVariant& v = key.variant;
-  std::string name = Text(kDtypes[v.dtype], v.pairing ? " interleaved" : " neox", v.inverse ? " inverse" : "");
+  if (key.backward == kCudaSums) return "backward sums";
+  std::string name = Text(key.backward == kCudaForward    ? ""
+                          : key.backward == kCudaBackward ? "backward "
+                                                          : "backward+sums ",
+                          kDtypes[v.dtype], v.pairing ? " interleaved" : " neox", v.inverse ? " inverse" : "");
   if (v.norm) {
     constexpr const char* kWeights[] = {" rms", " rms*w", " rms*(1+w)"};
     Append(&name, Text(kWeights[v.weight], v.weight ? Text(":", kDtypes[v.weight_dtype]) : ""));

@@ -12,12 +12,14 @@
 #include <atomic>
 #include <cstdint>
 #include <cstring>
+#include <span>
 #include <string>
 #include <string_view>
 
 #include "base/fork.h"
 #include "base/text.h"
 #include "frequencies/frequencies.h"
+#include "rope/backward.h"
 #include "rope/call.h"
 
 namespace {
@@ -131,14 +133,15 @@ struct HostScalar {
 };
 
 struct RopeArgs {
-  ropewalk_rope_args args;
+  ropewalk::RopeBackwardArgs all;  // of a call, and of its gradient
+  ropewalk_rope_args& args = all.rope;
   std::array<HostScalar, ropewalk::kMostHostScalars> scalars;
   size_t scalars_used = 0;
   void* stream = nullptr;
 
   template <class T>
   void Set(const Arg& arg, T value) {
-    std::memcpy(reinterpret_cast<char*>(&args) + arg.offset, &value, sizeof(value));
+    std::memcpy(reinterpret_cast<char*>(&all) + arg.offset, &value, sizeof(value));
   }
 
   bool SetValue(const Arg& arg, const TVMFFIAny& value) {
@@ -178,8 +181,8 @@ struct RopeArgs {
   }
 
   // Positional values in the order of the description; None and what is missing at the end stay at their defaults.
-  int Fill(const TVMFFIAny* values, int32_t count) {
-    const std::span<const Arg> table = ropewalk::RopeDescription();
+  int Fill(const TVMFFIAny* values, int32_t count, std::span<const Arg> table = ropewalk::RopeDescription()) {
+    static_assert(offsetof(ropewalk::RopeBackwardArgs, rope) == 0, "descriptions count from the same place");
     if (count > static_cast<int32_t>(table.size())) return Raise("TypeError", "rope: too many arguments");
     for (int32_t i = 0; i < count; ++i) {
       if (IsNone(values[i])) continue;
@@ -196,11 +199,12 @@ struct RopeArgs {
                                                        : "an int";
       return Raise("TypeError", std::string("rope: ") + arg.name + " must be " + wanted);
     }
-    const int32_t device = args.q ? ropewalk::DeviceType(args.q->device) : kDLCPU;
+    const DLTensor* first = all.gradients.q_grad ? all.gradients.q_grad : args.q;
+    const int32_t device = first ? ropewalk::DeviceType(first->device) : kDLCPU;
     if (device == ropewalk::kDlOneApi) {
-      if (!args.sycl_queue) return FindSyclQueue(args.q->device.device_id, &args.sycl_queue);
+      if (!args.sycl_queue) return FindSyclQueue(first->device.device_id, &args.sycl_queue);
     } else if (device != kDLCPU) {
-      stream = TVMFFIEnvGetStream(device, args.q->device.device_id);
+      stream = TVMFFIEnvGetStream(device, first->device.device_id);
     }
     return 0;
   }
@@ -340,6 +344,22 @@ EXPORT(set_watching_keys, 4) {
       Find<bool (*)(uint16_t)>("libc10.so", "_ZN3c104impl28tls_is_dispatch_key_includedENS_11DispatchKeyE");
   if (function_mode_is_enabled) key_is_included = found;
   return Return(result, key_is_included != nullptr, kTVMFFIBool);
+}
+// The gradient's own arguments, then those of the call.
+EXPORT(rope_backward, 1) {
+  RopeArgs rope_args{};
+  if (const int error = rope_args.Fill(args, count, ropewalk::RopeBackwardDescription())) return error;
+  return Raise(ropewalk_rope_backward(&rope_args.args, &rope_args.all.gradients, rope_args.stream));
+}
+EXPORT(rope_backward_workspace, 1) {
+  RopeArgs rope_args{};
+  if (const int error = rope_args.Fill(args, count, ropewalk::RopeBackwardDescription())) return error;
+  const int64_t needed = ropewalk_rope_backward_workspace(&rope_args.args, &rope_args.all.gradients);
+  return needed < 0 ? Raise(static_cast<int>(-needed)) : Return(result, needed);
+}
+EXPORT(backward_description, 0) {
+  const auto own = ropewalk::RopeBackwardDescription().first(ropewalk::kRopeGradients);
+  return ReturnText(result, ropewalk::DescriptionJson(own).c_str());
 }
 EXPORT(prepare, 1) {
   RopeArgs rope_args{};

@@ -108,12 +108,50 @@ typedef struct ropewalk_rope_args {
 #endif
 // clang-format on
 
+// The gradient of the operation's norm and rotation: what ropewalk_rope_backward takes beside the arguments of the
+// call. Absent tensors are NULL. T is the dtype of q_grad.
+typedef struct ropewalk_rope_gradients {
+  uint32_t struct_size ROPEWALK_DEFAULT(sizeof(ropewalk_rope_gradients));  // sizeof of the caller's struct
+
+  int32_t reserved ROPEWALK_DEFAULT(0);  // keep 0
+
+  DLTensor* q_grad ROPEWALK_DEFAULT(nullptr);  // [batch?, tokens, q_heads, head_dim] T: the gradient of the rotated q
+  DLTensor* k_grad ROPEWALK_DEFAULT(nullptr);  // [batch?, tokens, k_heads, head_dim] T, optional: that of the rotated k
+  DLTensor* q_grad_out ROPEWALK_DEFAULT(nullptr);  // [batch?, tokens, q_heads, head_dim] T: written instead of q_grad
+  DLTensor* k_grad_out ROPEWALK_DEFAULT(nullptr);  // [batch?, tokens, k_heads, head_dim] T: written instead of k_grad
+
+  DLTensor* q_weight_grad ROPEWALK_DEFAULT(nullptr);  // [head_dim] float32, optional: the gradient of q_weight
+  DLTensor* k_weight_grad ROPEWALK_DEFAULT(nullptr);  // [head_dim] float32, optional: the gradient of k_weight
+  // [workspace] float32: room for sums, as many as ropewalk_rope_backward_workspace says
+  DLTensor* workspace ROPEWALK_DEFAULT(nullptr);
+} ropewalk_rope_gradients;
+
+// clang-format off
+#ifdef __cplusplus
+#define ROPEWALK_ROPE_GRADIENTS_INIT ropewalk_rope_gradients{}
+#else
+#define ROPEWALK_ROPE_GRADIENTS_INIT {.struct_size = sizeof(ropewalk_rope_gradients)}
+#endif
+// clang-format on
+
 // Does the operation. `stream` is the caller's stream or queue on the device of q (a CUstream, a
 // ze_command_list_handle_t, a cl_command_queue); NULL: the device's default; on an Intel GPU the call then returns when
 // the work is done, and a sycl::queue goes in args->sycl_queue. On the CPU it is ignored and the call returns when the
 // work is done. Bad arguments are refused with one sentence and nothing is written. A position past the table gives NaN
 // in that token, a slot past the cache is not stored, and ropewalk_check_faults() tells of both.
 ROPEWALK_API int ropewalk_rope(const ropewalk_rope_args* args, void* stream);
+
+// The gradient of that: with y = R (x / rms(x) * weight), q_grad and k_grad hold that of y and get that of x, and the
+// gradients of the weights are sums over all heads of all tokens, the same to the bit for a shape on a device. `args`
+// are those of the call: its q and k are x, before the norm, which are read for a norm alone and may be NULL without
+// one. The call's outputs, caches, slots and scales must be NULL, as nothing but the norm and the rotation has a
+// gradient. Else as ropewalk_rope; a position past the table gives NaN in that token and adds nothing to the weights'.
+ROPEWALK_API int ropewalk_rope_backward(const ropewalk_rope_args* args, const ropewalk_rope_gradients* gradients,
+                                        void* stream);
+// How many elements the workspace of such a call must have; 0: it needs none. Negative: minus the code of a refusal.
+// `gradients` may be without one, or with any.
+ROPEWALK_API int64_t ropewalk_rope_backward_workspace(const ropewalk_rope_args* args,
+                                                      const ropewalk_rope_gradients* gradients);
 
 // Makes everything a later ropewalk_rope with such arguments needs (code, device copies), so that it neither compiles
 // nor allocates and may be captured. Tensors' data is neither read nor written, but for scales on the host, which this

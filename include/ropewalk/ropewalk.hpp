@@ -22,6 +22,7 @@
 namespace ropewalk {
 
 using RopeArgs = ropewalk_rope_args;
+using RopeGradients = ropewalk_rope_gradients;
 
 // The dtypes of tensors. fp8: DLPack's codes, which older copies of dlpack.h have no names for.
 inline constexpr DLDataType kFloat32 = {kDLFloat, 32, 1}, kFloat16 = {kDLFloat, 16, 1}, kBfloat16 = {kDLBfloat, 16, 1};
@@ -86,6 +87,13 @@ inline Result MakeResult(int code) {
 
 // Designated initialisers stand in the order of the struct in ropewalk.h: pairing before q, rounding before eps.
 inline Result rope(const RopeArgs& args, void* stream = nullptr) { return MakeResult(ropewalk_rope(&args, stream)); }
+inline Result rope_backward(const RopeArgs& args, const RopeGradients& gradients, void* stream = nullptr) {
+  return MakeResult(ropewalk_rope_backward(&args, &gradients, stream));
+}
+// How many float32 elements the call's workspace must have; negative with the reason in ropewalk_last_error().
+inline int64_t rope_backward_workspace(const RopeArgs& args, const RopeGradients& gradients) {
+  return ropewalk_rope_backward_workspace(&args, &gradients);
+}
 inline Result prepare(const RopeArgs& args) { return MakeResult(ropewalk_prepare(&args)); }
 inline Result check_faults() { return MakeResult(ropewalk_check_faults()); }
 inline Result force_backend(const char* name) { return MakeResult(ropewalk_force_backend(name)); }

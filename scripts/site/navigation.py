@@ -11,7 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 FRONT = "README"
 NAVIGATION = {
-    "Python": ["docs/python", "docs/reference", "docs/arguments"],
+    "Python": ["docs/python", "docs/training", "docs/reference", "docs/arguments"],
     "C and C++": ["docs/cpp"],
     "Engines": ["docs/engines", "docs/compat", "docs/models", "docs/environment", "docs/performance"],
     "Command line": ["docs/cli"],

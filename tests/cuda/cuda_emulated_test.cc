@@ -4,7 +4,9 @@
 // remains for `make gpu-test`: its arithmetic's last bits, its memory's order and its speed.
 // SPDX-License-Identifier: Apache-2.0
 #include <gtest/gtest.h>
+#include <ropewalk/ropewalk.hpp>
 
+#include <algorithm>
 #include <functional>
 #include <optional>
 #include <ostream>
@@ -14,6 +16,7 @@
 
 #include "backends/cuda/cuda.h"
 #include "base/text.h"
+#include "conformance/backward.h"
 #include "conformance/cases.h"
 #include "tests/expect_passed.h"
 #include "tests/fresh_process.h"
@@ -127,6 +130,43 @@ TEST(CudaEmulated, SeveralUnitsOfAThread) {
     TryRopeCudaShape(std::nullopt);
     for (const char* fewer : {"8 ", "5 "})
       EXPECT_TRUE(lanes.contains(fewer)) << "no kernel with so many lanes: " << fewer;
+  });
+}
+
+// The gradient: cases of the list, and random ones. Their kernel is compiled like any other.
+void ExpectGradients(const std::vector<RopeCase>& cases, const char* what) {
+  ASSERT_TRUE(force_backend("cuda"));
+  double worst = 0;
+  for (const RopeCase& c : cases) {
+    const CaseResult result = RunBackwardCase(c, CudaMemory());
+    worst = std::max(worst, result.worst);
+    EXPECT_TRUE(result.passed) << c.name << ": " << result.message;
+  }
+  const std::string counters = ropewalk_counters();
+  for (const char* kernel : {"\"cuda backward+sums ", "\"cuda backward sums\""})
+    EXPECT_NE(counters.find(kernel), std::string::npos) << kernel;
+  Report(Text(cases.size(), " gradients on an emulated CUDA GPU: ", what, ", the worst ", worst, " of its tolerance"));
+}
+
+TEST(CudaEmulated, Gradients) {
+  OnEmulatedGpu("gradients", {}, [] { ExpectGradients(BackwardCases(31), "1 in 31"); });
+}
+TEST(CudaEmulated, RandomGradients) {
+  OnEmulatedGpu("random_gradients", {}, [] { ExpectGradients(RandomBackwardCases(7, 60), "random ones"); });
+}
+// More tokens than the warps of all blocks take at once; the same bits each time.
+TEST(CudaEmulated, GradientsOfManyTokens) {
+  OnEmulatedGpu("long_gradients", {}, [] {
+    RopeCase c;
+    c.tokens = 9000;
+    c.q_heads = 3;
+    c.k_heads = 1;
+    c.head_dim = 16;
+    c.norm = true;
+    c.weight = Weight::kPlain;
+    c.weight_dtype = kF32;
+    c.name = CaseName(c);
+    ExpectGradients({c, c}, "9,000 tokens");
   });
 }
 

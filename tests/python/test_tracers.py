@@ -334,15 +334,22 @@ def test_vmap_refuses_one_tensor_for_all():
 
 @pytest.mark.parametrize("function", [ropewalk.rope_, ropewalk.rope])
 @pytest.mark.parametrize("transform", [torch.func.grad, torch.func.jacrev, torch.func.vjp])
-def test_transforms_with_a_gradient_are_refused(function, transform):
+def test_transforms_with_a_gradient(function, transform):
     q = draw(5, 4, 64)
+    scale = torch.arange(64.0)
 
     def loss(q):
         q = q * 1
-        return (function(q, None, frequencies=F)[0] ** 2).sum()
+        return (function(q, None, frequencies=F)[0] ** 2 * scale).sum()
 
-    with pytest.raises(ValueError, match="rope: q requires grad, and Ropewalk has no backward"):
-        transform(loss)(q) if transform is not torch.func.vjp else transform(loss, q)
+    def stock(q):
+        x, y = q.double().chunk(2, -1)
+        c, s = (table.double()[:5, None] for table in (COS, SIN))
+        return (torch.cat((x * c - y * s, y * c + x * s), -1) ** 2 * scale).sum()
+
+    want = torch.func.grad(stock)(q)
+    got = transform(loss)(q) if transform is not torch.func.vjp else transform(loss, q)[1](torch.ones(()))[0]
+    assert (got - want).abs().max() < 1e-5 * want.abs().max()
     assert torch.equal(q, draw(5, 4, 64))
 
 

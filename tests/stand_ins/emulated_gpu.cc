@@ -12,6 +12,7 @@
 #include <ucontext.h>
 #include <unistd.h>
 
+#include <array>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -20,6 +21,7 @@
 #include <filesystem>
 #include <map>
 #include <memory>
+#include <span>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -29,7 +31,7 @@
 
 namespace {
 
-using Kernel = void(const rope_cuda_args*);
+using Kernel = void(const void*);
 
 constexpr int kLanes = 32;
 constexpr int kMisalignedAddress = 716;  // of the driver
@@ -98,8 +100,8 @@ struct Copy {
   size_t bytes;
 };
 
-// A fiber that runs a lane of one warp after another. It is entered by ucontext once and by longjmp from then on: that
-// asks the system for nothing, where swapcontext sets the signal mask, which was a quarter of the time.
+// A fiber that runs a lane of one warp, block after block. It is entered by ucontext once and by longjmp from then on:
+// that asks the system for nothing, where swapcontext sets the signal mask, which was a quarter of the time.
 struct Lane {
   ucontext_t context;
   jmp_buf rest;
@@ -112,7 +114,8 @@ struct Lane {
 };
 
 struct Gpu : EmulatedMachine {
-  Lane lanes[kLanes];
+  std::deque<std::array<Lane, kLanes>> warps;  // of a block
+  Lane* lanes = nullptr;                       // of the warp in hand
   jmp_buf scheduler;
   unsigned values[2][kLanes];  // what lanes brought, of this meeting and the one before
   unsigned meetings = 0;
@@ -120,7 +123,7 @@ struct Gpu : EmulatedMachine {
   bool late_copies = false;
   bool misaligned = false;  // the launch is over
   Kernel* kernel = nullptr;
-  const rope_cuda_args* args = nullptr;
+  const void* args = nullptr;
 };
 
 Gpu& TheGpu() {
@@ -177,15 +180,20 @@ void Enter(Gpu& gpu) {
 
 // What lanes are amid is given up.
 void Abandon(Gpu& gpu) {
-  for (Lane& lane : gpu.lanes) {
-    lane.entered = false;
-    lane.groups.clear();
-    lane.open.clear();
+  for (auto& warp : gpu.warps) {
+    for (Lane& lane : warp) {
+      lane.entered = false;
+      lane.groups.clear();
+      lane.open.clear();
+    }
   }
 }
 
-void RunWarp(Gpu& gpu, unsigned warp, bool reverse) {
-  for (Lane& lane : gpu.lanes) lane.ended = false;
+// Up to its end, or to where it waits for the other warps of its block. True at its end.
+bool RunWarp(Gpu& gpu, unsigned warp, bool reverse) {
+  gpu.lanes = gpu.warps[warp].data();
+  const std::span<Lane> lanes(gpu.lanes, kLanes);
+  for (Lane& lane : lanes) lane.ended = false;
   for (int ended = 0; ended == 0;) {
     for (int i = 0; i < kLanes; ++i) {
       gpu.current = reverse ? kLanes - 1 - i : i;
@@ -193,14 +201,16 @@ void RunWarp(Gpu& gpu, unsigned warp, bool reverse) {
       Lane& lane = gpu.lanes[gpu.current];
       lane.place = 0;
       Enter(gpu);
-      if (gpu.misaligned) return Abandon(gpu);
+      if (gpu.misaligned) return Abandon(gpu), true;
       ended += lane.ended;
     }
-    for (const Lane& lane : gpu.lanes) {
+    for (const Lane& lane : lanes) {
       if (lane.place != gpu.lanes[0].place) Die("the lanes of a warp wait at different places");
     }
     ++gpu.meetings;
+    if (ended == 0 && gpu.lanes[0].place == EMULATED_BARRIER) return false;
   }
+  return true;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -338,21 +348,26 @@ double Launch(const FakeLaunch& launch) {
   gpu.check_aligned = CheckAligned;
   gpu.shared_address = SharedAddress;
   gpu.kernel = Open(launch.image);
-  gpu.args = &launch.args;
+  gpu.args = launch.function == "rope_backward_kernel" ? static_cast<const void*>(&launch.backward) : &launch.args;
   gpu.grid = {launch.grid_x, launch.grid_y, launch.grid_z};
   if (launch.block_x % kLanes != 0 || launch.block_y != 1 || launch.block_z != 1) Die("blocks of whole warps only");
   const unsigned warps = launch.block_x / kLanes;
   gpu.misaligned = false;
+  while (gpu.warps.size() < warps) gpu.warps.emplace_back();
   for (unsigned y = 0; y < launch.grid_y; ++y) {
     for (unsigned x = 0; x < launch.grid_x; ++x) {
       const bool odd = (x + y) % 2 != 0;
       gpu.block = {x, y, 0};
       gpu.late_copies = odd;
-      for (unsigned w = 0; w < warps; ++w) {
-        RunWarp(gpu, odd ? warps - 1 - w : w, odd);
-        if (!gpu.misaligned) continue;
-        fake_cuda()->execute_result = kMisalignedAddress;
-        return 0;
+      for (unsigned ended = 0; ended < warps;) {  // the warps of a block meet at each of its barriers
+        ended = 0;
+        for (unsigned w = 0; w < warps; ++w) {
+          ended += RunWarp(gpu, odd ? warps - 1 - w : w, odd);
+          if (!gpu.misaligned) continue;
+          fake_cuda()->execute_result = kMisalignedAddress;
+          return 0;
+        }
+        if (ended > 0 && ended < warps) Die("some warps of a block end while others wait for them");
       }
     }
   }

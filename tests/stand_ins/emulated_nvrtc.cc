@@ -110,9 +110,13 @@ int Compile(FakeProgram* program, const std::vector<std::string>&) {
   if (!mkdtemp(pattern.data())) return 1;
   const fs::path folder = pattern;
   for (const auto& [name, text] : program->headers) Write(folder / name, WithoutAsm(Replaced(text)));
+  const bool backward = program->source.find("rope_backward_kernel") != std::string::npos;
   Write(folder / "rope_kernel.cc", "#include \"tests/stand_ins/emulated_gpu/kernel.h\"\n" + program->source +
                                        "extern \"C\" __attribute__((visibility(\"default\"))) void "
-                                       "emulated_kernel(const rope_cuda_args* args) { rope_kernel(*args); }\n");
+                                       "emulated_kernel(const " +
+                                       (backward ? "rope_backward_cuda_args* args) { rope_backward_kernel"
+                                                 : "rope_cuda_args* args) { rope_kernel") +
+                                       "(*args); }\n");
   // Variables that nobody has set hold a pattern, as a register does.
   const auto quoted = [](const fs::path& path) { return " '" + path.string() + "'"; };
   const std::string command =

@@ -12,7 +12,7 @@
 #include <string>
 #include <vector>
 
-#include "backends/cuda/kernel/args.h"
+#include "backends/cuda/kernel/backward_args.h"
 
 // Environment: FAKE_CUDA_DEVICES, compute capabilities such as "90,90" (default "90"; "none": no device),
 // FAKE_CUDA_VERSION (default 13000), FAKE_CUDA_LEGACY_STREAM (1: copies on the null stream are no error; the library
@@ -23,12 +23,13 @@ struct FakeLaunch {
   void* stream;
   void* context;
   unsigned grid_x, grid_y, grid_z, block_x, block_y, block_z, shared_bytes;
-  bool dependent;     // programmatic stream serialization
-  bool in_graph;      // replayed by one
-  std::string image;  // of the function's module
-  rope_cuda_args args;
-  std::string function = {};  // its name
-  void* pointers[4] = {};     // what the argument of another function than rope_kernel begins with
+  bool dependent;                         // programmatic stream serialization
+  bool in_graph;                          // replayed by one
+  std::string image;                      // of the function's module
+  rope_cuda_args args;                    // of the gradient, `backward.turn`
+  std::string function = {};              // its name
+  void* pointers[4] = {};                 // what the argument of another function than rope_kernel begins with
+  rope_backward_cuda_args backward = {};  // of rope_backward_kernel
 };
 
 struct FakeCuda {

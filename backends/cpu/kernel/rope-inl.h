@@ -208,6 +208,8 @@ HWY_NOINLINE void RopeRows(const RopeCall& call, int64_t begin, int64_t end, Fir
   }
 }
 
+#include "backends/cpu/kernel/backward-inl.h"
+
 // ---------------------------------------------------------------------------------------------------------------------
 // From the variant to the function
 

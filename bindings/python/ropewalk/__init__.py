@@ -12,6 +12,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from . import _arrays, _call, _module
+from ._backward import rope_backward
 from ._face import rope_
 from ._frequencies import Frequencies
 
@@ -32,6 +33,7 @@ __all__ = [
     "prepare",
     "rope",
     "rope_",
+    "rope_backward",
     "set_threads",
 ]
 
@@ -55,9 +57,16 @@ if _arrays.torch is not None:
 def rope(q: SupportsDLPack, k: SupportsDLPack | None = None, **options: Unpack[RopeOptions]) -> tuple[Any, Any]:
     """As `rope_`, but into new tensors: q and k are left as they are. KV caches are written as there.
 
+    torch's autograd goes through it, to q, k, q_weight and k_weight, where it stores nothing in a cache: docs/training.md.
+
     Returns:
         The new q and k, like their own (torch, numpy, cupy, or jax on the CPU); None for no k, or with k_store_only.
     """
+    if isinstance(q, _call.Tensor) and _call.wants_gradient((q, k, *options.values())):
+        for name in options:
+            if name not in _DEFAULTS:
+                raise TypeError(f"rope() got an unexpected keyword argument {_arrays._shown(name)}")
+        return _call.differentiable({**_DEFAULTS, **options, "q": q, "k": k})
     q_out = _arrays.empty_like("q", q)
     k_out = None if k is None or options.get("k_store_only") else _arrays.empty_like("k", k)
     new = rope_(q, k, q_out=q_out, k_out=k_out, **options)
@@ -96,6 +105,9 @@ def _known(function: str, options: Any) -> dict[str, Any]:
     return dict(options)
 
 
+# What a keyword is that was not given.
+_DEFAULTS = {name: parameter.default for name, parameter in inspect.signature(rope_).parameters.items()}
+
 # What `help` and completion show: the keywords of rope_.
 for _function in (rope, prepare, can_use, explain):
     _function.__signature__ = inspect.signature(rope_).replace(  # type: ignore[attr-defined]
@@ -105,9 +117,8 @@ for _function in (rope, prepare, can_use, explain):
 
 def __dir__() -> list[str]:
     """What is meant to be used, without what this file imports."""
-    return sorted(
-        [*__all__, "__doc__", "__version__", *(name for name in ("compat", "transformers") if name in globals())]
-    )
+    modules = (name for name in ("compat", "diffusers", "torchtitan", "transformers") if name in globals())
+    return sorted([*__all__, "__doc__", "__version__", *modules])
 
 
 def check_faults() -> None:

@@ -139,9 +139,14 @@ def check_torch(name: str, value: Any) -> None:
     """Refuses tensors whose bytes do not say what their elements are, or whose gradient would be lost."""
     if value.requires_grad and torch.is_grad_enabled():
         raise ValueError(
-            f"rope: {name} requires grad, and Ropewalk has no backward: call it under torch.no_grad(), "
-            f"or give {name}.detach()"
+            f"rope: {name} requires grad, and autograd does not go through this call: use ropewalk.rope, call it under "
+            f"torch.no_grad(), or give {name}.detach()"
         )
+    check_plain(name, value)
+
+
+def check_plain(name: str, value: Any) -> None:
+    """Refuses tensors whose bytes do not say what their elements are."""
     if value.layout is not torch.strided:
         raise ValueError(f"rope: {name} must be a strided tensor, but its layout is {value.layout}")
     if value.device.type == "meta":
@@ -192,8 +197,9 @@ def convert(name: str, value: Any, written: bool) -> Any:
         raise ValueError(f"rope: {name} cannot be taken over by DLPack: {error}") from None
 
 
-def values(arguments: Mapping[str, Any]) -> list[Any]:
-    """All arguments of the operation by name, checked and in the module's order. Missing ones are None."""
+def values(arguments: Mapping[str, Any], reads: tuple[str, ...] = ()) -> list[Any]:
+    """All arguments of the operation by name, checked and in the module's order. Missing ones are None. reads: those
+    that this call does not write, though the operation does."""
     out: list[Any] = []
     for arg in _module.description():
         name, kind = arg["name"], arg["kind"]
@@ -207,7 +213,7 @@ def values(arguments: Mapping[str, Any]) -> list[Any]:
                 value = number(f"rope: {name}", value)
             else:
                 replaced = name in ("q", "k") and arguments.get(f"{name}_out") is not None
-                replaced |= name == "k" and bool(arguments.get("k_store_only"))
+                replaced |= name in reads or (name == "k" and bool(arguments.get("k_store_only")))
                 value = convert(name, value, written=arg["intent"] != "in" and not replaced)
         elif kind == "handle":
             value = handle_of(value)

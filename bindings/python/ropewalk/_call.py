@@ -33,12 +33,17 @@ if _arrays.torch is not None:
     dual: Any = _torch.forward_ad
     launch = _torch.rope_unwatched
     wrote = _torch.wrote
+    wants_gradient = _torch.wants_gradient
+    differentiable = _torch.rope
 else:
     Tensor = _Absent
     PLAIN = frozenset()
-    grad_enabled = increment_version = dual = None
+    grad_enabled = increment_version = dual = differentiable = None
 
     def is_compiling() -> bool:
+        return False
+
+    def wants_gradient(values: Any) -> bool:
         return False
 
     def wrote(*arrays: Any) -> None:
@@ -46,7 +51,10 @@ else:
 
 
 def slow(arguments: dict[str, Any], failure: Exception | None) -> tuple[Any, Any]:
-    """A call that is compiled, that is no quick one, or that failed before anything was written."""
+    """A call that is compiled, that is no quick one, that autograd goes through, or that failed before anything was
+    written."""
+    if _arrays.torch is not None and _torch.wants_gradient(arguments.values()):
+        return _torch.rope_in_place(arguments)
     watched = is_compiling() or (_arrays.torch is not None and _torch.is_watched(arguments.values()))
     if watched:
         _torch.rope_(arguments)

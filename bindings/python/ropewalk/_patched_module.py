@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from . import Frequencies, rope_
+from . import Frequencies, rope, rope_
 
 APPLY = "apply_rotary_pos_emb"
 TABLES = "position_embeddings"  # the argument that hands the cosines and sines to a layer
@@ -39,8 +39,7 @@ class Angles:
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(
             "the cosines and sines of a model under ropewalk.transformers.patch are no tensors, as its layers compute "
-            f"the angles, and have no {name!r}: use patch(model, angles='table'), or call the rotary module with "
-            "gradients enabled"
+            f"the angles, and have no {name!r}: use patch(model, angles='table')"
         )
 
     @classmethod
@@ -119,6 +118,8 @@ class Form:
                 return None
             if split:  # neighbours become halves, in a copy
                 return x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
+            if torch.is_grad_enabled():  # into new memory: autograd may need this
+                return x if x.stride(-1) == 1 else x.contiguous()
             return x if in_place and x.stride(-1) == 1 else x.clone(memory_format=torch.contiguous_format)
 
         def table(x: Any) -> Any:
@@ -147,13 +148,21 @@ class Form:
             place = given.get("unsqueeze_dim")  # of the heads, in tables of [batch, tokens, ..] or [tokens, ..]
             tokens_first = tokens_first_by_default if place is None else place == (2 if exact else cos.dim() - 1)
             views = [x if x is None or tokens_first else x.transpose(-3, -2) for x in (q, k)]
+            first = [None, None]  # tokens that are not rotated
             if exact:
-                rope_(*views, positions=sin.positions, frequencies=sin.frequencies, **options, **more)
+                more.update(positions=sin.positions, frequencies=sin.frequencies)
             else:
                 cos, sin = table(cos), table(sin)
                 if last_tokens:
+                    first = [x if x is None else x[..., : -cos.shape[-2], :, :] for x in views]
                     views = [x if x is None else x[..., -cos.shape[-2] :, :, :] for x in views]
-                rope_(*views, cos=cos, sin=sin, **options, **more)
+                more.update(cos=cos, sin=sin)
+            if torch.is_grad_enabled():
+                new = rope(*views, **options, **more)
+                new = [y if x is None else torch.cat((x, y), -3) for x, y in zip(first, new, strict=True)]
+                q, k = (x if x is None or tokens_first else x.transpose(-3, -2) for x in new)
+            else:
+                rope_(*views, **options, **more)
             return (q, k) if pair else q
 
         return apply
@@ -194,7 +203,7 @@ def _attention_forward(base: Any) -> Any:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         plan = getattr(self, STATE, None)
         tables = kwargs.get(TABLES, args[place] if place < len(args) else None)
-        serves = plan is not None and not torch.is_grad_enabled()
+        serves = plan is not None
         if isinstance(tables, tuple):
             cos, sin = tables
             if serves and plan.fuses_norm:
@@ -224,7 +233,9 @@ def _rotary_forward(base: Any) -> Any:
     @functools.wraps(base.forward)
     def forward(self: Any, x: Any, position_ids: Any = None, layer_type: str | None = None) -> tuple[Any, Any]:
         rotary = getattr(self, STATE, None)
-        if rotary is None or torch.is_grad_enabled():
+        # In a graph longrope's choice is made on the device, which the tables have behind them.
+        in_graph = rotary is not None and torch.compiler.is_compiling() and rotary.chooses(layer_type)
+        if rotary is None or in_graph:
             more = (layer_type,) if takes_layer_type else ()
             return base.forward(self, x, position_ids, *more)
         angles = Angles(position_ids, rotary.frequencies(layer_type, position_ids), self, layer_type)
@@ -236,7 +247,7 @@ def _rotary_forward(base: Any) -> Any:
 def _norm_forward(base: Any) -> Any:
     @functools.wraps(base.forward)
     def forward(self: Any, x: Any) -> Any:
-        if getattr(self, STATE, None) is None or torch.is_grad_enabled():
+        if getattr(self, STATE, None) is None:
             return base.forward(self, x)
         return x
 

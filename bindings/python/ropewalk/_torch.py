@@ -169,8 +169,8 @@ def _check(tensors: dict[str, Any]) -> None:
             )
         if grad_enabled and x.requires_grad:
             raise ValueError(
-                f"rope: {name} requires grad, and Ropewalk has no backward: call it under torch.no_grad(), "
-                f"or give {name}.detach()"
+                f"rope: {name} requires grad, and autograd does not go through this call: use ropewalk.rope, call it "
+                f"under torch.no_grad(), or give {name}.detach()"
             )
         if torch.compiler.is_compiling():
             continue
@@ -196,6 +196,268 @@ def is_watched(values: Any) -> bool:
         for x in values
         if isinstance(x, torch.Tensor)
     )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# With gradients: `torch.ops.ropewalk.rope`, which writes nothing that is given, and its gradient
+
+# Of these autograd calculates gradients; the operator has what comes before the outputs, and these two.
+DIFFERENTIABLE = ("q", "k", "q_weight", "k_weight")
+_BEHIND = ("sycl_queue", "disable_pdl")
+_count = _names.index("q_out")
+_PURE = [*_names[:_count], *_BEHIND]
+_GRADIENT_NAMES = ("q_grad", "k_grad", "q_grad_out", "k_grad_out", "q_weight_grad", "k_weight_grad", "workspace")
+_call_backward = _module.function("rope_backward")
+_backward_workspace = _module.function("rope_backward_workspace")
+_INVERSE, _NORM = _PURE.index("inverse"), _PURE.index("norm")
+_SAVED = [i for i, name in enumerate(_PURE) if name in _tensors]
+
+
+def _definition_of(name: str, first: str, rest: list[str], returns: str) -> str:
+    parts = dict(part.split("=")[0].rsplit(" ", 1)[::-1] for part in _schema[6:-7].split(", "))
+    # Written in a call in place, only read here.
+    plain = {each: kind.split("(")[0].rstrip("?") + ("?" if "?" in kind else "") for each, kind in parts.items()}
+    defaults = {"Tensor?": "None", "str": '""', "int": "0", "float": "1e-6"}
+    written = [f"{plain[each]} {each}" + (f"={defaults[plain[each]]}" if plain[each] != "Tensor" else "")
+               for each in rest]  # fmt: skip
+    return f"{name}({first}{', '.join(written)}) -> {returns}"
+
+
+def _all_values(values: tuple[Any, ...]) -> list[Any]:
+    """Of the operator, in the module's order: with the frequencies' address, and nothing for outputs and stores."""
+    whole = [*values, *(None for _ in range(len(_PURE) - len(values)))]
+    whole[4] = _handles[whole[4] or ""]
+    between = len(_names) - _count - 1  # up to the last one of all
+    behind = [None] * between
+    behind[_names.index("sycl_queue") - _count] = whole[_count] or None
+    behind[_names.index("disable_pdl") - _count] = whole[_count + 1]
+    return [*whole[:_count], *behind]
+
+
+def _none(like: Any) -> Any:
+    """Stands for a tensor that there is none of, as an operator returns a fixed number."""
+    return like.new_empty((0,))
+
+
+def _pure(*values: Any) -> tuple[Any, Any]:
+    q, k = (*values, None)[:2]
+    whole = _all_values(values)
+    q_out = torch.empty_like(q)
+    k_out = None if k is None else torch.empty_like(k)
+    whole[_count], whole[_count + 1] = q_out, k_out
+    _call(*whole)
+    return q_out, _none(q) if k is None else k_out
+
+
+def _pure_shape(*values: Any) -> tuple[Any, Any]:
+    _shape(*values)
+    q, k = (*values, None)[:2]
+    return torch.empty_like(q), _none(q) if k is None else torch.empty_like(k)
+
+
+def _new_gradients(q_grad: Any, k_grad: Any, wants_q: bool, wants_k: bool) -> list[Any]:
+    def sums(wanted: bool) -> Any:
+        return q_grad.new_empty((q_grad.shape[-1],) if wanted else (0,), dtype=torch.float32)
+
+    dense = [None if x is None else torch.empty_like(x) for x in (q_grad, k_grad)]
+    return [dense[0], _none(q_grad) if k_grad is None else dense[1], sums(wants_q), sums(wants_k)]
+
+
+def _pure_backward(q_grad: Any, k_grad: Any, wants_q: bool, wants_k: bool, *values: Any) -> tuple[Any, ...]:
+    new = _new_gradients(q_grad, k_grad, wants_q, wants_k)
+    gradients = [q_grad, k_grad, new[0], None if k_grad is None else new[1], new[2] if wants_q else None,
+                 new[3] if wants_k else None, None]  # fmt: skip
+    whole = _all_values(values)
+    size = _backward_workspace(*gradients, *whole) if wants_q or wants_k else 0
+    if size:
+        gradients[-1] = torch.empty(size, dtype=torch.float32, device=q_grad.device)
+    _call_backward(*gradients, *whole)
+    return tuple(new)
+
+
+def _pure_backward_shape(q_grad: Any, k_grad: Any, wants_q: bool, wants_k: bool, *values: Any) -> tuple[Any, ...]:
+    return tuple(_new_gradients(q_grad, k_grad, wants_q, wants_k))
+
+
+def _save(ctx: Any, inputs: Any, output: Any) -> None:
+    """x, and what the angles and weights come from; without a norm not even x."""
+    values = [*inputs, *(None for _ in range(len(_PURE) - len(inputs)))]
+    norm = bool(values[_NORM]) or values[_PURE.index("q_weight")] is not None
+    ctx.has_k, ctx.has_norm = values[1] is not None, norm
+    ctx.save_for_backward(*(None if i < 2 and not norm else values[i] for i in _SAVED))
+    ctx.others = [None if i in _SAVED else value for i, value in enumerate(values)]
+
+
+def _dense(x: Any) -> Any:
+    return x if x is None or x.stride(-1) == 1 else x.contiguous()
+
+
+def _gradient(ctx: Any, q_grad: Any, k_grad: Any) -> tuple[Any, ...]:
+    values = list(ctx.others)
+    for i, saved in zip(_SAVED, ctx.saved_tensors, strict=True):
+        values[i] = saved
+    q_grad, k_grad = _dense(q_grad), _dense(k_grad) if ctx.has_k else None
+    out: list[Any] = [None] * len(_PURE)
+    if not ctx.has_norm:
+        values[0], values[1], values[_INVERSE] = q_grad, k_grad, 1 - (values[_INVERSE] or 0)
+        new = _apply(_Rope, torch.ops.ropewalk.rope, *_filled(values))
+        out[0], out[1] = new[0], new[1] if ctx.has_k else None
+        return tuple(out)
+    places = [_PURE.index(name) for name in ("q_weight", "k_weight")]
+    wants = [values[i] is not None and ctx.needs_input_grad[i] for i in places]
+    new = _apply(_RopeBackward, torch.ops.ropewalk.rope_backward, q_grad, k_grad, *wants, *_filled(values))
+    out[0], out[1] = new[0], new[1] if ctx.has_k else None
+    for i, wanted, grad in zip(places, wants, new[2:], strict=True):
+        if wanted:
+            out[i] = grad.to(values[i].dtype)
+    return tuple(out)
+
+
+_DEFAULTS = {"int": 0, "bool": 0, "choice": 0, "queue": 0, "float": 1e-6, "handle": "", "tensor": None}
+
+
+def _filled(values: list[Any]) -> list[Any]:
+    kinds = dict(_kinds)
+    return [_DEFAULTS[kinds[name]] if x is None else x for name, x in zip(_PURE, values, strict=True)]
+
+
+def _refuse_twice(ctx: Any, *gradients: Any) -> None:
+    raise ValueError(
+        "rope: a second derivative was asked for, and Ropewalk has none of the norm: give create_graph=False, or leave "
+        "the norm to others, as the rotation alone has every derivative"
+    )
+
+
+def _pure_vmap(operator: Any) -> Any:
+    """One call for each of vmap's, whose results lie one behind the other."""
+
+    def rule(info: Any, in_dims: Any, *values: Any) -> Any:
+        calls = [operator(*(x if dim is None else x.select(dim, i) for x, dim in zip(values, in_dims, strict=True)))
+                 for i in range(info.batch_size)]  # fmt: skip
+        new = tuple(torch.stack(each) for each in zip(*calls, strict=True))
+        return new, tuple(0 for _ in new)
+
+    return rule
+
+
+_pure_definition = _definition_of("rope", "", _PURE, "(Tensor, Tensor)")
+_backward_definition = _definition_of(
+    "rope_backward", "Tensor q_grad, Tensor? k_grad, bool wants_q, bool wants_k, ",
+    _PURE, "(Tensor, Tensor, Tensor, Tensor)",
+).replace("Tensor q,", "Tensor? q=None,").replace("Tensor q=", "Tensor? q=")  # fmt: skip
+for _definition, _body, _fake in (
+    (_pure_definition, _pure, _pure_shape), (_backward_definition, _pure_backward, _pure_backward_shape),
+):  # fmt: skip
+    _name = _definition.partition("(")[0]
+    _library.define(_definition, tags=[torch.Tag.pt2_compliant_tag])
+    _library.impl(_name, _body, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"ropewalk::{_name}", _fake, lib=_library)
+    torch.library.register_vmap(
+        f"ropewalk::{_name}", _pure_vmap(getattr(torch.ops.ropewalk, _name).default), lib=_library
+    )
+torch.library.register_autograd("ropewalk::rope", _gradient, setup_context=_save, lib=_library)
+torch.library.register_autograd("ropewalk::rope_backward", _refuse_twice, lib=_library)
+
+
+class _Rope(torch.autograd.Function):
+    """What register_autograd makes of the operator, for torch.func, which that does not serve."""
+
+    @staticmethod
+    def forward(*values: Any) -> Any:
+        return torch.ops.ropewalk.rope(*values)
+
+    setup_context = staticmethod(_save)
+    backward = staticmethod(_gradient)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *values: Any) -> Any:
+        return _pure_vmap(_Rope.apply)(info, in_dims, *values)
+
+
+class _RopeBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(*values: Any) -> Any:
+        return torch.ops.ropewalk.rope_backward(*values)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        """Nothing is saved: there is no second derivative."""
+
+    backward = staticmethod(_refuse_twice)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *values: Any) -> Any:
+        return _pure_vmap(_RopeBackward.apply)(info, in_dims, *values)
+
+
+def _apply(function: Any, operator: Any, *values: Any) -> Any:
+    of_func = not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
+    return function.apply(*values) if of_func else operator(*values)
+
+
+def wants_gradient(values: Any) -> bool:
+    """Whether autograd would have to go through a call with these."""
+    return torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in values)
+
+
+def rope(arguments: dict[str, Any], what: str = "rope") -> tuple[Any, Any]:
+    """The call into new tensors, through autograd. All arguments of a call without a store, by name."""
+    tensors = {name: arguments.get(name) for name in _tensors}
+    for name, x in tensors.items():
+        if x is None:
+            continue
+        if not isinstance(x, torch.Tensor):
+            raise TypeError(
+                f"rope: {name} must be a torch.Tensor where autograd goes through the call, but is a "
+                f"{_arrays._type_name(x)}"
+            )
+        if name not in _PURE:
+            raise ValueError(
+                f"rope: q, k or a weight requires grad, and {name} is given: what is written there has no gradient; "
+                "call it under torch.no_grad(), or use ropewalk.rope without it"
+            )
+        if x.requires_grad and name not in DIFFERENTIABLE:
+            raise ValueError(
+                f"rope: {name} requires grad, and Ropewalk calculates no gradient of tables: give {name}.detach(), or "
+                "call it under torch.no_grad()"
+            )
+        if not torch.compiler.is_compiling():
+            if has_tangent(x):
+                raise ValueError(
+                    f"rope: {name} has a tangent (forward-mode AD, torch.func.jvp), and Ropewalk has no derivative"
+                )
+            if type(x) in PLAIN and not torch._C._functorch.is_functorch_wrapped_tensor(x):
+                _arrays.check_plain(name, x)
+    new = _apply(
+        _Rope, torch.ops.ropewalk.rope,
+        *[_TORCH_VALUES[kind](name, arguments[name]) for name, kind in _kinds if name in _PURE],
+    )  # fmt: skip
+    return new[0], None if arguments.get("k") is None else new[1]
+
+
+def rope_in_place(arguments: dict[str, Any]) -> tuple[Any, Any]:
+    """The same in place, where what is overwritten is needed no more: without a norm."""
+    for name in ("q", "k"):
+        x = arguments[name]
+        if isinstance(x, torch.Tensor) and x.requires_grad and x.is_leaf:
+            raise ValueError(
+                f"rope: {name} requires grad and is a leaf, which autograd lets nobody overwrite: use ropewalk.rope, "
+                f"call it under torch.no_grad(), or give {name}.detach()"
+            )
+    for name in ("q", "k", "q_weight", "k_weight"):
+        x = arguments[name]
+        if (arguments["norm"] not in (None, "none") or arguments["q_weight"] is not None) and (
+            isinstance(x, torch.Tensor) and x.requires_grad
+        ):
+            raise ValueError(
+                f"rope: {name} requires grad, and the gradient of the norm needs q and k as they are, which rope_ would "
+                f"overwrite: use ropewalk.rope, call it under torch.no_grad(), or give {name}.detach()"
+            )
+    new = rope({**arguments, "q_out": None, "k_out": None})
+    for name, rotated in zip(("q", "k"), new, strict=True):
+        if rotated is not None:
+            arguments[name].copy_(rotated)
+    return arguments["q"], arguments["k"]
 
 
 _TORCH_VALUES: dict[str, Any] = {

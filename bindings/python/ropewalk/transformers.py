@@ -91,9 +91,10 @@ class Patch:
 def patch(model: torch.nn.Module, *, angles: str = "exact", rounding: str = "fused", fuse_norm: bool = True) -> Patch:
     """Puts Ropewalk in place of a model's rotary embedding.
 
-    It serves calls without gradients (`torch.no_grad`, `torch.inference_mode`, `generate`); others go the stock way, as
-    Ropewalk has no backward. q and k are rotated in place, in the outputs of their projections. A copy of the model, by
-    `copy.deepcopy`, `pickle` or `torch.save`, is patched, too.
+    Training goes through it, too: with gradients enabled q and k are rotated into new tensors, and autograd keeps what the
+    projections gave, but no normalised copy of it. Without (`torch.no_grad`, `torch.inference_mode`, `generate`) they are
+    rotated in place, in the outputs of their projections. A copy of the model, by `copy.deepcopy`, `pickle` or
+    `torch.save`, is patched, too.
 
     Args:
         model: a transformers model whose attention calls `apply_rotary_pos_emb` (Llama, Mistral, Qwen3, Gemma 3, ..).
@@ -398,6 +399,10 @@ class _Rotary:
     def changes(self, layer_type: str | None) -> bool:
         """Whether the rule goes by the length."""
         return self._rule(layer_type).get("rope_type", "default") in ("dynamic", "longrope")
+
+    def chooses(self, layer_type: str | None) -> bool:
+        """Whether the rule chooses between two sets of frequencies, by the length."""
+        return self._rule(layer_type).get("rope_type", "default") == "longrope"
 
     def frequencies(self, layer_type: str | None, position_ids: Any) -> Frequencies:
         key = self._key(layer_type, position_ids)

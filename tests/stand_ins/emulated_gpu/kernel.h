@@ -46,6 +46,7 @@ inline T __ldg(const T* p) {
   return *p;
 }
 inline void __syncwarp() { emulated_machine->meet(emulated_machine, EMULATED_SYNC, 0, 0); }
+inline void __syncthreads() { emulated_machine->meet(emulated_machine, EMULATED_BARRIER, 0, 0); }
 template <class T>
 inline T EmulatedShuffle(T value, int from) {
   static_assert(sizeof(T) == 4);

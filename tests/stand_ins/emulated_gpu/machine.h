@@ -9,7 +9,7 @@ struct EmulatedOperand {
   void* address;
   unsigned long size;
 };
-enum { EMULATED_SYNC = 1, EMULATED_SHUFFLE = 2 };
+enum { EMULATED_SYNC = 1, EMULATED_SHUFFLE = 2, EMULATED_BARRIER = 3 };
 
 struct EmulatedMachine {
   EmulatedIndex thread, block, grid;
