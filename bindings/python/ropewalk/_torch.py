@@ -402,6 +402,7 @@ def wants_gradient(values: Any) -> bool:
 
 def rope(arguments: dict[str, Any], what: str = "rope") -> tuple[Any, Any]:
     """The call into new tensors, through autograd. All arguments of a call without a store, by name."""
+    _serves_dtensors()
     tensors = {name: arguments.get(name) for name in _tensors}
     for name, x in tensors.items():
         if x is None:
