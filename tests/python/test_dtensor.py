@@ -274,6 +274,49 @@ def gradients(r):
         assert equal(got, want), dim
 
 
+@check
+def gradients_of_norm_and_rotation(r):
+    """q's and k's to the bit; a weight's is a sum over ranks."""
+    q, k = heads()
+    weights = {"q_weight": draw(32, seed=3), "k_weight": draw(32, seed=4)}
+    factors = draw(2, 7, 4, 32, seed=8), draw(2, 7, 2, 32, seed=9)
+
+    def gradient(q, k, factors, options, leaves, only_q):
+        new = r.ropewalk.rope(q, k, frequencies=r.frequencies, **options)
+        loss = (new[0] * factors[0]).sum() + (0 if only_q else (new[1] * factors[1]).sum())
+        return torch.autograd.grad(loss, leaves)
+
+    def leaf(x):
+        return x.clone().requires_grad_()
+
+    for with_weights, only_q in ((False, False), (True, False), (False, True), (True, True)):
+        more = {name: leaf(x) for name, x in weights.items()} if with_weights else {}
+        here = leaf(q), leaf(k)
+        of = [*here, *more.values()]
+        want = gradient(*here, factors, {"positions": places(), **more}, of, only_q)
+        for dim, of_positions in ((0, 0), (1, 1), (2, None)):
+            laid = r.lay(q, dim).requires_grad_(), r.lay(k, dim).requires_grad_()
+            more_laid = {name: r.lay(x).requires_grad_() for name, x in weights.items()} if with_weights else {}
+            parts = [r.lay(x, dim) for x in factors]
+            positions = r.lay(places(), of_positions)
+            got = gradient(*laid, parts, {"positions": positions, **more_laid}, [*laid, *more_laid.values()], only_q)
+            assert equal(got[:2], want[:2]), (with_weights, only_q, dim)
+            for a, b in zip(got[2:], want[2:], strict=True):
+                assert torch.allclose(a.full_tensor(), b, atol=1e-5), (only_q, dim)
+
+
+@check
+def gradients_of_heads_that_do_not_divide(r):
+    q, k = heads(q_heads=5, k_heads=1)
+    laid = r.lay(q, 2).requires_grad_(), r.lay(k).requires_grad_()
+    here = q.clone().requires_grad_(), k.clone().requires_grad_()
+    found = []
+    for pair in (here, laid):
+        new = r.ropewalk.rope(*pair, frequencies=r.frequencies, norm="rms")
+        found.append(torch.autograd.grad((new[0] * new[0]).sum() + (new[1] * new[1]).sum(), pair))
+    assert equal(found[1], found[0])
+
+
 class Attention(torch.nn.Module):
     """As in transformers and torchtitan: projections, norm and rotation, attention, projection."""
 

@@ -409,6 +409,15 @@ def test_layers_compiled_alone_are_one_graph(name, angles):
     torch._dynamo.reset()
 
 
+def test_the_code_of_a_layer_is_not_said_to_be_of_its_module():
+    """torch 2.11's Dynamo else takes the names in it from that module, whose functions are the stock ones: "'NoneType'
+    object is not subscriptable", from a guard on the closure of ours."""
+    model = make("qwen3")
+    with rt.patch(model):
+        function = attentions(model)[0]._ropewalk.function
+        assert "__name__" not in function.__globals__ and function.__module__ == type(attentions(model)[0]).__module__
+
+
 @torch.no_grad()
 def test_longrope_compiles_to_one_graph():
     rule = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0 + i / 8 for i in range(8)],

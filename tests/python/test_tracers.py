@@ -274,6 +274,27 @@ def test_subclasses(which, subclass):
         assert torch.equal(got[name].inner if isinstance(got[name], Wrapped) else got[name], want[name])
 
 
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("names", "reads_alone"),
+    [
+        ("q k q_out k_out", True),
+        ("q k q_out", False),  # k is written in place: a graph that takes it for read would use it before or after
+        ("q k k_out", False),
+        ("q q_out", True),
+        ("q k q_out k_cache slots k_store_only", True),
+        ("q k k_cache slots k_store_only", False),
+        ("q k", False),
+    ],
+)
+def test_an_operator_is_said_to_write_what_it_writes(names, reads_alone):
+    given = {**store(), "k_store_only": True}
+    given = {name: given[name] for name in names.split()}
+    with Seen() as seen:
+        ropewalk.rope_(**given, frequencies=F)
+    assert seen.names == [f"ropewalk.rope_{'out' if reads_alone else ''}.default"]
+
+
 # ---- torch.func and dual numbers
 
 

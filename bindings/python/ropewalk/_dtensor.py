@@ -12,12 +12,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 from . import _module
 
-_NAMES = [arg["name"] for arg in _module.description()]
 _TENSORS = {arg["name"]: arg for arg in _module.description() if arg["kind"] == "tensor"}
+_TENSORS.update({f"{name}_grad": {**_TENSORS[name], "intent": "in"} for name in ("q", "k")})
 _DIMS = {name: [dim.rstrip("?") for dim in arg["shape"][1:-1].split(", ")] for name, arg in _TENSORS.items()}
 
 
@@ -145,31 +145,104 @@ class _Call:
 
 
 def _written(given: dict[str, Any]) -> set[str]:
-    """The arguments that this call writes."""
+    """The arguments that a call in place, or with outputs, writes."""
     names = {name for name, arg in _TENSORS.items() if arg["intent"] != "in"}
     instead = {"q": given.get("q_out"), "k": True if given.get("k_store_only") else given.get("k_out")}
     return names - {name for name, other in instead.items() if other is not None}
 
 
-def _run(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> list[Any]:
-    """The call on this rank's parts. Returns what it wrote."""
-    given = {**dict(zip(_NAMES, args, strict=False)), **(kwargs or {})}
+def _given(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> dict[str, Any]:
+    names = (argument.name for argument in operator._schema.arguments)
+    return {**dict(zip(names, args, strict=False)), **(kwargs or {})}
+
+
+def _run(operator: Any, given: dict[str, Any], written: set[str]) -> tuple[_Call, Any]:
+    """The call on this rank's parts."""
     tensors = {name: given[name] for name in _TENSORS if given.get(name) is not None}
-    written = _written(given)
     with torch.no_grad():  # parts are those of autograd's tensors, and no views of them
         call = _Call(tensors, written)
         call.number_tokens()
-        given.update({name: call.local(name) for name in tensors})
-        if call.mesh.get_coordinate() is not None:
-            operator(**given)
-    return [x for name, x in tensors.items() if name in written]
+        given = {**given, **{name: call.local(name) for name in tensors}}
+        return call, operator(**given) if call.mesh.get_coordinate() is not None else None
+
+
+def _together(given: dict[str, Any], names: tuple[str, str]) -> dict[str, Any]:
+    """q and k, or their gradients, that are only read: redistributed where one is a sum, or lies otherwise than the
+    other. A gradient that autograd has filled with zeros is a plain tensor."""
+    q, k = (given.get(name) for name in names)
+    first = next((x for x in (q, k) if isinstance(x, DTensor)), None)
+    if first is None:
+        return given
+    whole = [Replicate()] * first.device_mesh.ndim
+    q, k = (
+        x if x is None or isinstance(x, DTensor) else DTensor.from_local(x, first.device_mesh, whole, run_check=False)
+        for x in (q, k)
+    )
+
+    def lying(x: Any, placements: list[Any]) -> Any:
+        return x if list(x.placements) == placements else x.redistribute(placements=placements)
+
+    q = lying(q, [Replicate() if placement.is_partial() else placement for placement in q.placements])
+    if k is not None and k.device_mesh == q.device_mesh:
+        heads = k.ndim - 2
+        k = lying(k, [
+            of_q if of_q.is_shard() and of_q.dim < heads
+            else of_k if of_k.is_shard() and of_k.dim >= heads
+            else Replicate()
+            for of_q, of_k in zip(q.placements, k.placements, strict=True)
+        ])  # fmt: skip
+    return {**given, names[0]: q, names[1]: k}
+
+
+def _like(new: Any, x: Any) -> Any:
+    """A new DTensor of this rank's part, lying as x does."""
+    strides, step = [0] * x.ndim, 1
+    for dim in sorted(range(x.ndim), key=lambda dim: (new.stride(dim), -dim)):  # dense, in the order of the part's
+        strides[dim], step = step, step * x.shape[dim]
+    return DTensor.from_local(new, x.device_mesh, x.placements, run_check=False, shape=x.shape, stride=tuple(strides))
+
+
+def _pure(operator: Any, given: dict[str, Any]) -> tuple[Any, Any]:
+    call, new = _run(operator, _together(given, ("q", "k")), set())
+    q, k = (call.tensors.get(name) for name in ("q", "k"))
+    whole = [Replicate()] * call.mesh.ndim
+    return _like(new[0], q), DTensor.from_local(new[1], call.mesh, whole, run_check=False) if k is None else _like(
+        new[1], k
+    )
+
+
+def _backward(operator: Any, given: dict[str, Any]) -> tuple[Any, ...]:
+    given = _together(_together(given, ("q", "k")), ("q_grad", "k_grad"))
+    call, new = _run(operator, given, set())
+    whole = [Replicate()] * call.mesh.ndim
+
+    def summed(x: Any, split: list[str | None]) -> Any:
+        """The gradient of a weight: each rank has that of its own tokens and heads."""
+        places = [Partial() if each is not None and x.numel() else Replicate() for each in split]
+        return DTensor.from_local(x, call.mesh, places, run_check=False)
+
+    k = call.tensors.get("k")
+    return (
+        _like(new[0], call.tensors["q"]),
+        DTensor.from_local(new[1], call.mesh, whole, run_check=False) if k is None else _like(new[1], k),
+        summed(new[2], call.split),
+        summed(new[3], call.split_of_k),
+    )
 
 
 def register(library: torch.library.Library, wrote: Callable[..., None]) -> None:
     """wrote: has autograd notice what was written."""
 
-    def rule(cls: Any, operator: Any, types: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
-        wrote(*_run(operator, args, kwargs))
+    def writing(operator: Any, given: dict[str, Any]) -> None:
+        written = _written(given)
+        call, _ = _run(operator, given, written)
+        wrote(*(x for name, x in call.tensors.items() if name in written))
 
-    for name in ("rope_", "rope_out"):
+    for name, served in {"rope_": writing, "rope_out": writing, "rope": _pure, "rope_backward": _backward}.items():
+
+        def rule(
+            cls: Any, operator: Any, types: Any, args: Any, kwargs: Any = None, served: Callable[..., Any] = served
+        ) -> Any:
+            return served(operator, _given(operator, args, kwargs))
+
         torch.library.register_torch_dispatch(f"ropewalk::{name}", DTensor, rule, lib=library)

@@ -202,10 +202,11 @@ def _slow_weight(layer: Any, name: str) -> Any:
 def with_functions(base: Any, functions: dict[str, Any]) -> Any:
     """The forward of a class, whose code finds these functions under the names of its own."""
     stock = inspect.unwrap(base.forward)
-    made = types.FunctionType(
-        stock.__code__, {**stock.__globals__, **functions}, stock.__name__, stock.__defaults__, stock.__closure__
-    )
-    made.__kwdefaults__ = stock.__kwdefaults__
+    names = {**stock.__globals__, **functions}
+    # By it Dynamo of torch 2.11 goes to the module of that name, and finds the stock functions.
+    names.pop("__name__", None)
+    made = types.FunctionType(stock.__code__, names, stock.__name__, stock.__defaults__, stock.__closure__)
+    made.__kwdefaults__, made.__module__ = stock.__kwdefaults__, stock.__module__
     return made
 
 

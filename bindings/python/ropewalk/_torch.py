@@ -402,6 +402,7 @@ def wants_gradient(values: Any) -> bool:
 
 def rope(arguments: dict[str, Any], what: str = "rope") -> tuple[Any, Any]:
     """The call into new tensors, through autograd. All arguments of a call without a store, by name."""
+    _serves_dtensors()
     tensors = {name: arguments.get(name) for name in _tensors}
     for name, x in tensors.items():
         if x is None:
@@ -476,6 +477,7 @@ def rope_(arguments: dict[str, Any]) -> None:
     _serves_dtensors()
     arguments = {**arguments, **{name: _scale(name, arguments[name]) for name in _host_scalars}}
     _check({name: arguments[name] for name in _tensors})
-    in_place = arguments["q_out"] is None and arguments["k_out"] is None
+    writes_k = arguments["k"] is not None and arguments["k_out"] is None and not arguments["k_store_only"]
+    in_place = arguments["q_out"] is None or writes_k
     operator = torch.ops.ropewalk.rope_ if in_place else torch.ops.ropewalk.rope_out
     operator(*[_TORCH_VALUES[kind](name, arguments[name]) for name, kind in _kinds])
