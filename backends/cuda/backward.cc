@@ -10,9 +10,9 @@
 namespace ropewalk {
 namespace {
 
-constexpr int kThreads = 256, kWarps = kThreads / 32;
+constexpr int kThreads = 128, kWarps = kThreads / 32;
 // Blocks that a multiprocessor holds where a thread's registers allow it: so many bytes are on their way from memory.
-constexpr int kBlocksAtOnce = 2;
+constexpr int kBlocksAtOnce = 3;
 constexpr int kMostElements = 16;  // of a thread, for that
 
 }  // namespace

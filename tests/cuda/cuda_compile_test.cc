@@ -9,15 +9,20 @@
 #include <atomic>
 #include <filesystem>
 #include <fstream>
+#include <map>
+#include <memory>
 #include <mutex>
 #include <string>
 #include <string_view>
 #include <vector>
 
+#include "backends/cuda/backward.h"
 #include "backends/cuda/bundle.h"
 #include "backends/cuda/nvrtc.h"
 #include "backends/cuda/sources.h"
 #include "base/text.h"
+#include "conformance/backward.h"
+#include "conformance/case_call.h"
 #include "conformance/cases.h"
 #include "conformance/cuda_variants.h"
 
@@ -78,6 +83,59 @@ TEST_P(CudaCompile, Nvrtc) {
   });
   EXPECT_EQ(compiled, variants.size());
   for (size_t i = 0; i < std::min<size_t>(failures.size(), 5); ++i) ADD_FAILURE() << failures[i];
+}
+
+// The kernels of the gradient: common heads, and every so many of the cases. Heads up to 256 spill nothing.
+TEST_P(CudaCompile, Gradients) {
+  const Nvrtc* nvrtc = nullptr;
+  if (const Status status = OpenNvrtc(&nvrtc); !status.ok()) GTEST_SKIP() << status.text();
+  std::vector<CudaDevice> devices;
+  ASSERT_TRUE(BundleDevices(GetParam(), &devices).ok());
+  std::string arch;
+  if (const Status status = ChooseArch(*nvrtc, devices.front(), &arch); !status.ok()) GTEST_SKIP() << status.text();
+  std::vector<RopeCase> cases = BackwardCases(151);
+  for (const int64_t head_dim : {64, 80, 96, 128, 256}) {
+    for (const uint32_t dtype : {uint32_t{kBF16}, uint32_t{kF32}}) {
+      RopeCase c;
+      c.dtype = c.weight_dtype = dtype;
+      c.head_dim = head_dim;
+      c.pairing = head_dim == 96 ? ROPEWALK_INTERLEAVED : ROPEWALK_NEOX;
+      c.norm = true;
+      c.weight = Weight::kPlain;
+      c.name = CaseName(c);
+      cases.push_back(c);
+    }
+  }
+  std::map<std::string, RopeCudaKey> kernels;  // by their text
+  for (const RopeCase& c : cases) {
+    std::unique_ptr<CaseCall> made;
+    ASSERT_TRUE(CaseCall::MakeBackward(c, HostMemory(), &made).ok()) << c.name;
+    RopeBackwardCall call;
+    const Status lowered = LowerRopeBackward(made->args(), made->gradients(), nullptr, &call);
+    ASSERT_TRUE(lowered.ok()) << lowered.text();
+    if (!call.turn.variant.norm) continue;
+    RopeCudaBackwardPlan plan;
+    ASSERT_TRUE(PlanRopeCudaBackward(call, devices.front(), &plan).ok());
+    kernels[RopeCudaSource(plan.key)] = plan.key;
+    if (plan.sums_blocks) kernels[RopeCudaSource(plan.sums_key)] = plan.sums_key;
+  }
+  ASSERT_GE(kernels.size(), 10u);
+  const std::vector<std::pair<std::string, RopeCudaKey>> all(kernels.begin(), kernels.end());
+  std::mutex mutex;
+  OnAllThreads(all.size(), [&](const auto& next) {
+    for (size_t i = next(); i < all.size(); i = next()) {
+      const RopeCudaKey& key = all[i].second;
+      Compilation compilation;
+      const Status status = CompileCuda(*nvrtc, all[i].first, arch, /*verbose=*/true, &compilation);
+      const PtxasText said = ReadPtxas(compilation.log);
+      const std::lock_guard lock(mutex);
+      EXPECT_TRUE(status.ok()) << RopeCudaName(key) << ": " << status.text();
+      EXPECT_EQ(said.warnings, "") << RopeCudaName(key);
+      if (key.head_dim <= 256) {
+        EXPECT_EQ(said.spilled_bytes, 0) << RopeCudaName(key) << ", " << said.registers << " registers";
+      }
+    }
+  });
 }
 
 TEST_P(CudaCompile, Nvcc) {

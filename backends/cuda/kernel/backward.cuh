@@ -182,16 +182,19 @@ __device__ __forceinline__ void BackwardBody(const rope_backward_cuda_args& b) {
           RotateUnit<Unrounded<K>>(g.v[2 * i], g.v[2 * i + 1], angles.cos[i], angles.sin[i]);
         }
       }
-      Floats<K> gw;
-      EachVector<K>(lane, weights, [&](const WeightWords<K>& words, int, int number) {
-        float w[K::kVector];
+      // The weights of a vector, unpacked twice: kept as floats they would take the registers of a vector more.
+      const auto factor_of = [&](const WeightWords<K>& words, float (&w)[K::kVector]) {
         if constexpr (K::kWeight != kRopeNoWeight) Unpack<K::kWeightDtype, K::kVector>(words, w);
 #pragma unroll
         for (int j = 0; j < K::kVector; ++j) {
-          const float factor = K::kWeight == kRopeNoWeight ? 1.0f : K::kWeight == kRopeWeight ? w[j] : 1.0f + w[j];
-          gw.v[number][j] = g.v[number][j] * factor;
-          along = fmaf(gw.v[number][j], n.v[number][j], along);
+          w[j] = K::kWeight == kRopeNoWeight ? 1.0f : K::kWeight == kRopeWeight ? w[j] : 1.0f + w[j];
         }
+      };
+      EachVector<K>(lane, weights, [&](const WeightWords<K>& words, int, int number) {
+        float w[K::kVector];
+        factor_of(words, w);
+#pragma unroll
+        for (int j = 0; j < K::kVector; ++j) along = fmaf(g.v[number][j] * w[j], n.v[number][j], along);
       });
       const float mean =
           SumOfGroup<K::kLanes>(square, lane) * (1.0f / K::kHeadDim) + __uint_as_float(K::kEpsBits);
@@ -199,12 +202,13 @@ __device__ __forceinline__ void BackwardBody(const rope_backward_cuda_args& b) {
       const float mean_along = SumOfGroup<K::kLanes>(along, lane) * (1.0f / K::kHeadDim) * rstd;
       if (h >= heads) continue;
       char* const out = out_of(h);
-      EachVector<K>(lane, x, [&](const Words<S::kVectorBytes>&, int begin, int number) {
+      EachVector<K>(lane, weights, [&](const WeightWords<K>& words, int begin, int number) {
         float dx[K::kVector];
+        factor_of(words, dx);
 #pragma unroll
         for (int j = 0; j < K::kVector; ++j) {
           const float unit = n.v[number][j] * rstd;
-          dx[j] = rstd * fmaf(-unit, mean_along, gw.v[number][j]);
+          dx[j] = rstd * fmaf(-unit, mean_along, g.v[number][j] * dx[j]);
           if constexpr (K::kSums != 0) AddTo(sums[number][j], g.v[number][j] * unit);
         }
         Store(out + begin * kSize, Pack<K::kDtype, K::kVector>(dx));
