@@ -1,12 +1,12 @@
 """Makes what `backends/cuda/shapes.cc` chooses shapes of the CUDA kernel by, from searches on an H200.
 
-    python bench/cuda_table.py [--check] [--add SEARCH.jsonl] [SEARCHES.jsonl.xz]
+    python bench/cuda_table.py [--check] [--add SEARCH.jsonl] [--swept SWEEP.json] [SEARCHES.jsonl.xz]
 
 A search is what `ropewalk tune --all --json` writes: a call, and the shapes tried with their microseconds. `trust` is
 how much it counts: 1; less where rows had no v or positions were random, which is not how they are compared with the
 floor; 0 for a call that only a sweep timed, with the faster of its shapes. `swept` has shapes that sweeps timed
 (bench/gpu_sweep.py): they count instead of the search's, scaled so that their mean agrees. --add takes new searches in
-first. Written are
+first, --swept the times of a sweep. Written are
 
 - `shapes_candidates.inc`: so many shapes that some of them serves each call well, the most useful first;
 - `cost_model.inc`: a small network that gives the logarithm of a shape's time, up to a summand of the call. It is
@@ -43,6 +43,8 @@ CANDIDATES, SHARED = 64, 12
 HIDDEN = (32, 16)  # as in backends/cuda/cost.cc
 EPOCHS = 160
 RARER, OTHER_START, FAR = 0.003, 0.01, 0.1  # as in backends/cuda/shapes.cc
+# What a call is known by.
+KEY = ("tokens", "q_heads", "k_heads", "head_dim", "rotary_dim", "norm", "table", "cache")
 WORST = 2.2  # times the best: a shape that is worse is as bad
 
 Shape = tuple[int, ...]
@@ -67,7 +69,8 @@ class Call:
         both = [times[shape] / us for shape, us in swept.items() if shape in times]
         if both:
             scale = math.exp(sum(map(math.log, both)) / len(both))
-            times |= {shape: us * scale for shape, us in swept.items() if shape in times}
+            self.shapes += [shape for shape in swept if shape not in times]
+            times |= {shape: us * scale for shape, us in swept.items()}
         self.best = min(times, key=lambda shape: times[shape])
         self.over = {shape: us / times[self.best] for shape, us in times.items()}
         self.trust = float(found["trust"])
@@ -206,17 +209,16 @@ def choice(costs: torch.Tensor, over: torch.Tensor) -> torch.Tensor:
 
 def added(lines: list[str], searches: list[str]) -> list[str]:
     """With these searches, each in place of an earlier one of the call."""
-    kept = ("tokens", "q_heads", "k_heads", "head_dim", "rotary_dim", "norm", "table", "cache", "before_us")
 
     def key(found: dict[str, Any]) -> tuple[Any, ...]:
-        return tuple(found[name] for name in kept[:-1])
+        return tuple(found[name] for name in KEY)
 
     new = {}
     for line in searches:
         found = json.loads(line)
         best = min(us for _, us in found["tried"])
         tried = [[plain(shape), round(us, 3)] for shape, us in found["tried"] if us <= WORST * best]
-        new[key(found)] = {name: found[name] for name in kept} | {"trust": 1, "tried": tried}
+        new[key(found)] = {name: found[name] for name in (*KEY, "before_us")} | {"trust": 1, "tried": tried}
     old = []
     for line in lines:
         before = json.loads(line)
@@ -234,6 +236,43 @@ def added(lines: list[str], searches: list[str]) -> list[str]:
                     [shape, round(us * statistics.median(both), 3)] for shape, us in then.items() if shape not in now
                 ]
     return [json.dumps(found, separators=(",", ":")) for found in new.values()] + old
+
+
+def of_sweep(path: Path) -> dict[tuple[Any, ...], dict[Shape, float]]:
+    """Microseconds of each shape that a sweep timed, by call; the mean of both pairings, which share a shape."""
+    times: dict[tuple[Any, ...], dict[Shape, list[float]]] = {}
+    for row in json.loads(path.read_text())["results"]:
+        if "failure" in row or not row.get("shape") or "k only" in row["op"]:
+            continue
+        heads, dim = row["heads"].split("x")
+        q, k = heads.split("/")
+        cache = 2 if "fp8" in row["op"] else 1 if "+kv" in row["op"] else 0
+        key = (row["tokens"], int(q), int(k), int(dim), int(dim), row["op"].startswith("norm"),
+               row["angles"] == "table", cache)  # fmt: skip
+        shape = plain([int(number) for number in row["shape"].split()])
+        times.setdefault(key, {}).setdefault(shape, []).append(row["us"])
+    return {key: {shape: statistics.fmean(us) for shape, us in of.items()} for key, of in times.items()}
+
+
+def with_sweep(lines: list[str], path: Path) -> list[str]:
+    """With what a sweep timed; of a shape timed twice the lesser, as noise only adds."""
+    sweep = of_sweep(path)
+    found = [json.loads(line) for line in lines]
+    known = {tuple(one[name] for name in KEY) for one in found if one["trust"] in (0, 1)}
+    found += [dict(zip(KEY, key, strict=True)) | {"before_us": min(of.values()), "trust": 0, "tried": []}
+              for key, of in sweep.items() if key not in known]  # fmt: skip
+    for one in found:
+        times = sweep.get(tuple(one[name] for name in KEY))
+        if times is None or one["trust"] not in (0, 1):
+            continue
+        name = "swept" if one["trust"] else "tried"
+        before = {plain(shape): us for shape, us in one.get(name, ())}
+        merged = before | {shape: round(min(us, before.get(shape, us)), 3) for shape, us in times.items()}
+        tried = one.pop("tried")  # stays the last
+        one[name] = [[list(shape), us] for shape, us in merged.items()]
+        if name != "tried":
+            one["tried"] = tried
+    return [json.dumps(one, separators=(",", ":")) for one in found]
 
 
 def report(name: str, over: torch.Tensor) -> None:
@@ -282,11 +321,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("searches", nargs="?", type=Path, default=SEARCHES, metavar="SEARCHES.jsonl.xz")
     parser.add_argument("--add", type=Path, metavar="SEARCH.jsonl", help="of `ropewalk tune`, taken in first")
+    parser.add_argument("--swept", type=Path, nargs="+", default=[], metavar="SWEEP.json", help="of bench/gpu_sweep.py")
     parser.add_argument("--check", action="store_true", help="of models of four fifths of the calls each")
     options = parser.parse_args()
     lines = lzma.decompress(options.searches.read_bytes()).decode().splitlines()
     if options.add:
         lines = added(lines, options.add.read_text().splitlines())
+    for sweep in options.swept:
+        lines = with_sweep(lines, sweep)
+    if options.add or options.swept:
         options.searches.write_bytes(lzma.compress(("\n".join(lines) + "\n").encode(), preset=9))
     calls, inputs, over = read(lines)
     trust = torch.tensor([call.trust for call in calls])

@@ -254,6 +254,7 @@ class Contender:
     cheap: bool = True  # one kernel, that is: may be captured often
     bytes: int = 0
     detail: str = ""
+    shape: str = ""  # of our kernel
     error: float | None = None
     us: float | None = None
     failure: str = ""
@@ -295,12 +296,14 @@ def ours(problem: Problem, op: str, pairing: str, angles: str) -> Contender:
 
         return call
 
+    told: dict[str, str] = {}
     try:
         tensors, options = our_arguments(problem, op, pairing, angles)
-        detail = ropewalk.explain(*tensors, **options).get("kernel", "")
+        told = ropewalk.explain(*tensors, **options)
     except (RuntimeError, ValueError) as error:
-        detail = str(error)
-    return Contender("ropewalk", op, pairing, make, angles, OUR_BOUND, bytes=problem.bytes(op), detail=detail)
+        told["kernel"] = str(error)
+    return Contender("ropewalk", op, pairing, make, angles, OUR_BOUND, bytes=problem.bytes(op),
+                     detail=told.get("kernel", ""), shape=told.get("shape", ""))  # fmt: skip
 
 
 class Sol:

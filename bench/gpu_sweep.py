@@ -122,7 +122,7 @@ def time_shape(
         row: dict[str, Any] = {
             "heads": shape.name, "tokens": shape.tokens, "op": contender.op, "angles": contender.angles,
             "pairing": contender.pairing, "us": contender.us, "aim": compare.general_aim(contender.op, shape.tokens),
-            "kernel": contender.detail,
+            "kernel": contender.detail, "shape": contender.shape,
         }  # fmt: skip
         lowest = floor.get(contender.op)
         if contender.failure:

@@ -63,22 +63,23 @@ def floor_part(bench: dict[str, Any]) -> str:
 
 def sweep_part(sweep: dict[str, Any]) -> str:
     machine, results, aim = sweep["machine"], sweep["results"], sweep["aim"]
-    groups: dict[tuple[str, str, str], list[float]] = {}
+    groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for row in results:
-        groups.setdefault((row["dtype"], row["op"], row["pairing"]), []).append(row["ratio"])
-    summary = [
-        [*group, f"{sum(ratio > aim for ratio in ratios)} of {len(ratios)}", f"{statistics.median(ratios):.2f}",
-         f"{max(ratios):.2f}"]
-        for group, ratios in groups.items()
-    ]  # fmt: skip
+        groups.setdefault((row["dtype"], row["op"], row["pairing"]), []).append(row)
+
+    def of(rows: list[dict[str, Any]], name: str) -> list[str]:
+        ratios = [row[name] for row in rows]
+        return [str(sum(ratio > aim for ratio in ratios)), f"{statistics.median(ratios):.2f}", f"{max(ratios):.2f}"]
+
+    summary = [[*group, str(len(rows)), *of(rows, "ratio"), *of(rows, "line_ratio")] for group, rows in groups.items()]
 
     def line(row: dict[str, Any]) -> list[str]:
         part = f"{row['rotary_dim']} of {row['head_dim']}"
         part += f" at {row['rotary_offset']}" if row["rotary_offset"] else ""
         return [part, row["dtype"], f"{row['op']} {row['pairing']}", row["angles"], str(row["tokens"]),
-                f"{row['us']:.2f}", f"{row['us_128_of_128']:.2f}", f"{row['ratio']:.2f}"]  # fmt: skip
+                *(f"{row[name]:.2f}" for name in ("us", "us_128_of_128", "ratio", "line_ratio"))]  # fmt: skip
 
-    headings = ["part", "dtype", "op", "angles", ">tokens", ">us", ">128 of 128 us", ">ratio"]
+    headings = ["part", "dtype", "op", "angles", ">tokens", ">us", ">128 of 128 us", ">ratio", ">line"]
     models = [(24, 96), (32, 80), (20, 80), (80, 80), (32, 128), (16, 64), (64, 192), (64, 256), (96, 96)]
     real = [
         line(row)
@@ -91,8 +92,12 @@ def sweep_part(sweep: dict[str, Any]) -> str:
         f"{results[0]['q_heads']}/{results[0]['k_heads']} heads, in place, in the caches: `ropewalk bench --sweep`. "
         "`ratio` is the time of a byte that must be read and written (the rotated part; with the norm whole heads) "
         f"over that of 128 of 128 in the same run, in turns; the aim is {aim}. {sweep['above']} of {len(results)} "
-        "lines are above it. Each result was checked first.\n\n"
-        + table(["dtype", "op", "pairing", ">above the aim", ">median", ">worst"], summary)
+        "lines are above it. `line` is the same of a cache line of 64 bytes that holds such bytes, as a small part of "
+        f"a head costs its whole line: {sweep['lines_above']} are above. Each result was checked first.\n\n"
+        + table(
+            ["dtype", "op", "pairing", ">timed", ">above", ">median", ">worst", ">line: above", ">median", ">worst"],
+            summary,
+        )  # fmt: skip
         + "\nThe ten worst:\n\n"
         + table(headings, [line(row) for row in results[:10]])
         + "\nParts of real models, bfloat16:\n\n"

@@ -79,37 +79,48 @@ int Explain(const Options& options) {
     fmt::print("{}\n", results.dump(2));
     return held ? kHeld : kNotHeld;
   }
-  // Whatever the backend tells: one column for each of its keys. What all rows share is said once.
+  // Whatever the backend tells. What all calls share is said once, what a model's calls share once for the model.
   std::vector<std::string> keys;
   for (const Json& result : results) {
     for (const auto& [key, value] : result.items()) {
-      if (std::ranges::find(keys, key) == keys.end()) keys.push_back(key);
+      if (key != "model" && key != "stages" && std::ranges::find(keys, key) == keys.end()) keys.push_back(key);
     }
   }
   const auto text_of = [](const Json& result, const std::string& key) {
     if (!result.contains(key)) return std::string();
     return result[key].is_string() ? result[key].get<std::string>() : result[key].dump();
   };
-  std::vector<std::string> columns;
-  for (const std::string& key : keys) {
-    const std::string first = text_of(results[0], key);
-    const bool shared =
-        results.size() > 1 && std::ranges::all_of(results, [&](const Json& r) { return text_of(r, key) == first; });
-    if (shared && key != "model" && key != "stages") {
-      fmt::print("{}: {}\n", key, first);
-    } else {
-      columns.push_back(key);
+  // Takes from `left` those that a range of results shares, and prints them.
+  const auto print_shared = [&](auto begin, auto end, std::vector<std::string>* left, size_t indent) {
+    std::erase_if(*left, [&](const std::string& key) {
+      const std::string first = text_of(*begin, key);
+      if (!std::all_of(begin, end, [&](const Json& result) { return text_of(result, key) == first; })) return false;
+      if (!first.empty()) fmt::print("{:{}}{}\n", "", indent, Wrapped(key + ": " + first, indent + 2));
+      return true;
+    });
+  };
+  print_shared(results.begin(), results.end(), &keys, 0);
+  for (auto begin = results.begin(); begin != results.end();) {
+    const std::string model = text_of(*begin, "model");
+    const auto end = std::find_if(begin, results.end(), [&](const Json& r) { return text_of(r, "model") != model; });
+    fmt::print("\n{}\n", model);
+    std::vector<std::string> own = keys;
+    print_shared(begin, end, &own, 2);
+    for (; begin != end; ++begin) {
+      std::string line = text_of(*begin, "stages"), more;
+      for (const std::string& key : own) {
+        const std::string value = text_of(*begin, key);
+        if (value.empty()) continue;
+        if (key == "kernel") {
+          line += ": " + value;
+        } else {
+          more += fmt::format("{}{} {}", more.empty() ? "" : ", ", key, value);
+        }
+      }
+      fmt::print("  {}\n", Wrapped(line, 4));
+      if (!more.empty()) fmt::print("    {}\n", Wrapped(more, 4));
     }
   }
-  if (columns.size() < keys.size()) fmt::print("\n");
-  Table table(columns);
-  for (const Json& result : results) {
-    std::vector<std::string> cells;
-    cells.reserve(columns.size());
-    for (const std::string& key : columns) cells.push_back(text_of(result, key));
-    table.Add(cells);
-  }
-  table.Print();
   return held ? kHeld : kNotHeld;
 }
 

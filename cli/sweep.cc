@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <memory>
 
+#include "base/tensor.h"
 #include "cli/model_cases.h"
 #include "measure/team.h"
 #include "measure/timed_case.h"
@@ -85,6 +86,21 @@ Status MakeReady(const RopeCase& c, Ready* out) {
   return out->call->Reset();
 }
 
+// Cache lines, for each head, that hold what must be read and written of heads that lie one after the other.
+double LinesOfHead(const RopeCase& c) {
+  constexpr int64_t kLine = 64;
+  const auto element = DtypeBytes(c.dtype);
+  const int64_t first = c.norm ? 0 : c.rotary_offset, length = c.norm ? c.head_dim : c.rotary_dim;
+  int64_t lines = 0, last = -1;
+  for (int64_t head = 0; head < c.q_heads; ++head) {
+    const int64_t begin = (head * c.head_dim + first) * element, end = begin + length * element;
+    const int64_t to = (end - 1) / kLine;
+    lines += to - std::max(last, begin / kLine - 1);
+    last = to;
+  }
+  return static_cast<double>(lines) / static_cast<double>(c.q_heads);
+}
+
 std::string PartText(const RopeCase& c) {
   std::string text = fmt::format("{} of {}", c.rotary_dim, c.head_dim);
   if (c.rotary_offset) text += fmt::format(" at {}", c.rotary_offset);
@@ -93,8 +109,9 @@ std::string PartText(const RopeCase& c) {
 
 struct Line {
   RopeCase test_case;
-  double us = 0, ratio = 0;
-  double whole_us = 0;  // of 128 of 128
+  double us = 0;
+  double ratio = 0, line_ratio = 0;  // of the time of a byte, of a cache line
+  double whole_us = 0;               // of 128 of 128
 };
 
 Json ToJson(const Line& line) {
@@ -111,7 +128,8 @@ Json ToJson(const Line& line) {
           {"k_heads", c.k_heads},
           {"us", line.us},
           {"us_128_of_128", line.whole_us},
-          {"ratio", line.ratio}};
+          {"ratio", line.ratio},
+          {"line_ratio", line.line_ratio}};
 }
 
 }  // namespace
@@ -158,6 +176,7 @@ int Sweep(const SweepOptions& options) {
               line.whole_us = time.floor * 1e6;
               line.ratio =
                   time.ours / static_cast<double>(ready.bytes) / (time.floor / static_cast<double>(whole.bytes));
+              line.line_ratio = time.ours / time.floor * LinesOfHead(whole_case) / LinesOfHead(c);
               if (failed) status = Status::Internal(ropewalk_last_error());
             }
             if (!status.ok()) failures.push_back(what + ": " + status.text());
@@ -170,26 +189,22 @@ int Sweep(const SweepOptions& options) {
   std::ranges::stable_sort(lines, [](const Line& a, const Line& b) { return a.ratio > b.ratio; });
 
   Json results = Json::array();
-  Table table({"part", "dtype", "op", "angles", ">tokens", ">us", ">128 of 128 us", ">ratio"});
-  int64_t above = 0;
+  Table table({"part", "type", "op", "angles", ">us", ">ratio", ">line"});
+  int64_t above = 0, lines_above = 0;
   for (const Line& line : lines) {
     const RopeCase& c = line.test_case;
     above += line.ratio > kAim;
+    lines_above += line.line_ratio > kAim;
     results.push_back(ToJson(line));
     table.Add({PartText(c), ShortDtype(c.dtype), bench::OpName(c),
-               c.angles == Angles::kFrequencies ? "frequencies" : "table", std::to_string(c.tokens),
-               fmt::format("{:.2f}", line.us), fmt::format("{:.2f}", line.whole_us),
-               fmt::format("{:.2f}", line.ratio)});
+               c.angles == Angles::kFrequencies ? "frequencies" : "table", fmt::format("{:.2f}", line.us),
+               fmt::format("{:.2f}", line.ratio), fmt::format("{:.2f}", line.line_ratio)});
   }
   const bool held = failures.empty() && !lines.empty();
   if (!options.json.empty()) {
-    const Json head = {{"version", ropewalk_version()},
-                       {"machine", machine},
-                       {"kernels", kernels},
-                       {"aim", kAim},
-                       {"above", above},
-                       {"asked", asked},
-                       {"held", held}};
+    const Json head = {
+        {"version", ropewalk_version()}, {"machine", machine}, {"kernels", kernels}, {"aim", kAim}, {"above", above},
+        {"lines_above", lines_above},    {"asked", asked},     {"held", held}};
     // A result a line: there are more than a thousand.
     std::string text = head.dump(1);
     text.resize(text.rfind('\n'));
@@ -200,12 +215,16 @@ int Sweep(const SweepOptions& options) {
   if (!options.csv.empty() && !results.empty()) WriteText(options.csv, Csv(results));
   if (options.json != "-" && options.csv != "-") {
     table.Print();
-    fmt::print("\n{}; load {:.1f}.\nOne thread, {}/{} heads, in place. Each result was checked before it was timed.\n",
-               machine["cpu"].get<std::string>(), machine["load_before"].get<double>(), kHeads, kHeads);
+    fmt::print("\n{}; load {:.1f}.\nOne thread, {}/{} heads, {} tokens, in place. Each result was checked first.\n",
+               machine["cpu"].get<std::string>(), machine["load_before"].get<double>(), kHeads, kHeads,
+               lines.empty() ? 0 : lines[0].test_case.tokens);
     PrintNote("ratio:", fmt::format("the time of a byte that must be read and written (the rotated part, with the norm "
                                     "whole heads) over that of 128 of 128, medians of calls taken in turns. {} of {} "
                                     "are above {}.",
                                     above, lines.size(), kAim));
+    PrintNote("line:", fmt::format("the same of a cache line of 64 bytes that holds such bytes: a small part of a head "
+                                   "costs its whole line. {} of {} are above {}.",
+                                   lines_above, lines.size(), kAim));
   }
   for (const std::string& failure : failures) fmt::print(stderr, "{}  {}\n", Verdict(false), failure);
   return EndOf(held, static_cast<int64_t>(lines.size()), asked);

@@ -116,12 +116,13 @@ def exported(path: Path) -> list[str]:
 def page() -> str:
     lines = [HEAD]
     core: dict[str, ast.FunctionDef | ast.ClassDef] = {}
-    for file in ("_face.py", "_frequencies.py", "__init__.py"):
+    for file in ("_face.py", "_frequencies.py", "_backward.py", "__init__.py"):
         core.update(definitions(PACKAGE / file))
     lines.append("## `ropewalk`\n")
     for name in sorted(exported(PACKAGE / "__init__.py"), key=lambda n: (n not in ("rope_", "rope", "Frequencies"), n)):
         lines += described(core[name], f"ropewalk.{name}", "###")
-    for path in [PACKAGE / "transformers.py", *sorted((PACKAGE / "compat").glob("[!_]*.py"))]:
+    patches = [PACKAGE / f"{name}.py" for name in ("transformers", "diffusers", "torchtitan")]
+    for path in [*patches, *sorted((PACKAGE / "compat").glob("[!_]*.py"))]:
         module = ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
         lines.append(f"## `{module}`\n")
         lines += paragraphs(ast.get_docstring(ast.parse(path.read_text())) or "")

@@ -177,10 +177,11 @@ Status PlanRopeCuda(const RopeCall& call, const CudaDevice& device, RopeCudaOpti
                               : options.rules ? RopeCudaShapeByRules(call, device, options.layout)
                                               : ChooseRopeCudaShape(call, device, options.layout, &plan->origin);
   LayOutRopeCuda(call, shape, plan);
+  plan->shape = shape;
+  plan->shape.start = RopeCudaStart(shape, rows, v.table_dtype != kRopeNoDtype);
   const bool few = key.few_tokens != 0;
   const int vector = key.vector;
-  if (options.dependent_launch && device.major >= 9)
-    key.dependent_launch = RopeCudaStart(shape, rows, v.table_dtype != kRopeNoDtype);
+  if (options.dependent_launch && device.major >= 9) key.dependent_launch = plan->shape.start;
   key.batched = p.batch > 1;
   if (Stores(v)) {
     const auto page_size = static_cast<uint64_t>(p.page_size);

@@ -154,6 +154,7 @@ struct RopeCudaPlan {
   uint32_t grid_x = 0, grid_y = 1;  // 0: there is no work
   const char* why = "";             // the choice of the layout, for explain()
   RopeCudaOrigin origin = RopeCudaOrigin::kGiven;
+  RopeCudaShape shape;  // what it was laid out by
 };
 
 enum class RopeCudaLayout : uint8_t { kAny, kFew, kMany };

@@ -10,9 +10,11 @@ import pathlib
 import shutil
 import subprocess
 import sys
+import sysconfig
 from typing import Any
 
 import pytest
+import signatures
 
 WALKS = pathlib.Path(__file__).parent
 ENGINES = pathlib.Path(os.environ["ROPEWALK_TEST_ENGINES"])  # a folder for each engine, and one for what they import
@@ -92,3 +94,22 @@ def test_the_slot_of_transformers(tmp_path: pathlib.Path) -> None:
         assert one["logits"] < 1e-5 and one["gradients"] < 1e-5, name
         stock = name == "nanochat"  # which turns otherwise
         assert one["launches"] == (0 if stock else 4), name  # two layers, there and back
+
+
+def test_signatures_are_those_that_are_recorded() -> None:
+    """`make test` holds `ropewalk.compat` to the record."""
+    folders = [
+        *(ENGINES / name for name in ("sglang", "vllm", "packages")),
+        pathlib.Path(sysconfig.get_path("purelib")),
+    ]
+    found, recorded = signatures.read(folders), signatures.recorded()
+    assert {each["package"] for each in found.values()} >= {
+        "sglang",
+        "vllm",
+        "liger-kernel",
+        "diffusers",
+        "transformers",
+    }
+    assert len(found) >= 25
+    for name, each in found.items():
+        assert each["parameters"] == recorded[name]["parameters"], (name, each["version"])

@@ -288,6 +288,58 @@ def test_gradients_of_a_layer_with_angles_made_without():
         gradient(tables)  # unpatched since
 
 
+@pytest.mark.parametrize("angles", ["exact", "table"])
+@pytest.mark.parametrize("name", NAMES)
+def test_frozen_layers_are_served_without_no_grad(name, angles):
+    model, prompt = make(name).requires_grad_(False), ids()
+    want = model(prompt).logits
+    with rt.patch(model, angles=angles):
+        close(served(model, prompt), want)
+    assert torch.equal(stock(model, prompt), want)
+
+
+def error_of(got, want):
+    return (got - want).abs().max() / want.abs().max()
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_one_gradient_of_a_frozen_model(name):
+    model, prompt = make(name).requires_grad_(False), ids()
+    layers = attentions(model)
+    embedded = model.get_input_embeddings()(prompt)
+
+    def gradients(parameter):
+        embedded.requires_grad_(parameter is None)
+        x = embedded if parameter is None else parameter
+        x.requires_grad_(True)
+        before = launches()
+        (gradient,) = torch.autograd.grad(model(inputs_embeds=embedded).logits.square().sum(), x)
+        x.requires_grad_(False)
+        return gradient, launches() - before
+
+    # The input; what comes after the rotation in the last layer; what comes before it in the first.
+    for parameter in (None, layers[-1].o_proj.weight, layers[0].k_proj.weight):
+        want, _ = gradients(parameter)
+        with rt.patch(model):
+            got, served_layers = gradients(parameter)
+        assert error_of(got, want) < 1e-5
+        assert served_layers >= len(layers)
+
+
+def test_a_gradient_from_elsewhere():
+    model, prompt = make("qwen3").requires_grad_(False), ids()
+    shift = torch.ones((), requires_grad=True)
+    model.model.layers[1].self_attn.q_proj.register_forward_hook(lambda module, args, out: out + shift)
+
+    def gradient():
+        return torch.autograd.grad(model(prompt).logits.square().sum(), shift)[0]
+
+    want = gradient()
+    with rt.patch(model):
+        before = launches()
+        assert error_of(gradient(), want) < 1e-5 and launches() > before
+
+
 USES = {
     "unsqueeze": lambda q, x: x.unsqueeze(1),
     "shape": lambda q, x: x.shape,
@@ -354,4 +406,36 @@ def test_layers_compiled_alone_are_one_graph(name, angles):
         for layer, x in zip(model.model.layers, want, strict=True):
             close(torch.compile(layer, fullgraph=True, backend=counter)(hidden, position_embeddings=tables), x)
     assert counter.frame_count == 1
+    torch._dynamo.reset()
+
+
+def test_the_code_of_a_layer_is_not_said_to_be_of_its_module():
+    """torch 2.11's Dynamo else takes the names in it from that module, whose functions are the stock ones: "'NoneType'
+    object is not subscriptable", from a guard on the closure of ours."""
+    model = make("qwen3")
+    with rt.patch(model):
+        function = attentions(model)[0]._ropewalk.function
+        assert "__name__" not in function.__globals__ and function.__module__ == type(attentions(model)[0]).__module__
+
+
+@torch.no_grad()
+def test_longrope_compiles_to_one_graph():
+    rule = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0 + i / 8 for i in range(8)],
+            "long_factor": [4.0 + i for i in range(8)], "original_max_position_embeddings": 8}  # fmt: skip
+    config = AutoConfig.for_model(
+        "phi3", hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=128, max_position_embeddings=64, rope_parameters=rule, pad_token_id=0, eos_token_id=None,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config).eval()
+    prompts = [torch.arange(2 * n).reshape(2, n) % 128 for n in (6, 20)]  # by the short factors, by the long ones
+    wants = [model(prompt, use_cache=False).logits for prompt in prompts]
+    with rt.patch(model):
+        for prompt, want in zip(prompts, wants, strict=True):
+            close(served(model, prompt), want)
+        torch._dynamo.reset()
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=True)
+        for prompt, want in zip(prompts, wants, strict=True):
+            before = launches()
+            close(compiled(prompt, use_cache=False).logits, want)
+            assert launches() == before + 1
     torch._dynamo.reset()

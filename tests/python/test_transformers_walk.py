@@ -91,6 +91,9 @@ def test_right_or_refused(name: str) -> None:
     before = sum(ropewalk.counters().values())
     with ropewalk.transformers.patch(model) as patch:
         got = tiny_models.output(model, given)
+        with torch.enable_grad():
+            frozen = tiny_models.output(model.requires_grad_(False), given)
+    assert error_of(frozen, want) < 3e-6, patch
     assert patch.layers > 0 and sum(ropewalk.counters().values()) > before
     assert error_of(got, want) < 3e-6, patch
     assert sorted(patch.skipped) == SKIPPED.get(name, []), patch.skipped

@@ -14,6 +14,7 @@
 #include <fstream>
 #include <iterator>
 #include <nlohmann/json.hpp>
+#include <sstream>
 #include <string>
 #include <vector>
 
@@ -133,6 +134,18 @@ TEST_F(Cli, AModelIsNotReadForEver) {
   EXPECT_NE(ended.said.find("/dev/zero: is larger than 8 MiB"), std::string::npos) << ended.said;
 }
 
+TEST_F(Cli, WhatExplainSaysFits80Columns) {
+  const Ended ended = Command("explain");
+  EXPECT_EQ(ended.code, 0) << ended.said;
+  std::istringstream lines(ended.said);
+  int count = 0;
+  for (std::string line; std::getline(lines, line); ++count) EXPECT_LE(line.size(), 80u) << line;
+  EXPECT_GT(count, 100);
+  const std::string qwen = Command("explain --model qwen3-8b").said;
+  EXPECT_NE(qwen.find("\nQwen3-8B\n"), std::string::npos) << qwen;
+  EXPECT_NE(qwen.find("\n  norm + rope + store in fp8: "), std::string::npos) << qwen;
+}
+
 TEST_F(Cli, TheSweepHasEveryPartWorstFirst) {
   const Ended ended =
       Command("bench --sweep --dtype f32 --op rope --pairing neox --tokens 1 --seconds 0.0001 --json - 2>/dev/null");
@@ -149,6 +162,12 @@ TEST_F(Cli, TheSweepHasEveryPartWorstFirst) {
       EXPECT_LE(results[i].at("ratio"), results[i - 1].at("ratio"));
     }
     real |= results[i].at("rotary_dim") == 64 && results[i].at("rotary_offset") == 128;
+    // A whole head costs as many lines a byte as 128 of 128; 8 of 32, 32 bytes of 128, twice as many.
+    const double ratio = results[i].at("ratio"), line = results[i].at("line_ratio");
+    if (results[i].at("rotary_dim") == results[i].at("head_dim") && results[i].at("head_dim") == 64) {
+      EXPECT_NEAR(line, ratio, 1e-9 * ratio);
+    }
+    if (results[i].at("rotary_dim") == 8) EXPECT_NEAR(2 * line, ratio, 1e-9 * ratio);
   }
   EXPECT_TRUE(real);
 }

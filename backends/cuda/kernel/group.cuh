@@ -150,6 +150,15 @@ __device__ __forceinline__ void WaitForOthers() {
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
+// Compilers move loads, and work on what was loaded, to either side of other instructions. An exit that no thread takes
+// stands in their way.
+__device__ __forceinline__ void KeepOrder() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "{.reg .pred never; .reg .u32 depth; mov.u32 depth, %ntid.z; setp.ne.u32 never, depth, 1; @never exit;}" ::
+          : "memory");
+#endif
+}
 // Let the next kernel start, whose own wait is for the end of this one. K::kDependentLaunch says when: 1 at the end; 2
 // when the position has arrived, and with it the first rows; 3 when all loads are issued. Compilers move work on loaded
 // values to either side of the launch, which then waits for them or does not. An exit that no thread takes stands in
@@ -164,11 +173,7 @@ __device__ __forceinline__ void LetTheNextStart([[maybe_unused]] rw_i64 position
         : "memory");
   }
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-  if constexpr (kWhen == 3) {
-    asm volatile(
-        "{.reg .pred never; .reg .u32 depth; mov.u32 depth, %ntid.z; setp.ne.u32 never, depth, 1; @never exit;}" ::
-            : "memory");
-  }
+  if constexpr (kWhen == 3) KeepOrder();
 #endif
 }
 

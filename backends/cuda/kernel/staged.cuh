@@ -21,6 +21,9 @@ __device__ __forceinline__ void Staged(const rope_cuda_args& a) {
   const auto loaded_slot = LoadSlot<K>(a, a.slots, t.batch, t.token);
   LoadedPosition<K> loaded_position = {};
   if constexpr (!K::kAxes) loaded_position = LoadPosition<K>(a, t.batch, t.token, 0);
+  // Else a position of 32 bits is asked for behind the rows that are fetched, where it is widened: norm + rope of 28/4
+  // heads of 128 at 4,096 tokens took 19.6 us for 18.4.
+  if constexpr (K::kPositionsDtype == kRopeI32 && K::kDependentLaunch > 1) KeepOrder();
 
   Share<K> share;
   __shared__ Aligned<16> staged[S::kStaged ? (K::kInFlight * S::kStageBytes + 15) / 16 : 1];

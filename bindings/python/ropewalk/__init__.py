@@ -117,9 +117,8 @@ for _function in (rope, prepare, can_use, explain):
 
 def __dir__() -> list[str]:
     """What is meant to be used, without what this file imports."""
-    return sorted(
-        [*__all__, "__doc__", "__version__", *(name for name in ("compat", "transformers") if name in globals())]
-    )
+    modules = (name for name in ("compat", "diffusers", "torchtitan", "transformers") if name in globals())
+    return sorted([*__all__, "__doc__", "__version__", *modules])
 
 
 def check_faults() -> None:

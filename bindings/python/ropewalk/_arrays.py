@@ -151,6 +151,8 @@ def check_plain(name: str, value: Any) -> None:
         raise ValueError(f"rope: {name} must be a strided tensor, but its layout is {value.layout}")
     if value.device.type == "meta":
         raise ValueError(f"rope: {name} must hold data, but is on the meta device")
+    if type(value).__name__ == "DTensor":
+        raise ValueError(f"rope: {name} must not be a DTensor but in rope and rope_: give {name}.to_local()")
     if value.is_neg():
         raise ValueError(f"rope: {name} is a lazily negated view: call {name}.resolve_neg() first")
 

@@ -137,9 +137,7 @@ class Form:
                 cos, sin = given["cos"], given["sin"]
             more = {}
             if norm:
-                more["q_weight"], more["k_weight"] = (
-                    getattr(module, "weight", None) for module in (sin.layer.q_norm, sin.layer.k_norm)
-                )
+                more["q_weight"], more["k_weight"] = (_slow_weight(sin.layer, name) for name in ("q_norm", "k_norm"))
                 sin = sin.sin
             exact = isinstance(sin, Angles)
             if trailing:
@@ -165,16 +163,50 @@ class Form:
                 rope_(*views, **options, **more)
             return (q, k) if pair else q
 
-        return apply
+        if not pair or split or last_tokens or trailing or not in_place or names[2:4] != ("cos", "sin"):
+            return apply
+
+        def quick(*args: Any, **kwargs: Any) -> Any:
+            """What eager layers call without a gradient: 3 us less than all of the above, of 17 that a layer takes."""
+            if len(args) != 4 or kwargs or torch.is_grad_enabled() or torch.compiler.is_compiling():
+                return apply(*args, **kwargs)
+            q, k, _, sin = args
+            weights = {}
+            if norm:
+                layer, sin = sin.layer, sin.sin
+                weights = {"q_weight": _weight(layer, "q_norm"), "k_weight": _weight(layer, "k_norm")}
+            if type(sin) is not Angles or q.stride(-1) != 1 or k.stride(-1) != 1:
+                return apply(*args)
+            rope_(
+                q if tokens_first_by_default else q.transpose(-3, -2),
+                k if tokens_first_by_default else k.transpose(-3, -2),
+                positions=sin.positions, frequencies=sin.frequencies, **options, **weights,
+            )  # fmt: skip
+            return q, k
+
+        return quick
+
+
+def _weight(layer: Any, name: str) -> Any:
+    """That of a norm of a layer, past two look-ups of nn.Module where it is a parameter."""
+    norm = layer._modules.get(name)
+    return (
+        norm._parameters["weight"] if norm is not None and "weight" in norm._parameters else _slow_weight(layer, name)
+    )
+
+
+def _slow_weight(layer: Any, name: str) -> Any:
+    return getattr(getattr(layer, name), "weight", None)
 
 
 def with_functions(base: Any, functions: dict[str, Any]) -> Any:
     """The forward of a class, whose code finds these functions under the names of its own."""
     stock = inspect.unwrap(base.forward)
-    made = types.FunctionType(
-        stock.__code__, {**stock.__globals__, **functions}, stock.__name__, stock.__defaults__, stock.__closure__
-    )
-    made.__kwdefaults__ = stock.__kwdefaults__
+    names = {**stock.__globals__, **functions}
+    # By it Dynamo of torch 2.11 goes to the module of that name, and finds the stock functions.
+    names.pop("__name__", None)
+    made = types.FunctionType(stock.__code__, names, stock.__name__, stock.__defaults__, stock.__closure__)
+    made.__kwdefaults__, made.__module__ = stock.__kwdefaults__, stock.__module__
     return made
 
 
@@ -232,7 +264,9 @@ def _rotary_forward(base: Any) -> Any:
     @functools.wraps(base.forward)
     def forward(self: Any, x: Any, position_ids: Any = None, layer_type: str | None = None) -> tuple[Any, Any]:
         rotary = getattr(self, STATE, None)
-        if rotary is None:
+        # In a graph longrope's choice is made on the device, which the tables have behind them.
+        in_graph = rotary is not None and torch.compiler.is_compiling() and rotary.chooses(layer_type)
+        if rotary is None or in_graph:
             more = (layer_type,) if takes_layer_type else ()
             return base.forward(self, x, position_ids, *more)
         angles = Angles(position_ids, rotary.frequencies(layer_type, position_ids), self, layer_type)
@@ -267,6 +301,17 @@ _FORWARDS = {
 }
 
 
+def _watches_all() -> bool:
+    """Whether there are hooks of all modules."""
+    of_all = torch.nn.modules.module
+    return bool(
+        of_all._global_forward_hooks
+        or of_all._global_forward_pre_hooks
+        or of_all._global_backward_hooks
+        or of_all._global_backward_pre_hooks
+    )
+
+
 @functools.cache
 def _class(base: Any, kind: str) -> Any:
     """`base` with the forward of that kind. It has the same name: what goes by names goes on."""
@@ -277,7 +322,16 @@ def _class(base: Any, kind: str) -> Any:
         _, _, *state = base.__reduce_ex__(self, max(int(protocol), 2))
         return _new, (base, kind), *state
 
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        # A call of nn.Module takes 1 us to find that nobody watches it.
+        hooked = self._forward_hooks or self._forward_pre_hooks or self._backward_hooks or self._backward_pre_hooks
+        if hooked or "forward" in self.__dict__ or _watches_all() or torch.compiler.is_compiling():
+            return base.__call__(self, *args, **kwargs)
+        return made.forward(self, *args, **kwargs)
+
     attributes = {"forward": _FORWARDS[kind](base), "__reduce_ex__": reduce_ex, "_ropewalk_base": base}
+    if kind == "norm":
+        attributes["__call__"] = call
     made = type(base.__name__, (base,), {"__module__": base.__module__, "__doc__": base.__doc__, **attributes})
     made.__qualname__ = base.__qualname__
     return made

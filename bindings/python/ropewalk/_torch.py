@@ -8,6 +8,7 @@ shape function does nothing but refuse.
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -131,6 +132,23 @@ for _definition in (_schema, _out_schema):
                       [name for name in _written if _name == "rope_" or name not in ("q", "k")]),
         lib=_library,
     )  # fmt: skip
+
+
+def _serves_dtensors() -> bool:
+    """Registers the rules for DTensors once torch has them, which is not imported for that: it takes seconds."""
+    global _has_dtensor_rules
+    if not _has_dtensor_rules and "torch.distributed.tensor" in sys.modules:
+        from . import _dtensor  # noqa: PLC0415
+
+        _has_dtensor_rules = True
+        _dtensor.register(_library, wrote)
+    return _has_dtensor_rules
+
+
+_has_dtensor_rules = False
+# Called while a graph is made, as by torch.compiler.assume_constant_result, which imports all of Dynamo.
+_serves_dtensors._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_serves_dtensors()
 
 
 def _scale(name: str, value: Any) -> Any:
@@ -384,6 +402,7 @@ def wants_gradient(values: Any) -> bool:
 
 def rope(arguments: dict[str, Any]) -> tuple[Any, Any]:
     """The call into new tensors, through autograd. All arguments of a call without a store, by name."""
+    _serves_dtensors()
     tensors = {name: arguments.get(name) for name in _tensors}
     first = next(name for name, x in tensors.items() if isinstance(x, torch.Tensor) and x.requires_grad)
     for name, x in tensors.items():
@@ -456,8 +475,10 @@ _TORCH_VALUES: dict[str, Any] = {
 
 def rope_(arguments: dict[str, Any]) -> None:
     """The call as an operator of torch. All arguments by name."""
+    _serves_dtensors()
     arguments = {**arguments, **{name: _scale(name, arguments[name]) for name in _host_scalars}}
     _check({name: arguments[name] for name in _tensors})
-    in_place = arguments["q_out"] is None and arguments["k_out"] is None
+    writes_k = arguments["k"] is not None and arguments["k_out"] is None and not arguments["k_store_only"]
+    in_place = arguments["q_out"] is None or writes_k
     operator = torch.ops.ropewalk.rope_ if in_place else torch.ops.ropewalk.rope_out
     operator(*[_TORCH_VALUES[kind](name, arguments[name]) for name, kind in _kinds])

@@ -313,7 +313,7 @@ class _Trial:
                             return
                     reason = f"gives another result than with its own {forms[0][0]}"
                 except (AttributeError, TypeError, ValueError, RuntimeError) as error:  # e.g. it does more with tables
-                    reason = f"ends in {type(error).__name__}: {error}"
+                    reason = f"ends in {type(error).__name__}: {error}{_if_sharded(attention)}"
                 self.result._unset(attention, *norms)
         raise ValueError(f"patch: with Ropewalk {base.__name__} {reason}")
 
@@ -345,6 +345,13 @@ def _check_devices(model: Any, modules: Any) -> None:
             f"patch: {type(model).__name__} is spread over devices or offloaded, {', '.join(devices)}: each layer is "
             "tried where it lies, so call ropewalk.transformers.patch before dispatching the model"
         )
+
+
+def _if_sharded(attention: Any) -> str:
+    """The remedy where a layer cannot be tried alone, as its parameters are spread over ranks."""
+    if any(type(weight).__name__ == "DTensor" for weight in attention.parameters()):
+        return "; its parameters are sharded: call ropewalk.transformers.patch before fully_shard"
+    return ""
 
 
 def _is_rotary(module: torch.nn.Module) -> bool:
@@ -392,6 +399,10 @@ class _Rotary:
     def changes(self, layer_type: str | None) -> bool:
         """Whether the rule goes by the length."""
         return self._rule(layer_type).get("rope_type", "default") in ("dynamic", "longrope")
+
+    def chooses(self, layer_type: str | None) -> bool:
+        """Whether the rule chooses between two sets of frequencies, by the length."""
+        return self._rule(layer_type).get("rope_type", "default") == "longrope"
 
     def frequencies(self, layer_type: str | None, position_ids: Any) -> Frequencies:
         key = self._key(layer_type, position_ids)
