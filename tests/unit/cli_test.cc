@@ -167,7 +167,9 @@ TEST_F(Cli, TheSweepHasEveryPartWorstFirst) {
     if (results[i].at("rotary_dim") == results[i].at("head_dim") && results[i].at("head_dim") == 64) {
       EXPECT_NEAR(line, ratio, 1e-9 * ratio);
     }
-    if (results[i].at("rotary_dim") == 8) EXPECT_NEAR(2 * line, ratio, 1e-9 * ratio);
+    if (results[i].at("rotary_dim") == 8) {
+      EXPECT_NEAR(2 * line, ratio, 1e-9 * ratio);
+    }
   }
   EXPECT_TRUE(real);
 }
