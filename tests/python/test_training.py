@@ -1,4 +1,4 @@
-"""The gradient: `rope_backward`, and `rope` through torch's autograd, against float64; and models trained through it."""
+"""The gradient: `rope_backward`, and `rope` through torch's autograd, against float64; models trained through it."""
 
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
@@ -181,7 +181,7 @@ BAD = {
     "sum": ({"q_weight_grad": torch.empty(DIM, dtype=torch.bfloat16)}, ValueError, "q_weight_grad must be float32"),
     "sum's size": ({"k_weight_grad": torch.empty(DIM + 2)}, ValueError, "k_weight_grad has head_dim 26"),
     "cache": ({"k_cache": torch.empty(9, 2, DIM), "slots": torch.arange(TOKENS)}, ValueError, "k_cache is given, but"),
-    "requires grad": ({"q_weight_grad": torch.ones(DIM, requires_grad=True)}, ValueError, "q_weight_grad requires grad"),
+    "grad": ({"q_weight_grad": torch.ones(DIM, requires_grad=True)}, ValueError, "q_weight_grad requires grad"),
     "no tensor": ({"q": 3}, TypeError, "q must be a tensor"),
     "unknown": ({"qq": 3}, TypeError, "unexpected keyword argument 'qq'"),
 }
@@ -293,9 +293,9 @@ def test_one_output_alone_and_gradients_of_any_strides() -> None:
     new = ropewalk.rope(q, k, q_weight=q_weight, k_weight=k_weight, **options)
     grad = torch.autograd.grad(new[1].sum(), [q, k], allow_unused=True)  # an expanded gradient
     assert grad[0] is None or not grad[0].any()
-    want = torch.autograd.grad(
-        exact(k.double(), k_weight.double(), tables(options["frequencies"], options["positions"]), "neox", 0, False, True,
-              False).sum(), k)  # fmt: skip
+    angles = tables(options["frequencies"], options["positions"])
+    turned = exact(k.double(), k_weight.double(), angles, "neox", 0, False, True, False)
+    want = torch.autograd.grad(turned.sum(), k)
     close(grad[1], want[0])
     new = ropewalk.rope(q, k, q_weight=q_weight, k_weight=k_weight, **options)
     turned_grad = random(DIM, 3, TOKENS).permute(2, 1, 0)
@@ -335,8 +335,8 @@ def test_every_derivative_of_a_rotation_and_one_of_a_norm() -> None:
 
 REFUSED = {
     "a leaf in place": (ropewalk.rope_, {}, "q requires grad and is a leaf"),
-    "a norm in place": (lambda q, k, **o: ropewalk.rope_(q * 1, k * 1, **o), {"norm": "rms"}, "q requires grad, and the "
-                        "gradient of the norm needs q and k as they are"),
+    "a norm in place": (lambda q, k, **o: ropewalk.rope_(q * 1, k * 1, **o), {"norm": "rms"},
+                        "q requires grad, and the gradient of the norm needs q and k as they are"),
     "a table": (ropewalk.rope, {"frequencies": None, "cos_sin": torch.ones(9, DIM, requires_grad=True)},
                 "cos_sin requires grad, and Ropewalk calculates no gradient of tables"),
     "a store": (ropewalk.rope, {"k_cache": torch.empty(9, 2, DIM), "slots": torch.arange(TOKENS)}, "k_cache is given"),

@@ -57,7 +57,8 @@ if _arrays.torch is not None:
 def rope(q: SupportsDLPack, k: SupportsDLPack | None = None, **options: Unpack[RopeOptions]) -> tuple[Any, Any]:
     """As `rope_`, but into new tensors: q and k are left as they are. KV caches are written as there.
 
-    torch's autograd goes through it, to q, k, q_weight and k_weight, where it stores nothing in a cache: docs/training.md.
+    torch's autograd goes through it, to q, k, q_weight and k_weight, where it stores nothing in a cache:
+    docs/training.md.
 
     Returns:
         The new q and k, like their own (torch, numpy, cupy, or jax on the CPU); None for no k, or with k_store_only.

@@ -1,5 +1,5 @@
-"""`rope_backward`: the gradient of norm and rotation, for those who call it themselves. torch's autograd has it already:
-`rope` is differentiable."""
+"""`rope_backward`: the gradient of norm and rotation, for those who call it themselves. torch's autograd has it
+already: `rope` is differentiable."""
 
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
@@ -50,9 +50,9 @@ def rope_backward(
     With torch nobody needs it, as `rope` is differentiable. It is for other frameworks' autograd and for
     `torch.autograd.Function`s of one's own; no autograd goes through it.
 
-    With n = x / rms(x) and y = R (n * weight), where R turns pairs: g = R^T dY, dX = (g * weight - n * mean(g * weight *
-    n)) / rms(x), and a weight's gradient is the sum of g * n over all heads of all tokens. The sums are the same to the
-    bit each time, on any number of threads; dX of a token does not depend on the others.
+    With n = x / rms(x) and y = R (n * weight), where R turns pairs: g = R^T dY, dX = (g * weight - n * mean(g * weight
+    * n)) / rms(x), and a weight's gradient is the sum of g * n over all heads of all tokens. The sums are the same to
+    the bit each time, on any number of threads; dX of a token does not depend on the others.
 
     Args:
         q_grad: [batch?, tokens, q_heads, head_dim] float32, float16 or bfloat16. The gradient of the rotated q; becomes

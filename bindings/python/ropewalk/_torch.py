@@ -452,8 +452,8 @@ def rope_in_place(arguments: dict[str, Any]) -> tuple[Any, Any]:
             isinstance(x, torch.Tensor) and x.requires_grad
         ):
             raise ValueError(
-                f"rope: {name} requires grad, and the gradient of the norm needs q and k as they are, which rope_ would "
-                f"overwrite: use ropewalk.rope, call it under torch.no_grad(), or give {name}.detach()"
+                f"rope: {name} requires grad, and the gradient of the norm needs q and k as they are, which rope_ "
+                f"would overwrite: use ropewalk.rope, call it under torch.no_grad(), or give {name}.detach()"
             )
     new = rope(arguments)
     for name, rotated in zip(("q", "k"), new, strict=True):

@@ -91,9 +91,9 @@ class Patch:
 def patch(model: torch.nn.Module, *, angles: str = "exact", rounding: str = "fused", fuse_norm: bool = True) -> Patch:
     """Puts Ropewalk in place of a model's rotary embedding.
 
-    Training goes through it, too: with gradients enabled q and k are rotated into new tensors, and autograd keeps what the
-    projections gave, but no normalised copy of it. Without (`torch.no_grad`, `torch.inference_mode`, `generate`) they are
-    rotated in place, in the outputs of their projections. A copy of the model, by `copy.deepcopy`, `pickle` or
+    Training goes through it, too: with gradients enabled q and k are rotated into new tensors, and autograd keeps what
+    the projections gave, but no normalised copy of it. Without (`torch.no_grad`, `torch.inference_mode`, `generate`)
+    they are rotated in place, in the outputs of their projections. A copy of the model, by `copy.deepcopy`, `pickle` or
     `torch.save`, is patched, too.
 
     Args:
