@@ -261,6 +261,46 @@ def test_a_model_on_several_devices_is_told_so():
         rt.patch(model)
 
 
+class Doubled(torch.nn.Module):
+    def __init__(self, base):
+        super().__init__()
+        self.base_layer = base
+
+    def forward(self, x):
+        return 2 * self.base_layer(x)
+
+
+def hook(attention):
+    attention.k_norm.register_forward_hook(lambda module, args, out: 2 * out)
+
+
+def wrap(attention):
+    attention.q_norm = Doubled(attention.q_norm)
+
+
+def other_eps(attention):
+    attention.q_norm.variance_epsilon = 0.5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("change", [hook, wrap, other_eps])
+@pytest.mark.parametrize(
+    "through", [lambda model: model, copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))]
+)
+def test_norms_that_are_changed_after_patch(change, through):
+    model, prompt = make("qwen3"), ids()
+    with rt.patch(model) as patched:
+        model = through(model)
+        close(served(model, prompt), make("qwen3")(prompt).logits)
+        change(attentions(model)[0])
+        got = served(model, prompt)
+        if patched.model is not model:
+            rt.Patch(model).unpatch()
+    want = stock(model, prompt)
+    close(got, want)
+    assert not torch.equal(want, make("qwen3")(prompt).logits)
+
+
 # ---- gradients; cosines and sines that others take
 
 

@@ -21,6 +21,7 @@ from . import Frequencies, rope, rope_
 APPLY = "apply_rotary_pos_emb"
 TABLES = "position_embeddings"  # the argument that hands the cosines and sines to a layer
 STATE = "_ropewalk"  # the attribute of a patched module
+FUSING = "_ropewalk_fusing"  # of a layer whose norms are done with the rotation
 
 
 class Angles:
@@ -218,12 +219,44 @@ class Plan:
         base, forms, rounding, norm, in_place = made_from
         self.fuses_norm = norm is not None
         self.function = with_functions(base, {name: form.make(rounding, norm, in_place) for name, form in forms})
+        self.rotates = self.function  # with the norms' own code
+        if norm:
+            self.rotates = with_functions(base, {name: form.make(rounding, None, in_place) for name, form in forms})
 
     def __deepcopy__(self, memo: Any) -> Plan:
         return self
 
     def __reduce__(self) -> Any:
         return Plan, self.made_from
+
+
+class Fusing:
+    """The norms of a layer that are done with the rotation, as long as they are as `patch` found them."""
+
+    def __init__(self, layer: Any, norm: Norm) -> None:
+        self.layer = layer
+        self.eps = norm.eps
+        self.active = True  # what the norms go by: set by the layer's call
+
+    def holds(self) -> bool:
+        """Nobody has put a hook on one of them, something round it or another epsilon into it."""
+        for name in ("q_norm", "k_norm"):
+            norm = self.layer._modules.get(name)
+            state = getattr(norm, "__dict__", {})
+            if state.get(STATE) is not self or state.get("variance_epsilon", state.get("eps")) != self.eps:
+                return False
+            if norm._forward_hooks or norm._forward_pre_hooks or "forward" in state:
+                return False
+        return True
+
+
+def _fuses(layer: Any, plan: Plan) -> bool:
+    fusing = getattr(layer, FUSING, None) if plan.fuses_norm else None
+    if fusing is None:
+        return plan.fuses_norm
+    if not torch.compiler.is_compiling():
+        fusing.active = fusing.holds()
+    return fusing.active
 
 
 def _attention_forward(base: Any) -> Any:
@@ -235,9 +268,10 @@ def _attention_forward(base: Any) -> Any:
         plan = getattr(self, STATE, None)
         tables = kwargs.get(TABLES, args[place] if place < len(args) else None)
         serves = plan is not None
+        fuses = serves and _fuses(self, plan)
         if isinstance(tables, tuple):
             cos, sin = tables
-            if serves and plan.fuses_norm:
+            if fuses:
                 tables = cos, _OfLayer(sin, self)
             elif not serves and isinstance(sin, Angles):
                 x = next(x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor))
@@ -247,7 +281,9 @@ def _attention_forward(base: Any) -> Any:
                 kwargs = {**kwargs, TABLES: tables}
             else:
                 args = (*args[:place], tables, *args[place + 1 :])
-        return plan.function(self, *args, **kwargs) if serves else base.forward(self, *args, **kwargs)
+        if not serves:
+            return base.forward(self, *args, **kwargs)
+        return (plan.function if fuses else plan.rotates)(self, *args, **kwargs)
 
     return forward
 
@@ -278,9 +314,8 @@ def _rotary_forward(base: Any) -> Any:
 def _norm_forward(base: Any) -> Any:
     @functools.wraps(base.forward)
     def forward(self: Any, x: Any) -> Any:
-        if getattr(self, STATE, None) is None:
-            return base.forward(self, x)
-        return x
+        fusing = getattr(self, STATE, None)
+        return x if fusing is not None and fusing.active else base.forward(self, x)
 
     return forward
 
@@ -360,6 +395,7 @@ def put(module: Any, kind: str, state: Any) -> None:
 
 def take_off(module: Any) -> None:
     """Undoes `put`, and nothing else: wrappers that others put round it since go on, and get the stock forward."""
+    module.__dict__.pop(FUSING, None)
     if module.__dict__.pop(STATE, None) is None:
         return
     ours = next(cls for cls in type(module).__mro__ if "_ropewalk_base" in cls.__dict__)

@@ -22,7 +22,21 @@ import torch
 
 from . import Frequencies
 from ._arrays import _shown
-from ._patched_module import APPLY, STATE, TABLES, Angles, Form, Norm, Plan, call_rotary, put, take_off, whole
+from ._patched_module import (
+    APPLY,
+    FUSING,
+    STATE,
+    TABLES,
+    Angles,
+    Form,
+    Fusing,
+    Norm,
+    Plan,
+    call_rotary,
+    put,
+    take_off,
+    whole,
+)
 from ._rotary_module import WrongFrequenciesError, frequencies_of
 from ._trial import (
     TOLERANCE,
@@ -305,8 +319,10 @@ class _Trial:
                 plan = self.plans.setdefault(key, Plan(*key))
                 norms = (attention.q_norm, attention.k_norm) if fused else ()
                 self.result._set(attention, "attention", plan)
-                for each in norms:
-                    self.result._set(each, "norm", True)
+                if fused:
+                    attention.__dict__[FUSING] = fusing = Fusing(attention, fused)
+                    for each in norms:
+                        self.result._set(each, "norm", fusing)
                 try:
                     with in_eval(attention):
                         if same(call.again(attention, tables), call.result, dtype):
