@@ -240,12 +240,14 @@ class Fusing:
 
     def holds(self) -> bool:
         """Nobody has put a hook on one of them, something round it or another epsilon into it."""
+        modules = self.layer._modules
         for name in ("q_norm", "k_norm"):
-            norm = self.layer._modules.get(name)
-            state = getattr(norm, "__dict__", {})
+            state = vars(modules[name]) if modules.get(name) is not None else {}
             if state.get(STATE) is not self or state.get("variance_epsilon", state.get("eps")) != self.eps:
                 return False
-            if norm._forward_hooks or norm._forward_pre_hooks or "forward" in state:
+            if state["_forward_hooks"] or state["_forward_pre_hooks"] or "forward" in state:
+                return False
+            if state["_backward_hooks"] or state["_backward_pre_hooks"]:
                 return False
         return True
 
@@ -358,11 +360,11 @@ def _class(base: Any, kind: str) -> Any:
         return _new, (base, kind), *state
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        # A call of nn.Module takes 1 us to find that nobody watches it.
-        hooked = self._forward_hooks or self._forward_pre_hooks or self._backward_hooks or self._backward_pre_hooks
-        if hooked or "forward" in self.__dict__ or _watches_all() or torch.compiler.is_compiling():
+        # A call of nn.Module takes 1 us to find that nobody watches it, which the layer has just looked for.
+        fusing = self.__dict__.get(STATE)
+        if fusing is None or not fusing.active or len(args) != 1 or torch.compiler.is_compiling() or _watches_all():
             return base.__call__(self, *args, **kwargs)
-        return made.forward(self, *args, **kwargs)
+        return args[0]
 
     attributes = {"forward": _FORWARDS[kind](base), "__reduce_ex__": reduce_ex, "_ropewalk_base": base}
     if kind == "norm":
