@@ -20,9 +20,10 @@ constexpr std::string_view kNotOfTheRotation[] = {"no_rope_layers", "no_rope_lay
                                                   "max_position_embeddings"};
 // What a key with "rope" or "rotary" has, if false is a choice between rotations ("rope_interleave") and not that there
 // is none ("use_rope").
-constexpr std::string_view kChoices[] = {"interleav", "scal",  "2d",   "3d",      "traditional", "finetuned", "value",
-                                         "dynamic",   "ntk",   "yarn", "partial", "no_rope",     "nope",      "without",
-                                         "disable",   "cache", "fus",  "kernel",  "mrope",       "long"};
+constexpr std::string_view kChoices[] = {"interleav", "scal",    "2d",      "3d",    "traditional", "finetuned",
+                                         "value",     "dynamic", "ntk",     "yarn",  "partial",     "no_rope",
+                                         "nope",      "without", "disable", "cache", "fus",         "kernel",
+                                         "mrope",     "xdrope",  "flash",   "long"};
 // True says that the model has no rotary embedding.
 constexpr std::pair<std::string_view, std::string_view> kWithout[] = {
     {"alibi", "ALiBi"}, {"use_alibi", "ALiBi"}, {"nope", "NoPE"}, {"use_nope", "NoPE"}, {"mla_use_nope", "NoPE"}};

@@ -899,7 +899,8 @@ TEST(ModelTypes, FieldsThatNobodyReadsAreRefused) {
                                R"(", "hidden_size": 256, "num_attention_heads": 4, "rope_theta": 1e4, )";
     ASSERT_NE(FromConfig(config + R"("swan": null, "use_rope_3d": false, "theta_names": []})"), nullptr);
     ASSERT_NE(FromConfig(config + R"("apply_rope_fusion": false, "rotary_emb_interleaved": false, "no_rope": false,
-                                     "is_property": false})"),
+                                     "is_property": false, "position_embedding_xdrope": false,
+                                     "flash_rotary": false})"),
               nullptr);
     for (const char* field : {"rope_thetta",
                               "rope_ratio",
