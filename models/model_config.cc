@@ -23,26 +23,45 @@ std::string Stem(std::string_view path) {
   return std::string(path.substr(0, path.find_last_of('.')));
 }
 
-// The part of a configuration that describes the text model: a multimodal one nests it.
+constexpr const char* kTextParts[] = {"text_config", "llm_config", "language_config", "thinker_config"};
+
+// The part of a configuration that describes the text model: a multimodal one nests it. Another such part must say the
+// same, or nothing of the rotation.
 Status FindText(const Json& whole, std::string_view name, const Json** out, std::string* where) {
   *out = &whole;
   *where = std::string(name) + ": ";
+  const auto has_shape = [](const Json& object) {
+    return object.contains("hidden_size") || object.contains("num_attention_heads") || object.contains("head_dim") ||
+           object.contains("text_config");
+  };
   for (int level = 0; level < 2; ++level) {  // Qwen-Omni: thinker_config.text_config
     Fields fields(**out, *where);
-    const Json* inner = nullptr;
-    std::string key;
-    for (const char* candidate : {"text_config", "llm_config", "language_config", "thinker_config"}) {
-      ROPEWALK_TRY(Inner(&fields, candidate, &inner));
-      key = candidate;
-      if (inner != nullptr) break;
+    const Json* found = nullptr;
+    std::string found_key;
+    for (const char* key : kTextParts) {
+      const Json* inner = nullptr;
+      ROPEWALK_TRY(Inner(&fields, key, &inner));
+      if (inner == nullptr) continue;
+      if (!has_shape(*inner)) {
+        Fields part(*inner, fields.Name(key) + ".");
+        for (const auto& [said, value] : inner->items()) {
+          if (fields.object().contains(said) && fields.object()[said] == value) part.Ignore(said);
+        }
+        const Status status = RefuseRotaryFields(part, /*inside=*/true);
+        if (status.ok()) continue;
+        return Status::Invalid(status.text() + "; " + key + " is not read, as it has no hidden_size");
+      }
+      if (found != nullptr && *found != *inner) {
+        return Status::Invalid(fields.Name(found_key) + " and " + key + " are both there and differ: leave one, or " +
+                               kWayOut);
+      }
+      if (found != nullptr) continue;
+      found = inner;
+      found_key = key;
     }
-    const auto has_shape = [](const Json& object) {
-      return object.contains("hidden_size") || object.contains("num_attention_heads") || object.contains("head_dim") ||
-             object.contains("text_config");
-    };
-    if (inner == nullptr || !has_shape(*inner)) break;
-    *where += key + ".";
-    *out = inner;
+    if (found == nullptr) break;
+    *where += found_key + ".";
+    *out = found;
   }
   return {};
 }
@@ -180,7 +199,8 @@ Status ReadLayerConfig(std::string_view json, std::string_view name, std::string
     }
     ROPEWALK_TRY(RefuseRotaryFields(top, /*inside=*/false));
   }
-  return RefuseRotaryFields(fields, /*inside=*/found == nullptr);
+  for (const char* key : kTextParts) fields.Ignore(key);  // FindText has looked there
+  return RefuseRotaryFields(fields, /*inside=*/true);
 }
 
 Status ReadModelConfig(std::string_view json, std::string_view name, ModelConfig* out) {

@@ -13,11 +13,53 @@ namespace ropewalk {
 namespace {
 
 // Words of keys that change the rotation in some model's code. Such a key that nobody has read is refused.
-constexpr std::string_view kRotaryWords[] = {"rope", "rotary", "ntk", "yarn", "alibi", "position_embedding",
-                                             "swa",  "theta"};
+constexpr std::string_view kRotaryWords[] = {"rope",  "rotary", "ntk",       "yarn",      "alibi", "position_embedding",
+                                             "theta", "swa",    "base_freq", "freq_base", "nope"};
 // Keys with such a word that say which layers rotate, or are of another part of the model.
 constexpr std::string_view kNotOfTheRotation[] = {"no_rope_layers", "no_rope_layer_interval",
                                                   "max_position_embeddings"};
+// What a key with "rope" or "rotary" has, if false is a choice between rotations ("rope_interleave") and not that there
+// is none ("use_rope").
+constexpr std::string_view kChoices[] = {"interleav", "scal",    "2d",      "3d",    "traditional", "finetuned",
+                                         "value",     "dynamic", "ntk",     "yarn",  "partial",     "no_rope",
+                                         "nope",      "without", "disable", "cache", "fus",         "kernel",
+                                         "mrope",     "xdrope",  "flash",   "long"};
+// True says that the model has no rotary embedding.
+constexpr std::pair<std::string_view, std::string_view> kWithout[] = {
+    {"alibi", "ALiBi"}, {"use_alibi", "ALiBi"}, {"nope", "NoPE"}, {"use_nope", "NoPE"}, {"mla_use_nope", "NoPE"}};
+// True says that it has one, and nothing else.
+constexpr std::string_view kWith[] = {"rotary",
+                                      "rope",
+                                      "use_rope",
+                                      "use_rotary",
+                                      "use_rotary_embedding",
+                                      "use_rotary_embeddings",
+                                      "use_rotary_position_embeddings",
+                                      "use_rotary_pos_emb",
+                                      "use_mem_rope"};
+// The fields that are read, to find those meant where a letter is wrong.
+constexpr std::string_view kRotaryKeys[] = {"rope_theta",
+                                            "rope_scaling",
+                                            "rope_parameters",
+                                            "rope_base",
+                                            "rope_ratio",
+                                            "rope_pct",
+                                            "rope_interleave",
+                                            "rope_local_base_freq",
+                                            "local_rope_theta",
+                                            "global_rope_theta",
+                                            "layer_rope_theta",
+                                            "rotary_dim",
+                                            "rotary_base",
+                                            "rotary_emb_base",
+                                            "rotary_emb_fraction",
+                                            "rotary_pct",
+                                            "rotary_percent",
+                                            "partial_rotary_factor",
+                                            "qk_rope_head_dim",
+                                            "qk_nope_head_dim",
+                                            "position_embedding_type",
+                                            "original_max_position_embeddings"};
 
 bool Contains(std::string_view key, std::string_view word) {
   const auto equal = [](char a, char b) { return std::tolower(static_cast<unsigned char>(a)) == b; };
@@ -29,14 +71,108 @@ bool SaysNothing(const Json& value) {
   return value.is_null() || (value.is_boolean() && !value.get<bool>()) || (value.is_structured() && value.empty());
 }
 
-// A part of the configuration that is a model of its own, or of what is seen and heard.
+// A part of the configuration that is a model of its own, of what is seen, heard or folded, or that has a user's names.
 bool IsOtherModel(std::string_view key, const Json& value) {
   const auto type = value.find("model_type");
   if (type != value.end() && type->is_string() && !type->get<std::string>().empty()) return true;
-  for (const std::string_view word : {"vision", "visual", "image", "audio", "speech", "quantization"}) {
+  for (const std::string_view word :
+       {"vision", "visual", "image", "audio", "speech", "protein", "quantization", "label2id"}) {
     if (Contains(key, word)) return true;
   }
   return false;
+}
+
+bool ContainsRope(std::string_view key) {
+  return Contains(key, "rotary") || (Contains(key, "rope") && !Contains(key, "propert") && !Contains(key, "europe"));
+}
+
+// Such a key that is false: there is no rotary embedding.
+bool IsSwitch(std::string_view key) {
+  return ContainsRope(key) &&
+         std::ranges::none_of(kChoices, [&](std::string_view word) { return Contains(key, word); });
+}
+
+std::string Lower(std::string_view text) {
+  std::string lower(text);
+  for (char& c : lower) c = static_cast<char>(std::tolower(static_cast<unsigned char>(c)));
+  return lower;
+}
+
+// "position_embedding_type", "positional_encoding", "pos_emb", ..: what kind of positions there are.
+bool IsKindOfPositions(std::string_view key) {
+  const std::string lower = Lower(key);
+  std::string_view rest = lower;
+  if (rest.ends_with("_type")) rest.remove_suffix(5);
+  for (const std::string_view start : {"pos_", "position_", "positional_"}) {
+    if (!rest.starts_with(start)) continue;
+    const std::string_view end = rest.substr(start.size());
+    for (const std::string_view kind : {"emb", "embed", "embedding", "embeddings", "enc", "encoding", "encodings"}) {
+      if (end == kind) return true;
+    }
+  }
+  return false;
+}
+
+bool IsRotaryKind(const Json& value) {
+  const std::string kind = Lower(value.get_ref<const std::string&>());
+  return kind == "rope" || kind == "rotary" || kind == "rope_gptj" || kind == "rope_gpt_neox";
+}
+
+// Whether one letter more, less or else, or two that changed places, are all that differs.
+bool IsNear(std::string_view a, std::string_view b) {
+  while (!a.empty() && !b.empty() && a.front() == b.front()) {
+    a.remove_prefix(1);
+    b.remove_prefix(1);
+  }
+  while (!a.empty() && !b.empty() && a.back() == b.back()) {
+    a.remove_suffix(1);
+    b.remove_suffix(1);
+  }
+  if (a.size() <= 1 && b.size() <= 1) return true;
+  return a.size() == 2 && b.size() == 2 && a[0] == b[1] && a[1] == b[0];
+}
+
+// The field that a key must mean, or nothing.
+std::string_view MeantBy(std::string_view key) {
+  if (key.size() > 64) return {};
+  const std::string lower = Lower(key);
+  std::string_view bare = lower;
+  while (bare.starts_with("_")) bare.remove_prefix(1);
+  for (const std::string_view known : kRotaryKeys) {
+    if (IsNear(bare, known)) return known;
+  }
+  return {};
+}
+
+Status RefuseSwitch(const std::string& name) {
+  return Status::Invalid(name + " is false: such a model has no rotary embedding");
+}
+
+std::string Deeper(std::string where, const std::string& more) {
+  if (where.size() < 200) where += more + ".";
+  return where;
+}
+
+// Refuses what says that there is no rotary embedding, also in the parts that single models have for the attention.
+Status RefuseWithout(const Json& object, const std::string& where) {
+  for (const auto& [key, value] : object.items()) {
+    const std::string name = where + ShowKey(key);
+    const auto without = std::ranges::find(kWithout, key, [](const auto& pair) { return pair.first; });
+    if (without != std::end(kWithout) && value == true) {
+      return Status::Invalid(name + " is true: a model with " + std::string(without->second) +
+                             " has no rotary embedding");
+    }
+    if (IsKindOfPositions(key) && value.is_string() && !IsRotaryKind(value)) {
+      if (!ContainsRope(value.get_ref<const std::string&>())) {
+        return Status::Invalid(name + " is " + Show(value) + ": a model with such positions has no rotary embedding");
+      }
+      return Status::Invalid(name + " must be \"rope\" or \"rotary\", but is " + Show(value) + ": correct it, or " +
+                             kWayOut);
+    }
+    if (value == false && IsSwitch(key)) return RefuseSwitch(name);
+    if (value.is_object() && !IsOtherModel(key, value)) ROPEWALK_TRY(RefuseWithout(value, Deeper(where, ShowKey(key))));
+  }
+  return {};
 }
 
 }  // namespace
@@ -77,41 +213,7 @@ Status CheckIsRotary(Fields* fields, const ModelTraits& traits) {
     return Status::Invalid(fields->Name("model_type") + " is " + Quoted(traits.model_type) + ", " +
                            std::string(traits.refused));
   }
-  const auto refuse = [](const std::string& name, const std::string& value, const char* what) {
-    return Status::Invalid(name + " is " + value + ": a model with " + what + " has no rotary embedding");
-  };
-  // Also in the part that MPT and DBRX have for the attention.
-  const auto attention = fields->object().find("attn_config");
-  const bool has_attention = attention != fields->object().end() && attention->is_object();
-  for (const auto& [key, what] : {std::pair{"alibi", "ALiBi"},
-                                  {"use_alibi", "ALiBi"},
-                                  {"nope", "NoPE"},
-                                  {"use_nope", "NoPE"},
-                                  {"mla_use_nope", "NoPE"}}) {
-    for (const bool inside : {false, true}) {
-      const Json& object = inside && has_attention ? *attention : fields->object();
-      const auto value = object.find(key);
-      if (value == object.end() || !value->is_boolean() || !value->get<bool>()) continue;
-      return refuse(fields->Name(inside ? "attn_config." : "") + key, "true", what);
-    }
-  }
-  for (const char* key : {"position_embedding_type", "position_embeddings_type", "pos_embedding_type",
-                          "positional_embedding_type", "position_encoding_type"}) {
-    const auto value = fields->object().find(key);
-    if (value == fields->object().end() || !value->is_string()) continue;
-    fields->Ignore(key);
-    const auto text = value->get<std::string>();  // "rope", "rope_gptj", "rotary"; else "absolute", "nope", ..
-    if (Contains(text, "rope") || Contains(text, "rotary")) continue;
-    return refuse(fields->Name(key), Quoted(text), "such positions");
-  }
-  for (const char* key : {"rotary", "rope", "use_rope", "use_rotary", "use_rotary_embedding", "use_rotary_embeddings",
-                          "use_rotary_position_embeddings", "use_rotary_pos_emb", "use_mem_rope"}) {
-    const auto value = fields->object().find(key);
-    if (value == fields->object().end() || !value->is_boolean()) continue;
-    if (!value->get<bool>())
-      return Status::Invalid(fields->Name(key) + " is false: such a model has no rotary embedding");
-    fields->Ignore(key);
-  }
+  ROPEWALK_TRY(RefuseWithout(fields->object(), fields->where()));
   if (!traits.rotary_if.empty() && !fields->Has(traits.rotary_if)) {
     return Status::Invalid(fields->Name(traits.rotary_if) + " is missing: without it model_type " +
                            Quoted(traits.model_type) + " has no rotary embedding");
@@ -121,18 +223,41 @@ Status CheckIsRotary(Fields* fields, const ModelTraits& traits) {
 
 Status RefuseRotaryFields(const Fields& fields, bool inside) {
   for (const auto& [key, value] : fields.object().items()) {
-    if (SaysNothing(value) || key.starts_with("_") || fields.IsKnown(key)) continue;
-    bool rotary = false;
-    for (const std::string_view word : kRotaryWords) rotary = rotary || Contains(key, word);
-    if (rotary && std::ranges::find(kNotOfTheRotation, key) == std::end(kNotOfTheRotation)) {
-      return Status::Invalid(fields.where() + ShowKey(key) +
-                             " is not a field that Ropewalk knows, and may change the rotation: correct it, or " +
-                             kWayOut);
+    const std::string_view meant = MeantBy(key);
+    const bool is_part = key == "attn_config";  // who reads it does not read all of it
+    if ((fields.IsKnown(key) && !is_part) || (key.starts_with("_") && meant.empty())) continue;
+    const std::string name = fields.where() + ShowKey(key);
+    if (value == false && IsSwitch(key)) return RefuseSwitch(name);
+    if (SaysNothing(value)) continue;
+    if (value == true && std::ranges::find(kWith, key) != std::end(kWith)) continue;
+    const bool kind = IsKindOfPositions(key);
+    if (kind && value.is_string() && IsRotaryKind(value)) continue;
+    bool rotary = kind;
+    for (const std::string_view word : kRotaryWords) {
+      rotary = rotary || (word == "rope" ? ContainsRope(key) : Contains(key, word));
     }
-    if (inside && value.is_object() && !IsOtherModel(key, value)) {
-      std::string where = fields.where();
-      if (where.size() < 200) where += ShowKey(key) + ".";
-      ROPEWALK_TRY(RefuseRotaryFields(Fields(value, std::move(where)), inside));
+    if (!rotary && !meant.empty()) {
+      return Status::Invalid(name + " is not a field that Ropewalk knows, but looks like " + std::string(meant) +
+                             ": correct it, or " + kWayOut);
+    }
+    if (rotary && std::ranges::find(kNotOfTheRotation, key) == std::end(kNotOfTheRotation)) {
+      return Status::Invalid(
+          name + " is not a field that Ropewalk knows, and may change the rotation: correct it, or " + kWayOut);
+    }
+    if (!inside || !value.is_structured() || IsOtherModel(key, value)) continue;
+    const auto look = [&](const Json& object, const std::string& where) {
+      Fields part(object, Deeper(fields.where(), where));
+      if (is_part && fields.IsKnown(key)) part.Ignore("rope_theta");
+      return RefuseRotaryFields(part, inside);
+    };
+    if (value.is_object()) {
+      ROPEWALK_TRY(look(value, ShowKey(key)));
+      continue;
+    }
+    for (size_t i = 0; i < value.size(); ++i) {
+      if (value[i].is_object() && !IsOtherModel(key, value[i])) {
+        ROPEWALK_TRY(look(value[i], ShowKey(key) + "[" + std::to_string(i) + "]"));
+      }
     }
   }
   return {};

@@ -34,8 +34,8 @@ bool ThetaIsTooLarge(const RopeRule& rule, double ratio);
 
 // Refuses what says that the model has no rotary embedding, or one that is not ours.
 Status CheckIsRotary(Fields* fields, const ModelTraits& traits);
-// Names a field that nobody has read and that may change the rotation. `inside`: also in objects, as a model that
-// Ropewalk does not know may have the attention's fields there.
+// Names a field that nobody has read and that may change the rotation, or looks like one that is misspelt. `inside`:
+// also in the objects and arrays that it holds, as some models have the attention's fields there.
 Status RefuseRotaryFields(const Fields& fields, bool inside);
 
 // Heads of k where a model has a way of its own to give them.

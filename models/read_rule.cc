@@ -289,7 +289,7 @@ Status ReadRule(const Json& object, const std::string& where, const Surroundings
   const bool proportional = rule->type == RopeType::kProportional;
   if (around.rotary_dim && !(proportional && *around.rotary_dim == around.head_dim)) {
     const auto by_factor = static_cast<int64_t>(static_cast<double>(around.head_dim) * partial.value_or(1));
-    if (partial && by_factor != *around.rotary_dim && (*partial != 1 || around.head_dim == 0)) {
+    if (partial && by_factor != *around.rotary_dim && (*partial != 1 || around.head_dim == 0 || !around.is_mla)) {
       return Status::Invalid(
           (partial_inside ? fields.Name("partial_rotary_factor") : around.prefix + around.partial_name) + " is " +
           Show(*partial) + ", but rotary_dim is " + std::to_string(*around.rotary_dim) +

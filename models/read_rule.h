@@ -56,6 +56,7 @@ struct Surroundings {
   std::optional<int64_t> max_position, original_position;
   int64_t head_dim = 0;               // before `partial` is applied
   std::optional<int64_t> rotary_dim;  // given outright
+  bool is_mla = false;                // as qk_rope_head_dim
   int64_t sequence_length = 0;
   TraitMrope mrope = TraitMrope::kContiguous;
   std::string_view model_type;

@@ -51,6 +51,7 @@ Status ReadShape(Fields* fields, const ModelTraits& traits, ModelConfig* config,
     }
     around->head_dim = head_dim.value_or(*rotated);
     around->rotary_dim = rotated;
+    around->is_mla = true;
     config->head_dim = *rotated + *not_rotated;
     config->rotary_offset = *not_rotated;
   } else {

@@ -898,6 +898,10 @@ TEST(ModelTypes, FieldsThatNobodyReadsAreRefused) {
     const std::string config = std::string(R"({"model_type": ")") + type +
                                R"(", "hidden_size": 256, "num_attention_heads": 4, "rope_theta": 1e4, )";
     ASSERT_NE(FromConfig(config + R"("swan": null, "use_rope_3d": false, "theta_names": []})"), nullptr);
+    ASSERT_NE(FromConfig(config + R"("apply_rope_fusion": false, "rotary_emb_interleaved": false, "no_rope": false,
+                                     "is_property": false, "position_embedding_xdrope": false,
+                                     "flash_rotary": false})"),
+              nullptr);
     for (const char* field : {"rope_thetta",
                               "rope_ratio",
                               "rope_3d",
@@ -993,6 +997,117 @@ TEST(ModelTypes, WithoutRotaryEmbedding) {
       "supported");
   EXPECT_EQ(error(R"("model_type": "chatglm", "position_encoding_2d": true)"),
             "config.json: position_encoding_2d is true: the rotation of ChatGLM's first version is not supported");
+}
+
+// Served without a word, each of these would be another model's rotation.
+TEST(ModelTypes, SaidOtherwise) {
+  const std::string shape = R"("hidden_size": 4096, "num_attention_heads": 32, "rope_theta": 1e4)";
+  const std::string way_out = ": correct it, or make Frequencies(theta=.., rotary_dim=..)";
+  const std::string unknown = " is not a field that Ropewalk knows, and may change the rotation" + way_out;
+  for (const char* type : {"llama", "dbrx", "never_heard_of"}) {
+    const std::string start = std::string(R"({"model_type": ")") + type + "\", " + shape + ", ";
+    const auto error = [&](const std::string& more) { return ConfigError(start + more + "}"); };
+    // False says that there is none, whatever the key is called.
+    for (const char* key : {"apply_rope", "enable_rope", "has_rotary", "rotary_embedding", "Use_RoPE",
+                            "use_rotary_positional_embeddings", "rope_enabled"}) {
+      EXPECT_EQ(error(std::string("\"") + key + "\": false"),
+                std::string("config.json: ") + key + " is false: such a model has no rotary embedding");
+      EXPECT_EQ(error(std::string(R"("attn_config": {")") + key + "\": false}"),
+                std::string("config.json: attn_config.") + key + " is false: such a model has no rotary embedding");
+    }
+    // NoPE, ALiBi and other positions, in other words than true.
+    for (const char* key : {"nope", "use_nope", "mla_use_nope", "alibi", "use_alibi"}) {
+      for (const char* value : {"1", "\"true\"", "[true]"}) {
+        EXPECT_EQ(error(std::string("\"") + key + "\": " + value), std::string("config.json: ") + key + unknown);
+        EXPECT_EQ(error(std::string(R"("attn_config": {")") + key + "\": " + value + "}"),
+                  std::string("config.json: attn_config.") + key + unknown);
+      }
+    }
+    for (const char* key : {"position_embedding_type", "positional_encoding", "position_encoding", "pos_emb",
+                            "positional_embeddings", "pos_encoding_type"}) {
+      for (const char* value : {"alibi", "learned"}) {
+        EXPECT_EQ(error(std::string("\"") + key + "\": \"" + value + "\""),
+                  std::string("config.json: ") + key + " is \"" + value +
+                      "\": a model with such positions has no rotary embedding");
+      }
+      for (const char* value : {"no_rope", "rope_2d", "alibi_and_rope", "rotary_and_learned"}) {
+        EXPECT_EQ(
+            error(std::string("\"") + key + "\": \"" + value + "\""),
+            std::string("config.json: ") + key + " must be \"rope\" or \"rotary\", but is \"" + value + "\"" + way_out);
+      }
+      for (const char* value : {"rope", "RoPE", "rotary", "rope_gptj"}) {
+        EXPECT_NE(FromConfig(start + "\"" + key + "\": \"" + value + "\"}"), nullptr);
+      }
+    }
+    // In the attention's part, and in arrays.
+    for (const char* field : {"rope_thetta", "rope_scaling", "rope_base"}) {
+      EXPECT_EQ(error(std::string(R"("attn_config": {")") + field + "\": {\"a\": 1}}"),
+                std::string("config.json: attn_config.") + field + unknown);
+      EXPECT_EQ(error(std::string(R"("layers": [1, {")") + field + "\": 3}]"),
+                std::string("config.json: layers[1].") + field + unknown);
+    }
+    // One letter more, less or else, or two that changed places.
+    for (const auto& [field, meant] : {std::pair{"rop_scaling", "rope_scaling"},
+                                       {"roep_scaling", "rope_scaling"},
+                                       {"ropescaling", "rope_scaling"},
+                                       {"rotay_dim", "rotary_dim"},
+                                       {"rotray_pct", "rotary_pct"},
+                                       {"partial_rotory_factor", "partial_rotary_factor"},
+                                       {"orignal_max_position_embeddings", "original_max_position_embeddings"},
+                                       {"_rop_scaling", "rope_scaling"}}) {
+      const std::string text = error(std::string("\"") + field + "\": 2");
+      EXPECT_EQ(text.rfind(std::string("config.json: ") + field + " is not a field that Ropewalk knows", 0), 0u)
+          << text;
+      EXPECT_NE(ConfigError("{" + shape + ", \"" + field + "\": 2}").find(field), std::string::npos) << meant;
+    }
+    EXPECT_EQ(error(R"("rotay_dim": 2)"),
+              "config.json: rotay_dim is not a field that Ropewalk knows, but looks like rotary_dim" + way_out);
+    for (const char* field : {"_rope_theta", "freq_base", "rotary_freq_base"}) {
+      EXPECT_EQ(error(std::string("\"") + field + "\": 5e5"), std::string("config.json: ") + field + unknown);
+    }
+    EXPECT_NE(FromConfig(start + R"("_comment": "rope_theta of another", "_name": 1, "properties": 3,
+                                    "label2id": {"rope": 1}, "protein_encoder_config": {"rope_theta": 5}})"),
+              nullptr);
+    EXPECT_EQ(error(R"("rotary_dim": 64, "partial_rotary_factor": 1.0)"),
+              "config.json: partial_rotary_factor is 1, but rotary_dim is 64 of a head of 128");
+  }
+  // What a known type reads in its attention's part is not refused; what it does not is.
+  EXPECT_NE(FromConfig(R"({"model_type": "dbrx", "d_model": 6144, "n_heads": 48,
+                           "attn_config": {"kv_n_heads": 8, "rope_theta": 5e5, "alibi": false}})"),
+            nullptr);
+  EXPECT_EQ(ConfigError(R"({"model_type": "llama", )" + shape + R"(, "attn_config": {"rope_theta": 5e5}})"),
+            "config.json: attn_config.rope_theta" + unknown);
+}
+
+TEST(ModelTypes, SeveralTextModels) {
+  const std::string shape = R"("hidden_size": 4096, "num_attention_heads": 32)";
+  const std::string start = R"({"model_type": "qwen2_5_vl", "rope_theta": 1e6, )" + shape + ", ";
+  for (const char* key : {"text_config", "llm_config", "language_config", "thinker_config"}) {
+    for (const char* field : {R"("rope_theta": 5e5)", R"("rope_scaling": {"type": "linear", "factor": 4})"}) {
+      const std::string text =
+          ConfigError(start + "\"" + key + R"(": {"model_type": "qwen2_5_vl_text", )" + field + "}}");
+      EXPECT_EQ(text.rfind(std::string("config.json: ") + key + ".rope_", 0), 0u) << text;
+      EXPECT_TRUE(text.ends_with(std::string("; ") + key + " is not read, as it has no hidden_size")) << text;
+    }
+    EXPECT_NE(FromConfig(start + "\"" + key + R"(": {"rope_theta": 1e6, "vocab_size": 9}})"), nullptr);
+    EXPECT_NE(FromConfig(start + "\"" + key + R"(": {}})"), nullptr);
+  }
+  const std::string text = R"({"model_type": "llama", "rope_theta": 1e4, )" + shape + "}";
+  const std::string other = R"({"model_type": "llama", "rope_theta": 5e5, )" + shape + "}";
+  EXPECT_NE(FromConfig(R"({"text_config": )" + text + R"(, "llm_config": )" + text + "}"), nullptr);
+  EXPECT_NE(FromConfig(R"({"text_config": {"vocab_size": 9}, "llm_config": )" + text + "}"), nullptr);
+  EXPECT_EQ(ConfigError(R"({"text_config": )" + text + R"(, "llm_config": )" + other + "}"),
+            "config.json: text_config and llm_config are both there and differ: leave one, or make "
+            "Frequencies(theta=.., rotary_dim=..)");
+}
+
+TEST(ModelTypes, KnownWithoutRotaryEmbedding) {
+  for (const char* type : {"cpmant", "ctrl", "falcon_mamba", "flaubert", "fnet", "kimi_linear", "mra", "nllb-moe",
+                           "nemotron_h", "pegasus_x", "prophetnet", "reformer", "roc_bert", "xlstm", "zamba"}) {
+    const std::string text = ConfigError(std::string(R"({"model_type": ")") + type +
+                                         R"(", "hidden_size": 256, "num_attention_heads": 4, "rope_theta": 1e4})");
+    EXPECT_TRUE(text.ends_with("without rotary embedding")) << text;
+  }
 }
 
 // meta-llama/Llama-4-Scout-17B-16E: low_freq_factor = high_freq_factor = 1. As transformers has it, wavelengths above
