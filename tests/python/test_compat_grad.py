@@ -155,3 +155,72 @@ def test_table_under_a_default_device(device):
     with torch.device(device):
         cos, sin = f.table(8, torch.float32)
     assert torch.equal(cos, COS) and torch.equal(sin, SIN) and cos.device.type == "cpu"
+
+
+def unlike_halves():
+    generator = torch.Generator().manual_seed(3)
+    cos, sin = torch.randn(2, 2, 5, 16, generator=generator)
+    return torch.randn(2, 3, 5, 16, generator=generator), cos, sin
+
+
+def test_tables_of_two_unlike_halves_are_refused_everywhere():
+    from ropewalk.compat import liger, transformer_engine, transformers
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    def call(q, cos, sin):
+        return transformers.apply_rotary_pos_emb(q, q, cos, sin)[0]
+
+    def over_batch(q, cos, sin):
+        return torch.vmap(lambda q, c, s: call(q[None], c[None], s[None])[0])(q, cos, sin)
+
+    q, cos, sin = unlike_halves()
+    fit = torch.cat([cos[..., :8]] * 2, -1)
+    calls = [call, over_batch]
+    calls += [torch.compile(each, backend="aot_eager") for each in (call, over_batch)]
+    calls += [torch.jit.trace(call, (q, fit, fit), check_trace=False)]
+    calls += [make_fx(call, tracing_mode=mode)(q, fit, fit) for mode in ("real", "fake")]
+    for each in calls:
+        assert torch.equal(each(q, fit, fit), call(q, fit, fit))
+        with pytest.raises(Exception, match="apply_rotary_pos_emb: cos must hold the entry of each pair twice"):
+            each(q, cos, sin)
+    with pytest.raises(ValueError, match="freqs must hold the entry of each pair twice"):
+        transformer_engine.apply_rotary_pos_emb(torch.randn(5, 2, 3, 16), torch.randn(5, 1, 1, 16))
+    table = torch.randn(3, 2, 5, 16)
+    with pytest.raises(ValueError, match="cos must hold the entry of each pair twice"):
+        liger.liger_multimodal_rotary_pos_emb(q, q, table, table, [3, 3, 2])
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_flash_attn_under_grad_and_vmap(inplace):
+    from ropewalk.compat import flash_attn
+
+    cos, sin = torch.randn(2, 6, 8)
+    q = torch.randn(2, 6, 2, 16)
+
+    def of(call):
+        f = lambda x: call(x * 1)  # noqa: E731
+        return (torch.func.grad(lambda z: torch.vmap(f)(z).pow(3).sum())(q),
+                torch.vmap(torch.func.grad(lambda z: f(z).pow(3).sum()))(q))  # fmt: skip
+
+    def chain(x):
+        c, s = (torch.cat([t, t], -1)[:, None] for t in (cos, sin))
+        return x * c + torch.cat([-x[..., 8:], x[..., :8]], -1) * s
+
+    def packed(x):
+        return flash_attn.apply_rotary_emb_kv_(torch.stack([x, x], 1)[None] * 1, cos, sin)[0, :, 0]
+
+    for call in (lambda x: flash_attn.apply_rotary_emb(x[None], cos, sin, inplace=inplace)[0], packed):
+        for new, want in zip(of(call), of(chain), strict=True):
+            torch.testing.assert_close(new, want, rtol=1e-4, atol=1e-4)
+
+
+def test_transformers_under_vmap_of_grad_with_one_result():
+    from ropewalk.compat import transformers
+
+    q, cos, _ = unlike_halves()
+    fit = torch.cat([cos[0, :, :8]] * 2, -1)
+
+    def loss(x):
+        return transformers.apply_rotary_pos_emb(x[None], x[None], fit, fit)[0].pow(2).sum()
+
+    assert torch.equal(torch.vmap(torch.func.grad(loss))(q)[1], torch.func.grad(loss)(q[1]))

@@ -555,3 +555,96 @@ def test_moved_to_meta_after_compiling():
     with pytest.raises(Exception, match="rope: cos must hold data, but is on the meta device"):
         compiled(q)
     torch._dynamo.reset()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# vmap hides what is asked of the tensors in it
+
+
+def chain(x):
+    cos, sin = (torch.cat([t[: x.shape[0]]] * 2, -1)[:, None] for t in (COS, SIN))
+    return x * cos + torch.cat([-x[..., 32:], x[..., :32]], -1) * sin
+
+
+def in_place(x):
+    x = x * 1
+    ropewalk.rope_(x, None, frequencies=F)
+    return x
+
+
+UNDER_VMAP = {"rope": lambda x: ropewalk.rope(x, None, frequencies=F)[0], "rope_": in_place}
+
+
+@pytest.mark.parametrize("name", UNDER_VMAP)
+def test_grad_of_vmap(name):
+    q, weight = draw(2, 6, 2, 64), draw(6, 2, 64, seed=1)
+    orders = [
+        lambda f: torch.func.grad(lambda z: (torch.vmap(f)(z) * weight).pow(2).sum())(q),
+        lambda f: torch.vmap(torch.func.grad(lambda z: (f(z) * weight).pow(2).sum()))(q),
+        lambda f: torch.func.jacrev(lambda z: (torch.vmap(f)(z) * weight).pow(2).sum())(q),
+    ]
+    for order in orders:
+        torch.testing.assert_close(order(UNDER_VMAP[name]), order(chain), rtol=1e-4, atol=1e-4)
+    given, z = (q.clone().requires_grad_() for _ in range(2))
+    (given + torch.vmap(UNDER_VMAP[name])(given)).pow(2).sum().backward()
+    (z + torch.vmap(chain)(z)).pow(2).sum().backward()
+    torch.testing.assert_close(given.grad, z.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_backward_of_a_compiled_vmap():
+    z, other = (draw(2, 6, 2, 64).requires_grad_() for _ in range(2))
+    torch.compile(lambda x: torch.vmap(UNDER_VMAP["rope"])(x) * 2, backend="aot_eager")(z).pow(2).sum().backward()
+    (torch.vmap(chain)(other) * 2).pow(2).sum().backward()
+    torch.testing.assert_close(z.grad, other.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_tangents_in_vmap_are_refused():
+    x = draw(2, 6, 2, 64)
+    with pytest.raises(ValueError, match="q has a tangent"):
+        torch.func.jvp(torch.vmap(UNDER_VMAP["rope"]), (x,), (x,))
+    with pytest.raises(ValueError, match="functionalize"):
+        torch.func.functionalize(torch.vmap(UNDER_VMAP["rope"]))(x)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# rope_backward
+
+
+def gradient_of(x):
+    return ropewalk.rope_backward(x.clone(), None, frequencies=F)[0]
+
+
+def test_watchers_see_rope_backward():
+    x, y = draw(6, 2, 64), draw(6, 2, 64, seed=1)
+    with Seen() as seen:
+        gradient_of(x)
+    assert "ropewalk.rope_backward.default" in seen.names
+    want = gradient_of(y)
+    graphs = [torch.jit.trace(gradient_of, (x,), check_trace=False)]
+    graphs += [make_fx(gradient_of, tracing_mode=mode)(x) for mode in ("real", "fake")]
+    graphs += [torch.compile(gradient_of, backend="aot_eager", fullgraph=True)]
+    for graph in graphs:
+        assert torch.equal(graph(y), want)
+    both = torch.stack([x, y])
+    assert torch.equal(torch.vmap(gradient_of)(both)[1], want)
+
+
+def test_watched_rope_backward_with_a_norm():
+    def call(grad, q, weight, sums):
+        ropewalk.rope_backward(grad, q=q, norm="rms", q_weight=weight, q_weight_grad=sums, frequencies=F)
+        return grad, sums
+
+    values = draw(6, 2, 64), draw(6, 2, 64, seed=1), draw(64, seed=2)
+    want = call(values[0].clone(), *values[1:], torch.zeros(64))
+    with Seen():
+        new = call(values[0].clone(), *values[1:], torch.zeros(64))
+        with pytest.raises(ValueError, match=r"q_weight_grad must be \[64\] float32"):
+            call(values[0].clone(), *values[1:], torch.zeros(1))
+        with pytest.raises(ValueError, match="q_out is given, but has no gradient"):
+            ropewalk.rope_backward(values[0].clone(), frequencies=F, q_out=draw(6, 2, 64))
+        with pytest.raises(ValueError, match="q_grad requires grad"):
+            ropewalk.rope_backward(draw(6, 2, 64).requires_grad_(), frequencies=F)
+    assert all(torch.equal(a, b) for a, b in zip(new, want, strict=True))
+    with pytest.raises(ValueError, match="q_grad would be written by each"):
+        one = draw(6, 2, 64)
+        torch.vmap(lambda p: ropewalk.rope_backward(one, positions=p, frequencies=F)[0])(torch.zeros(2, 6).long())

@@ -409,3 +409,29 @@ def test_master_weights_in_float32() -> None:
     assert q_weight.grad.dtype == torch.float32
     with torch.autocast("cpu", torch.bfloat16):
         assert ropewalk.rope(*half, q_weight=q_weight, k_weight=k_weight, **options)[0].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_calls_in_place_refuse_with_gradients_what_they_refuse_without(compiled):
+    def check(call, match):
+        call = torch.compile(call, backend="eager") if compiled else call
+        for grad in (True, False):
+            q = torch.randn(6, 2, 16, requires_grad=grad) * 1
+            with pytest.raises(ValueError, match=match):
+                call(q)
+
+    f = ropewalk.Frequencies(1e4, 16)
+    check(lambda q: ropewalk.rope_(q, q * 1, frequencies=f, k_store_only=True), "k_cache is missing")
+    check(lambda q: ropewalk.rope(q, q * 1, frequencies=f, k_store_only=True), "k_cache is missing")
+    check(lambda q: ropewalk.rope_(q, q, frequencies=f), "k must not share memory with q")
+    check(lambda q: ropewalk.rope_(q[:1].expand(6, 2, 16), None, frequencies=f), "overlapping strides")
+    if not compiled:
+        check(lambda q: ropewalk.rope_(q, q[:, :1], frequencies=f), "k must not share memory with q")
+
+
+def test_q_and_k_of_packed_rows_in_place_have_gradients():
+    f = ropewalk.Frequencies(1e4, 16)
+    rows = torch.randn(6, 5, 16, requires_grad=True) * 1
+    want = ropewalk.rope(rows.detach(), None, frequencies=f)[0]
+    ropewalk.rope_(rows[:, :3], rows[:, 3:], frequencies=f)
+    assert torch.equal(rows, want)

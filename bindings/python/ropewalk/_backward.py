@@ -87,6 +87,11 @@ def rope_backward(
         "q_grad": q_grad, "k_grad": k_grad, "q_grad_out": q_grad_out, "k_grad_out": k_grad_out,
         "q_weight_grad": q_weight_grad, "k_weight_grad": k_weight_grad, "workspace": None,
     }  # fmt: skip
+    new = q_grad if q_grad_out is None else q_grad_out, k_grad if k_grad_out is None else k_grad_out
+    if _call.is_watched((*given.values(), q, k, *options.values())):
+        arguments = {**_call.defaults(), **options, "q": q, "k": k}
+        _call.backward_watched({name: value for name, value in given.items() if name != "workspace"}, arguments)
+        return new
     gradients = []
     for arg in _GRADIENTS:
         name, value = arg["name"], given[arg["name"]]
@@ -98,6 +103,5 @@ def rope_backward(
         if size:
             gradients[-1] = _arrays.convert("workspace", _new_workspace(q_grad, size), written=True)
     _launch(*gradients, *of_call)
-    new = q_grad if q_grad_out is None else q_grad_out, k_grad if k_grad_out is None else k_grad_out
     _call.wrote(*new, q_weight_grad, k_weight_grad)
     return new

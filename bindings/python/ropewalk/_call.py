@@ -35,10 +35,11 @@ if _arrays.torch is not None:
     wrote = _torch.wrote
     wants_gradient = _torch.wants_gradient
     differentiable = _torch.rope
+    backward_watched = _torch.rope_backward
 else:
     Tensor = _Absent
     PLAIN = frozenset()
-    grad_enabled = increment_version = dual = differentiable = None
+    grad_enabled = increment_version = dual = differentiable = backward_watched = None
 
     def is_compiling() -> bool:
         return False
@@ -50,12 +51,24 @@ else:
         """Nobody but torch's autograd wants to know."""
 
 
+def defaults() -> dict[str, Any]:
+    """What each keyword of `rope_` is that was not given."""
+    from . import _DEFAULTS  # noqa: PLC0415
+
+    return _DEFAULTS
+
+
+def is_watched(values: Any) -> bool:
+    """Whether torch compiles, traces or watches the call, or has wrapped what it is given."""
+    return _arrays.torch is not None and (is_compiling() or _torch.is_watched(values))
+
+
 def slow(arguments: dict[str, Any], failure: Exception | None) -> tuple[Any, Any]:
     """A call that is compiled, that is no quick one, that autograd goes through, or that failed before anything was
     written."""
     if _arrays.torch is not None and _torch.wants_gradient(arguments.values()):
         return _torch.rope_in_place(arguments)
-    watched = is_compiling() or (_arrays.torch is not None and _torch.is_watched(arguments.values()))
+    watched = is_watched(arguments.values())
     if watched:
         _torch.rope_(arguments)
     else:

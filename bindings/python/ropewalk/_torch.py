@@ -167,7 +167,7 @@ def _check(tensors: dict[str, Any]) -> None:
             raise TypeError(
                 f"rope: {name} must be a torch.Tensor where torch traces the call, but is a {_arrays._type_name(x)}"
             )
-        if grad_enabled and x.requires_grad:
+        if grad_enabled and requires_grad(x):
             raise ValueError(
                 f"rope: {name} requires grad, and autograd does not go through this call: use ropewalk.rope, call it "
                 f"under torch.no_grad(), or give {name}.detach()"
@@ -178,15 +178,43 @@ def _check(tensors: dict[str, Any]) -> None:
             raise ValueError(
                 f"rope: {name} has a tangent (forward-mode AD, torch.func.jvp), and Ropewalk has no derivative"
             )
-        if type(x) in PLAIN and torch._is_functional_tensor(x):
+        if type(x) in PLAIN and any(torch._is_functional_tensor(level) for level in levels(x)):
             raise ValueError(
                 f"rope: {name} is one of torch.func.functionalize, which operators that write do not go through: use "
                 "torch.compile or torch.export, or call it outside"
             )
 
 
+def in_func() -> bool:
+    """Whether a transform of torch.func goes on here."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+in_func._dynamo_marked_constant = True  # type: ignore[attr-defined]  # its transforms are entered while it traces, too
+
+
+def levels(x: torch.Tensor) -> list[torch.Tensor]:
+    """The tensor and what torch.func's wrappers hold, the innermost last: a tensor of vmap's does not say what is asked
+    of the one in it."""
+    of = torch._C._functorch
+    found = [x]
+    while of.is_functorch_wrapped_tensor(found[-1]):
+        found.append(of.get_unwrapped(found[-1]))
+    return found
+
+
+def requires_grad(x: torch.Tensor) -> bool:
+    """Whether x requires grad, or what a transform of torch.func wrapped in it does."""
+    if x.requires_grad or torch.compiler.is_compiling() or not in_func():
+        return x.requires_grad
+    return any(level.requires_grad for level in levels(x))
+
+
 def has_tangent(x: Any) -> bool:
-    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None
+    if forward_ad._current_level < 0:
+        return False
+    batched = torch._C._functorch.is_batchedtensor  # has no rule for a look at its tangent
+    return any(not batched(level) and forward_ad.unpack_dual(level).tangent is not None for level in levels(x))
 
 
 def is_watched(values: Any) -> bool:
@@ -210,6 +238,8 @@ _GRADIENT_NAMES = ("q_grad", "k_grad", "q_grad_out", "k_grad_out", "q_weight_gra
 _call_backward = _module.function("rope_backward")
 _backward_workspace = _module.function("rope_backward_workspace")
 _INVERSE, _NORM = _PURE.index("inverse"), _PURE.index("norm")
+_prepare = _module.function("prepare")
+_count_tensors = sum(name in _tensors for name in _names[:_count])
 _SAVED = [i for i, name in enumerate(_PURE) if name in _tensors]
 
 
@@ -391,20 +421,26 @@ class _RopeBackward(torch.autograd.Function):
 
 
 def _apply(function: Any, operator: Any, *values: Any) -> Any:
-    of_func = not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
+    of_func = not torch.compiler.is_compiling() and in_func()
     return function.apply(*values) if of_func else operator(*values)
 
 
 def wants_gradient(values: Any) -> bool:
     """Whether autograd would have to go through a call with these."""
-    return torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in values)
+    if not torch.is_grad_enabled():
+        return False
+    # While torch.compile traces a transform, nobody can look into its tensors: any might require grad.
+    hidden = torch.compiler.is_compiling() and in_func()
+    return any(isinstance(x, torch.Tensor) and (hidden or requires_grad(x)) for x in values)
 
 
 def rope(arguments: dict[str, Any]) -> tuple[Any, Any]:
     """The call into new tensors, through autograd. All arguments of a call without a store, by name."""
     _serves_dtensors()
+    if arguments.get("k_store_only") and arguments.get("k_cache") is None:
+        raise ValueError("rope: k_store_only is 1, but k_cache is missing: k is stored in k_cache and nowhere else")
     tensors = {name: arguments.get(name) for name in _tensors}
-    first = next(name for name, x in tensors.items() if isinstance(x, torch.Tensor) and x.requires_grad)
+    first = next((name for name, x in tensors.items() if isinstance(x, torch.Tensor) and requires_grad(x)), None)
     for name, x in tensors.items():
         if x is None:
             continue
@@ -414,11 +450,16 @@ def rope(arguments: dict[str, Any]) -> tuple[Any, Any]:
                 f"{_arrays._type_name(x)}"
             )
         if name not in _PURE:
+            if first is None:
+                raise ValueError(
+                    f"rope: {name} is given under torch.func inside torch.compile, where nobody sees what requires "
+                    "grad: call it under torch.no_grad(), or use ropewalk.rope without it"
+                )
             raise ValueError(
                 f"rope: {first} requires grad, and {name} is given: a store and what is written elsewhere have no "
                 "gradient; call it under torch.no_grad(), or use ropewalk.rope without it"
             )
-        if x.requires_grad and name not in DIFFERENTIABLE:
+        if requires_grad(x) and name not in DIFFERENTIABLE:
             raise ValueError(
                 f"rope: {name} requires grad, and Ropewalk calculates no gradient of tables: give {name}.detach(), or "
                 "call it under torch.no_grad()"
@@ -437,11 +478,58 @@ def rope(arguments: dict[str, Any]) -> tuple[Any, Any]:
     return new[0], None if arguments.get("k") is None else new[1]
 
 
+def is_leaf(x: torch.Tensor) -> bool:
+    """Whether autograd would let nobody overwrite it."""
+    if torch.compiler.is_compiling():
+        return x.requires_grad and x.is_leaf
+    return any(level.requires_grad and level.is_leaf for level in levels(x))
+
+
+def _check_written(arguments: dict[str, Any]) -> None:
+    """What the core refuses of tensors that it writes, where torch writes them."""
+    if any(arguments[name] is not None for name in _tensors[_count_tensors:]):
+        return  # which is refused
+    given = [x for x in arguments.values() if isinstance(x, torch.Tensor)]
+    q, k = arguments["q"], arguments["k"]
+    compiling = torch.compiler.is_compiling()
+    if not compiling and not is_watched(given):
+        bare = {name: x.detach() if isinstance(x, torch.Tensor) else x for name, x in arguments.items()}
+        _prepare(*_arrays.values(bare))
+        return
+    pair = isinstance(q, torch.Tensor) and isinstance(k, torch.Tensor)
+    same = pair and q is k
+    if pair and not same and not compiling:
+        first, second = (levels(x)[-1] for x in (q, k))
+        same = type(first) in PLAIN and type(second) in PLAIN and first._is_view() and (
+            first.untyped_storage()._cdata == second.untyped_storage()._cdata
+            and first.storage_offset() == second.storage_offset() and 0 not in (first.numel(), second.numel())
+        )  # fmt: skip
+    if same:
+        raise ValueError("rope: k must not share memory with q, which it overlaps: q is written")
+    for name, x in (("q", q), ("k", k)):
+        if isinstance(x, torch.Tensor) and any(
+            n > 1 and step == 0 for n, step in zip(x.shape, x.stride(), strict=True)
+        ):
+            raise ValueError(f"rope: {name} is written, but some of its elements share memory (overlapping strides)")
+
+
+def _check_for_all(name: str, written: torch.Tensor, new: torch.Tensor) -> None:
+    """Refuses one tensor for all calls of vmap, each of which would write it."""
+    of = torch._C._functorch
+    if torch.compiler.is_compiling():
+        return
+    if of.is_batchedtensor(new) and of.maybe_get_level(new) not in [of.maybe_get_level(x) for x in levels(written)]:
+        raise ValueError(
+            f"rope: {name} would be written by each of the calls of vmap, but is one for all: let vmap go over it, too"
+        )
+
+
 def rope_in_place(arguments: dict[str, Any]) -> tuple[Any, Any]:
     """The same in place, where what is overwritten is needed no more: without a norm."""
+    _check_written(arguments)
     for name in ("q", "k"):
         x = arguments[name]
-        if isinstance(x, torch.Tensor) and x.requires_grad and x.is_leaf:
+        if isinstance(x, torch.Tensor) and is_leaf(x):
             raise ValueError(
                 f"rope: {name} requires grad and is a leaf, which autograd lets nobody overwrite: use ropewalk.rope, "
                 f"call it under torch.no_grad(), or give {name}.detach()"
@@ -449,13 +537,16 @@ def rope_in_place(arguments: dict[str, Any]) -> tuple[Any, Any]:
     for name in ("q", "k", "q_weight", "k_weight"):
         x = arguments[name]
         if (arguments["norm"] not in (None, "none") or arguments["q_weight"] is not None) and (
-            isinstance(x, torch.Tensor) and x.requires_grad
+            isinstance(x, torch.Tensor) and requires_grad(x)
         ):
             raise ValueError(
                 f"rope: {name} requires grad, and the gradient of the norm needs q and k as they are, which rope_ "
                 f"would overwrite: use ropewalk.rope, call it under torch.no_grad(), or give {name}.detach()"
             )
     new = rope(arguments)
+    for name, rotated in zip(("q", "k"), new, strict=True):
+        if rotated is not None:
+            _check_for_all(name, arguments[name], rotated)
     for name, rotated in zip(("q", "k"), new, strict=True):
         if rotated is not None:
             arguments[name].copy_(rotated)
@@ -482,3 +573,94 @@ def rope_(arguments: dict[str, Any]) -> None:
     in_place = arguments["q_out"] is None or writes_k
     operator = torch.ops.ropewalk.rope_ if in_place else torch.ops.ropewalk.rope_out
     operator(*[_TORCH_VALUES[kind](name, arguments[name]) for name, kind in _kinds])
+
+
+def _check_output(name: str, written: Any, shape: Any, dtype: Any) -> None:
+    if tuple(written.shape) != tuple(shape) or written.dtype != dtype:
+        raise ValueError(
+            f"rope: {name} must be {list(shape)} {str(dtype).removeprefix('torch.')}, but is {list(written.shape)} "
+            f"{str(written.dtype).removeprefix('torch.')}"
+        )
+
+
+def rope_backward(gradients: dict[str, Any], arguments: dict[str, Any]) -> None:
+    """`ropewalk.rope_backward` as an operator of torch. All arguments by name."""
+    for name, x in {**gradients, **{name: arguments[name] for name in _tensors}}.items():
+        if x is None:
+            continue
+        if not isinstance(x, torch.Tensor):
+            raise TypeError(
+                f"rope: {name} must be a torch.Tensor where torch traces the call, but is a {_arrays._type_name(x)}"
+            )
+        if name in arguments and name not in _PURE:
+            raise ValueError(f"rope: {name} is given, but has no gradient")
+        if torch.is_grad_enabled() and requires_grad(x):
+            raise ValueError(
+                f"rope: {name} requires grad, and autograd does not go through rope_backward: call it under "
+                f"torch.no_grad(), or give {name}.detach()"
+            )
+        if not torch.compiler.is_compiling() and has_tangent(x):
+            raise ValueError(
+                f"rope: {name} has a tangent (forward-mode AD, torch.func.jvp), and Ropewalk has no derivative"
+            )
+        if x.device.type == "meta":
+            raise ValueError(f"rope: {name} must hold data, but is on the meta device")
+    q_grad, k_grad = gradients["q_grad"], gradients["k_grad"]
+    if arguments["k_store_only"]:
+        raise ValueError("rope: k_store_only is given, but has no gradient")
+    outputs = [("q_grad", q_grad), ("k_grad", k_grad)]
+    for i, (name, grad) in enumerate(outputs):
+        out = gradients[f"{name}_out"]
+        if out is not None:
+            if grad is None:
+                raise ValueError(f"rope: {name}_out is given, but {name} is missing")
+            _check_output(f"{name}_out", out, grad.shape, grad.dtype)
+            outputs[i] = f"{name}_out", out
+    for name in ("q_weight_grad", "k_weight_grad"):
+        if gradients[name] is not None:
+            if arguments[name.removesuffix("_grad")] is None:
+                raise ValueError(f"rope: {name} is given, but {name.removesuffix('_grad')} is missing")
+            _check_output(name, gradients[name], q_grad.shape[-1:], torch.float32)
+        outputs.append((name, gradients[name]))
+    new = torch.ops.ropewalk.rope_backward(
+        q_grad, k_grad, gradients["q_weight_grad"] is not None, gradients["k_weight_grad"] is not None,
+        *[_TORCH_VALUES[kind](name, arguments[name]) for name, kind in _kinds if name in _PURE],
+    )  # fmt: skip
+    for (name, out), grad in zip(outputs, new, strict=True):
+        if out is not None:
+            _check_for_all(name, out, grad)
+    for (_, out), grad in zip(outputs, new, strict=True):
+        if out is not None:
+            out.copy_(grad)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tables in which each pair's entry stands twice
+
+
+def _copy(table: Any, name: str, neighbours: bool) -> Any:
+    half = table.shape[-1] // 2
+    first, second = (table[..., 0::2], table[..., 1::2]) if neighbours else (table[..., :half], table[..., half:])
+    same = (first == second) | (first != first) & (second != second)
+    if table.device.type != "cpu":  # a look would wait for the device
+        return torch.where(same, first, float("nan"))
+    if not bool(same.all()):
+        where = "side by side" if neighbours else "in each half"
+        raise ValueError(
+            f"{name} must hold the entry of each pair twice, {where}, but the two differ: it belongs to another pairing"
+        )
+    return first.contiguous() if not first.is_contiguous() else first.clone()
+
+
+def _copy_shape(table: Any, name: str, neighbours: bool) -> Any:
+    return table.new_empty((*table.shape[:-1], table.shape[-1] // 2))
+
+
+_library.define("one_copy(Tensor table, str name, bool neighbours) -> Tensor", tags=[torch.Tag.pt2_compliant_tag])
+_library.impl("one_copy", _copy, "CompositeExplicitAutograd")
+torch.library.register_fake("ropewalk::one_copy", _copy_shape, lib=_library)
+torch.library.register_vmap(
+    "ropewalk::one_copy",
+    lambda info, in_dims, table, *others: (torch.ops.ropewalk.one_copy(table.movedim(in_dims[0], 0), *others), 0),
+    lib=_library,
+)

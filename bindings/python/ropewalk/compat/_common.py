@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from .. import Frequencies, prepare, rope_
+from .. import Frequencies, _torch, prepare, rope_
+from .. import rope as new_rope
 
 _NAMES = {"cos_sin": "cos_sin_cache"}
 PARTIAL = {"rotary_dim": "rope_dim"}  # of functions with a rope_dim
@@ -326,6 +327,35 @@ def rotated(function: str, names: Any, options: dict[str, Any], inplace: bool, q
     return out
 
 
+def _in_func() -> bool:
+    return torch.compiler.is_compiling() is False and _torch.in_func()
+
+
+def wants_gradient(*values: Any) -> bool:
+    return _torch.wants_gradient(values)
+
+
+def _under_func(function: str, names: Any, options: dict[str, Any], q: Any, k: Any) -> tuple[Any, Any]:
+    """Into new tensors under a transform of torch.func, which may go over q and not over k."""
+    try:
+        return new_rope(q, k, **options)
+    except (ValueError, TypeError) as error:
+        raise renamed(function, names, error) from None
+
+
+def written(function: str, names: Mapping[str, str], x: Any, new: Any) -> Any:
+    """x with what new holds, for autograd, too; what is returned stands for a leaf or a view."""
+    try:
+        _torch._check_for_all("q", x, new)
+    except ValueError as error:
+        raise renamed(function, names, error) from None
+    if not wants_gradient(x) or not any(level.is_leaf or level._is_view() for level in _torch.levels(x)):
+        return x.copy_(new)
+    with torch.no_grad():
+        x.copy_(new)
+    return new
+
+
 def differentiable(
     function: str,
     names: Mapping[str, str],
@@ -342,7 +372,11 @@ def differentiable(
         return x.transpose(1, 2) if heads_first and x is not None else x
 
     q, k = turned(q), turned(k)
-    if torch.is_grad_enabled() and (q.requires_grad or (k is not None and k.requires_grad)):
+    if _in_func():
+        new = _under_func(function, names, options, q, k)
+        if inplace:
+            new = written(function, names, q, new[0]), new[1]
+    elif torch.is_grad_enabled() and (q.requires_grad or (k is not None and k.requires_grad)):
         of_tensors = {name: value for name, value in options.items() if isinstance(value, torch.Tensor)}
         for name, value in of_tensors.items():
             if value.requires_grad:
@@ -369,24 +403,36 @@ _looked_at: set[tuple[Any, ...]] = set()  # kinds of tables on devices
 
 def _check_copies(function: str, name: str, table: Any, first: Any, second: Any, neighbours: bool) -> None:
     """Refuses a table whose two entries of a pair differ, as one of them would be passed over. On a device only the
-    first table of each kind is looked at, as that waits for the device; none while a graph is recorded or compiled."""
-    if torch.compiler.is_compiling() or table.is_meta:
+    first table of each kind is looked at, as that waits for the device; none while a graph is recorded."""
+    if table.is_meta:
         return
     if table.device.type != "cpu":
         kind = (function, neighbours, table.device.type, table.dtype, table.shape[-1])
         if kind in _looked_at or (table.is_cuda and torch.cuda.is_current_stream_capturing()):
             return
         _looked_at.add(kind)
-    try:
-        same = torch.equal(first, second) or bool(((first == second) | (first != first) & (second != second)).all())
-    except RuntimeError:  # a tensor without data of its own (a fake one, or one that vmap made)
-        return
+    first, second = (_torch.levels(x)[-1] for x in (first, second))
+    same = torch.equal(first, second) or bool(((first == second) | (first != first) & (second != second)).all())
     if not same:
         where = "side by side" if neighbours else "in each half"
         raise ValueError(
             f"{function}: {name} must hold the entry of each pair twice, {where}, but the two differ: "
             "it belongs to another pairing"
         )
+
+
+def one_copy(function: str, name: str, table: Any, neighbours: bool = False) -> Any:
+    """Each pair's entry, once. Where a graph is made the graph looks, each time that it runs."""
+    half = table.shape[-1] // 2
+    first, second = (table[..., 0::2], table[..., 1::2]) if neighbours else (table[..., :half], table[..., half:])
+    if torch.compiler.is_compiling() or _torch._modes() or type(table) not in _torch.PLAIN:
+        if wants_gradient(table) and table.requires_grad:
+            return first  # which is refused
+        if type(table).__name__ == "DTensor":
+            return torch.where((first == second) | (first != first) & (second != second), first, float("nan"))
+        return torch.ops.ropewalk.one_copy(table, f"{function}: {name}", neighbours)
+    _check_copies(function, name, table, first, second, neighbours)
+    return first
 
 
 def half_tables(function: str, cos: Any, sin: Any, neighbours: bool = False) -> dict[str, Any]:
@@ -401,10 +447,7 @@ def half_tables(function: str, cos: Any, sin: Any, neighbours: bool = False) -> 
                 f"but is {list(table.shape)}"
             )
         table = of_all_batches(table)
-        half = table.shape[-1] // 2
-        first, second = (table[..., 0::2], table[..., 1::2]) if neighbours else (table[..., :half], table[..., half:])
-        _check_copies(function, name, table, first, second, neighbours)
-        made[name] = first
+        made[name] = one_copy(function, name, table, neighbours)
     return made
 
 

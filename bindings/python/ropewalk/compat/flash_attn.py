@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from .. import _torch
 from . import _common
 
 __all__ = ["apply_rotary_emb", "apply_rotary_emb_func", "apply_rotary_emb_kv_", "apply_rotary_emb_qkv_"]
@@ -49,9 +50,9 @@ def apply_rotary_emb(
     options = {"cos": cos, "sin": sin, "pairing": _common.pairing(not interleaved)}
     if inside is None:
         return _common.differentiable(function, {"q": "x"}, x, None, inplace, positions=positions, **options)[0]
-    if inplace and torch.is_grad_enabled() and x.requires_grad:
+    if inplace and _common.wants_gradient(x):
         return _in_place(function, "x", x, (None,), ((cos, sin),), interleaved, seqlen_offsets, cu_seqlens)
-    known = inside.device.type == "cpu" and not torch.compiler.is_compiling()
+    known = inside.device.type == "cpu" and not torch.compiler.is_compiling() and not _common._in_func()
     turned = _common.differentiable(function, {"q": "x"}, x, None, positions=positions, **options)[0]
     if known:
         turned[~inside] = x[~inside]
@@ -161,10 +162,12 @@ def _in_place(
 ) -> torch.Tensor:  # fmt: skip
     options = (function, name, places, interleaved, seqlen_offsets, cu_seqlens)
     flat = tuple(table for pair in tables for table in pair)
-    if torch.is_grad_enabled() and x.requires_grad:
+    if _common.wants_gradient(x):
         for table in flat:
-            if table.requires_grad:
+            if _torch.requires_grad(table):
                 raise ValueError(f"{function}: a table requires grad, and Ropewalk calculates no gradient of tables")
+        if _common._in_func():
+            return _common.written(function, {"q": name}, x, _turned(options, x, flat))
         return _InPlace.apply(options, x, *flat)
     _turn(options, x, flat, False)
     return x
@@ -187,6 +190,19 @@ def _turn(options: Any, x: Any, flat: Any, inverse: bool) -> None:
         _common.rope(function, {"q": name}, part, None, **how)
         if inside is not None:
             part.copy_(torch.where(inside[..., None, None], part, old))
+
+
+def _turned(options: Any, x: Any, flat: Any) -> torch.Tensor:
+    """As `_turn`, into a new tensor, through autograd."""
+    function, name, places, interleaved, seqlen_offsets, cu_seqlens = options
+    new = x.clone()
+    for place, cos, sin in zip(places, flat[::2], flat[1::2], strict=True):
+        part, to = (y if place is None else y.select(*place) if len(place) == 2 else y.narrow(*place) for y in (x, new))
+        positions, inside = _rows(function, part, cos, seqlen_offsets, cu_seqlens)
+        turned = _common.differentiable(function, {"q": name}, part, None, positions=positions, cos=cos, sin=sin,
+                                        pairing=_common.pairing(not interleaved))[0]  # fmt: skip
+        to.copy_(turned if inside is None else torch.where(inside[..., None, None], turned, part))
+    return new
 
 
 class _InPlace(torch.autograd.Function):

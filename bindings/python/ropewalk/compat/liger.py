@@ -113,10 +113,10 @@ def liger_multimodal_rotary_pos_emb(
     half = cos.shape[-1] // 2
     _common.axes_of(function, mrope_section, half, False, "cpu")
     sections = list(mrope_section)
-    tables = {
-        name: torch.cat([part[axis] for axis, part in enumerate(table[..., :half].split(sections, -1))], -1)
-        for name, table in (("cos", cos), ("sin", sin))
-    }
+    tables = {}
+    for name, table in (("cos", cos), ("sin", sin)):
+        parts = _common.one_copy(function, name, table).split(sections, -1)
+        tables[name] = torch.cat([part[axis] for axis, part in enumerate(parts)], -1)
     return _common.differentiable(function, {}, q, k, heads_first=True, **tables)
 
 

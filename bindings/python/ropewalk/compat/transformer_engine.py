@@ -49,8 +49,7 @@ def apply_rotary_pos_emb(
         raise ValueError(f"{function}: t must be as tensor_format, {tensor_format}, says, but is {list(t.shape)}")
     if freqs.dim() != 4 or freqs.shape[1] != 1 or freqs.shape[2] != 1 or freqs.shape[3] % 2:
         raise ValueError(f"{function}: freqs must be [rows, 1, 1, rotary_dim], but is {list(freqs.shape)}")
-    angles = freqs[:, 0, 0].float()
-    angles = angles[:, ::2] if interleaved else angles[:, : angles.shape[1] // 2]
+    angles = _common.one_copy(function, "freqs", freqs[:, 0, 0], neighbours=interleaved).float()
     x = t.transpose(0, 1) if tensor_format == "sbhd" else t
     first = 0 if start_positions is None else start_positions
     if tensor_format == "thd":
