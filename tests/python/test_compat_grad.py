@@ -224,3 +224,20 @@ def test_transformers_under_vmap_of_grad_with_one_result():
         return transformers.apply_rotary_pos_emb(x[None], x[None], fit, fit)[0].pow(2).sum()
 
     assert torch.equal(torch.vmap(torch.func.grad(loss))(q)[1], torch.func.grad(loss)(q[1]))
+
+
+def test_gradient_of_a_compiled_vmap():
+    from ropewalk.compat import transformers
+
+    q, cos, _ = unlike_halves()
+    fit = torch.cat([cos[0, :, :8]] * 2, -1)
+
+    def loss(x):
+        turned = torch.vmap(lambda x: transformers.apply_rotary_pos_emb(x[None], x[None], fit, fit)[0])(x)
+        return turned.pow(3).sum()
+
+    first, second = (q.clone().requires_grad_() for _ in range(2))
+    loss(first).backward()
+    torch.compile(loss, backend="aot_eager")(second).backward()
+    assert first.grad.abs().max() > 0
+    assert torch.equal(first.grad, second.grad)

@@ -328,7 +328,7 @@ def rotated(function: str, names: Any, options: dict[str, Any], inplace: bool, q
 
 
 def _in_func() -> bool:
-    return torch.compiler.is_compiling() is False and _torch.in_func()
+    return not torch.compiler.is_compiling() and _torch.in_func()
 
 
 def wants_gradient(*values: Any) -> bool:
@@ -345,6 +345,8 @@ def _under_func(function: str, names: Any, options: dict[str, Any], q: Any, k: A
 
 def written(function: str, names: Mapping[str, str], x: Any, new: Any) -> Any:
     """x with what new holds, for autograd, too; what is returned stands for a leaf or a view."""
+    if torch.compiler.is_compiling():
+        return x.copy_(new)
     try:
         _torch._check_for_all("q", x, new)
     except ValueError as error:
@@ -372,7 +374,7 @@ def differentiable(
         return x.transpose(1, 2) if heads_first and x is not None else x
 
     q, k = turned(q), turned(k)
-    if _in_func():
+    if _torch.in_func():
         new = _under_func(function, names, options, q, k)
         if inplace:
             new = written(function, names, q, new[0]), new[1]
