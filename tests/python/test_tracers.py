@@ -622,6 +622,7 @@ def test_watchers_see_rope_backward():
     want = gradient_of(y)
     graphs = [torch.jit.trace(gradient_of, (x,), check_trace=False)]
     graphs += [make_fx(gradient_of, tracing_mode=mode)(x) for mode in ("real", "fake")]
+    graphs.append(torch.compile(gradient_of, backend="aot_eager", fullgraph=True))
     for graph in graphs:
         assert torch.equal(graph(y), want)
     both = torch.stack([x, y])

@@ -20,6 +20,7 @@ _launch = _module.function("rope_backward")
 _workspace = _module.function("rope_backward_workspace")
 # The gradient's own arguments, in the order in which the module takes them before those of the call.
 _GRADIENTS: list[dict[str, Any]] = json.loads(_module.function("backward_description")())["args"]
+_NAMES = frozenset(arg["name"] for arg in _module.description())  # of the call
 
 
 def _new_workspace(like: Any, size: int) -> Any:
@@ -79,9 +80,8 @@ def rope_backward(
         TypeError: an argument is of the wrong Python type.
         RuntimeError: no backend can serve the call, or a driver failed.
     """
-    names = {arg["name"] for arg in _module.description()}
     for name in options:
-        if name not in names:
+        if name not in _NAMES:
             raise TypeError(f"rope_backward() got an unexpected keyword argument {_arrays._shown(name)}")
     given = {
         "q_grad": q_grad, "k_grad": k_grad, "q_grad_out": q_grad_out, "k_grad_out": k_grad_out,
