@@ -89,11 +89,6 @@ std::vector<RopeCase> Cases(const Options& options) {
   return cases;
 }
 
-Json ToJson(const RopeCudaShape& s) {
-  return Json::array({int{s.few}, int{s.vector}, int{s.in_flight}, int{s.flat}, int{s.cut}, int{s.warp_tokens},
-                      int{s.tokens}, int{s.resident}, int{s.share}, int{s.start}});
-}
-
 std::string LayoutText(const RopeCudaShape& s) {
   return s.few ? fmt::format("few: {} elements, {} heads, {} warps{}", s.vector, s.in_flight, s.cut,
                              s.tokens > 1 ? fmt::format(", {} tokens", s.tokens) : "")
@@ -153,7 +148,7 @@ int Tune(const Options& options) {
       Json tried = Json::array();
       for (const bench::TriedShape& one : tuned.tried) {
         if (!one.wrong.empty() || (!options.all && !one.compared)) continue;
-        tried.push_back({ToJson(one.shape), std::round(one.seconds * 1e10) / 1e4});
+        tried.push_back({one.shape.numbers(), std::round(one.seconds * 1e10) / 1e4});
       }
       lines += Json{{"case", c.name},
                     {"tokens", c.tokens},

@@ -432,10 +432,9 @@ Status Explain(const RopeCall& call, Explanation* explanation) {
                                                      : "no (ROPEWALK_PDL=0)");
   add("why", plan.why);
   add("plan", OriginName(plan.origin));
-  const RopeCudaShape& s = plan.shape;
-  add("shape",
-      Text(int{s.few}, " ", int{s.vector}, " ", int{s.in_flight}, " ", int{s.flat}, " ", int{s.cut}, " ",
-           int{s.warp_tokens}, " ", int{s.tokens}, " ", int{s.resident}, " ", int{s.share}, " ", int{s.start}));
+  std::string shape;
+  for (const int number : plan.shape.numbers()) shape += Text(shape.empty() ? "" : " ", number);
+  add("shape", shape);
   return {};
 }
 

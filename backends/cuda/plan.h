@@ -3,6 +3,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <string>
 #include <vector>
@@ -114,6 +115,10 @@ struct RopeCudaShape {
   uint8_t start = 0;
 
   bool operator==(const RopeCudaShape&) const = default;
+  // In this order, for people and searches.
+  std::array<int, 10> numbers() const {
+    return {few, vector, in_flight, flat, cut, warp_tokens, tokens, resident, share, start};
+  }
 };
 
 // When the next kernel may start by a shape for so many rows. Without a choice: early if all blocks of this one run at

@@ -8,6 +8,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <chrono>
 #include <cstring>
 #include <filesystem>
@@ -343,6 +344,10 @@ TEST_F(CudaHost, TunedShapesServeLaterProcesses) {
       Call call;
       const std::string text = Explained(call.args);
       ExpectContains(text, Text("\"plan\": \"", origin));
+      const size_t shape = text.find("\"shape\": \"");
+      ASSERT_NE(shape, std::string::npos) << text;
+      const std::string numbers = text.substr(shape + 10, text.find('"', shape + 10) - shape - 10);
+      EXPECT_EQ(std::ranges::count(numbers, ' '), 9) << numbers;  // ten of them
       ExpectContains(text, part);
       ExpectOk(call.Run());
     };
