@@ -349,16 +349,23 @@ def _watches_all() -> bool:
     )
 
 
-@functools.cache
-def _class(base: Any, kind: str) -> Any:
-    """`base` with the forward of that kind. It has the same name: what goes by names goes on."""
+def derived(base: Any, attributes: dict[str, Any], new: Any, *key: Any) -> Any:
+    """`base` with these attributes, under the same name: what goes by names goes on. `new(*key)` makes an empty one,
+    for pickle and copy."""
 
     def reduce_ex(self: Any, protocol: Any) -> Any:
         if type(self) is not made:
             return base.__reduce_ex__(self, protocol)
         _, _, *state = base.__reduce_ex__(self, max(int(protocol), 2))
-        return _new, (base, kind), *state
+        return new, key, *state
 
+    own = {"__module__": base.__module__, "__doc__": base.__doc__, "__reduce_ex__": reduce_ex, "_ropewalk_base": base}
+    made = type(base.__name__, (base,), {**own, **attributes})
+    made.__qualname__ = base.__qualname__
+    return made
+
+
+def _norm_call(base: Any) -> Any:
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         # A call of nn.Module takes 1 us to find that nobody watches it, which the layer has just looked for.
         fusing = self.__dict__.get(STATE)
@@ -366,12 +373,16 @@ def _class(base: Any, kind: str) -> Any:
             return base.__call__(self, *args, **kwargs)
         return args[0]
 
-    attributes = {"forward": _FORWARDS[kind](base), "__reduce_ex__": reduce_ex, "_ropewalk_base": base}
+    return call
+
+
+@functools.cache
+def _class(base: Any, kind: str) -> Any:
+    """`base` with the forward of that kind."""
+    attributes = {"forward": _FORWARDS[kind](base)}
     if kind == "norm":
-        attributes["__call__"] = call
-    made = type(base.__name__, (base,), {"__module__": base.__module__, "__doc__": base.__doc__, **attributes})
-    made.__qualname__ = base.__qualname__
-    return made
+        attributes["__call__"] = _norm_call(base)
+    return derived(base, attributes, _new, base, kind)
 
 
 def _new(base: Any, kind: str) -> Any:

@@ -37,6 +37,7 @@ from diffusers.models.transformers.transformer_qwenimage import (
 from diffusers.models.transformers.transformer_z_image import ZImageTransformer2DModel, ZSingleStreamAttnProcessor
 
 from . import rope, rope_
+from ._patched_module import derived
 from .compat import _common
 from .diffusers import STATE, VERSIONS
 
@@ -690,18 +691,9 @@ WAN_ROTARY = of_wan.WanRotaryPosEmbed
 
 @functools.cache
 def _class(base: Any) -> Any:
-    """`base` with our call. It has the same name: what goes by names goes on."""
-
-    def reduce_ex(self: Any, protocol: Any) -> Any:
-        if type(self) is not made:
-            return base.__reduce_ex__(self, protocol)
-        _, _, *state = base.__reduce_ex__(self, max(int(protocol), 2))
-        return _new, (base,), *state
-
+    """`base` with our call."""
     call = {"forward": _rotary_of_wan(base)} if base is WAN_ROTARY else {"__call__": FAMILIES[base].call}
-    attributes = {**call, "__reduce_ex__": reduce_ex, "_ropewalk_base": base}
-    made = type(base.__name__, (base,), {"__module__": base.__module__, "__doc__": base.__doc__, **attributes})
-    made.__qualname__ = base.__qualname__
+    made = derived(base, call, _new, base)
     with contextlib.suppress(ValueError):  # diffusers' hooks that skip layers go by the class, where they know it
         AttentionProcessorRegistry.register(made, AttentionProcessorRegistry.get(base))
     return made

@@ -174,10 +174,7 @@ def _check(tensors: dict[str, Any]) -> None:
             )
         if torch.compiler.is_compiling():
             continue
-        if has_tangent(x):
-            raise ValueError(
-                f"rope: {name} has a tangent (forward-mode AD, torch.func.jvp), and Ropewalk has no derivative"
-            )
+        _refuse_tangent(name, x)
         if type(x) in PLAIN and any(torch._is_functional_tensor(level) for level in levels(x)):
             raise ValueError(
                 f"rope: {name} is one of torch.func.functionalize, which operators that write do not go through: use "
@@ -215,6 +212,13 @@ def has_tangent(x: Any) -> bool:
         return False
     batched = torch._C._functorch.is_batchedtensor  # has no rule for a look at its tangent
     return any(not batched(level) and forward_ad.unpack_dual(level).tangent is not None for level in levels(x))
+
+
+def _refuse_tangent(name: str, x: torch.Tensor) -> None:
+    if has_tangent(x):
+        raise ValueError(
+            f"rope: {name} has a tangent (forward-mode AD, torch.func.jvp), and Ropewalk has no derivative"
+        )
 
 
 def is_watched(values: Any) -> bool:
@@ -465,10 +469,7 @@ def rope(arguments: dict[str, Any]) -> tuple[Any, Any]:
                 "call it under torch.no_grad()"
             )
         if not torch.compiler.is_compiling():
-            if has_tangent(x):
-                raise ValueError(
-                    f"rope: {name} has a tangent (forward-mode AD, torch.func.jvp), and Ropewalk has no derivative"
-                )
+            _refuse_tangent(name, x)
             if type(x) in PLAIN and not torch._C._functorch.is_functorch_wrapped_tensor(x):
                 _arrays.check_plain(name, x)
     new = _apply(
@@ -599,10 +600,8 @@ def rope_backward(gradients: dict[str, Any], arguments: dict[str, Any]) -> None:
                 f"rope: {name} requires grad, and autograd does not go through rope_backward: call it under "
                 f"torch.no_grad(), or give {name}.detach()"
             )
-        if not torch.compiler.is_compiling() and has_tangent(x):
-            raise ValueError(
-                f"rope: {name} has a tangent (forward-mode AD, torch.func.jvp), and Ropewalk has no derivative"
-            )
+        if not torch.compiler.is_compiling():
+            _refuse_tangent(name, x)
         if x.device.type == "meta":
             raise ValueError(f"rope: {name} must hold data, but is on the meta device")
     q_grad, k_grad = gradients["q_grad"], gradients["k_grad"]
