@@ -1,11 +1,12 @@
-"""The gradient of norm + rope on CUDA, checked and timed: beside its floor and beside torch.compile.
+"""The gradient of norm + rope on CUDA, checked and timed: beside its floor and beside its peers.
 
     python bench/gpu_backward.py [--json FILE] [--shapes NAME,..] [--no-compile] [--seconds S]
 
 Floor: a kernel of torch's (an addition into a third tensor) that reads x and dY and writes dX, contiguous, and nothing
 else. torch.compile: the gradient of the chain that transformers models run (float32 norm and rotation by tables of q's
-dtype), by autograd, without its forward. Each contender is captured in a CUDA graph of several calls that go round
-buffers of 0.8 GB in all, so that nothing is left in the L2 cache; contenders take turns; a number is the median of
+dtype), by autograd, without its forward. Axolotl (norm + rope: q, then k) and Liger (rope: both in place) where their
+packages are installed: the backward alone, likewise. Each contender is captured in a CUDA graph of several calls that go
+round buffers of 0.8 GB in all, so that nothing is left in the L2 cache; contenders take turns; a number is the median of
 several replays. Ours is compared with float64 first: dX within half a unit in the last place and 2^-18 of its head's
 largest term, dW within 2^-20 of the magnitudes, and the same bits twice. Runs in under 90 seconds.
 """
@@ -15,11 +16,13 @@ from __future__ import annotations
 
 import argparse
 import functools
+import importlib.util
 import json
 import statistics
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import ropewalk
@@ -175,17 +178,68 @@ def compiled(case: Case, norm: bool) -> Callable[[Buffers], None]:
     return call
 
 
+def axolotl(case: Case) -> Callable[[Buffers], None]:
+    """The gradient alone of Axolotl's norm and rotation: its forward runs once, and its graph is kept."""
+    found = importlib.util.find_spec("axolotl")
+    path = Path(found.submodule_search_locations[0]) / "kernels/gemma4_fused_rope.py"
+    spec = importlib.util.spec_from_file_location("axolotl_rope", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    cos, sin = (torch.cat((x[:, 0], x[:, 0]), -1).bfloat16()[None] for x in (case.cos, case.sin))
+    kept: dict[int, Any] = {}
+    for b in case.buffers:
+        leaves = [x.detach().requires_grad_() for x in (b.q, b.k, *case.weights)]
+        new = [
+            module.fused_rms_norm_rope(x[None], w, cos, sin, EPS) for x, w in zip(leaves[:2], leaves[2:], strict=True)
+        ]
+        kept[id(b)] = new, leaves
+
+    def call(b: Buffers) -> None:
+        new, leaves = kept[id(b)]
+        torch.autograd.grad(new, leaves, (b.dq[None], b.dk[None]), retain_graph=True)
+
+    return call
+
+
+def liger(case: Case) -> Callable[[Buffers], None]:
+    from liger_kernel.ops.rope import rope_backward  # noqa: PLC0415
+
+    cos, sin = (torch.cat((x[:, 0], x[:, 0]), -1).bfloat16()[None] for x in (case.cos, case.sin))
+
+    def call(b: Buffers) -> None:
+        rope_backward(b.dq[None].transpose(1, 2), b.dk[None].transpose(1, 2), cos, sin)
+
+    return call
+
+
+def peers(case: Case, norm: bool, compile_too: bool) -> dict[str, Callable[[Buffers], None]]:
+    """Those that can be called; of the others it is told why not."""
+    makers: dict[str, Callable[[], Callable[[Buffers], None]]] = {}
+    if case.shape.pairing == "neox":
+        makers["axolotl" if norm else "liger"] = functools.partial(axolotl if norm else liger, case)
+    if compile_too:  # a compilation takes seconds
+        makers["compile"] = functools.partial(compiled, case, norm)
+    made: dict[str, Callable[[Buffers], None]] = {}
+    for name, make in makers.items():
+        try:
+            made[name] = make()
+        except Exception as error:  # a peer's
+            print(f"{name}: {type(error).__name__}: {error}", file=sys.stderr)
+    return made
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json")
     parser.add_argument("--shapes", default="")
     parser.add_argument("--no-compile", action="store_true")
+    parser.add_argument("--compile-all", action="store_true", help="torch.compile beside every shape, not two")
     parser.add_argument("--seconds", type=float, default=80.0, help="begin no shape after so long")
     options = parser.parse_args()
     began, results, failed = time.monotonic(), [], 0
     wanted = [name for name in options.shapes.split(",") if name]
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, ropewalk {ropewalk.__version__}")
-    print(f"{'shape':<16} {'':<9} {'floor':>8} {'ours':>8} {'of floor':>8} {'compile':>8} {'GB/s':>6}")
+    print(f"{'shape':<16} {'':<9} {'floor':>8} {'ours':>8} {'of floor':>8} {'GB/s':>6}  peers")
     for shape in SHAPES:
         if wanted and shape.name not in wanted:
             continue
@@ -202,12 +256,8 @@ def main() -> int:
             contenders: dict[str, Callable[[Buffers], None]] = {
                 "floor": case.floor, "ours": functools.partial(case.ours, norm=norm)
             }  # fmt: skip
-            # A compilation takes seconds: for the first two shapes.
-            if not options.no_compile and shape in SHAPES[:2]:
-                try:
-                    contenders["compile"] = compiled(case, norm)
-                except Exception as error:  # a peer's
-                    print(f"torch.compile: {error}", file=sys.stderr)
+            compile_too = not options.no_compile and (options.compile_all or shape in SHAPES[:2])
+            contenders |= peers(case, norm, compile_too)
             graphs = {}
             for name, call in contenders.items():
                 try:
@@ -219,11 +269,11 @@ def main() -> int:
                 for name, graph in graphs.items():
                     samples[name].append(timed(graph, len(case.buffers)))
             us = {name: statistics.median(values) for name, values in samples.items()}
-            ours, floor, peer = us.get("ours", float("nan")), us.get("floor", float("nan")), us.get("compile")
-            peer_text = f"{peer:8.2f}" if peer else f"{'':>8}"
+            ours, floor = us.get("ours", float("nan")), us.get("floor", float("nan"))
+            others = ", ".join(f"{name} {us[name]:.2f}" for name in us if name not in ("ours", "floor"))
             rate = case.buffers[0].bytes() / ours / 1e3
             print(f"{shape.name:<16} {'norm+rope' if norm else 'rope':<9} {floor:8.2f} {ours:8.2f} {ours / floor:8.3f} "
-                  f"{peer_text} {rate:6.0f}", flush=True)  # fmt: skip
+                  f"{rate:6.0f}  {others}", flush=True)  # fmt: skip
             results.append({**shape._asdict(), "norm": norm, "us": us, "of_floor": ours / floor,
                             "bytes": case.buffers[0].bytes()})  # fmt: skip
         del case

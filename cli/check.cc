@@ -7,6 +7,7 @@
 
 #include "cli/common.h"
 #include "cli/model_cases.h"
+#include "conformance/backward.h"
 #include "conformance/runner.h"
 
 namespace ropewalk::cli {
@@ -19,11 +20,12 @@ struct Options {
   uint64_t seed = 1;
   int32_t threads = 1;
   std::string shard;
-  bool engines = false, list = false, json = false;
+  bool engines = false, gradients = false, list = false, json = false;
 };
 
 // The cases of the list, those of the models named, of all models as engines call them, or random ones.
 std::vector<RopeCase> Cases(const Options& options) {
+  if (options.gradients) return options.random ? RandomBackwardCases(options.seed, options.random) : BackwardCases(1);
   if (options.random) return RandomRopeCases(options.seed, options.random);
   if (options.engines) return EngineCases(true);
   if (options.models.empty()) return RopeCases();
@@ -45,6 +47,7 @@ std::string Source(const Options& options) {
   for (const std::string& model : options.models) words += fmt::format(" --model '{}'", model);
   if (options.random) words += fmt::format(" --random {} --seed {}", options.random, options.seed);
   if (options.engines) words += " --engines";
+  if (options.gradients) words += " --gradients";
   if (options.threads != 1) words += fmt::format(" --threads {}", options.threads);
   return words.empty() ? words : words.substr(1);
 }
@@ -144,6 +147,7 @@ int Check(const Options& options) {
     run.max_failures = options.max_failures;
     run.progress = [&](const CaseResult& result, int64_t, int64_t) { progress.Step(result.name); };
     run.stop = Interrupted;
+    if (options.gradients) run.run = RunBackwardCase;
     CatchInterrupt();
     summary = RunCases(cases, MemoryOf(options.backend), run);
   }
@@ -198,6 +202,9 @@ void AddCheck(CLI::App* app, int* exit_code) {
                  "what engines send instead of the list: the heads of real models, as tensor-parallel ranks have them")
       ->excludes("--model")
       ->excludes("--random");
+  command->add_flag("--gradients", options->gradients, "the gradient of each case instead, of those that store nothing")
+      ->excludes("--model")
+      ->excludes("--engines");
   command->add_option("--seed", options->seed, "other random cases for another number")
       ->check(Whole(0, UINT64_MAX))
       ->needs("--random")
@@ -217,7 +224,8 @@ void AddCheck(CLI::App* app, int* exit_code) {
       "  ropewalk check --case '*rms*' --list      which cases a pattern means\n"
       "  ropewalk check --model my/config.json     one model's shapes, in three dtypes\n"
       "  ropewalk check --random 1000 --seed 7     a thousand cases that no list has\n"
-      "  ropewalk check --engines --case Phi-4     one model's heads, over 1 to 8 ranks\n\n"
+      "  ropewalk check --engines --case Phi-4     one model's heads, over 1 to 8 ranks\n"
+      "  ropewalk check --gradients                the gradient of every case\n\n"
       "A tolerance is half a unit in the last place of the output and 2^-20 of the\n"
       "pair's length (2^-21 in float32).\n"
       "Exit code 1 if a case fails or none ran.");

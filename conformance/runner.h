@@ -32,7 +32,8 @@ struct RunOptions {
   std::string source = {};      // options of `ropewalk check` that make these cases, for the rerun; "": the list
   int64_t max_failures = 0;     // stop after so many; 0: never
   std::function<void(const CaseResult& result, int64_t done, int64_t total)> progress = {};
-  std::function<bool()> stop = {};  // asked after each case; true: the last one
+  std::function<bool()> stop = {};                                       // asked after each case; true: the last one
+  CaseResult (*run)(const RopeCase& c, DeviceMemory& memory) = nullptr;  // null: RunCase
 };
 
 struct RunSummary {

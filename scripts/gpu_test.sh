@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # The tests that need an NVIDIA GPU, and a report of them: conformance on the device in both layouts, 20,000 random calls,
-# the Python tests on CUDA tensors, compute-sanitizer. For a machine with a driver and NVRTC and without a network:
-#   scripts/gpu_test.sh REPORT.md [conformance] [random] [sanitizer] [python]     the parts named, else all
+# gradients of every case and of 1,000 random ones, the Python tests on CUDA tensors, compute-sanitizer. For a machine
+# with a driver and NVRTC and without a network:
+#   scripts/gpu_test.sh REPORT.md [conformance] [random] [gradients] [sanitizer] [python]     the parts named, else all
 # random:K/N is the K-th of N parts of the random calls, K from 0 on, each with a seed of its own, for a machine that gives a
 # command so much time only: their kernels take the time, about 6,000 of them. engines (not among all): every model of
 # conformance/models.cc as tensor-parallel ranks have it, in every mode.
@@ -10,11 +11,11 @@
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit
 [[ ! -x .venv/bin/python3 ]] || PATH=$PWD/.venv/bin:$PATH
-report=${1:?usage: scripts/gpu_test.sh REPORT.md [conformance] [random] [sanitizer] [python]}
+report=${1:?usage: scripts/gpu_test.sh REPORT.md [conformance] [random] [gradients] [sanitizer] [python]}
 shift
-parts=" ${*:-conformance random sanitizer python} "
+parts=" ${*:-conformance random gradients sanitizer python} "
 for part in $parts; do
-  [[ $part =~ ^(conformance|random|random:[0-9]+/[1-9][0-9]*|engines|sanitizer|python)$ ]] || { echo "gpu_test: no part $part" >&2; exit 2; }
+  [[ $part =~ ^(conformance|random|random:[0-9]+/[1-9][0-9]*|engines|gradients|sanitizer|python)$ ]] || { echo "gpu_test: no part $part" >&2; exit 2; }
 done
 ropewalk=${ROPEWALK:-build/dev/bin/ropewalk}
 jobs=$(env -u OMP_NUM_THREADS nproc)
@@ -93,6 +94,19 @@ python_tests() {
     done
     echo '```'
   done
+  if [[ $parts == *" gradients "* ]]; then
+    echo '## Gradients, against the double-precision reference, twice each: `ropewalk check --gradients`'
+    echo '```'
+    printf '%-20s ' cuda
+    check cuda "$ropewalk" check --gradients
+    printf '%-20s ' 'cuda, random'
+    check cuda "$ropewalk" check --gradients --random 1000 --seed "${SEED:-$(date -u +%Y%m%d)}"
+    for tool in memcheck racecheck initcheck; do
+      printf '%-20s ' "$tool, random"
+      check cuda compute-sanitizer --tool "$tool" --error-exitcode 9 "$ropewalk" check --gradients --random 500
+    done
+    echo '```'
+  fi
   if [[ $parts == *" engines "* ]]; then
     echo "## The heads of real models, as ranks have them: \`ropewalk check --engines\`"
     echo '```'

@@ -371,8 +371,20 @@ Status LaunchBackward(const RopeBackwardCall& call) {
   args.k_weight_grad = call.k_weight_grad;
   args.q_blocks = plan.q_blocks;
   args.k_blocks = plan.k_blocks;
+  cu::LaunchAttribute attribute;
+  attribute.id = cu::kProgrammaticStreamSerialization;
+  attribute.value.number = 1;
   const auto launch = [&](const CudaKernel* kernel, unsigned grid, unsigned threads) -> Status {
-    const cu::LaunchConfig config = {grid, 1, 1, threads, 1, 1, 0, static_cast<cu::Stream>(turn.stream), nullptr, 0u};
+    const cu::LaunchConfig config = {grid,
+                                     1,
+                                     1,
+                                     threads,
+                                     1,
+                                     1,
+                                     0,
+                                     static_cast<cu::Stream>(turn.stream),
+                                     &attribute,
+                                     plan.key.dependent_launch ? 1u : 0u};
     void* parameters[] = {&args};
     const cu::Result result = driver.LaunchKernelEx(&config, kernel->function, parameters, nullptr);
     if (result != cu::kSuccess) return LaunchFailed(context, turn, result);

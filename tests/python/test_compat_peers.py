@@ -174,11 +174,12 @@ def test_vllm_norm_and_cache(device, dtype, is_neox, cache_like_qkv):
     original = qkv.clone()
     vllm.fused_qk_norm_rope_kvcache(qkv, *out, *arguments, buffer[0], buffer[1], slots, 4)
     assert torch.equal(qkv, original)
-    for x, value in zip(out, got, strict=False):
-        assert torch.equal(x.view(tokens, -1, 96), value)
+    new = [x.view(tokens, -1, 96) for x in out]
+    for x, value in zip(new, want, strict=True):
+        same(x, value)
     for token, slot in enumerate(slots.tolist()):
         if slot >= 0:
-            before[0, slot // 4, slot % 4], before[1, slot // 4, slot % 4] = got[1][token], got[2][token]
+            before[0, slot // 4, slot % 4], before[1, slot // 4, slot % 4] = new[1][token], got[2][token]
     assert torch.equal(buffer, before)
     with pytest.raises(ValueError, match="num_heads_v must be num_heads_k, 3, but is 1"):
         vllm.fused_qk_norm_rope_kvcache(qkv, *out, 6, 3, 1, *arguments[3:], buffer[0], buffer[1], slots, 4)

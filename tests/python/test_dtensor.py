@@ -1,4 +1,7 @@
-"""DTensors: two processes, each with its part, rotate as one does the whole, to the bit and without a message sent."""
+"""DTensors: two processes, each with its part, rotate as one does the whole, to the bit and without a message sent.
+
+With gloo on the CPU. ROPEWALK_TEST_DTENSORS=cuda: with NCCL, on two GPUs.
+"""
 
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
@@ -16,6 +19,7 @@ if not torch.distributed.is_available():
     pytest.skip("torch without distributed", allow_module_level=True)
 
 RANKS = 2
+DEVICE = os.environ.get("ROPEWALK_TEST_DTENSORS", "cpu")
 CHECKS: dict[str, object] = {}
 
 
@@ -37,9 +41,11 @@ class Ranks:
         from torch.distributed.device_mesh import init_device_mesh  # noqa: PLC0415
 
         self.ropewalk, self.dtensor = ropewalk, dtensor
-        self.mesh = init_device_mesh("cpu", (RANKS,))
+        self.mesh = init_device_mesh(DEVICE, (RANKS,))
         self.frequencies = ropewalk.Frequencies(theta=1e4, rotary_dim=32)
-        self.table = dict(zip(("cos", "sin"), self.frequencies.table(1000, torch.float32), strict=True))
+        self.table = dict(
+            zip(("cos", "sin"), (x.to(DEVICE) for x in self.frequencies.table(1000, torch.float32)), strict=True)
+        )
         self.rank = self.mesh.get_rank()
 
     def lay(self, x, dim=None):
@@ -53,7 +59,7 @@ class Ranks:
 
 
 def draw(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), device="cpu").to(DEVICE)
 
 
 def heads(tokens=7, q_heads=4, k_heads=2, batch=2):
@@ -61,7 +67,8 @@ def heads(tokens=7, q_heads=4, k_heads=2, batch=2):
 
 
 def places(batch=2, tokens=7):
-    return torch.randint(0, 1000 - tokens, (batch, tokens), generator=torch.Generator().manual_seed(2))
+    drawn = torch.randint(0, 1000 - tokens, (batch, tokens), generator=torch.Generator().manual_seed(2), device="cpu")
+    return drawn.to(DEVICE)
 
 
 def equal(got, want):
@@ -180,7 +187,7 @@ def a_mesh_of_two_dimensions(r):
     q, k = heads(tokens=8)
     want = r.ropewalk.rope(q, k, frequencies=r.frequencies, positions=places(tokens=8))
     for shape in ((1, 2), (2, 1)):
-        mesh = init_device_mesh("cpu", shape)
+        mesh = init_device_mesh(DEVICE, shape)
         for dims in ((1, 2), (0, 1), (0, 2), (1, 1)):
             lay = [r.dtensor.Shard(dim) for dim in dims]
             own = [r.dtensor.Shard(dim) if dim < 2 else r.dtensor.Replicate() for dim in dims]
@@ -204,7 +211,7 @@ def axes_of_positions(r):
 @check
 def caches_go_with_their_heads(r):
     q, k = heads()
-    slots = torch.randperm(14, generator=torch.Generator().manual_seed(5)).view(2, 7)
+    slots = torch.randperm(14, generator=torch.Generator().manual_seed(5), device="cpu").view(2, 7).to(DEVICE)
     options = {"frequencies": r.frequencies, "v": draw(2, 7, 2, 16, seed=6), "slots": slots}
     k_cache, v_cache = torch.zeros(16, 2, 32), torch.zeros(16, 2, 16)
     laid = {"k_cache": r.lay(k_cache, 1), "v_cache": r.lay(v_cache, 1)}
@@ -444,7 +451,10 @@ def main() -> None:
 
     assert "torch.distributed.tensor" not in sys.modules
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo")
+    if DEVICE == "cuda":
+        torch.cuda.set_device(int(os.environ["RANK"]))
+        torch.set_default_device("cuda")
+    torch.distributed.init_process_group("nccl" if DEVICE == "cuda" else "gloo")
     ranks = Ranks()
     for name, function in CHECKS.items():
         function(ranks)

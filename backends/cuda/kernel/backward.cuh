@@ -3,9 +3,9 @@
 //   dX = (g w - n mean(g w n)) / rms                   one pass: reads x and dY, writes dX
 //   dW = sum of g n over all heads of all tokens       two kernels: a sum of each block, then those added up
 //
-// A block has heads of q or of k, not of both, so that its threads add up one weight's gradient, in their registers. A
-// warp takes a token at a time, the next one as many tokens behind as all warps of q, or of k, take at once; its groups
-// share the heads. Who owns what of a head, rope.cuh draws. No sum depends on which block is first.
+// A block has heads of q or of k, not of both, so that its threads add up one weight's gradient. A warp has a run of
+// heads that follow each other, as long as any other warp's or one turn more, and its groups take them in turns: what a
+// warp reads in a turn lies together. Who owns what of a head, rope.cuh draws. No sum depends on which block is first.
 // SPDX-License-Identifier: Apache-2.0
 #ifndef ROPEWALK_BACKENDS_CUDA_KERNEL_BACKWARD_CUH_
 #define ROPEWALK_BACKENDS_CUDA_KERNEL_BACKWARD_CUH_
@@ -15,20 +15,17 @@
 
 namespace ropewalk {
 
-// high + low, with twice the bits of a float.
+// total - lost, with twice the bits of a float.
 struct Sum {
-  float high, low;
+  float total, lost;
 };
-__device__ __forceinline__ void AddTo(Sum& sum, float value) {
-  const float total = __fadd_rn(sum.high, value);
-  const float of_value = __fsub_rn(total, sum.high);
-  const float lost = __fadd_rn(__fsub_rn(sum.high, __fsub_rn(total, of_value)), __fsub_rn(value, of_value));
-  sum.high = total;
-  sum.low = __fadd_rn(sum.low, lost);
-}
+// Adds up two sums, of which either may be the larger one.
 __device__ __forceinline__ void AddTo(Sum& sum, const Sum& other) {
-  AddTo(sum, other.high);
-  sum.low = __fadd_rn(sum.low, other.low);
+  const float total = __fadd_rn(sum.total, other.total);
+  const float of_other = __fsub_rn(total, sum.total);
+  const float lost = __fadd_rn(__fsub_rn(sum.total, __fsub_rn(total, of_other)), __fsub_rn(other.total, of_other));
+  sum.total = total;
+  sum.lost = __fsub_rn(__fadd_rn(sum.lost, other.lost), lost);
 }
 
 // A variant whose products are not rounded: reference rounding rounds cosines and sines alone here.
@@ -49,62 +46,42 @@ __device__ __forceinline__ void EachVector(int lane, Of& of, const What& what) {
   EachOfRest<K>(lane, of, what);
 }
 
-// Adds up the sums of a block's threads, and leaves them at `out`, where head_dim floats lie and as many behind. Each
-// warp in its turn, so that the order is always the same.
+// The sums of a thread: one for each element that it owns. It adds up the terms of kRun heads in registers, which is off
+// by 7 units at most, and then adds that to sums of twice the bits. Those are kept in shared memory where they fit.
 template <class K>
-__device__ __forceinline__ void AddUpBlock(int lane, bool owns, Sum (&sums)[Floats<K>::kCount][K::kVector], float* out) {
-  constexpr int kPart = K::kHeadDim < 2048 ? K::kHeadDim : 2048, kWarps = K::kThreads / 32;
-  constexpr int kGroups = 32 / K::kLanes;
-  __shared__ Sum total[kPart];
-  const int warp = static_cast<int>(threadIdx.x) / 32;
-  // Of the groups of a warp, in their order; every thread gets it, and those of the first group own it.
-#pragma unroll
-  for (int i = 0; i < Floats<K>::kCount; ++i) {
-#pragma unroll
-    for (int j = 0; j < K::kVector; ++j) {
-      Sum all = {0.0f, 0.0f};
-#pragma unroll
-      for (int group = 0; group < kGroups; ++group) {
-        const int from = lane + group * K::kLanes;
-        AddTo(all, Sum{__shfl_sync(0xffffffffu, sums[i][j].high, from), __shfl_sync(0xffffffffu, sums[i][j].low, from)});
-      }
-      sums[i][j] = all;
-    }
+struct Sums {
+  static constexpr int kRun = 8;
+  static constexpr int kSlots = Floats<K>::kCount * K::kVector;
+  static constexpr int kRoom = 2048 / K::kThreads;  // slots of all threads in 16 KB
+  static constexpr bool kShared = kSlots <= kRoom;
+  static constexpr int kPart = kShared ? kSlots : kRoom;
+};
+
+// The element of a head that a lane keeps in a slot; -1 if there is none.
+template <class K>
+__device__ __forceinline__ int ElementOf(int lane, int slot) {
+  const int number = slot / K::kVector, j = slot % K::kVector, i = number / 2;
+  if (number < 2 * Shape<K>::kUnitsPerLane) {
+    return HasUnit<K>(lane, i) ? UnitBegin<K>(UnitOf<K>(lane, i)) + number % 2 * kUnitDistance<K> + j : -1;
   }
-  const bool first = owns && static_cast<int>(threadIdx.x) % 32 < K::kLanes;
-#pragma unroll 1
-  for (int begin = 0; begin < K::kHeadDim; begin += kPart) {
-#pragma unroll 1
-    for (int i = static_cast<int>(threadIdx.x); i < kPart; i += K::kThreads) total[i] = {0.0f, 0.0f};
-#pragma unroll 1
-    for (int turn = 0; turn < kWarps; ++turn) {
-      __syncthreads();
-      if (warp != turn || !first) continue;
-      Share<K> places;
-      EachVector<K>(lane, places, [&](Words<Shape<K>::kVectorBytes>&, int at, int number) {
-#pragma unroll
-        for (int j = 0; j < K::kVector; ++j) {
-          const int place = at + j - begin;
-          if (place >= 0 && place < kPart) AddTo(total[place], sums[number][j]);
-        }
-      });
-    }
-    __syncthreads();
-#pragma unroll 1
-    for (int i = static_cast<int>(threadIdx.x); i < kPart && begin + i < K::kHeadDim; i += K::kThreads) {
-      out[begin + i] = total[i].high;
-      out[K::kHeadDim + begin + i] = total[i].low;
-    }
-    __syncthreads();
-  }
+  const int rest = number - 2 * Shape<K>::kUnitsPerLane;
+  return HasRest<K>(lane, rest) ? RestBegin<K>(UnitOf<K>(lane, rest)) + j : -1;
 }
+
+// Where a group is: its head, and where x, dY and dX of it lie.
+struct HeadCursor {
+  int batch, token, head;
+  bool new_token;  // the head before was another token's
+  const char *x, *grad;
+  char* out;
+};
 
 template <class K>
 __device__ __forceinline__ void BackwardBody(const rope_backward_cuda_args& b) {
   using S = Shape<K>;
-  static_assert(Deals(S::kGrid) && S::kWarpTokens == 1 && TokenWarps(S::kGrid) == 1, "a warp has a token of its own");
-  static_assert(!S::kStaged && K::kQHeads == 0, "a thread loads what it owns by itself, and strides are not constants");
-  constexpr int kSize = kBytes<K::kDtype>, kStep = S::kWarpShare;
+  static_assert(Deals(S::kGrid) && S::kWarpTokens == 1 && TokenWarps(S::kGrid) == 1, "a warp has all its groups");
+  static_assert(!S::kFlat && K::kQHeads == 0, "a thread fetches what it owns by itself, and strides are not constants");
+  constexpr int kSize = kBytes<K::kDtype>, kWarps = K::kThreads / 32, kGroups = 32 / K::kLanes;
   const rope_cuda_args& a = b.turn;
   const rope_params& p = a.params;
   const bool of_k = static_cast<int>(blockIdx.x) >= b.q_blocks;
@@ -112,96 +89,203 @@ __device__ __forceinline__ void BackwardBody(const rope_backward_cuda_args& b) {
   const auto thread = static_cast<int>(threadIdx.x);
   const int lane = thread % 32 % K::kLanes;
   const bool idle = Idle(S::kGrid, thread);
-  const int first = idle ? 1 << 30 : GroupInWarp(S::kGrid, thread);
+
+  // The heads of all tokens are dealt to the warps, kGroups of them a turn.
+  const rw_i64 all = p.batch * p.tokens * heads, all_turns = (all + kGroups - 1) / kGroups;
+  const rw_i64 warps = rw_i64{of_k ? b.k_blocks : b.q_blocks} * kWarps;
+  const rw_i64 warp = rw_i64{static_cast<int>(blockIdx.x) - (of_k ? b.q_blocks : 0)} * kWarps + thread / 32;
+  const rw_i64 each = all_turns / warps, more = all_turns - each * warps;
+  const auto turns = static_cast<int>(each + (warp < more));  // of this warp
+  const rw_i64 first =
+      (warp * each + (warp < more ? warp : more)) * kGroups + GroupInWarp(S::kGrid, thread);  // of this group
+  // The last turn of all may have no head for a group.
+  const int count = idle ? 0 : first + rw_i64{turns} * kGroups - kGroups < all ? turns : turns - 1;
+
+  const rope_strides& x_strides = of_k ? b.k_strides : b.q_strides;
+  const rope_strides& grad_strides = of_k ? p.k : p.q;
+  const rope_strides& out_strides = of_k ? p.k_out : p.q_out;
+  const auto place = [&](HeadCursor& at) {
+    const auto of = [&](const void* data, const rope_strides& s) {
+      return static_cast<const char*>(data) + Offset<K>(s, at.batch, at.token, at.head) * kSize;
+    };
+    at.x = of(of_k ? b.k : b.q, x_strides);
+    at.grad = of(of_k ? a.k : a.q, grad_strides);
+    at.out = const_cast<char*>(of(of_k ? a.k_out : a.q_out, out_strides));
+  };
+  const auto go_on = [&](HeadCursor& at) {
+    at.head += kGroups;
+    at.new_token = at.head >= heads;
+    if (!at.new_token) {
+      at.x += x_strides.head * (kGroups * kSize);
+      at.grad += grad_strides.head * (kGroups * kSize);
+      at.out += out_strides.head * (kGroups * kSize);
+      return;
+    }
+    const int tokens = at.head / heads;
+    at.head -= tokens * heads;
+    at.token += tokens;
+    if (K::kBatched) {
+      while (at.token >= p.tokens) at.token -= static_cast<int>(p.tokens), ++at.batch;
+    }
+    place(at);
+  };
+
+  if constexpr (K::kDependentLaunch != 0) {
+    WaitForOthers();
+    LetTheNextStart<1>();  // all blocks run at once, so that the next kernel's take the place of none
+  }
+
+  // x and dY of the next heads are on their way through shared memory where an asynchronous copy carries a vector, else
+  // those of one head to registers. A thread reads what it fetched itself, so there is no barrier.
+  constexpr int kAhead = S::kStaged ? K::kInFlight : 1;
+  __shared__ Aligned<16> staged[S::kStaged ? (2 * K::kInFlight * S::kStageBytes + 15) / 16 : 1];
+  Share<K> x, grad;
+  const auto staged_at = [&](int stage, int number) {
+    return reinterpret_cast<Words<S::kVectorBytes>*>(reinterpret_cast<char*>(staged) + stage * S::kStageBytes) +
+           number * K::kThreads + threadIdx.x;
+  };
+  // The position of a token comes the same way.
+  using PositionInt = typename IntOf<K::kPositionsDtype>::Type;
+  constexpr bool kFetchPosition = S::kStaged && !K::kAxes && K::kPositionsDtype != kRopeNoDtype;
+  __shared__ PositionInt positions[kFetchPosition ? K::kInFlight * K::kThreads : 1];
+  int to_fetch = count;
+  HeadCursor ahead = {};
+  const auto fetch = [&](int stage) {
+    if (to_fetch > 0) {
+      EachVector<K>(lane, x, [&](Words<S::kVectorBytes>& words, int begin, int number) {
+        if constexpr (S::kStaged) {
+          CopyAsync<S::kVectorBytes>(staged_at(2 * stage, number), ahead.x + begin * kSize);
+        } else {
+          words = Load<S::kVectorBytes>(ahead.x + begin * kSize);
+        }
+      });
+      EachVector<K>(lane, grad, [&](Words<S::kVectorBytes>& words, int begin, int number) {
+        if constexpr (S::kStaged) {
+          CopyAsync<S::kVectorBytes>(staged_at(2 * stage + 1, number), ahead.grad + begin * kSize);
+        } else {
+          words = Load<S::kVectorBytes>(ahead.grad + begin * kSize);
+        }
+      });
+      if constexpr (kFetchPosition) {
+        if (ahead.new_token) {
+          CopyAsync<sizeof(PositionInt)>(&positions[stage * K::kThreads + thread],
+                                         static_cast<const PositionInt*>(a.positions) +
+                                             (K::kBatched ? ahead.batch * p.positions_batch : 0) +
+                                             Index<K>(ahead.token, p.positions_token));
+        }
+      }
+      if (--to_fetch > 0) go_on(ahead);
+    }
+    if constexpr (S::kStaged) asm volatile("cp.async.commit_group;" ::: "memory");
+  };
+  HeadCursor at = {};
+  if (count > 0) {
+    const rw_i64 row = first / heads;
+    at.head = static_cast<int>(first - row * heads);
+    at.batch = K::kBatched ? static_cast<int>(row / p.tokens) : 0;
+    at.token = static_cast<int>(row - at.batch * p.tokens);
+    at.new_token = true;
+    place(at);
+    ahead = at;
+  }
+#pragma unroll
+  for (int stage = 0; stage < kAhead; ++stage) fetch(stage);
 
   ShareWeights<K> weights;
   LoadWeights<K>(of_k ? a.k_weight : a.q_weight, lane, weights);
-  Sum sums[K::kSums ? Floats<K>::kCount : 1][K::kVector];
+  using Sizes = Sums<K>;
+  constexpr int kSlots = K::kSums ? Sizes::kSlots : 1;
+  __shared__ Sum shared_sums[K::kSums ? Sizes::kPart * K::kThreads : 1];
+  Sum own_sums[K::kSums && !Sizes::kShared ? kSlots : 1];
+  float run[kSlots];
+  const auto sum_at = [&](int slot) -> Sum& {
+    return Sizes::kShared ? shared_sums[slot * K::kThreads + thread] : own_sums[slot];
+  };
   if constexpr (K::kSums != 0) {
 #pragma unroll
-    for (int i = 0; i < Floats<K>::kCount; ++i) {
-#pragma unroll
-      for (int j = 0; j < K::kVector; ++j) sums[i][j] = {0.0f, 0.0f};
+    for (int slot = 0; slot < kSlots; ++slot) {
+      run[slot] = 0.0f;
+      sum_at(slot) = {0.0f, 0.0f};
     }
   }
-
-  constexpr int kWarps = K::kThreads / 32;
-  const rw_i64 rows = p.batch * p.tokens;
-  const rw_i64 block = of_k ? static_cast<int>(blockIdx.x) - b.q_blocks : static_cast<int>(blockIdx.x);
-  const rw_i64 step = rw_i64{of_k ? b.k_blocks : b.q_blocks} * kWarps;
-#pragma unroll 1
-  for (rw_i64 row = block * kWarps + thread / 32; row < rows; row += step) {
-    Token t = BeginToken<K>(a, row);
-    const auto place = [&](const void* data, const rope_strides& s, int h) {
-      return static_cast<const char*>(data) + Offset<K>(s, t.batch, t.token, h) * kSize;
-    };
-    const auto out_of = [&](int h) {
-      return const_cast<char*>(of_k ? place(a.k_out, p.k_out, h) : place(a.q_out, p.q_out, h));
-    };
-    Share<K> x, grad;
-    const auto fetch = [&](int h) {
-      if (h >= heads) return;
-      const char* const from_x = of_k ? place(b.k, b.k_strides, h) : place(b.q, b.q_strides, h);
-      const char* const from_grad = of_k ? place(a.k, p.k, h) : place(a.q, p.q, h);
-      EachVector<K>(lane, x, [&](Words<S::kVectorBytes>& words, int begin, int) {
-        words = Load<S::kVectorBytes>(from_x + begin * kSize);
-      });
-      EachVector<K>(lane, grad, [&](Words<S::kVectorBytes>& words, int begin, int) {
-        words = Load<S::kVectorBytes>(from_grad + begin * kSize);
-      });
-    };
-    fetch(first);
-    const rw_i64 position = K::kAxes ? 0 : PositionOf<K>(a, t.batch, t.token, 0);
-    CheckToken<K>(a, row, -1, position, thread % 32 == 0 && (!of_k || p.q_heads == 0), t);
-    if ((S::kTable || K::kCheckAxes) && t.poisoned) {
-#pragma unroll 1
-      for (int h = first; h < heads; h += kStep) FillHead<K>(nullptr, out_of(h), true, lane);
-      continue;
+  const auto end_run = [&] {
+#pragma unroll
+    for (int slot = 0; slot < kSlots; ++slot) {
+      Sum& sum = sum_at(slot);  // Kahan's: the run is seldom the larger one
+      const Sum before = sum;
+      const float term = __fsub_rn(run[slot], before.lost);
+      const float total = __fadd_rn(before.total, term);
+      sum = {total, __fsub_rn(__fsub_rn(total, before.total), term)};
+      run[slot] = 0.0f;
     }
-    Angles<K> angles;
-    FindAngles<K>(a, t, position, lane, true, angles);
+  };
 
-    // All threads of a warp go on to the last turn: they meet at the sums of a head.
+  Angles<K> angles;
+  bool poisoned = false;
+  int stage = 0;
 #pragma unroll 1
-    for (int turn = 0, h = first; turn < heads; turn += kStep, h += kStep) {
-      Floats<K> n, g;
-      float square = 0.0f, along = 0.0f;
-      const auto unpack = [&](const Words<S::kVectorBytes>& words, int, int number) {
-        Unpack<K::kDtype, K::kVector>(words, n.v[number]);
-#pragma unroll
-        for (int j = 0; j < K::kVector; ++j) square = fmaf(n.v[number][j], n.v[number][j], square);
-      };
-      EachVector<K>(lane, x, unpack);
-      EachVector<K>(lane, grad, [&](const Words<S::kVectorBytes>& words, int, int number) {
-        Unpack<K::kDtype, K::kVector>(words, g.v[number]);
-      });
-      fetch(h + kStep);
-#pragma unroll
-      for (int i = 0; i < S::kUnitsPerLane; ++i) {
-        if (HasUnit<K>(lane, i)) {
-          RotateUnit<Unrounded<K>>(g.v[2 * i], g.v[2 * i + 1], angles.cos[i], angles.sin[i]);
+  for (int turn = 0; turn < turns; ++turn) {
+    const bool works = turn < count;
+    if constexpr (S::kStaged) asm volatile("cp.async.wait_group %0;" ::"n"(K::kInFlight - 1) : "memory");
+    if (works && at.new_token) {
+      Token t = {at.batch, at.token, nullptr, nullptr, -1, false, false};
+      rw_i64 position = 0;
+      if constexpr (kFetchPosition) {
+        position = positions[stage * K::kThreads + thread];
+        if constexpr (K::kOffsetsDtype != kRopeNoDtype) {
+          position += LoadInt<K::kOffsetsDtype>(
+              a.offsets, (K::kBatched ? t.batch * p.offsets_batch : 0) + Index<K>(t.token, p.offsets_token));
         }
+      } else if constexpr (!K::kAxes) {
+        position = PositionOf<K>(a, t.batch, t.token, 0);
       }
-      // The weights of a vector, unpacked twice: kept as floats they would take the registers of a vector more.
-      const auto factor_of = [&](const WeightWords<K>& words, float (&w)[K::kVector]) {
-        if constexpr (K::kWeight != kRopeNoWeight) Unpack<K::kWeightDtype, K::kVector>(words, w);
+      CheckToken<K>(a, t.batch * p.tokens + t.token, -1, position, lane == 0 && (!of_k || p.q_heads == 0), t);
+      poisoned = t.poisoned;
+      if (!(S::kTable || K::kCheckAxes) || !poisoned) FindAngles<K>(a, t, position, lane, true, angles);
+    }
+    Floats<K> n, g;
+    float square = 0.0f, along = 0.0f;
+    EachVector<K>(lane, x, [&](Words<S::kVectorBytes>& words, int, int number) {
+      if constexpr (S::kStaged) words = *staged_at(2 * stage, number);
+      Unpack<K::kDtype, K::kVector>(words, n.v[number]);
 #pragma unroll
-        for (int j = 0; j < K::kVector; ++j) {
-          w[j] = K::kWeight == kRopeNoWeight ? 1.0f : K::kWeight == kRopeWeight ? w[j] : 1.0f + w[j];
-        }
-      };
-      EachVector<K>(lane, weights, [&](const WeightWords<K>& words, int, int number) {
-        float w[K::kVector];
-        factor_of(words, w);
+      for (int j = 0; j < K::kVector; ++j) square = fmaf(n.v[number][j], n.v[number][j], square);
+    });
+    EachVector<K>(lane, grad, [&](Words<S::kVectorBytes>& words, int, int number) {
+      if constexpr (S::kStaged) words = *staged_at(2 * stage + 1, number);
+      Unpack<K::kDtype, K::kVector>(words, g.v[number]);
+    });
 #pragma unroll
-        for (int j = 0; j < K::kVector; ++j) along = fmaf(g.v[number][j] * w[j], n.v[number][j], along);
-      });
-      const float mean =
-          SumOfGroup<K::kLanes>(square, lane) * (1.0f / K::kHeadDim) + __uint_as_float(K::kEpsBits);
-      const float rstd = K::kDtype == kRopeF32 ? __frcp_rn(__fsqrt_rn(mean)) : InverseRoot<K::kEpsBits>(mean);
-      const float mean_along = SumOfGroup<K::kLanes>(along, lane) * (1.0f / K::kHeadDim) * rstd;
-      if (h >= heads) continue;
-      char* const out = out_of(h);
+    for (int i = 0; i < S::kUnitsPerLane; ++i) {
+      if (HasUnit<K>(lane, i)) {
+        RotateUnit<Unrounded<K>>(g.v[2 * i], g.v[2 * i + 1], angles.cos[i], angles.sin[i]);
+      }
+    }
+    // The weights of a vector, unpacked twice: kept as floats they would take the registers of a vector more.
+    const auto factor_of = [&](const WeightWords<K>& words, float (&w)[K::kVector]) {
+      if constexpr (K::kWeight != kRopeNoWeight) Unpack<K::kWeightDtype, K::kVector>(words, w);
+#pragma unroll
+      for (int j = 0; j < K::kVector; ++j) {
+        w[j] = K::kWeight == kRopeNoWeight ? 1.0f : K::kWeight == kRopeWeight ? w[j] : 1.0f + w[j];
+      }
+    };
+    EachVector<K>(lane, weights, [&](const WeightWords<K>& words, int, int number) {
+      float w[K::kVector];
+      factor_of(words, w);
+#pragma unroll
+      for (int j = 0; j < K::kVector; ++j) along = fmaf(g.v[number][j] * w[j], n.v[number][j], along);
+    });
+    const float mean = SumOfGroup<K::kLanes>(square, lane) * (1.0f / K::kHeadDim) + __uint_as_float(K::kEpsBits);
+    const float rstd = K::kDtype == kRopeF32 ? __frcp_rn(__fsqrt_rn(mean)) : InverseRoot<K::kEpsBits>(mean);
+    const float mean_along = SumOfGroup<K::kLanes>(along, lane) * (1.0f / K::kHeadDim) * rstd;
+    fetch(stage);  // to where this head's values lay, which have all been read
+    stage = stage + 1 == kAhead ? 0 : stage + 1;
+    if (!works) continue;
+    char* const out = at.out;
+    go_on(at);
+    if ((S::kTable || K::kCheckAxes) && poisoned) {
+      FillHead<K>(nullptr, out, true, lane);
+    } else {
       EachVector<K>(lane, weights, [&](const WeightWords<K>& words, int begin, int number) {
         float dx[K::kVector];
         factor_of(words, dx);
@@ -209,38 +293,82 @@ __device__ __forceinline__ void BackwardBody(const rope_backward_cuda_args& b) {
         for (int j = 0; j < K::kVector; ++j) {
           const float unit = n.v[number][j] * rstd;
           dx[j] = rstd * fmaf(-unit, mean_along, g.v[number][j] * dx[j]);
-          if constexpr (K::kSums != 0) AddTo(sums[number][j], g.v[number][j] * unit);
+          if constexpr (K::kSums != 0) {
+            run[number * K::kVector + j] = fmaf(g.v[number][j], unit, run[number * K::kVector + j]);
+          }
         }
         Store(out + begin * kSize, Pack<K::kDtype, K::kVector>(dx));
       });
     }
+    if constexpr (K::kSums != 0) {
+      if (turn % Sizes::kRun == Sizes::kRun - 1) end_run();
+    }
   }
+  if constexpr (S::kStaged) asm volatile("cp.async.wait_all;" ::: "memory");
+
+  // The block's sums: of the threads that own an element, in their order. head_dim floats, and as many behind.
   if constexpr (K::kSums != 0) {
-    AddUpBlock<K>(lane, !idle, sums, b.sums + static_cast<rw_i64>(blockIdx.x) * (2 * K::kHeadDim));
+    end_run();
+    float* const sums = b.sums + static_cast<rw_i64>(blockIdx.x) * (2 * K::kHeadDim);
+#pragma unroll 1
+    for (int begin = 0; begin < kSlots; begin += Sizes::kPart) {
+      if constexpr (!Sizes::kShared) {
+#pragma unroll 1
+        for (int slot = begin; slot < kSlots && slot < begin + Sizes::kPart; ++slot) {
+          shared_sums[(slot - begin) * K::kThreads + thread] = own_sums[slot];
+        }
+      }
+      __syncthreads();
+#pragma unroll 1
+      for (int i = thread; i < Sizes::kPart * K::kLanes; i += K::kThreads) {
+        const int slot = begin + i / K::kLanes, owner = i % K::kLanes;
+        const int element = slot < kSlots ? ElementOf<K>(owner, slot) : -1;
+        if (element < 0) continue;
+        Sum sum = {0.0f, 0.0f};
+#pragma unroll 4
+        for (int of = 0; of < kWarps * kGroups; ++of) {
+          const int by = of / kGroups * 32 + of % kGroups * K::kLanes + owner;
+          AddTo(sum, shared_sums[(slot - begin) * K::kThreads + by]);
+        }
+        sums[element] = sum.total;
+        sums[K::kHeadDim + element] = sum.lost;
+      }
+      __syncthreads();
+    }
   }
 }
 
 // Adds up the blocks' sums: a warp for each element of a weight's gradient, those of q first where that is wanted.
 __device__ __forceinline__ void SumsBody(const rope_backward_cuda_args& b) {
+  WaitForOthers();
   const int head_dim = b.turn.params.head_dim, thread = static_cast<int>(threadIdx.x);
   const int number = static_cast<int>(blockIdx.x), element = number % head_dim;
   const bool of_k = !b.q_weight_grad || number >= head_dim;
   const int begin = of_k ? b.q_blocks : 0, count = of_k ? b.k_blocks : b.q_blocks;
   const float* const from = b.sums + rw_i64{begin} * (2 * head_dim) + element;
   Sum sum = {0.0f, 0.0f};
-  for (int i = thread; i < count; i += 32) {
-    const float* const at = from + rw_i64{i} * (2 * head_dim);
-    AddTo(sum, Sum{at[0], at[head_dim]});
+  constexpr int kTogether = 8;  // loads on their way: one after the other they took 7 us for 264 blocks
+#pragma unroll 1
+  for (int i = thread; i < count; i += 32 * kTogether) {
+    Sum loaded[kTogether];
+#pragma unroll
+    for (int j = 0; j < kTogether; ++j) {
+      const float* const at = from + rw_i64{i + 32 * j} * (2 * head_dim);
+      loaded[j] = {0.0f, 0.0f};
+      if (i + 32 * j < count) loaded[j] = {at[0], at[head_dim]};
+    }
+#pragma unroll
+    for (int j = 0; j < kTogether; ++j) AddTo(sum, loaded[j]);
   }
 #pragma unroll
   for (int mask = 16; mask > 0; mask /= 2) {
     // The same sum on both sides: the lower thread's comes first.
-    const Sum other = {__shfl_xor_sync(0xffffffffu, sum.high, mask), __shfl_xor_sync(0xffffffffu, sum.low, mask)};
+    const Sum other = {__shfl_xor_sync(0xffffffffu, sum.total, mask), __shfl_xor_sync(0xffffffffu, sum.lost, mask)};
     Sum low = thread & mask ? other : sum;
     AddTo(low, thread & mask ? sum : other);
     sum = low;
   }
-  if (thread == 0) (of_k ? b.k_weight_grad : b.q_weight_grad)[element] = sum.high + sum.low;
+  if (thread == 0) (of_k ? b.k_weight_grad : b.q_weight_grad)[element] = sum.total - sum.lost;
 }
 
 }  // namespace ropewalk

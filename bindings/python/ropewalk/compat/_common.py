@@ -431,7 +431,9 @@ def one_copy(function: str, name: str, table: Any, neighbours: bool = False) -> 
         if wants_gradient(table) and table.requires_grad:
             return first  # which is refused
         if type(table).__name__ == "DTensor":
-            return torch.where((first == second) | (first != first) & (second != second), first, float("nan"))
+            # NaN by ==: torch 2.11 has no sharding rule for !=.
+            both_nan = torch.logical_not((first == first) | (second == second))  # noqa: PLR0124
+            return torch.where((first == second) | both_nan, first, float("nan"))
         return torch.ops.ropewalk.one_copy(table, f"{function}: {name}", neighbours)
     _check_copies(function, name, table, first, second, neighbours)
     return first
