@@ -5,10 +5,10 @@
 Floor: a kernel of torch's (an addition into a third tensor) that reads x and dY and writes dX, contiguous, and nothing
 else. torch.compile: the gradient of the chain that transformers models run (float32 norm and rotation by tables of q's
 dtype), by autograd, without its forward. Axolotl (norm + rope: q, then k) and Liger (rope: both in place) where their
-packages are installed: the backward alone, likewise. Each contender is captured in a CUDA graph of several calls that go
-round buffers of 0.8 GB in all, so that nothing is left in the L2 cache; contenders take turns; a number is the median of
-several replays. Ours is compared with float64 first: dX within half a unit in the last place and 2^-18 of its head's
-largest term, dW within 2^-20 of the magnitudes, and the same bits twice. Runs in under 90 seconds.
+packages are installed: the backward alone, likewise. Each contender is captured in a CUDA graph of several calls that
+go round buffers of 0.8 GB in all, so that nothing is left in the L2 cache; contenders take turns; a number is the
+median of several replays. Ours is compared with float64 first: dX within half a unit in the last place and 2^-18 of its
+head's largest term, dW within 2^-20 of the magnitudes, and the same bits twice. Runs in under 90 seconds.
 """
 
 # SPDX-License-Identifier: Apache-2.0

@@ -95,7 +95,7 @@ python_tests() {
     echo '```'
   done
   if [[ $parts == *" gradients "* ]]; then
-    echo '## Gradients, against the double-precision reference, twice each: `ropewalk check --gradients`'
+    echo "## Gradients, against the double-precision reference, twice each: \`ropewalk check --gradients\`"
     echo '```'
     printf '%-20s ' cuda
     check cuda "$ropewalk" check --gradients
