@@ -1,6 +1,7 @@
-// Fuzzes ropewalk_rope: argument structs from bytes. Each tensor has exactly the memory that its shape and strides say,
-// so that AddressSanitizer sees one byte too many. Refused calls must write nothing, served ones only what the
-// reference says, with its numbers. Shapes that no memory could hold go to ropewalk_explain alone, which reads no data.
+// Fuzzes ropewalk_rope and ropewalk_rope_backward: argument structs from bytes. Each tensor has exactly the memory that
+// its shape and strides say, so that AddressSanitizer sees one byte too many. Refused calls must write nothing, served
+// ones only what the reference says, with its numbers. Shapes that no memory could hold go to ropewalk_explain alone,
+// which reads no data.
 // SPDX-License-Identifier: Apache-2.0
 #include <ropewalk/ropewalk.h>
 
@@ -17,6 +18,7 @@
 
 #include "conformance/reference.h"
 #include "fuzz/bytes.h"
+#include "rope/backward.h"
 #include "rope/call.h"
 
 namespace ropewalk {
@@ -59,10 +61,19 @@ struct Tensor {
   Slab* slab = nullptr;
 };
 
+// The sizes that tensors share, so that many calls are accepted.
+struct Shapes {
+  int64_t sizes[static_cast<size_t>(Dim::kCount)];
+  bool batched, mapped;
+  DLDataType type, table_type, cache_type, weight_type;
+};
+
 struct Call {
   std::deque<Slab> slabs;
   std::deque<Tensor> tensors;
   ropewalk_rope_args args, before;
+  ropewalk_rope_gradients gradients, gradients_before;
+  Shapes shapes;
   bool wild = false;  // shapes beyond all memory: not to be run
   bool plain = true;  // finite numbers and good scales: comparable
 };
@@ -72,13 +83,6 @@ DLDataType TypeFor(uint8_t choice) {
                                    {12, 8, 1},         {kDLInt, 32, 1},   {kDLInt, 64, 1},   {kDLUInt, 8, 1}};
   return kTypes[choice % 8];
 }
-
-// The sizes that tensors share, so that many calls are accepted.
-struct Shapes {
-  int64_t sizes[static_cast<size_t>(Dim::kCount)];
-  bool batched, mapped;
-  DLDataType type, table_type, cache_type, weight_type;
-};
 
 const ropewalk_frequencies* FrequenciesFor(uint8_t choice) {
   static ropewalk_frequencies* made[6] = {};
@@ -167,9 +171,9 @@ DLTensor* MakeTensor(Bytes& bytes, Call* call, const Arg& arg, const Shapes& sha
   tensor.arg = &arg;
   DLTensor& t = tensor.now;
   t.device = {kDLCPU, 0};
-  t.dtype = arg.dtypes & kInts ? TypeFor(static_cast<uint8_t>(arg.dtypes == kI32 ? 5 : 5 + bytes.Next() % 2))
+  t.dtype = arg.dtypes & kInts   ? TypeFor(static_cast<uint8_t>(arg.dtypes == kI32 ? 5 : 5 + bytes.Next() % 2))
+            : arg.dtypes == kF32 ? DLDataType{kDLFloat, 32, 1}
             : std::strstr(arg.name, "weight")          ? shapes.weight_type
-            : std::strstr(arg.name, "scale")           ? DLDataType{kDLFloat, 32, 1}
             : std::strstr(arg.name, "cache")           ? shapes.cache_type
             : arg.name[0] == 'c' || arg.name[0] == 's' ? shapes.table_type
                                                        : shapes.type;
@@ -240,8 +244,54 @@ void SetField(ropewalk_rope_args* args, size_t offset, T value) {
   std::memcpy(reinterpret_cast<char*>(args) + offset, &value, sizeof(value));
 }
 
+// `before`: the same call over the numbers before it.
+void MakeBefore(Call* call) {
+  call->before = call->args;
+  call->gradients_before = call->gradients;
+  for (const Tensor& tensor : call->tensors) {
+    const auto replace = [&](auto* of) {
+      for (size_t at = 0; at + sizeof(void*) <= sizeof(*of); at += sizeof(void*)) {
+        char* const field = reinterpret_cast<char*>(of) + at;
+        const DLTensor *now = &tensor.now, *before = &tensor.before;
+        if (std::memcmp(field, &now, sizeof(now)) == 0) std::memcpy(field, &before, sizeof(before));
+      }
+    };
+    replace(&call->before);
+    replace(&call->gradients_before);
+  }
+}
+
+// Has the call ask for its gradient: its outputs go, and dY comes.
+void MakeGradients(Bytes& bytes, Call* call) {
+  Shapes& shapes = call->shapes;
+  ropewalk_rope_args& args = call->args;
+  const auto drop = [&](auto*&... fields) { ((bytes.OneIn(64) ? fields : fields = nullptr), ...); };
+  drop(args.q_out, args.k_out, args.v, args.k_cache, args.v_cache, args.slots, args.k_scale, args.v_scale);
+  if (!bytes.OneIn(64)) args.k_store_only = 0;
+  const bool k = args.k != nullptr, weights = bytes.Next() % 2, out = bytes.OneIn(2);
+  if (bytes.OneIn(4)) args.q = args.k = nullptr;
+  for (const Arg& arg : RopeBackwardDescription().first(kRopeGradients)) {
+    const std::string name = arg.name;
+    if (name == "workspace") {
+      const int64_t needed = ropewalk_rope_backward_workspace(&args, &call->gradients);
+      if (static_cast<double>(needed) > kMostBytes / 4) call->wild = true;
+      shapes.sizes[static_cast<size_t>(Dim::kWorkspace)] = std::max<int64_t>(needed, 0) + (bytes.OneIn(16) ? -1 : 0);
+      if (needed <= 0 && !bytes.OneIn(8)) continue;
+    }
+    const bool of_k = name[0] == 'k';
+    bool wanted = name == "workspace" || ((!of_k || k) && (name == "q_grad" || name == "k_grad"));
+    wanted |= (!of_k || k) && (name == "q_grad_out" || name == "k_grad_out") && out;
+    wanted |= (of_k ? args.k_weight : args.q_weight) && name.ends_with("weight_grad") && weights;
+    if (bytes.OneIn(64)) wanted = !wanted;
+    if (!wanted) continue;
+    DLTensor* const tensor = MakeTensor(bytes, call, arg, shapes);
+    std::memcpy(reinterpret_cast<char*>(&call->gradients) + arg.offset - offsetof(RopeBackwardArgs, gradients), &tensor,
+                sizeof(tensor));
+  }
+}
+
 void MakeCall(Bytes& bytes, Call* call) {
-  Shapes shapes;
+  Shapes& shapes = call->shapes;
   const auto size = [&](Dim dim) -> int64_t& { return shapes.sizes[static_cast<size_t>(dim)]; };
   constexpr int64_t kHeadDims[] = {8, 16, 2, 6, 32, 40, 64, 10};
   size(Dim::kBatch) = bytes.Next() % 4;
@@ -301,19 +351,13 @@ void MakeCall(Bytes& bytes, Call* call) {
     args.struct_size = bytes.OneIn(2) ? bytes.Next() : static_cast<uint32_t>(bytes.Wide());
     if (args.struct_size < sizeof(args)) args.struct_size &= ~7u;  // between fields: half a pointer is no pointer
   }
-
-  // The same call over the numbers before it.
-  call->before = args;
-  for (const Arg& arg : RopeDescription()) {
-    if (arg.kind != Kind::kTensor) continue;
-    for (Tensor& tensor : call->tensors) {
-      if (TensorOf(arg, &args) == &tensor.now) SetField(&call->before, arg.offset, &tensor.before);
-    }
-  }
 }
 
-// Memory as it must be now; where the call may write, as it is.
-void CheckServed(Call& call) {
+// Memory as it must be now; where the call may write, as it is. visit(see) has see(row, the tensor with the numbers
+// before, its name) called for each row of an output; own(see) has see(tensor, an element, whether it is right) called
+// for other numbers that may be written.
+template <class Visit, class Own>
+void CheckServed(Call& call, const Visit& visit, const Own& own) {
   std::vector<std::vector<uint8_t>> expected;
   std::vector<std::vector<bool>> written;
   for (const Slab& slab : call.slabs) {
@@ -322,34 +366,53 @@ void CheckServed(Call& call) {
   }
   bool twice = false;  // two tokens in one slot, or strides by which rows meet: either may stay
   std::string wrong;
-  RopeReference(call.before, [&](const ExpectedRow& row) {
-    const DLTensor* before = OutputTensor(call.before, row.output);
+  const auto tensor_of = [&](const DLTensor* before, size_t* s) -> const Tensor& {
     const auto tensor =
         std::find_if(call.tensors.begin(), call.tensors.end(), [&](const Tensor& t) { return &t.before == before; });
+    for (*s = 0; &call.slabs[*s] != tensor->slab;) ++*s;
+    return *tensor;
+  };
+  const auto take = [&](size_t s, ptrdiff_t at, int64_t item) {
+    twice |= written[s][static_cast<size_t>(at)];
+    written[s][static_cast<size_t>(at)] = true;
+    std::memcpy(expected[s].data() + at, call.slabs[s].now.get() + at, static_cast<size_t>(item));
+  };
+  visit([&](const ExpectedRow& row, const DLTensor* before, const char* name) {
     size_t s = 0;
-    while (&call.slabs[s] != tensor->slab) ++s;
+    const Tensor& tensor = tensor_of(before, &s);
     const int64_t item = before->dtype.bits / 8;
     const ptrdiff_t first = static_cast<const uint8_t*>(before->data) + before->byte_offset -
-                            tensor->slab->before.data() + RowOffset(*before, row.outer, row.token, row.head) * item;
+                            tensor.slab->before.data() + RowOffset(*before, row.outer, row.token, row.head) * item;
     for (size_t i = 0; i < row.elements.size(); ++i) {
       const Expected& want = row.elements[i];
       if (want.want == Expected::Want::kSame) continue;
       const ptrdiff_t at = first + static_cast<ptrdiff_t>(i) * item;
-      const uint8_t* got_bytes = tensor->slab->now.get() + at;
-      twice |= written[s][static_cast<size_t>(at)];
-      written[s][static_cast<size_t>(at)] = true;
-      std::memcpy(expected[s].data() + at, got_bytes, static_cast<size_t>(item));
+      const uint8_t* got_bytes = tensor.slab->now.get() + at;
+      take(s, at, item);
       const double got = LoadNumber(DtypeOf(before->dtype), got_bytes);
       const bool right = want.want == Expected::Want::kNan ? std::isnan(got)
                          : want.want == Expected::Want::kBits
                              ? std::memcmp(got_bytes, &want.bits, static_cast<size_t>(item)) == 0
                              : got >= want.low && got <= want.high;
       if (!right && wrong.empty()) {
-        wrong = std::string(OutputName(call.before, row.output)) + "[" + std::to_string(row.outer) + ", " +
-                std::to_string(row.token) + ", " + std::to_string(row.head) + ", " + std::to_string(i) + "]: got " +
-                std::to_string(got) + ", want " + std::to_string(want.value) + " (" + std::to_string(want.low) +
-                " to " + std::to_string(want.high) + ")";
+        wrong = std::string(name) + "[" + std::to_string(row.outer) + ", " + std::to_string(row.token) + ", " +
+                std::to_string(row.head) + ", " + std::to_string(i) + "]: got " + std::to_string(got) + ", want " +
+                std::to_string(want.value) + " (" + std::to_string(want.low) + " to " + std::to_string(want.high) + ")";
       }
+    }
+  });
+  own([&](const DLTensor* before, int64_t count, const char* name, const auto& right) {
+    size_t s = 0;
+    const Tensor& tensor = tensor_of(before, &s);
+    const ptrdiff_t first =
+        static_cast<const uint8_t*>(before->data) + before->byte_offset - tensor.slab->before.data();
+    for (int64_t i = 0; i < count; ++i) {
+      const ptrdiff_t at = first + i * 4;
+      take(s, at, 4);
+      float got;
+      std::memcpy(&got, tensor.slab->now.get() + at, sizeof(got));
+      if (!right(i, static_cast<double>(got)) && wrong.empty())
+        wrong = std::string(name) + "[" + std::to_string(i) + "]: got " + std::to_string(got);
     }
   });
   if (call.plain && !twice && !wrong.empty()) {
@@ -364,6 +427,47 @@ void CheckServed(Call& call) {
   }
 }
 
+void CheckCall(Call& call) {
+  CheckServed(
+      call,
+      [&](const auto& see) {
+        RopeReference(call.before, [&](const ExpectedRow& row) {
+          see(row, OutputTensor(call.before, row.output), OutputName(call.before, row.output));
+        });
+      },
+      [](const auto&) {});
+}
+
+void CheckGradients(Call& call) {
+  const ropewalk_rope_gradients& g = call.gradients_before;
+  ReferenceWeightGrad q_weight, k_weight;
+  CheckServed(
+      call,
+      [&](const auto& see) {
+        RopeBackwardReference(
+            call.before, g,
+            [&](const ExpectedRow& row) {
+              const bool of_k = row.output == RopeOutput::kK;
+              DLTensor* const out = of_k ? g.k_grad_out : g.q_grad_out;
+              see(row, out ? out : of_k ? g.k_grad : g.q_grad, of_k ? "dK" : "dQ");
+            },
+            &q_weight, &k_weight);
+      },
+      [&](const auto& see) {
+        const auto sums = [&](const DLTensor* tensor, const ReferenceWeightGrad& want, const char* name) {
+          if (!tensor) return;
+          see(tensor, tensor->shape[0], name, [&](int64_t i, double got) {
+            const auto at = static_cast<size_t>(i);
+            return std::abs(got - want.value[at]) <=
+                   std::ldexp(want.magnitude[at], -20) + std::ldexp(std::abs(got), -24);
+          });
+        };
+        sums(g.q_weight_grad, q_weight, "q_weight_grad");
+        sums(g.k_weight_grad, k_weight, "k_weight_grad");
+        if (g.workspace) see(g.workspace, g.workspace->shape[0], "workspace", [](int64_t, double) { return true; });
+      });
+}
+
 }  // namespace
 }  // namespace ropewalk
 
@@ -372,16 +476,27 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   Bytes bytes(data, size);
   Call call;
   MakeCall(bytes, &call);
-  const bool explained = ropewalk_explain(&call.args) != nullptr;
-  if (!explained && std::strncmp(ropewalk_last_error(), "rope: ", 6) != 0) {
+  const bool gradients = bytes.OneIn(2);
+  if (gradients) MakeGradients(bytes, &call);
+  MakeBefore(&call);
+  bool served = false;
+  int code = ROPEWALK_OK;
+  if (gradients) {
+    if (call.wild) return 0;
+    code = ropewalk_rope_backward(&call.args, &call.gradients, nullptr);
+    served = code == ROPEWALK_OK;
+  } else {
+    served = ropewalk_explain(&call.args) != nullptr;
+    if (call.wild) return 0;
+    code = ropewalk_rope(&call.args, nullptr);
+    if ((code == ROPEWALK_OK) != served) Fail("ropewalk_rope and ropewalk_explain do not agree");
+  }
+  if (!served && std::strncmp(ropewalk_last_error(), "rope: ", 6) != 0) {
     Fail(std::string("a message without the operation's name: ") + ropewalk_last_error());
   }
-  if (call.wild) return 0;
-  const int code = ropewalk_rope(&call.args, nullptr);
-  if ((code == ROPEWALK_OK) != explained) Fail("ropewalk_rope and ropewalk_explain do not agree");
   if (code == ROPEWALK_INTERNAL) Fail(ropewalk_last_error());
   if (code == ROPEWALK_OK) {
-    if (call.args.struct_size == sizeof(call.args)) CheckServed(call);
+    if (call.args.struct_size == sizeof(call.args)) gradients ? CheckGradients(call) : CheckCall(call);
     const int faults = ropewalk_check_faults();
     if (faults != ROPEWALK_OK && faults != ROPEWALK_FAULT) Fail("ropewalk_check_faults failed");
   } else {
