@@ -245,9 +245,10 @@ Status RefuseRotaryFields(const Fields& fields, bool inside) {
           name + " is not a field that Ropewalk knows, and may change the rotation: correct it, or " + kWayOut);
     }
     if (!inside || !value.is_structured() || IsOtherModel(key, value)) continue;
+    const bool known_part = is_part && fields.IsKnown(key);
     const auto look = [&](const Json& object, const std::string& where) {
       Fields part(object, Deeper(fields.where(), where));
-      if (is_part && fields.IsKnown(key)) part.Ignore("rope_theta");
+      if (known_part) part.Ignore("rope_theta");
       return RefuseRotaryFields(part, inside);
     };
     if (value.is_object()) {

@@ -19,9 +19,10 @@ struct CostModel {
   float weight2[kHidden1][kHidden2], bias2[kHidden2];
   float weight3[kHidden2];
 };
-constexpr CostModel kModel = {
+constexpr std::array kNumbers = std::to_array<float>({
 #include "backends/cuda/cost_model.inc"
-};
+});
+constexpr auto kModel = std::bit_cast<CostModel>(kNumbers);
 
 template <size_t kIn, size_t kOut>
 std::array<float, kOut> Layer(const std::array<float, kIn>& in, const float (&weight)[kIn][kOut],
