@@ -194,18 +194,18 @@ struct BackwardWork {
 // The sums of the chunks, in their order.
 void AddChunks(const RopeBackwardCall& call, const RopeCpuBackwardPlan& plan) {
   const int64_t dim = call.turn.params.head_dim;
-  const float* sums = call.workspace;
+  int64_t first = 0;  // where the sums of the weight lie in a chunk's
   for (float* grad : {call.q_weight_grad, call.k_weight_grad}) {
     if (!grad) continue;
     for (int64_t i = 0; i < dim; ++i) {
       double total = 0;
       for (int64_t chunk = 0; chunk < plan.chunks; ++chunk) {
-        const float* of_chunk = sums + chunk * plan.chunk_sums + i;
+        const float* of_chunk = call.workspace + first + chunk * plan.chunk_sums + i;
         total += static_cast<double>(of_chunk[0]) + static_cast<double>(of_chunk[dim]);
       }
       grad[i] = static_cast<float>(total);
     }
-    sums += 2 * dim;
+    first += 2 * dim;
   }
 }
 
