@@ -116,7 +116,7 @@ def exported(path: Path) -> list[str]:
 def page() -> str:
     lines = [HEAD]
     core: dict[str, ast.FunctionDef | ast.ClassDef] = {}
-    for file in ("_face.py", "_frequencies.py", "_backward.py", "__init__.py"):
+    for file in ("_face.py", "_frequencies.py", "_backward.py", "_packed.py", "__init__.py"):
         core.update(definitions(PACKAGE / file))
     lines.append("## `ropewalk`\n")
     for name in sorted(exported(PACKAGE / "__init__.py"), key=lambda n: (n not in ("rope_", "rope", "Frequencies"), n)):

@@ -336,13 +336,42 @@ def test_every_derivative_of_a_rotation_and_one_of_a_norm() -> None:
 REFUSED = {
     "a leaf in place": (ropewalk.rope_, {}, "q requires grad and is a leaf"),
     "a norm in place": (lambda q, k, **o: ropewalk.rope_(q * 1, k * 1, **o), {"norm": "rms"},
-                        "q requires grad, and the gradient of the norm needs q and k as they are"),
+                        "q requires grad, and the gradient of a norm needs what would be overwritten"),
     "a table": (ropewalk.rope, {"frequencies": None, "cos_sin": torch.ones(9, DIM, requires_grad=True)},
                 "cos_sin requires grad, and Ropewalk calculates no gradient of tables"),
     "a store": (ropewalk.rope, {"k_cache": torch.empty(9, 2, DIM), "slots": torch.arange(TOKENS)}, "k_cache is given"),
+    "an output": (ropewalk.rope_, {"q_out": torch.empty(TOKENS, 3, DIM)}, "q requires grad, and q_out is given"),
+    "only an output": (lambda q, k, **o: ropewalk.rope_(q.detach(), **o),
+                       {"q_out": torch.empty(TOKENS, 3, DIM, requires_grad=True)}, "q_out requires grad, and it is"),
+    "a view of a leaf": (lambda q, k, **o: ropewalk.rope_(q * 1, k[:], **o), {},
+                         "k requires grad and is a leaf or a view of one"),
+    "one of many views": (lambda q, k, **o: ropewalk.rope_(q * 1, (k * 1).split(1, 1)[0], **o), {},
+                          "k requires grad and is one of the views that split, chunk or unbind made"),
     "no such keyword": (ropewalk.rope, {"qq": 1}, "unexpected keyword"),
     "no torch tensor": (ropewalk.rope, {"positions": numpy.arange(TOKENS)}, "positions must be a torch.Tensor"),
 }  # fmt: skip
+
+
+def test_what_cannot_be_overwritten_is_refused_before_anything_is_written() -> None:
+    (q, k), options = leaves(norm=False)
+    of_nobody = torch.randn(TOKENS, 4, DIM)
+    with torch.no_grad():
+        hidden = of_nobody[:, :2]
+    cases = {
+        "k requires grad and is a leaf or a view of one": k[:],
+        "k requires grad and is one of the views": (k * 1).split(1, 1)[0],
+        "k is one of the views": of_nobody.split(2, 1)[1],
+        "rope: k is .* or a view made under": hidden,
+    }
+    for words, x in cases.items():
+        given = q * 1
+        before = given.detach().clone(), x.detach().clone()
+        with pytest.raises(ValueError, match=words):
+            ropewalk.rope_(given, x, **options)
+        assert torch.equal(given, before[0])
+        assert torch.equal(x, before[1])
+        with torch.no_grad():
+            ropewalk.rope_(given, x.detach(), **options)
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -15,6 +15,7 @@ from . import _arrays, _call, _module
 from ._backward import rope_backward
 from ._face import rope_
 from ._frequencies import Frequencies
+from ._packed import packed_positions
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -30,6 +31,7 @@ __all__ = [
     "counters",
     "explain",
     "force_backend",
+    "packed_positions",
     "prepare",
     "rope",
     "rope_",

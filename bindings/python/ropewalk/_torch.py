@@ -444,13 +444,36 @@ def wants_gradient(values: Any) -> bool:
     return False
 
 
+def _refuse_tables_and_stores(tensors: dict[str, Any]) -> None:
+    """Refuses a gradient of tables, and of what is written elsewhere."""
+    for name, x in tensors.items():
+        if isinstance(x, torch.Tensor) and name in _PURE and name not in DIFFERENTIABLE and requires_grad(x):
+            raise ValueError(
+                f"rope: {name} requires grad, and Ropewalk calculates no gradient of tables: give {name}.detach(), or "
+                "call it under torch.no_grad()"
+            )
+    given = [name for name in ("k_cache", "q_out", *_tensors[_count_tensors:]) if tensors[name] is not None]
+    if not given:
+        return
+    first = next((name for name, x in tensors.items() if isinstance(x, torch.Tensor) and requires_grad(x)), None)
+    if first is None:
+        raise ValueError(
+            f"rope: {given[0]} is given under torch.func inside torch.compile, where nobody sees what requires grad: "
+            "call it under torch.no_grad(), or use ropewalk.rope without it"
+        )
+    raise ValueError(
+        f"rope: {first} requires grad, and {next((name for name in given if name != first), 'it')} is given: a store "
+        "and what is written elsewhere have no gradient; call it under torch.no_grad(), or use ropewalk.rope without it"
+    )
+
+
 def rope(arguments: dict[str, Any]) -> tuple[Any, Any]:
     """The call into new tensors, through autograd. All arguments of a call without a store, by name."""
     _serves_dtensors()
     if arguments.get("k_store_only") and arguments.get("k_cache") is None:
         raise ValueError("rope: k_store_only is 1, but k_cache is missing: k is stored in k_cache and nowhere else")
     tensors = {name: arguments.get(name) for name in _tensors}
-    first = next((name for name, x in tensors.items() if isinstance(x, torch.Tensor) and requires_grad(x)), None)
+    _refuse_tables_and_stores(tensors)
     for name, x in tensors.items():
         if x is None:
             continue
@@ -458,21 +481,6 @@ def rope(arguments: dict[str, Any]) -> tuple[Any, Any]:
             raise TypeError(
                 f"rope: {name} must be a torch.Tensor where autograd goes through the call, but is a "
                 f"{_arrays._type_name(x)}"
-            )
-        if name not in _PURE:
-            if first is None:
-                raise ValueError(
-                    f"rope: {name} is given under torch.func inside torch.compile, where nobody sees what requires "
-                    "grad: call it under torch.no_grad(), or use ropewalk.rope without it"
-                )
-            raise ValueError(
-                f"rope: {first} requires grad, and {name} is given: a store and what is written elsewhere have no "
-                "gradient; call it under torch.no_grad(), or use ropewalk.rope without it"
-            )
-        if requires_grad(x) and name not in DIFFERENTIABLE:
-            raise ValueError(
-                f"rope: {name} requires grad, and Ropewalk calculates no gradient of tables: give {name}.detach(), or "
-                "call it under torch.no_grad()"
             )
         if not torch.compiler.is_compiling():
             _refuse_tangent(name, x)
@@ -485,11 +493,18 @@ def rope(arguments: dict[str, Any]) -> tuple[Any, Any]:
     return new[0], None if arguments.get("k") is None else new[1]
 
 
-def is_leaf(x: torch.Tensor) -> bool:
-    """Whether autograd would let nobody overwrite it."""
+def why_not_overwritten(x: torch.Tensor) -> str | None:
+    """Why autograd would let nobody overwrite it; None: it would."""
     if torch.compiler.is_compiling():
-        return x.requires_grad and x.is_leaf
-    return any(level.requires_grad and level.is_leaf for level in levels(x))
+        return "a leaf" if x.requires_grad and x.is_leaf else None
+    of = torch._C._autograd
+    for level in levels(x):
+        is_view = level._is_view()
+        if is_view and not in_func() and of._get_creation_meta(level) != of.CreationMeta.DEFAULT:
+            return "one of the views that split, chunk or unbind made at once, or a view made under torch.no_grad()"
+        if level.requires_grad and (level.is_leaf or (is_view and level._base.is_leaf)):
+            return "a leaf or a view of one"
+    return None
 
 
 def _check_written(arguments: dict[str, Any]) -> None:
@@ -534,21 +549,24 @@ def _check_for_all(name: str, written: torch.Tensor, new: torch.Tensor) -> None:
 def rope_in_place(arguments: dict[str, Any]) -> tuple[Any, Any]:
     """The same in place, where what is overwritten is needed no more: without a norm."""
     _check_written(arguments)
-    for name in ("q", "k"):
-        x = arguments[name]
-        if isinstance(x, torch.Tensor) and is_leaf(x):
-            raise ValueError(
-                f"rope: {name} requires grad and is a leaf, which autograd lets nobody overwrite: use ropewalk.rope, "
-                f"call it under torch.no_grad(), or give {name}.detach()"
-            )
+    _refuse_tables_and_stores({name: arguments[name] for name in _tensors})
     for name in ("q", "k", "q_weight", "k_weight"):
         x = arguments[name]
         if (arguments["norm"] not in (None, "none") or arguments["q_weight"] is not None) and (
             isinstance(x, torch.Tensor) and requires_grad(x)
         ):
             raise ValueError(
-                f"rope: {name} requires grad, and the gradient of the norm needs q and k as they are, which rope_ "
-                f"would overwrite: use ropewalk.rope, call it under torch.no_grad(), or give {name}.detach()"
+                f"rope: {name} requires grad, and the gradient of a norm needs what would be overwritten here: use "
+                f"ropewalk.rope, call it under torch.no_grad(), or give {name}.detach()"
+            )
+    for name in ("q", "k"):
+        x = arguments[name]
+        why = why_not_overwritten(x) if isinstance(x, torch.Tensor) else None
+        if why is not None:
+            requires = "requires grad and " if requires_grad(x) else ""
+            raise ValueError(
+                f"rope: {name} {requires}is {why}, which autograd lets nobody overwrite: use ropewalk.rope, call it "
+                f"under torch.no_grad(), or give {name}.detach()"
             )
     new = rope(arguments)
     for name, rotated in zip(("q", "k"), new, strict=True):

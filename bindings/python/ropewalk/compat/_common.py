@@ -94,17 +94,9 @@ def rotate(
     rope_dim: int = 0,
     **options: Any,
 ) -> None:
-    """q and k by a table. Those of different dtypes or head sizes take a pass each."""
-    tensors(function, cos_sin_cache=cos_sin_cache, positions=positions)
-    options = {
-        "positions": positions,
-        "cos_sin": cos_sin_cache,
-        "pairing": pairing(is_neox),
-        "rotary_dim": rope_dim or None,
-        **options,
-    }
-    both = isinstance(q, torch.Tensor) and isinstance(k, torch.Tensor) and k.dim() > 1
-    if not both or (q.dtype == k.dtype and q.shape[-1:] == k.shape[-1:]):
+    """q and k by a table, in place. Those of different dtypes or head sizes take a pass each."""
+    options.update(by_table(function, cos_sin_cache, positions, is_neox, rope_dim))
+    if one_pass(q, k):
         rope(function, names, q, k, **options)
         return
     store = {name: options.pop(name) for name in _STORE if name in options}
@@ -121,6 +113,38 @@ def heads_apart(function: str, q: Any) -> None:
     tensors(function, q=q)
     if q.dim() != 3:
         raise ValueError(f"{function}: q must be [tokens, heads, head_dim], but is {list(q.shape)}")
+
+
+def rotate_new(
+    function: str,
+    names: Mapping[str, str],
+    q: Any,
+    k: Any,
+    cos_sin_cache: Any,
+    positions: Any,
+    is_neox: bool,
+    rope_dim: int = 0,
+    **options: Any,
+) -> tuple[Any, Any]:
+    """As `rotate`, into new tensors; autograd goes through it."""
+    options.update(by_table(function, cos_sin_cache, positions, is_neox, rope_dim))
+    tensors(function, **{names.get("q", "q"): q}, **({} if k is None else {names.get("k", "k"): k}))
+    if one_pass(q, k):
+        return differentiable(function, names, q, k, **options)
+    for_k = {**names, "q": names.get("k", "k")}
+    return tuple(differentiable(function, called, x, None, **options)[0] for called, x in ((names, q), (for_k, k)))
+
+
+def by_table(function: str, cos_sin_cache: Any, positions: Any, is_neox: bool, rope_dim: int) -> dict[str, Any]:
+    tensors(function, cos_sin_cache=cos_sin_cache, positions=positions)
+    return {"positions": positions, "cos_sin": cos_sin_cache, "pairing": pairing(is_neox),
+            "rotary_dim": rope_dim or None}  # fmt: skip
+
+
+def one_pass(q: Any, k: Any) -> bool:
+    """Whether one call takes both."""
+    both = isinstance(q, torch.Tensor) and isinstance(k, torch.Tensor) and k.dim() > 1
+    return not both or (q.dtype == k.dtype and q.shape[-1:] == k.shape[-1:])
 
 
 def rotate_3d(
@@ -158,6 +182,15 @@ def rotate_flat(
     store = {} if buffers is None else stored(function, k, buffers)
     rotate(function, {**FLAT, **BUFFERS}, q, k, cos_sin_cache, positions, is_neox, rope_dim, offsets=offsets, **store,
            **options)  # fmt: skip
+
+
+def rotate_flat_new(
+    function: str, positions: Any, query: Any, key: Any, head_size: int, cos_sin_cache: Any, is_neox: bool
+) -> tuple[Any, Any]:
+    """As `rotate_flat`, into new tensors; autograd goes through it."""
+    q, k = heads(function, positions, head_size, query=query, key=key)
+    new = rotate_new(function, FLAT, q, k, cos_sin_cache, positions, is_neox)
+    return new[0].reshape(query.shape), None if key is None else new[1].reshape(key.shape)
 
 
 def axes_of(function: str, section: Any, pairs: int, interleaved: bool, device: Any) -> torch.Tensor:
@@ -205,13 +238,14 @@ def mrope(
     tensors(function, positions=positions, cos_sin_cache=cos_sin_cache)
     if positions.dim() != 2 or positions.shape[0] != 3:
         raise ValueError(f"{function}: positions must be [3, tokens], but is {list(positions.shape)}")
-    q, k = heads(function, positions[0], head_size, query=query, key=key)
+    names = {**FLAT, **names}
+    q, k = heads(function, positions[0], head_size, **{names["q"]: query, names["k"]: key})
     if axis_map is None:
         axes = axes_of(function, section, cos_sin_cache.shape[-1] // 2, interleaved, cos_sin_cache.device)
     else:
         tensors(function, axis_map=axis_map)
         axes = axis_map.int()
-    rope(function, {**FLAT, **names}, q, k, positions=positions, cos_sin=cos_sin_cache, axes=axes,
+    rope(function, names, q, k, positions=positions, cos_sin=cos_sin_cache, axes=axes,
          pairing=pairing(is_neox), rotary_dim=rotary_dim or None)  # fmt: skip
 
 
@@ -229,7 +263,7 @@ def heads(function: str, positions: Any, head_size: int, **tensors_by_name: Any)
     whole(function, "head_size", head_size, 2)
     lead, views = positions.dim(), []
     for name, x in tensors_by_name.items():
-        if x is None and name == "key":
+        if x is None and name in ("k", "key"):
             views.append(None)
             continue
         tensors(function, **{name: x})
@@ -303,7 +337,7 @@ class _Rotation(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         ctx.call, inplace, q, k, *others = inputs
         # A leaf, or a view that others may see, cannot be marked: what is returned then stands for it from here on.
-        if inplace and not any(x is not None and (x.is_leaf or x._is_view()) for x in (q, k)):
+        if inplace and not any(x is not None and (x._is_view() or x.is_leaf) for x in (q, k)):
             ctx.mark_dirty(*(x for x in (q, k) if x is not None))
         ctx.save_for_backward(*others)
 
@@ -335,6 +369,16 @@ def wants_gradient(*values: Any) -> bool:
     return _torch.wants_gradient(values)
 
 
+def without_gradient(function: str, **tensors_by_name: Any) -> None:
+    """Refuses what requires grad, for what autograd would not go through."""
+    for name, x in tensors_by_name.items():
+        if torch.is_grad_enabled() and _torch.requires_grad(x):
+            raise ValueError(
+                f"{function}: {name} requires grad, and this function has no gradient: call it under torch.no_grad(), "
+                f"or give {name}.detach()"
+            )
+
+
 def _under_func(function: str, names: Any, options: dict[str, Any], q: Any, k: Any) -> tuple[Any, Any]:
     """Into new tensors under a transform of torch.func, which may go over q and not over k."""
     try:
@@ -351,7 +395,7 @@ def written(function: str, names: Mapping[str, str], x: Any, new: Any) -> Any:
         _torch._check_for_all("q", x, new)
     except ValueError as error:
         raise renamed(function, names, error) from None
-    if not wants_gradient(x) or not any(level.is_leaf or level._is_view() for level in _torch.levels(x)):
+    if not wants_gradient(x) or not any(level._is_view() or level.is_leaf for level in _torch.levels(x)):
         return x.copy_(new)
     with torch.no_grad():
         x.copy_(new)

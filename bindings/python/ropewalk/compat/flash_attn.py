@@ -51,7 +51,7 @@ def apply_rotary_emb(
     if inside is None:
         return _common.differentiable(function, {"q": "x"}, x, None, inplace, positions=positions, **options)[0]
     if inplace and _common.wants_gradient(x):
-        return _in_place(function, "x", x, (None,), ((cos, sin),), interleaved, seqlen_offsets, cu_seqlens)
+        return _in_place(function, "x", x, (None,), {"cos": cos, "sin": sin}, interleaved, seqlen_offsets, cu_seqlens)
     known = inside.device.type == "cpu" and not torch.compiler.is_compiling() and not _common._in_func()
     turned = _common.differentiable(function, {"q": "x"}, x, None, positions=positions, **options)[0]
     if known:
@@ -137,8 +137,13 @@ def apply_rotary_emb_qkv_(
                 f"{num_heads_q}, but is {list(qkv.shape)}"
             )
         places = (2, 0, num_heads_q), (2, num_heads_q, k_heads)
-    k_tables = (cos, sin) if cos_k is None else (cos_k, sin_k)
-    return _in_place(function, "qkv", qkv, places, ((cos, sin), k_tables), interleaved, seqlen_offsets)
+    tables = {
+        "cos": cos,
+        "sin": sin,
+        "cos_k": cos if cos_k is None else cos_k,
+        "sin_k": sin if sin_k is None else sin_k,
+    }
+    return _in_place(function, "qkv", qkv, places, tables, interleaved, seqlen_offsets)
 
 
 def apply_rotary_emb_kv_(
@@ -153,7 +158,7 @@ def apply_rotary_emb_kv_(
     _common.tensors(function, kv=kv, cos=cos, sin=sin)
     if kv.dim() != 5 or kv.shape[2] != 2:
         raise ValueError(f"{function}: kv must be [batch, tokens, 2, heads, head_dim], but is {list(kv.shape)}")
-    return _in_place(function, "kv", kv, ((2, 0),), ((cos, sin),), interleaved, seqlen_offsets)
+    return _in_place(function, "kv", kv, ((2, 0),), {"cos": cos, "sin": sin}, interleaved, seqlen_offsets)
 
 
 def _in_place(
@@ -161,11 +166,14 @@ def _in_place(
     cu_seqlens: Any = None,
 ) -> torch.Tensor:  # fmt: skip
     options = (function, name, places, interleaved, seqlen_offsets, cu_seqlens)
-    flat = tuple(table for pair in tables for table in pair)
+    flat = tuple(tables.values())
+    for called, table in tables.items():
+        if torch.is_grad_enabled() and isinstance(table, torch.Tensor) and _torch.requires_grad(table):
+            raise ValueError(
+                f"{function}: {called} requires grad, and Ropewalk calculates no gradient of tables: give "
+                f"{called}.detach(), or call it under torch.no_grad()"
+            )
     if _common.wants_gradient(x):
-        for table in flat:
-            if _torch.requires_grad(table):
-                raise ValueError(f"{function}: a table requires grad, and Ropewalk calculates no gradient of tables")
         if _common._in_func():
             return _common.written(function, {"q": name}, x, _turned(options, x, flat))
         return _InPlace.apply(options, x, *flat)

@@ -1,8 +1,9 @@
 """FlashInfer's rotary functions (`flashinfer.rope`), by their own names and arguments.
 
-Those with `_inplace` change q and k and return nothing; the others return new ones. q and k are [tokens, heads,
-head_dim] bfloat16, float16 or float32 with any token and head strides. Angles are computed exactly at every position.
-Errors of an argument are ValueErrors (TypeErrors where its type is wrong); nothing was written then.
+Those with `_inplace` change q and k and return nothing; the others return new ones, and autograd goes through them. q
+and k are [tokens, heads, head_dim] bfloat16, float16 or float32 with any token and head strides. Angles are computed
+exactly at every position. Errors of an argument are ValueErrors (TypeErrors where its type is wrong); nothing was
+written then.
 """
 
 # SPDX-License-Identifier: Apache-2.0
@@ -53,8 +54,9 @@ def _rotate(
     _common.whole(function, "rotary_dim", width, 2)
     options = {"positions": positions, "pairing": _common.pairing(not interleave),
                "frequencies": _frequencies(function, width, theta, scaling)}  # fmt: skip
-    new = _common.rotated(function, {"positions": "pos_ids"}, options, inplace, q, k)
-    return None if inplace else new
+    if inplace:
+        return _common.rope(function, {"positions": "pos_ids"}, q, k, **options)
+    return _common.differentiable(function, {"positions": "pos_ids"}, q, k, **options)
 
 
 def _ragged(function: str, q: Any, indptr: Any, offsets: Any) -> Any:
@@ -200,9 +202,5 @@ def apply_rope_with_cos_sin_cache(
     """As `apply_rope_with_cos_sin_cache_inplace`, into new tensors. Returns: the new query and key."""
     function = "apply_rope_with_cos_sin_cache"
     _common.float_cache(function, cos_sin_cache)
-    _common.tensors(function, query=query, key=key)
-    out = torch.empty_like(query), torch.empty_like(key)
-    views = _common.heads(function, positions, head_size, query=out[0], key=out[1])
-    _common.rotate_flat(function, positions, query, key, head_size, cos_sin_cache, is_neox,
-                        q_out=views[0], k_out=views[1])  # fmt: skip
-    return out
+    _common.tensors(function, key=key)
+    return _common.rotate_flat_new(function, positions, query, key, head_size, cos_sin_cache, is_neox)

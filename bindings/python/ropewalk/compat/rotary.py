@@ -36,6 +36,7 @@ def apply_rotary(
     """
     function = "apply_rotary"
     _common.tensors(function, x1=x1, x2=x2, cos=cos, sin=sin, out1=out1, out2=out2)
+    _common.without_gradient(function, x1=x1, x2=x2, cos=cos, sin=sin, out1=out1, out2=out2)
     if x1.dim() not in (3, 4):
         raise ValueError(f"{function}: x1 must be [.., tokens, heads, rotary_dim/2], but is {list(x1.shape)}")
     for name, x in (("x2", x2), ("out1", out1), ("out2", out2)):

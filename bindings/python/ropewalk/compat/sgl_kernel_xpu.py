@@ -77,7 +77,7 @@ def rotary_embedding(
     cos_sin_cache: torch.Tensor,
     is_neox: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Rotates query and key by a table into new tensors; the old ones are left as they are.
+    """Rotates query and key by a table into new tensors; autograd goes through it. The old ones are left as they are.
 
     Args:
         positions: [tokens] or [batch, tokens] int32 or int64, rows of the table.
@@ -92,13 +92,7 @@ def rotary_embedding(
     Raises:
         ValueError: an argument does not fit.
     """
-    function = "rotary_embedding"
-    q, k = _common.heads(function, positions, head_size, query=query, key=key)
-    outputs = torch.empty_like(query), None if key is None else torch.empty_like(key)
-    q_out, k_out = _common.heads(function, positions, head_size, query=outputs[0], key=outputs[1])
-    names = {**_common.FLAT, "q_out": "query", "k_out": "key"}
-    _common.rotate(function, names, q, k, cos_sin_cache, positions, is_neox, q_out=q_out, k_out=k_out)
-    return outputs
+    return _common.rotate_flat_new("rotary_embedding", positions, query, key, head_size, cos_sin_cache, is_neox)
 
 
 def fused_qk_norm_rope(

@@ -413,6 +413,7 @@ def _pack_kv(
             raise ValueError(f"{function}: {name} must be {shape}, but is {list(x.shape)}")
         if x.dtype != k.dtype or x.device != k.device:
             raise ValueError(f"{function}: {name} must be {k.dtype} on {k.device}, but is {x.dtype} on {x.device}")
+    _common.without_gradient(function, v=v, k_prefix=k_prefix, v_prefix=v_prefix, packed_kv=packed_kv)
     keys, values = packed_kv.unbind()
     _common.inplace_norm_rope(q, k, *others, function=function, outputs=(q, keys[:, prefix:]), only_check=only_check,
                               output_names={"q_out": "q", "k_out": "packed_kv"})  # fmt: skip
@@ -557,7 +558,7 @@ def triton_mrope_fused(
     Raises:
         ValueError: an argument does not fit. Nothing was written.
     """
-    _common.mrope("triton_mrope_fused", {"query": "q", "key": "k", "axes": "axis_map"}, positions, q, k, head_size,
+    _common.mrope("triton_mrope_fused", {"q": "q", "k": "k", "axes": "axis_map"}, positions, q, k, head_size,
                   cos_sin_cache, is_neox_style, rotary_dim, mrope_section, mrope_interleaved,
                   axis_map if mrope_interleaved and mrope_interleaved_glm else None)  # fmt: skip
 

@@ -62,6 +62,7 @@ def apply_rotary_pos_emb(
             )
         positions = torch.arange(x.shape[1], device=x.device)[None].expand(x.shape[0], -1)
         positions = positions if start_positions is None else positions + start_positions[:, None]
-    new = _common.differentiable(function, {"q": "t"}, x, None, positions=positions, cos=angles.cos(), sin=angles.sin(),
+    names = {"q": "t", "cos": "freqs", "sin": "freqs"}
+    new = _common.differentiable(function, names, x, None, positions=positions, cos=angles.cos(), sin=angles.sin(),
                                  pairing=_common.pairing(not interleaved))[0]  # fmt: skip
     return new.transpose(0, 1) if tensor_format == "sbhd" else new

@@ -190,7 +190,8 @@ def multimodal_rotary_embedding(
 
 
 def apply_rotary_emb(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, is_neox: bool = False) -> torch.Tensor:
-    """vLLM's function for Intel GPUs (`vllm_xpu_kernels.rotary`): x by a row of the table for each token.
+    """vLLM's function for Intel GPUs (`vllm_xpu_kernels.rotary`): x by a row of the table for each token; autograd goes
+    through it.
 
     Args:
         x: [tokens, heads, head_dim] or [batch, tokens, heads, head_dim] bfloat16, float16 or float32.
@@ -207,10 +208,8 @@ def apply_rotary_emb(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, is_n
     _common.tensors(function, x=x, cos=cos, sin=sin)
     if x.dim() not in (3, 4):
         raise ValueError(f"{function}: x must be [batch?, tokens, heads, head_dim], but is {list(x.shape)}")
-    new = torch.empty_like(x)
-    _common.rope(function, {"q": "x", "q_out": "x"}, x, None, q_out=new, cos=cos, sin=sin,
-                 pairing=_common.pairing(is_neox))  # fmt: skip
-    return new
+    return _common.differentiable(function, {"q": "x"}, x, None, cos=cos, sin=sin,
+                                  pairing=_common.pairing(is_neox))[0]  # fmt: skip
 
 
 def deepseek_scaling_rope(
@@ -222,7 +221,7 @@ def deepseek_scaling_rope(
     rotary_dim: int,
     is_neox: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """vLLM's function for Intel GPUs: query and key by a table into new tensors.
+    """vLLM's function for Intel GPUs: query and key by a table into new tensors; autograd goes through it.
 
     Args:
         positions: [tokens] int32 or int64, rows of the table.
@@ -239,8 +238,5 @@ def deepseek_scaling_rope(
     """
     function = "deepseek_scaling_rope"
     _common.tensors(function, positions=positions, query=query, key=key, cos_sin_cache=cos_sin_cache)
-    new = torch.empty_like(query), torch.empty_like(key)
-    names = {"q": "query", "k": "key", "q_out": "query", "k_out": "key"}
-    _common.rotate(function, names, query, key, cos_sin_cache, positions, is_neox, rotary_dim, offsets=offsets,
-                   q_out=new[0], k_out=new[1])  # fmt: skip
-    return new
+    return _common.rotate_new(function, {"q": "query", "k": "key"}, query, key, cos_sin_cache, positions, is_neox,
+                              rotary_dim, offsets=offsets)  # fmt: skip
