@@ -464,3 +464,32 @@ def test_q_and_k_of_packed_rows_in_place_have_gradients():
     want = ropewalk.rope(rows.detach(), None, frequencies=f)[0]
     ropewalk.rope_(rows[:, :3], rows[:, 3:], frequencies=f)
     assert torch.equal(rows, want)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1e-8, 1e-15, 0.0])
+def test_a_small_head_beside_others(scale):
+    """A head whose squares are tiny has its gradient as others do, and those beside it theirs, to the bit."""
+    frequencies, eps = ropewalk.Frequencies(theta=1e4, rotary_dim=64), 1e-30
+    draw = torch.Generator().manual_seed(1)
+    q, grad = (torch.randn(3, 9, 64, generator=draw) for _ in range(2))
+    weight = torch.rand(64, generator=draw) + 0.5
+    small = q.clone()
+    small[1, 4] *= scale
+
+    def gradient(x):
+        out, sums = torch.empty_like(x), torch.empty(64)
+        ropewalk.rope_backward(grad, q=x, q_grad_out=out, q_weight_grad=sums, frequencies=frequencies, q_weight=weight,
+                               eps=eps)  # fmt: skip
+        return out, sums
+
+    (plain, _), (out, sums) = gradient(q), gradient(small)
+    others = torch.ones(3, 9, dtype=torch.bool)
+    others[1, 4] = False
+    assert torch.equal(out[others], plain[others])
+    x, w = small.double().requires_grad_(), weight.double().requires_grad_()
+    angle = torch.arange(3).double()[:, None, None] * torch.from_numpy(frequencies.inv_freq).double()
+    a, b = (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * w).chunk(2, -1)
+    rotated = torch.cat((a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()), -1)
+    rotated.backward(grad.double())
+    assert ((out - x.grad).abs().amax(-1) <= 1e-6 * x.grad.abs().amax(-1)).all()
+    assert ((sums - w.grad).abs() <= 1e-6 * w.grad.abs().max()).all()
