@@ -15,6 +15,18 @@ fail() { printf 'error: %s\n' "$*" >&2; exit 1; }
 digest() {
   find "$@" -type f ! -name '*.pyc' -print0 | LC_ALL=C sort -z | xargs -0 sha256sum | sha256sum | cut -d' ' -f1
 }
+# lock_of NAME: the file of the versions and hashes of a section of requirements/pins.txt, as pip reads it; those of
+# alone.txt (scripts/lock.sh) come into build/lock/ first.
+lock_of() {
+  local file=requirements/lock/$1.txt
+  if [[ ! -f $file ]]; then
+    file=build/lock/$1.txt
+    mkdir -p build/lock
+    awk -v name="[$1]" '/^\[/ { on = $0 == name; next } on' requirements/lock/alone.txt >"$file"
+    [[ -s $file ]] || fail "requirements/lock has no section '$1'"
+  fi
+  echo "$file"
+}
 # A stage is up to date if its stamp holds the digest of what it was made from.
 fresh() { [[ -f $stamps/$1 && $(<"$stamps/$1") == "$2" ]]; }
 mark() { mkdir -p "$stamps"; printf '%s\n' "$2" >"$stamps/$1"; }
