@@ -1,11 +1,15 @@
 #!/usr/bin/env bash
 # The numbers of docs/results/, all from one run on a quiet machine: `ropewalk bench` with and without `--sweep`, the
-# Google Benchmark program, the cost of a call from Python, torch beside us; then the page that shows them.
+# Google Benchmark program, the cost of a call from Python, torch beside us; then the page that shows them. Builds the
+# programs first.
 #   bench/results.sh [--quick]     --quick: a few shapes and no torch.compile, to try the script; writes to build/bench
-# Set ROPEWALK and ROPE_BENCH to programs built elsewhere.
+# Set ROPEWALK and ROPE_BENCH to programs built elsewhere: then nothing is built.
 # SPDX-License-Identifier: Apache-2.0
-set -euo pipefail
-cd "$(dirname "$0")/.."
+source "$(dirname "$0")/../scripts/common.sh"
+if [[ ! ${ROPE_BENCH:-} ]]; then
+  choose_compiler
+  cmake --preset dev && cmake --build --preset dev
+fi
 python=${PYTHON:-.venv/bin/python}
 ropewalk=${ROPEWALK:-.venv/bin/ropewalk}
 rope_bench=${ROPE_BENCH:-build/dev/bench/rope_bench}

@@ -76,3 +76,23 @@ tell_progress() {
     fi
   done
 }
+# build_progress: of a build's output the lines that say how far it is, one every ten seconds with the time since it began,
+# or what is wrong; all of it is kept in build/wheel.log.
+build_progress() {
+  local start=$SECONDS told=-10 last='' clear='' line
+  [[ -t 1 ]] && clear='\r\033[K'  # another may have left a line half written
+  mkdir -p build
+  tee build/wheel.log | sed -u 's/^ *//' | grep --line-buffered -E '^\[[0-9]+/[0-9]+\]|[Ee]rror|warning:|^\*\*\*' | {
+    while IFS= read -r line; do
+      if [[ $line != \[* ]]; then
+        printf '%s\n' "$line"
+      elif ((SECONDS - told >= 10)); then
+        told=$SECONDS last=
+        printf "$clear"'    %s  %s\n' "$(clock $((SECONDS - start)))" "$line"
+      else
+        last=$line
+      fi
+    done
+    if [[ $last ]]; then printf "$clear"'    %s  %s\n' "$(clock $((SECONDS - start)))" "$last"; fi
+  } || true
+}

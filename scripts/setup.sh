@@ -244,7 +244,7 @@ build_wheel() {
   say "wheel: building Ropewalk (about four minutes of two cores)"
   rm -rf build/dist
   python -m pip wheel . --no-build-isolation --no-deps --wheel-dir build/dist \
-    --config-settings=cmake.define.ROPEWALK_WERROR=ON -v 2>&1 | scripts/build_progress.sh
+    --config-settings=cmake.define.ROPEWALK_WERROR=ON -v 2>&1 | build_progress
 }
 install_wheel() {
   python -m pip install --quiet --force-reinstall --no-deps build/dist/ropewalk-*.whl

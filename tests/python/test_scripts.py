@@ -62,8 +62,8 @@ def test_a_step_that_fails_shows_the_end_of_what_it_said(tmp_path: Path) -> None
 
 
 def test_the_lines_of_a_build(tmp_path: Path) -> None:
-    said = "printf '%s\\n' '  [1/3] one' 'quiet' '[2/3] two' 'x.cc: warning: y' '[3/3] three'"
-    ran = bash(said + " | scripts/build_progress.sh", fresh_tree(tmp_path))
+    said = "source scripts/common.sh; printf '%s\\n' '  [1/3] one' 'quiet' '[2/3] two' 'x.cc: warning: y' '[3/3] three'"
+    ran = bash(said + " | build_progress", fresh_tree(tmp_path))
     lines = [re.sub(r"\d:\d\d", "T", line) for line in ran.stdout.splitlines()]
     assert lines == ["    T  [1/3] one", "x.cc: warning: y", "    T  [3/3] three"]
     assert "quiet" in (tmp_path / "build/wheel.log").read_text()
