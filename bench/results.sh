@@ -29,14 +29,15 @@ for program in "$python" "$ropewalk" "$rope_bench"; do
 done
 date=$(date -u +%F)
 cpu=$(sed -n 's/^model name[^:]*: //p' /proc/cpuinfo | head -n 1 | tr '[:upper:]' '[:lower:]' | tr -cs 'a-z0-9\n' '-' | sed 's/^-//; s/-$//')
-stem=$out/$date-${cpu:-cpu}
-mkdir -p "$out"
+parts=build/bench/parts
+rm -rf "$parts"
+mkdir -p "$out" "$parts"
 
 echo "load before: $(cut -d' ' -f1 /proc/loadavg)"
-"$ropewalk" bench "${bench_options[@]}" --json "$stem-bench.json"
-"$ropewalk" bench --sweep "${sweep_options[@]}" --json "$stem-sweep.json"
-"$rope_bench" "${google_options[@]}" --benchmark_out="$stem-google.json" --benchmark_out_format=json
-[[ ! -e bench/python_call.py ]] || "$python" bench/python_call.py --json "$stem-python.json"
-"$python" bench/cpu_compare.py "${torch_options[@]}" --json "$stem-torch.json"
-"$python" bench/cpu_compare.py "${parts_options[@]}" --json "$stem-torch-parts.json"
-"$python" bench/summary.py --stem "$stem" --markdown "$out/cpu.md"
+"$ropewalk" bench "${bench_options[@]}" --json "$parts/bench.json"
+"$ropewalk" bench --sweep "${sweep_options[@]}" --json "$parts/sweep.json"
+"$rope_bench" "${google_options[@]}" --benchmark_out="$parts/google.json" --benchmark_out_format=json
+[[ ! -e bench/python_call.py ]] || "$python" bench/python_call.py --json "$parts/python.json"
+"$python" bench/cpu_compare.py "${torch_options[@]}" --json "$parts/torch.json"
+"$python" bench/cpu_compare.py "${parts_options[@]}" --json "$parts/torch-parts.json"
+"$python" bench/summary.py "$out/$date-${cpu:-cpu}.json" --join "$parts" --markdown "$out/cpu.md"
