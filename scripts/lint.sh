@@ -12,8 +12,7 @@ check() {
 }
 tracked() { git ls-files --cached --others --exclude-standard "$@"; }
 
-# Every header compiles alone. Those named -inl.h are compiled once per CPU target by the file that includes them and are
-# left out.
+# Every header compiles alone. Parts of kernels (-inl.h, .cuh), which want flags of their own, do in tests/headers.
 headers() {
   local header held=0
   for header in $(tracked '*.h' '*.hpp' | grep -v -e '-inl\.h$' -e '^tests/'); do
