@@ -78,11 +78,11 @@ intel-report:  ## SIMD width, spills, loads and stores of all Intel GPU variants
 
 bench:  ## the speed of every shape beside its floor and the peers installed; results in docs/results/
 	@$(setup) system base sycl wheel full
-	@scripts/bench.sh
+	@bench/results.sh
 
 format:  ## format C++ and Python in place
 	@$(setup) base dev
-	@scripts/format.sh
+	@scripts/lint.sh --fix
 
 lint:  ## formatting, ruff, shellcheck, versions, headers, clang-tidy
 	@$(setup) system base dev

@@ -13,7 +13,7 @@
 #include "backends/registry.h"
 #include "base/text.h"
 #include "base/thread_key.h"
-#include "models/make_frequencies.h"
+#include "models/model_config.h"
 #include "rope/backward.h"
 #include "rope/call.h"
 #include "rope/known_calls.h"

@@ -5,10 +5,6 @@
 #include <cstring>
 #include <string_view>
 
-#include "backends/cpu/cpu.h"
-#include "backends/cuda/cuda.h"
-#include "backends/intel/intel.h"
-#include "backends/opencl/opencl.h"
 #include "base/text.h"
 
 namespace ropewalk {

@@ -47,6 +47,7 @@ struct Backend {
   Status (*backward_workspace)(const RopeBackwardCall& call, int64_t* elements) = nullptr;
 };
 
+extern const Backend kCpuBackend, kCudaBackend, kIntelBackend, kOpenClBackend;
 // All, the available and the absent.
 std::span<const Backend* const> Backends();
 // The one that serves a call with q on `device`; honours ropewalk_force_backend.

@@ -9,8 +9,6 @@
 #include <cerrno>
 #include <cstring>
 
-#include "base/text.h"
-
 namespace ropewalk {
 namespace {
 
@@ -129,6 +127,16 @@ Status PublishFile(const std::string& path, std::string_view bytes, unsigned mod
   if (status.ok() && rename(temporary.c_str(), path.c_str()) != 0) status = failed("rename");
   if (!status.ok()) unlink(temporary.c_str());
   return status;
+}
+
+Digest DigestOf(std::string_view bytes) {
+  using uint128 = unsigned __int128;
+  constexpr uint128 kPrime = (static_cast<uint128>(1) << 88) + 0x13b;
+  uint128 hash = (static_cast<uint128>(0x6c62272e07bb0142u) << 64) + 0x62b821756295c58du;
+  for (const char byte : bytes) hash = (hash ^ static_cast<uint8_t>(byte)) * kPrime;
+  Digest digest;
+  for (size_t i = 0; i < digest.size(); ++i) digest[i] = static_cast<uint8_t>(hash >> (120 - 8 * i));
+  return digest;
 }
 
 }  // namespace ropewalk

@@ -1,12 +1,16 @@
-// Files whose bytes become code that runs: read only if nobody else could have written them.
+// Files whose bytes become code that runs: read only if nobody else could have written them. And digests of bytes, to
+// name files and to see whether something changed.
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <array>
 #include <cstddef>
+#include <cstdint>
 #include <string>
 #include <string_view>
 
 #include "base/status.h"
+#include "base/text.h"
 
 namespace ropewalk {
 
@@ -25,5 +29,12 @@ std::string WhyDirectoryIsNotTrusted(const std::string& path);
 
 // Written to a private file beside it, flushed, then renamed: a reader sees all of it or nothing. `mode` is open()'s.
 Status PublishFile(const std::string& path, std::string_view bytes, unsigned mode);
+
+// 128 bits of FNV-1a. Against accidents, not against enemies: those are kept out by who may write the files.
+using Digest = std::array<uint8_t, 16>;
+Digest DigestOf(std::string_view bytes);
+inline std::string Hex(const Digest& digest) {
+  return Hex(std::string_view(reinterpret_cast<const char*>(digest.data()), digest.size()));
+}
 
 }  // namespace ropewalk

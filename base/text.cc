@@ -4,8 +4,6 @@
 #include <charconv>
 #include <cmath>
 
-#include "base/digest.h"
-
 namespace ropewalk {
 namespace {
 
@@ -60,6 +58,16 @@ std::string ValidUtf8(std::string_view text) {
     text.remove_prefix(length ? length : 1);
   }
   return out;
+}
+
+std::string Hex(std::string_view bytes) {
+  constexpr char kDigits[] = "0123456789abcdef";
+  std::string text;
+  for (const char byte : bytes) {
+    text += kDigits[static_cast<uint8_t>(byte) >> 4];
+    text += kDigits[byte & 15];
+  }
+  return text;
 }
 
 std::string JsonString(std::string_view text) {

@@ -37,6 +37,8 @@ std::string Text(const Parts&... parts) {
   return out;
 }
 
+// Two digits for each byte.
+std::string Hex(std::string_view bytes);
 // With U+FFFD for each byte that is not UTF-8: paths may hold any.
 std::string ValidUtf8(std::string_view text);
 std::string JsonString(std::string_view text);  // quoted; valid JSON whatever the text

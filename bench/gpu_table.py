@@ -1,8 +1,8 @@
 """The table of docs/performance.md of what bench/gpu_compare.py has measured.
 
-    python bench/gpu_table.py RESULTS.json [--recorded SEED_FORM.json] [--also OTHER.json]
+    python bench/gpu_table.py RESULTS.json [--gpu H200] [--also OTHER.json]
 
---recorded: AOT and JIT, as bench/seed_form.py has them. --also: another run, for peers that this one lacks.
+--gpu: the one that AOT and JIT were recorded on. --also: another run, for peers that this one lacks.
 """
 
 # SPDX-License-Identifier: Apache-2.0
@@ -26,6 +26,33 @@ SHOWN = [
 WORDS = {"rope": "rope neox", "norm+rope": "norm + rope neox", "norm+rope+kv bf16": "norm + rope + KV store"}
 PEERS = ("FlashInfer", "Liger", "torch.compile")
 
+# SGLang's kernels for the norm and the rotation, AOT and JIT, interleaved and then neox: microseconds, medians of graph
+# replays measured on 2026-11-22.
+RECORDED: dict[str, dict[str, tuple[tuple[float, float], tuple[float, float]]]] = {
+    "H200": {
+        "flux_1024": ((112.5, 39.7), (134.8, 62.9)),
+        "qwen_image_1024": ((149.3, 52.3), (178.9, 83.1)),
+        "decode_1": ((2.5, 1.6), (2.8, 1.8)),
+        "decode_64": ((3.7, 2.4), (4.2, 2.6)),
+        "decode_256": ((8.0, 4.0), (9.3, 5.3)),
+        "prefill_1024": ((25.1, 9.6), (29.9, 14.6)),
+        "prefill_8192": ((167.4, 58.2), (200.8, 93.1)),
+        "head_64": ((67.5, 26.7), (74.6, 38.4)),
+        "head_256": ((78.3, 25.3), (100.7, 44.7)),
+    },
+    "H100": {
+        "flux_1024": ((112.6, 45.1), (135.2, 67.1)),
+        "qwen_image_1024": ((149.3, 59.0), (179.1, 87.4)),
+        "decode_1": ((2.6, 1.6), (2.8, 1.9)),
+        "decode_64": ((3.8, 2.6), (4.3, 2.9)),
+        "decode_256": ((8.2, 4.3), (9.4, 5.6)),
+        "prefill_8192": ((167.6, 66.7), (200.9, 98.7)),
+    },
+}
+# batch2_medium is flux_1024 as two sequences: the same rows for these kernels.
+for _times in RECORDED.values():
+    _times["batch2_medium"] = _times["flux_1024"]
+
 
 def best(rows: list[dict[str, Any]], shape: str, op: str, contender: str) -> float | None:
     """Microseconds, of angles computed or from a table."""
@@ -37,14 +64,13 @@ def best(rows: list[dict[str, Any]], shape: str, op: str, contender: str) -> flo
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path)
-    parser.add_argument("--recorded", type=Path)
+    parser.add_argument("--gpu", choices=RECORDED, default="H200")
     parser.add_argument("--also", type=Path)
     options = parser.parse_args()
     rows = json.loads(options.results.read_text())["results"]
     here = {row["contender"] for row in rows}
     if options.also:
         rows += [r for r in json.loads(options.also.read_text())["results"] if r["contender"] not in here]
-    recorded = json.loads(options.recorded.read_text())["results"] if options.recorded else []
 
     def text(value: float | None, digits: int = 2) -> str:
         return "" if value is None else f"{value:.{digits}f}"
@@ -57,10 +83,10 @@ def main() -> None:
             # Ours with its angles computed in the call.
             ours = next((r for r in rows if r["contender"] == "ropewalk" and r["us"] and r["angles"] == "frequencies"
                          and (r["shape"], r["op"], r["pairing"]) == (shape, op, "neox")), {})  # fmt: skip
-            others = next((r["peers_us"] for r in recorded if (r["name"], r["pairing"]) == (shape, "neox")), {})
+            recorded = RECORDED[options.gpu].get(shape, (None, (None, None)))[1] if op == "norm+rope" else (None, None)
             cells = [words if op == ops[0] else "", WORDS[op], text(ours.get("floor_us")), text(ours.get("us")),
                      text(ours.get("of_floor")), *(text(best(rows, shape, op, peer)) for peer in PEERS)]  # fmt: skip
-            cells += [text(others.get(name), 1) if op == "norm+rope" else "" for name in ("AOT", "JIT")]
+            cells += [text(us, 1) for us in recorded]
             print("| " + " | ".join(cells) + " |")
 
 

@@ -1,11 +1,15 @@
 #!/usr/bin/env bash
 # The numbers of docs/results/, all from one run on a quiet machine: `ropewalk bench` with and without `--sweep`, the
-# Google Benchmark program, the cost of a call from Python, torch beside us; then the page that shows them.
+# Google Benchmark program, the cost of a call from Python, torch beside us; then the page that shows them. Builds the
+# programs first.
 #   bench/results.sh [--quick]     --quick: a few shapes and no torch.compile, to try the script; writes to build/bench
-# Set ROPEWALK and ROPE_BENCH to programs built elsewhere.
+# Set ROPEWALK and ROPE_BENCH to programs built elsewhere: then nothing is built.
 # SPDX-License-Identifier: Apache-2.0
-set -euo pipefail
-cd "$(dirname "$0")/.."
+source "$(dirname "$0")/../scripts/common.sh"
+if [[ ! ${ROPE_BENCH:-} ]]; then
+  choose_compiler
+  cmake --preset dev && cmake --build --preset dev
+fi
 python=${PYTHON:-.venv/bin/python}
 ropewalk=${ROPEWALK:-.venv/bin/ropewalk}
 rope_bench=${ROPE_BENCH:-build/dev/bench/rope_bench}
@@ -25,14 +29,15 @@ for program in "$python" "$ropewalk" "$rope_bench"; do
 done
 date=$(date -u +%F)
 cpu=$(sed -n 's/^model name[^:]*: //p' /proc/cpuinfo | head -n 1 | tr '[:upper:]' '[:lower:]' | tr -cs 'a-z0-9\n' '-' | sed 's/^-//; s/-$//')
-stem=$out/$date-${cpu:-cpu}
-mkdir -p "$out"
+parts=build/bench/parts
+rm -rf "$parts"
+mkdir -p "$out" "$parts"
 
 echo "load before: $(cut -d' ' -f1 /proc/loadavg)"
-"$ropewalk" bench "${bench_options[@]}" --json "$stem-bench.json"
-"$ropewalk" bench --sweep "${sweep_options[@]}" --json "$stem-sweep.json"
-"$rope_bench" "${google_options[@]}" --benchmark_out="$stem-google.json" --benchmark_out_format=json
-[[ ! -e bench/python_call.py ]] || "$python" bench/python_call.py --json "$stem-python.json"
-"$python" bench/cpu_compare.py "${torch_options[@]}" --json "$stem-torch.json"
-"$python" bench/cpu_compare.py "${parts_options[@]}" --json "$stem-torch-parts.json"
-"$python" bench/summary.py --stem "$stem" --markdown "$out/cpu.md"
+"$ropewalk" bench "${bench_options[@]}" --json "$parts/bench.json"
+"$ropewalk" bench --sweep "${sweep_options[@]}" --json "$parts/sweep.json"
+"$rope_bench" "${google_options[@]}" --benchmark_out="$parts/google.json" --benchmark_out_format=json
+[[ ! -e bench/python_call.py ]] || "$python" bench/python_call.py --json "$parts/python.json"
+"$python" bench/cpu_compare.py "${torch_options[@]}" --json "$parts/torch.json"
+"$python" bench/cpu_compare.py "${parts_options[@]}" --json "$parts/torch-parts.json"
+"$python" bench/summary.py "$out/$date-${cpu:-cpu}.json" --join "$parts" --markdown "$out/cpu.md"

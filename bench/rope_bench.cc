@@ -8,7 +8,7 @@
 
 #include "base/text.h"
 #include "measure/floor.h"
-#include "measure/team.h"
+#include "measure/place.h"
 #include "measure/timed_case.h"
 #include "rope/call.h"
 

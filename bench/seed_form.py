@@ -22,36 +22,11 @@ from typing import Any
 import gpu_compare
 import torch
 from gpu_compare import EPS, PAIRINGS, SHAPES, THETA, Contender, Problem
+from gpu_table import RECORDED
 from ropewalk.compat import sglang_jit
 
 NAMES = ["flux_1024", "qwen_image_1024", "qwen_image_partial", "zimage_1024", "batch2_medium", "decode_1", "decode_64",
          "decode_256", "prefill_1024", "prefill_8192", "head_64", "head_256"]  # fmt: skip
-
-# Microseconds of AOT and JIT, interleaved and then neox: medians of graph replays measured on 2026-11-22.
-RECORDED: dict[str, dict[str, tuple[tuple[float, float], tuple[float, float]]]] = {
-    "H200": {
-        "flux_1024": ((112.5, 39.7), (134.8, 62.9)),
-        "qwen_image_1024": ((149.3, 52.3), (178.9, 83.1)),
-        "decode_1": ((2.5, 1.6), (2.8, 1.8)),
-        "decode_64": ((3.7, 2.4), (4.2, 2.6)),
-        "decode_256": ((8.0, 4.0), (9.3, 5.3)),
-        "prefill_1024": ((25.1, 9.6), (29.9, 14.6)),
-        "prefill_8192": ((167.4, 58.2), (200.8, 93.1)),
-        "head_64": ((67.5, 26.7), (74.6, 38.4)),
-        "head_256": ((78.3, 25.3), (100.7, 44.7)),
-    },
-    "H100": {
-        "flux_1024": ((112.6, 45.1), (135.2, 67.1)),
-        "qwen_image_1024": ((149.3, 59.0), (179.1, 87.4)),
-        "decode_1": ((2.6, 1.6), (2.8, 1.9)),
-        "decode_64": ((3.8, 2.6), (4.3, 2.9)),
-        "decode_256": ((8.2, 4.3), (9.4, 5.6)),
-        "prefill_8192": ((167.6, 66.7), (200.9, 98.7)),
-    },
-}
-# batch2_medium is flux_1024 as two sequences: the same rows for these kernels.
-for _times in RECORDED.values():
-    _times["batch2_medium"] = _times["flux_1024"]
 
 COLUMNS = ["name", "tokens", "heads q/k/v x dim", "pairing", "ours us", "eager us", "compile us", "AOT us", "JIT us",
            "x eager", "x compile", "x AOT", "x JIT"]  # fmt: skip

@@ -1,12 +1,13 @@
-"""Writes docs/results/cpu.md from the JSON files that bench/results.sh has left: every number comes from that run.
+"""Writes docs/results/cpu.md from the numbers of bench/results.sh, one JSON file with a part for each program.
 
-python bench/summary.py --stem docs/results/2026-01-31-some-cpu [--markdown docs/results/cpu.md]
+python bench/summary.py docs/results/2026-01-31-some-cpu.json [--join FOLDER] [--markdown docs/results/cpu.md]
 """
 
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import pathlib
 import statistics
@@ -157,34 +158,45 @@ def torch_part(compared: dict[str, Any], of: str = "") -> str:
     )
 
 
+KINDS: dict[str, Callable[[Any], str]] = {
+    "bench": floor_part,
+    "sweep": sweep_part,
+    "google": call_part,
+    "python": python_part,
+    "torch": torch_part,
+    "torch-parts": lambda compared: torch_part(compared, ": parts of heads"),
+}
+
+
+def join(folder: pathlib.Path, results: pathlib.Path) -> dict[str, Any]:
+    """The numbers of each kind with the day of their run; those that the folder lacks stay."""
+    numbers = json.loads(results.read_text()) if results.exists() else {"made": {}}
+    for kind in KINDS:
+        if (folder / f"{kind}.json").exists():
+            numbers[kind] = json.loads((folder / f"{kind}.json").read_text())
+            numbers["made"][kind] = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
+    results.write_text(json.dumps(numbers, indent=1) + "\n")
+    return numbers
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stem", required=True, help="what the names of the JSON files begin with")
-    parser.add_argument("--parts-stem", help="of STEM-sweep.json and STEM-torch-parts.json, if another")
-    parser.add_argument("--markdown", metavar="FILE", help="write the page here instead of to stdout")
+    parser.add_argument("results", type=pathlib.Path)
+    parser.add_argument("--join", type=pathlib.Path, metavar="FOLDER", help="put its KIND.json there first")
+    parser.add_argument("--markdown", type=pathlib.Path, metavar="FILE", help="write the page here, not to stdout")
     arguments = parser.parse_args()
-    parts, files = [], []
-    kinds: dict[str, Callable[[Any], str]] = {
-        "bench": floor_part,
-        "sweep": sweep_part,
-        "google": call_part,
-        "python": python_part,
-        "torch": torch_part,
-        "torch-parts": lambda compared: torch_part(compared, ": parts of heads"),
-    }
-    for kind, part in kinds.items():
-        of_parts = kind in ("sweep", "torch-parts")
-        path = pathlib.Path(f"{(of_parts and arguments.parts_stem) or arguments.stem}-{kind}.json")
-        if path.exists():
-            parts.append(part(json.loads(path.read_text())))
-            files.append(f"`{path.name}`")
-    if not parts:
-        print(f"error: there is no {arguments.stem}-*.json", file=sys.stderr)
+    if not arguments.join and not arguments.results.exists():
+        print(f"error: there is no {arguments.results}", file=sys.stderr)
         return 1
-    page = "# Speed on the CPU\n\nMade by `bench/results.sh` from " + ", ".join(files) + "; do not edit.\n\n"
+    numbers = join(arguments.join, arguments.results) if arguments.join else json.loads(arguments.results.read_text())
+    parts = [part(numbers[kind]) for kind, part in KINDS.items() if kind in numbers]
+    if not parts:
+        print(f"error: {arguments.results} has none of {', '.join(KINDS)}", file=sys.stderr)
+        return 1
+    page = f"# Speed on the CPU\n\nMade by `bench/results.sh` from `{arguments.results.name}`; do not edit.\n\n"
     page += "\n".join(part for part in parts if part)
     if arguments.markdown:
-        pathlib.Path(arguments.markdown).write_text(page)
+        arguments.markdown.write_text(page)
         print(f"wrote {arguments.markdown}")
     else:
         print(page)

@@ -125,6 +125,11 @@ void WriteText(const std::string& path, const std::string& text);
 // One line for a CSV file; quotes where needed.
 std::string CsvLine(const std::vector<std::string>& cells);
 
+// Of describe: a sentence with a capital, but for an argument's name, and a full stop; and what --python prints,
+// bindings/python/ropewalk/_face.py for this description.
+std::string Sentence(std::string text);
+std::string PythonFace(const Json& description);
+
 // The subcommands. Each adds itself to `app`; when it is the one chosen, it runs and sets `exit_code`.
 void AddDoctor(CLI::App* app, int* exit_code);
 void AddRun(CLI::App* app, int* exit_code);

@@ -6,7 +6,6 @@
 #include <vector>
 
 #include "cli/common.h"
-#include "cli/describe_python.h"
 #include "models/model_traits.h"
 
 namespace ropewalk::cli {

@@ -1,7 +1,7 @@
 // ropewalk describe --python: bindings/python/ropewalk/_face.py, the function `rope_` and its keywords, from the
 // description of the operation.
 // SPDX-License-Identifier: Apache-2.0
-#include "cli/describe_python.h"
+#include "cli/common.h"
 
 #include <fmt/format.h>
 

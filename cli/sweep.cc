@@ -8,7 +8,7 @@
 
 #include "base/tensor.h"
 #include "cli/model_cases.h"
-#include "measure/team.h"
+#include "measure/place.h"
 #include "measure/timed_case.h"
 
 namespace ropewalk::cli {

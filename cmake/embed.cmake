@@ -1,5 +1,5 @@
 # ropewalk_embed(output FILES device files.. [DIGEST more files..]): a C++ file with the text of the device files
-# (backends/cuda/sources.h), and one digest of it and of the other files that decide what is compiled. Comments are left
+# (backends/cuda/nvrtc.h), and one digest of it and of the other files that decide what is compiled. Comments are left
 # out: they cost the library no bytes, and a change of one makes no kernel anew. Every line keeps its number. Included,
 # this file defines the function; run as a script, it writes the output.
 # SPDX-License-Identifier: Apache-2.0
@@ -18,7 +18,7 @@ if(NOT CMAKE_SCRIPT_MODE_FILE)
   return()
 endif()
 
-set(text "// Written by cmake/embed.cmake.\n#include \"backends/cuda/sources.h\"\n\nnamespace ropewalk {\n\n")
+set(text "// Written by cmake/embed.cmake.\n#include \"backends/cuda/nvrtc.h\"\n\nnamespace ropewalk {\n\n")
 string(APPEND text "extern const CudaSource kCudaSources[] = {\n")
 set(digests "")
 list(LENGTH FILES count)

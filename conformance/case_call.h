@@ -14,6 +14,14 @@
 #include "conformance/memory.h"
 #include "conformance/reference.h"
 
+#if defined(__SANITIZE_ADDRESS__)
+#define ROPEWALK_POISONS 1
+#elif defined(__has_feature)
+#if __has_feature(address_sanitizer)
+#define ROPEWALK_POISONS 1
+#endif
+#endif
+
 namespace ropewalk {
 
 class CaseCall {
@@ -47,9 +55,26 @@ class CaseCall {
   int64_t rotated_elements() const;
 
  private:
-  struct Buffer;
-  struct Tensor;
-  struct Builder;
+  // Before and behind each buffer: what a wrong head or token writes lies within some KB. A multiple of 256, so that
+  // what follows it is aligned as the buffer is.
+  static constexpr int64_t kGuardBytes = 4096;
+
+  // Bytes with canaries at both ends; tensors are views of them.
+  struct Buffer {
+    std::string name;
+    std::vector<uint8_t> initial;
+    std::vector<bool> covered;  // by an element; only where memory can be poisoned
+    void* device = nullptr;
+  };
+
+  struct Tensor {
+    std::string name;
+    Buffer* buffer = nullptr;
+    int64_t first = 0;  // byte of the first element in the buffer
+    int64_t shape[4] = {}, strides[4] = {};
+    DLTensor on_host = {}, on_device = {};
+  };
+  struct Builder;  // case_build.cc
 
   CaseCall(const RopeCase& c, DeviceMemory& memory, bool backward);
   static Status Make(const RopeCase& c, DeviceMemory& memory, bool backward, std::unique_ptr<CaseCall>* out);

@@ -1,104 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "conformance/cases.h"
 
-#include <algorithm>
 #include <initializer_list>
 #include <iterator>
-#include <unordered_set>
 #include <utility>
 
 #include "base/text.h"
-#include "conformance/draw.h"
-#include "conformance/models.h"
+#include "conformance/case_list.h"
 
 namespace ropewalk {
-namespace {
 
-const char* ShortName(uint32_t dtype) {
-  switch (dtype) {
-    case kF32: return "f32";
-    case kF16: return "f16";
-    case kBF16: return "bf16";
-    case kE4M3: return "e4m3";
-    case kE5M2: return "e5m2";
-    case kI32: return "i32";
-    case kI64: return "i64";
-    default: return "?";
-  }
-}
-
-// "yarn" of {"rope_type": "yarn", ..}.
-std::string ScalingName(const RopeCase& c) {
-  const std::string key = "\"rope_type\": \"";
-  const size_t at = c.scaling.find(key);
-  if (at == std::string::npos) return c.config.empty() ? "default" : "config";
-  const size_t begin = at + key.size();
-  return c.scaling.substr(begin, c.scaling.find('"', begin) - begin);
-}
-
-template <class Enum>
-const char* Entry(std::initializer_list<const char*> names, Enum value) {
-  return names.begin()[static_cast<size_t>(value)];
-}
-const char* Name(Layout layout) {
-  return Entry({"separate", "packed", "transposed", "padded", "misaligned", "reversed"}, layout);
-}
-const char* Name(Angles angles) {
-  return Entry({"freq", "table", "cossin", "fullwidth", "repeated", "columns", "batchtable"}, angles);
-}
-const char* Name(Positions positions) { return Entry({"none", "arange", "random", "listed"}, positions); }
-const char* Name(Axes axes) { return Entry({"one", "sections", "interleaved", "two"}, axes); }
-const char* Name(Cache cache) { return Entry({"none", "flat", "nhd", "hnd"}, cache); }
-const char* Name(Scale scale) { return Entry({"none", "host", "tensor", "heads"}, scale); }
-const char* Name(Slots slots) { return Entry({"all", "skips", "nothing"}, slots); }
-const char* Name(Data data) { return Entry({"normal", "large", "tiny", "nonfinite", "mixed"}, data); }
-const char* Name(Bad bad) { return Entry({"none", "position", "slot", "axis", "padding"}, bad); }
-const char* Name(Weight weight) { return Entry({"none", "plain", "zero_centered"}, weight); }
-
-constexpr uint32_t kDtypes[] = {kF32, kF16, kBF16};
-constexpr int32_t kPairings[] = {ROPEWALK_NEOX, ROPEWALK_INTERLEAVED};
-constexpr int64_t kTokens[] = {0, 1, 2, 5, 17, 64, 257};
-
-constexpr Layout kLayouts[] = {Layout::kSeparate, Layout::kPacked,     Layout::kTransposed,
-                               Layout::kPadded,   Layout::kMisaligned, Layout::kReversed};
-constexpr Angles kTables[] = {Angles::kTable,    Angles::kPacked,     Angles::kFullWidth,
-                              Angles::kRepeated, Angles::kTransposed, Angles::kPerBatch};
-
-struct Rotated {
-  int64_t head_dim, rotary_dim, offset;
-};
-constexpr Rotated kParts[] = {{128, 96, 0},   {128, 64, 0}, {128, 6, 0},  {64, 24, 8},  {192, 64, 128},
-                              {576, 64, 512}, {256, 64, 0}, {80, 20, 0},  {96, 72, 0},  {16, 2, 14},
-                              {128, 126, 2},  {72, 36, 0},  {128, 34, 5}, {64, 32, 16}, {1024, 40, 3}};
-
-struct Rule {
-  const char* json;
-  int64_t sequence_length;
-};
-// For rotary_dim 64: longrope's factors are as many as pairs.
-std::string LongRope(int64_t pairs) {
-  std::string low, high;
-  for (int64_t i = 0; i < pairs; ++i) {
-    low += Text(i ? ", " : "", 1.0 + 0.01 * static_cast<double>(i));
-    high += Text(i ? ", " : "", 1.0 + 0.75 * static_cast<double>(i));
-  }
-  return Text("{\"rope_type\": \"longrope\", \"short_factor\": [", low, "], \"long_factor\": [", high,
-              "], \"original_max_position_embeddings\": 4096, \"factor\": 32.0}");
-}
-constexpr Rule kRules[] = {
-    {"{\"rope_type\": \"linear\", \"factor\": 8.0}", 0},
-    {"{\"rope_type\": \"dynamic\", \"factor\": 4.0, \"original_max_position_embeddings\": 2048}", 8192},
-    {"{\"rope_type\": \"yarn\", \"factor\": 4.0, \"original_max_position_embeddings\": 32768}", 0},
-    {"{\"rope_type\": \"yarn\", \"factor\": 40.0, \"original_max_position_embeddings\": 4096, \"beta_fast\": 32, "
-     "\"beta_slow\": 1, \"mscale\": 1.0, \"mscale_all_dim\": 0.707, \"truncate\": false}",
-     0},
-    {"{\"rope_type\": \"llama3\", \"factor\": 8.0, \"low_freq_factor\": 1.0, \"high_freq_factor\": 4.0, "
-     "\"original_max_position_embeddings\": 8192}",
-     0},
-    {"{\"rope_type\": \"proportional\", \"partial_rotary_factor\": 0.5, \"factor\": 2.0}", 0},
-};
-
-// What an option asks of the others. False: the case has no meaning.
 bool Settle(RopeCase* c) {
   if (c->angles != Angles::kFrequencies) {
     if (!c->scaling.empty() || c->positions == Positions::kListed) return false;
@@ -144,19 +55,45 @@ bool Settle(RopeCase* c) {
   return true;
 }
 
-class List {
- public:
-  void Add(RopeCase c) {
-    if (!Settle(&c)) return;
-    c.name = CaseName(c);
-    if (names_.insert(c.name).second) cases_.push_back(std::move(c));
-  }
-  int64_t size() const { return static_cast<int64_t>(cases_.size()); }
-  std::vector<RopeCase> Take() { return std::move(cases_); }
+namespace {
 
- private:
-  std::vector<RopeCase> cases_;
-  std::unordered_set<std::string> names_;
+constexpr int64_t kTokens[] = {0, 1, 2, 5, 17, 64, 257};
+
+constexpr Angles kTables[] = {Angles::kTable,    Angles::kPacked,     Angles::kFullWidth,
+                              Angles::kRepeated, Angles::kTransposed, Angles::kPerBatch};
+
+struct Rotated {
+  int64_t head_dim, rotary_dim, offset;
+};
+constexpr Rotated kParts[] = {{128, 96, 0},   {128, 64, 0}, {128, 6, 0},  {64, 24, 8},  {192, 64, 128},
+                              {576, 64, 512}, {256, 64, 0}, {80, 20, 0},  {96, 72, 0},  {16, 2, 14},
+                              {128, 126, 2},  {72, 36, 0},  {128, 34, 5}, {64, 32, 16}, {1024, 40, 3}};
+
+struct Rule {
+  const char* json;
+  int64_t sequence_length;
+};
+// For rotary_dim 64: longrope's factors are as many as pairs.
+std::string LongRope(int64_t pairs) {
+  std::string low, high;
+  for (int64_t i = 0; i < pairs; ++i) {
+    low += Text(i ? ", " : "", 1.0 + 0.01 * static_cast<double>(i));
+    high += Text(i ? ", " : "", 1.0 + 0.75 * static_cast<double>(i));
+  }
+  return Text("{\"rope_type\": \"longrope\", \"short_factor\": [", low, "], \"long_factor\": [", high,
+              "], \"original_max_position_embeddings\": 4096, \"factor\": 32.0}");
+}
+constexpr Rule kRules[] = {
+    {"{\"rope_type\": \"linear\", \"factor\": 8.0}", 0},
+    {"{\"rope_type\": \"dynamic\", \"factor\": 4.0, \"original_max_position_embeddings\": 2048}", 8192},
+    {"{\"rope_type\": \"yarn\", \"factor\": 4.0, \"original_max_position_embeddings\": 32768}", 0},
+    {"{\"rope_type\": \"yarn\", \"factor\": 40.0, \"original_max_position_embeddings\": 4096, \"beta_fast\": 32, "
+     "\"beta_slow\": 1, \"mscale\": 1.0, \"mscale_all_dim\": 0.707, \"truncate\": false}",
+     0},
+    {"{\"rope_type\": \"llama3\", \"factor\": 8.0, \"low_freq_factor\": 1.0, \"high_freq_factor\": 4.0, "
+     "\"original_max_position_embeddings\": 8192}",
+     0},
+    {"{\"rope_type\": \"proportional\", \"partial_rotary_factor\": 0.5, \"factor\": 2.0}", 0},
 };
 
 template <class Body>
@@ -166,7 +103,7 @@ void EachType(Body body) {
   }
 }
 
-void AddHeadDims(List* list) {
+void AddHeadDims(CaseList* list) {
   size_t turn = 0;
   for (const int64_t head_dim : {2, 6, 16, 64, 72, 80, 96, 112, 128, 160, 192, 256, 512, 576, 1024}) {
     EachType([&](uint32_t dtype, int32_t pairing) {
@@ -190,7 +127,7 @@ void AddHeadDims(List* list) {
   }
 }
 
-void AddParts(List* list) {
+void AddParts(CaseList* list) {
   for (const Rotated& part : kParts) {
     EachType([&](uint32_t dtype, int32_t pairing) {
       for (const bool norm : {false, true}) {
@@ -211,7 +148,7 @@ void AddParts(List* list) {
   }
 }
 
-void AddRules(List* list) {
+void AddRules(CaseList* list) {
   constexpr int64_t kRotary = 64;
   std::vector<std::pair<std::string, int64_t>> rules = {{"", 0}};
   for (const Rule& rule : kRules) rules.emplace_back(rule.json, rule.sequence_length);
@@ -247,7 +184,7 @@ void AddRules(List* list) {
   }
 }
 
-void AddTables(List* list) {
+void AddTables(CaseList* list) {
   for (const Angles angles : kTables) {
     for (const uint32_t table_dtype : kDtypes) {
       EachType([&](uint32_t dtype, int32_t pairing) {
@@ -268,7 +205,7 @@ void AddTables(List* list) {
   }
 }
 
-void AddNorms(List* list) {
+void AddNorms(CaseList* list) {
   for (const Weight weight : {Weight::kNone, Weight::kPlain, Weight::kZeroCentered}) {
     for (const uint32_t weight_dtype : kDtypes) {
       EachType([&](uint32_t dtype, int32_t pairing) {
@@ -294,7 +231,7 @@ void AddNorms(List* list) {
   }
 }
 
-void AddLayouts(List* list) {
+void AddLayouts(CaseList* list) {
   for (const Layout layout : kLayouts) {
     EachType([&](uint32_t dtype, int32_t pairing) {
       for (const bool out_of_place : {false, true}) {
@@ -320,7 +257,7 @@ void AddLayouts(List* list) {
   }
 }
 
-void AddTokens(List* list) {
+void AddTokens(CaseList* list) {
   for (const int64_t tokens : kTokens) {
     EachType([&](uint32_t dtype, int32_t pairing) {
       for (const bool norm : {false, true}) {
@@ -342,7 +279,7 @@ void AddTokens(List* list) {
   }
 }
 
-void AddStores(List* list) {
+void AddStores(CaseList* list) {
   for (const Cache cache : {Cache::kFlat, Cache::kNhd, Cache::kHnd}) {
     EachType([&](uint32_t dtype, int32_t pairing) {
       const bool neox = pairing == ROPEWALK_NEOX;
@@ -396,7 +333,7 @@ void AddStores(List* list) {
   }
 }
 
-void AddAxes(List* list) {
+void AddAxes(CaseList* list) {
   for (const Axes axes : {Axes::kSections, Axes::kInterleaved, Axes::kTwo}) {
     EachType([&](uint32_t dtype, int32_t pairing) {
       for (const Angles angles : {Angles::kFrequencies, Angles::kTable, Angles::kPacked}) {
@@ -425,7 +362,7 @@ void AddAxes(List* list) {
   }
 }
 
-void AddBad(List* list) {
+void AddBad(CaseList* list) {
   for (const Bad bad : {Bad::kPosition, Bad::kSlot, Bad::kAxis, Bad::kPaddedPosition}) {
     EachType([&](uint32_t dtype, int32_t pairing) {
       for (const bool out_of_place : {false, true}) {
@@ -451,7 +388,7 @@ void AddBad(List* list) {
   }
 }
 
-void AddData(List* list) {
+void AddData(CaseList* list) {
   for (const Data data : {Data::kLarge, Data::kTiny, Data::kNonFinite}) {
     EachType([&](uint32_t dtype, int32_t pairing) {
       for (const bool norm : {false, true}) {
@@ -487,74 +424,14 @@ void AddData(List* list) {
   }
 }
 
-// One of the whole product of options.
-RopeCase Drawn(Draw& draw) {
-  constexpr Angles kAnyAngles[] = {Angles::kFrequencies, Angles::kFrequencies, Angles::kFrequencies,
-                                   Angles::kTable,       Angles::kPacked,      Angles::kFullWidth,
-                                   Angles::kRepeated,    Angles::kTransposed,  Angles::kPerBatch};
-  constexpr Weight kAnyWeight[] = {Weight::kNone, Weight::kPlain, Weight::kZeroCentered};
-  constexpr Positions kAnyPositions[] = {Positions::kNone, Positions::kArange, Positions::kRandom, Positions::kListed};
-  constexpr Axes kAnyAxes[] = {Axes::kSections, Axes::kInterleaved, Axes::kTwo};
-  constexpr Cache kAnyCache[] = {Cache::kFlat, Cache::kNhd, Cache::kHnd};
-  constexpr Scale kAnyScale[] = {Scale::kNone, Scale::kHost, Scale::kTensor, Scale::kPerHead};
-  constexpr Slots kAnySlots[] = {Slots::kAll, Slots::kSkips};
-  constexpr uint32_t kInt[] = {kI32, kI64};
-  constexpr uint32_t kAnyCacheDtype[] = {0, kE4M3, kE5M2};
-  constexpr uint32_t kAnyWeightDtype[] = {0, kF32, kF16, kBF16};
-  constexpr int64_t kHeadDims[] = {8, 24, 32, 64, 72, 80, 96, 100, 128, 128, 160, 192, 256};
-  constexpr int64_t kHeads[] = {1, 2, 3, 4, 7};
-  constexpr int64_t kFewTokens[] = {1, 2, 3, 5, 8, 17};
-  constexpr int64_t kPageSizes[] = {1, 3, 4, 16, 24};
-  RopeCase c;
-  c.dtype = draw.Of(kDtypes);
-  c.pairing = draw.Of(kPairings);
-  c.batch = draw.OneIn(3) ? 2 : 0;
-  c.tokens = draw.Of(kFewTokens);
-  c.q_heads = draw.Of(kHeads);
-  c.k_heads = draw.OneIn(6) ? 0 : draw.Of(kHeads);
-  c.head_dim = draw.Of(kHeadDims);
-  if (draw.OneIn(3)) c.rotary_dim = 2 * draw.From(1, c.head_dim / 2);
-  if (c.rotary_dim && draw.OneIn(2)) c.rotary_offset = draw.From(0, c.head_dim - c.rotary_dim);
-  c.layout = draw.Of(kLayouts);
-  c.out_of_place = draw.OneIn(3);
-  c.inverse = draw.OneIn(5);
-  c.rounding = draw.OneIn(3) ? ROPEWALK_ROUND_REFERENCE : ROPEWALK_ROUND_FUSED;
-  c.norm = draw.OneIn(2);
-  if (c.norm) {
-    c.weight = draw.Of(kAnyWeight);
-    c.weight_dtype = draw.Of(kAnyWeightDtype);
-  }
-  c.angles = draw.Of(kAnyAngles);
-  c.table_dtype = draw.Of(kDtypes);
-  c.positions = draw.Of(kAnyPositions);
-  c.positions_dtype = draw.Of(kInt);
-  c.positions_broadcast = draw.OneIn(2);
-  if (draw.OneIn(4)) c.offsets_dtype = draw.Of(kInt);
-  if (draw.OneIn(5)) {
-    c.axes = draw.Of(kAnyAxes);
-    c.axes_dtype = draw.OneIn(2) ? static_cast<uint32_t>(kI32) : 0;
-  }
-  if (draw.OneIn(2)) {
-    c.cache = draw.Of(kAnyCache);
-    c.cache_dtype = draw.Of(kAnyCacheDtype);
-    if (c.cache_dtype) c.scale = draw.Of(kAnyScale);
-    c.page_size = c.cache == Cache::kFlat ? 16 : draw.Of(kPageSizes);
-    c.slots = draw.Of(kAnySlots);
-    c.slots_dtype = draw.Of(kInt);
-    c.store_v = !draw.OneIn(4);
-    if (draw.OneIn(3)) c.v_dim = draw.Of(kHeadDims);
-  }
-  return c;
-}
-
 // So that options meet which no list above brings together.
-void AddMixed(List* list) {
+void AddMixed(CaseList* list) {
   Draw draw(2026);
-  for (int i = 0; i < 1100; ++i) list->Add(Drawn(draw));
+  for (int i = 0; i < 1100; ++i) list->Add(DrawnCase(draw));
 }
 
 // k stored, but not written back: each way that a kernel of it may take, with tokens that are not stored.
-void AddStoreOnly(List* list) {
+void AddStoreOnly(CaseList* list) {
   size_t turn = 0;
   for (const int64_t head_dim : {64, 80, 96, 128, 256}) {
     EachType([&](uint32_t dtype, int32_t pairing) {
@@ -622,45 +499,14 @@ void AddStoreOnly(List* list) {
   }
   Draw draw(2027);
   for (int i = 0; i < 240; ++i) {
-    RopeCase c = Drawn(draw);
+    RopeCase c = DrawnCase(draw);
     c.k_store_only = true;
     list->Add(c);
   }
 }
 
-// Beyond what the lists hold: any even head size and part of it, more heads and tokens, any data, faults.
-RopeCase DrawnWide(Draw& draw) {
-  constexpr int64_t kWideTokens[] = {1, 4, 6, 7, 33, 79, 80, 300, 800, 1100, 1536, 2500, 3100};
-  constexpr Data kAnyData[] = {Data::kLarge, Data::kTiny, Data::kNonFinite, Data::kMixed};
-  constexpr Bad kAnyBad[] = {Bad::kPosition, Bad::kSlot, Bad::kAxis, Bad::kPaddedPosition};
-  constexpr double kThetas[] = {1e4, 5e5, 1e6};
-  RopeCase c = Drawn(draw);
-  if (draw.OneIn(2)) {
-    const int64_t unit = draw.OneIn(2) ? 2 : 16;
-    c.head_dim = unit * draw.From(1, 320 / unit);
-    c.rotary_dim = draw.OneIn(3) ? 2 * draw.From(1, c.head_dim / 2) : c.head_dim;
-    const int64_t rest = c.head_dim - c.rotary_dim;
-    c.rotary_offset = draw.OneIn(2) ? 0 : draw.OneIn(2) ? rest : draw.From(0, rest);
-  }
-  if (draw.OneIn(3)) c.q_heads = draw.From(1, 40);
-  if (c.k_heads && draw.OneIn(3)) c.k_heads = draw.From(1, 12);
-  if (draw.OneIn(3)) c.tokens = draw.Of(kWideTokens);
-  if (c.tokens > 300) {
-    c.batch = 0;
-    c.q_heads = std::min<int64_t>(c.q_heads, 6);
-  }
-  if (c.v_dim && draw.OneIn(2)) c.v_dim = 2 * draw.From(1, 160);
-  if (draw.OneIn(3)) c.data = draw.Of(kAnyData);
-  if (c.cache != Cache::kNone && draw.OneIn(6)) c.store_k = false;
-  if (draw.OneIn(8)) c.slots = Slots::kNothing;
-  if (draw.OneIn(8)) c.bad = draw.Of(kAnyBad);
-  c.theta = draw.Of(kThetas);
-  c.k_store_only = c.cache != Cache::kNone && c.store_k && draw.OneIn(4);
-  return c;
-}
-
 // Real models' shapes, with their rotation as far as `theta` and `scaling` say it.
-void AddModels(List* list) {
+void AddModels(CaseList* list) {
   const std::string llama3 =
       "{\"rope_type\": \"llama3\", \"factor\": 8.0, \"low_freq_factor\": 1.0, \"high_freq_factor\": 4.0, "
       "\"original_max_position_embeddings\": 8192}";
@@ -758,7 +604,7 @@ void AddModels(List* list) {
 
 // So many tokens that a GPU gives each a block and shapes that by their number and the head. What a warp takes at once
 // is of q alone, of q, k and v, and of v alone.
-void AddManyTokens(List* list) {
+void AddManyTokens(CaseList* list) {
   int number = 0;
   for (const int64_t head_dim : {64, 72, 80, 96, 112, 128, 160, 192}) {
     for (const Cache cache : {Cache::kNone, Cache::kNhd, Cache::kHnd}) {
@@ -784,7 +630,7 @@ void AddManyTokens(List* list) {
 
 // Few tokens, whose heads a GPU spreads over blocks, where heads make no whole number of blocks: each of these once
 // wrote heads that there are not.
-void AddUnevenHeads(List* list) {
+void AddUnevenHeads(CaseList* list) {
   const auto add = [list](const RopeCase& base, std::initializer_list<int64_t> tokens) {
     for (const int64_t count : tokens) {
       RopeCase c = base;
@@ -832,259 +678,11 @@ void AddUnevenHeads(List* list) {
       {24});
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
-// What engines send
-
-// One of the ways in which engines call.
-struct Mode {
-  bool norm = false;
-  bool other_pairing = false;
-  Layout layout = Layout::kPacked;
-  bool v_behind = false, padded = false, batched = false, out_of_place = false;
-  Angles angles = Angles::kFrequencies;
-  uint32_t dtype = kBF16, table_dtype = kF32;
-  Cache cache = Cache::kNone;
-  uint32_t cache_dtype = 0;
-  Scale scale = Scale::kNone;
-  int64_t page_size = 16;
-  bool k_store_only = false;
-  Slots slots = Slots::kAll;
-};
-constexpr Mode kModes[] = {
-    {.v_behind = true},
-    {.norm = true, .cache = Cache::kNhd},
-    {.padded = true, .angles = Angles::kPacked, .table_dtype = kBF16, .cache = Cache::kFlat, .slots = Slots::kSkips},
-    {.norm = true, .v_behind = true, .padded = true, .dtype = kF16},
-    {.cache = Cache::kHnd, .cache_dtype = kE4M3, .scale = Scale::kHost, .page_size = 64},
-    {.norm = true, .layout = Layout::kSeparate, .angles = Angles::kPacked},
-    {.other_pairing = true, .layout = Layout::kSeparate, .out_of_place = true},
-    {.norm = true,
-     .padded = true,
-     .angles = Angles::kPacked,
-     .cache = Cache::kNhd,
-     .cache_dtype = kE5M2,
-     .scale = Scale::kPerHead,
-     .page_size = 1,
-     .slots = Slots::kSkips},
-    {.norm = true, .layout = Layout::kTransposed, .batched = true, .angles = Angles::kFullWidth, .table_dtype = kBF16},
-    {.v_behind = true, .batched = true, .dtype = kF32},
-    {.norm = true, .other_pairing = true, .cache = Cache::kNhd, .page_size = 7},
-    {.padded = true, .cache = Cache::kNhd, .k_store_only = true, .slots = Slots::kSkips},
-    {.norm = true, .cache = Cache::kHnd, .cache_dtype = kE4M3, .scale = Scale::kTensor, .k_store_only = true},
-};
-
-void TakeModel(const ModelHeads& model, RopeCase* c) {
-  c->head_dim = model.head_dim;
-  c->rotary_dim = model.rotary_dim;
-  c->rotary_offset = model.rotary_offset;
-  c->pairing = model.pairing;
-  c->norm = model.norm != HeadNorm::kNone;
-  c->weight = model.norm == HeadNorm::kNone     ? Weight::kNone
-              : model.norm == HeadNorm::kWeight ? Weight::kPlain
-                                                : Weight::kZeroCentered;
-}
-
-RopeCase CallOfModel(const ModelHeads& model, int32_t ranks, const Mode& mode, int64_t tokens) {
-  RopeCase c = {.model = ranks == 1 ? Text(model.name) : Text(model.name, "-rank", ranks),
-                .dtype = mode.dtype,
-                .batch = mode.batched ? 2 : 0,
-                .tokens = tokens,
-                .layout = mode.layout,
-                .row_gap = mode.padded ? model.head_dim : 0,
-                .v_behind = mode.v_behind,
-                .out_of_place = mode.out_of_place,
-                .angles = mode.angles,
-                .table_dtype = mode.table_dtype,
-                .positions = Positions::kRandom,
-                .cache = mode.cache,
-                .cache_dtype = mode.cache_dtype,
-                .page_size = mode.page_size,
-                .k_store_only = mode.k_store_only,
-                .scale = mode.scale,
-                .slots = mode.slots};
-  if (!SplitHeads(model, ranks, &c.q_heads, &c.k_heads)) c.q_heads = 0;
-  TakeModel(model, &c);
-  if (mode.norm && c.weight == Weight::kNone) c.weight = Weight::kPlain;
-  if (mode.other_pairing) c.pairing = ROPEWALK_NEOX + ROPEWALK_INTERLEAVED - c.pairing;
-  return c;
-}
-
-// As a log-uniform draw gives them, from 1 to 8,192: every order of magnitude alike.
-int64_t AnyTokens(Draw& draw) {
-  const int64_t most = int64_t{1} << draw.From(0, 13);
-  return draw.From(most / 2 + 1, most);
-}
-
-// So many elements at most, of which the reference works out 20 million a second: fewer tokens, or few heads.
-void Bound(Draw& draw, int64_t most, RopeCase* c) {
-  const auto token = [c] { return std::max<int64_t>(c->batch, 1) * (c->q_heads + 2 * c->k_heads) * c->head_dim; };
-  if (c->tokens * token() > most && draw.OneIn(2)) {
-    c->q_heads = draw.From(1, 4);
-    c->k_heads = std::min<int64_t>(c->k_heads, 1);
-    c->model.clear();
-  }
-  c->tokens = std::clamp<int64_t>(most / token(), 1, c->tokens);
-}
-
-// A shape as engines have it: the heads of a rank of a real model, or any, and rows as projections leave them. One in
-// four is any at all.
-RopeCase DrawnShape(Draw& draw) {
-  constexpr int32_t kRanks[] = {1, 2, 4, 8};
-  constexpr int64_t kGaps[] = {8, 16, 24, 64, 128, 256, 1, 2, 100, 1000};
-  constexpr Layout kUsual[] = {Layout::kPacked, Layout::kPacked, Layout::kSeparate};
-  constexpr int64_t kMost[] = {1 << 15, 1 << 16, 1 << 17, 1 << 18}, kVeryMost = 1 << 22;
-  RopeCase c = DrawnWide(draw);
-  if (draw.OneIn(4)) {
-    Bound(draw, kVeryMost, &c);
-    return c;
-  }
-  const bool k = c.k_heads != 0;
-  if (draw.OneIn(3)) {
-    c.q_heads = draw.From(1, 256);
-    if (k) c.k_heads = draw.From(1, draw.OneIn(2) ? c.q_heads : std::min<int64_t>(c.q_heads, 16));
-  } else {
-    const std::span<const ModelHeads> models = AllModelHeads();
-    const ModelHeads* model;
-    int32_t ranks;
-    do {
-      model = &models[draw.Next() % models.size()];
-      ranks = draw.Of(kRanks);
-    } while (!SplitHeads(*model, ranks, &c.q_heads, &c.k_heads));
-    c.model = Text(model->name, "-rank", ranks);
-    const RopeCase drawn = c;
-    TakeModel(*model, &c);
-    if (draw.OneIn(4)) c.pairing = drawn.pairing;
-    if (draw.OneIn(3)) {
-      c.norm = drawn.norm;
-      c.weight = drawn.weight;
-    }
-    if (!k && draw.OneIn(2)) c.k_heads = 0;
-  }
-  if (draw.OneIn(3)) c.dtype = kBF16;
-  c.layout = draw.OneIn(4) || c.k_heads == 0 ? c.layout : draw.Of(kUsual);
-  if (draw.OneIn(3)) c.row_gap = draw.Of(kGaps);
-  c.v_behind = draw.OneIn(2);
-  c.tokens = AnyTokens(draw);
-  Bound(draw, c.tokens > 2048 && draw.OneIn(4) ? kVeryMost : draw.Of(kMost), &c);
-  return c;
-}
-
-// Another call of the shape, with tokens, data and slots of its own.
-RopeCase Another(Draw& draw, RopeCase c) {
-  constexpr Data kAnyData[] = {Data::kNormal, Data::kNormal, Data::kLarge, Data::kMixed};
-  constexpr Slots kAnySlots[] = {Slots::kAll, Slots::kSkips, Slots::kNothing};
-  if (c.tokens > 1) c.tokens = draw.From(std::max<int64_t>(2, c.tokens / 2), c.tokens);
-  if (c.positions != Positions::kNone) c.positions = draw.OneIn(2) ? Positions::kRandom : Positions::kArange;
-  c.data = draw.Of(kAnyData);
-  c.slots = draw.Of(kAnySlots);
-  c.bad = Bad::kNone;
-  return c;
-}
-
 }  // namespace
-
-std::string CaseName(const RopeCase& c) {
-  std::string name = "rope";
-  const auto add = [&name](const auto&... parts) { name += Text(".", parts...); };
-  const auto dtype = [](uint32_t type) { return type ? Text("-", ShortName(type)) : Text(); };
-  if (!c.model.empty()) add(c.model);
-  if (!c.layer_type.empty()) add(c.layer_type);
-  add(ShortName(c.dtype));
-  add(c.pairing == ROPEWALK_NEOX ? "neox" : "interleaved");
-  add("d", c.head_dim);
-  if (c.rotary_dim && c.rotary_dim != c.head_dim) add("r", c.rotary_dim);
-  if (c.rotary_offset) add("o", c.rotary_offset);
-  add(Name(c.angles), c.angles == Angles::kFrequencies ? Text() : dtype(c.table_dtype));
-  if (c.angles == Angles::kFrequencies && c.config.empty()) {
-    if (!c.scaling.empty()) {
-      add(ScalingName(c));
-      if (c.scaling.find("truncate") != std::string::npos) name += "-untruncated";
-      if (c.sequence_length) name += Text("-", c.sequence_length);
-    }
-    if (c.theta != 10000.0) add("theta", static_cast<int64_t>(c.theta));
-  }
-  if (c.inverse) add("inverse");
-  if (c.rounding == ROPEWALK_ROUND_REFERENCE) add("reference");
-  if (c.norm) {
-    add("rms");
-    if (c.weight != Weight::kNone) name += Text(c.weight == Weight::kPlain ? "-w" : "-1w", dtype(c.weight_dtype));
-    if (c.eps != 1e-6) name += Text("-eps", c.eps);
-  }
-  if (c.layout != Layout::kSeparate)
-    add(Name(c.layout), c.v_behind ? "-v" : "", c.row_gap ? Text("-gap", c.row_gap) : "");
-  if (c.out_of_place) add("out");
-  if (c.q_heads != 3 || c.k_heads != 2) add("h", c.q_heads, "x", c.k_heads);
-  if (c.positions == Positions::kNone) {
-    add("pos-none");
-  } else {
-    add("pos-", Name(c.positions), dtype(c.positions_dtype), c.positions_broadcast ? "-shared" : "");
-  }
-  if (c.offsets_dtype) add("offsets", dtype(c.offsets_dtype));
-  if (c.axes != Axes::kNone) add("axes-", Name(c.axes), c.axes_dtype ? "-given" : "");
-  if (c.cache != Cache::kNone) {
-    add(Name(c.cache), c.cache == Cache::kFlat ? Text() : Text(c.page_size), dtype(c.cache_dtype));
-    if (!c.store_v) name += "-k";
-    if (!c.store_k) name += "-v";
-    if (c.v_dim && c.v_dim != c.head_dim) name += Text("-v", c.v_dim);
-    if (c.scale != Scale::kNone) add("scale-", Name(c.scale));
-    add("slots", c.slots == Slots::kAll ? "" : c.slots == Slots::kSkips ? "-skips" : "-nothing", dtype(c.slots_dtype));
-    if (c.k_store_only) add("k-store-only");
-  }
-  if (c.data != Data::kNormal) add(Name(c.data));
-  if (c.bad != Bad::kNone) add("bad-", Name(c.bad));
-  if (c.batch) add("b", c.batch);
-  add("t", c.tokens);
-  return name;
-}
-
-std::vector<std::string> CaseTags(const RopeCase& c) {
-  std::vector<std::string> tags;
-  const auto add = [&tags](const auto&... parts) { tags.push_back(Text(parts...)); };
-  add("stage=rotate");
-  if (c.norm) add("stage=norm");
-  if (c.cache != Cache::kNone) add("stage=store");
-  add("dtype=", ShortName(c.dtype));
-  add("pairing=", c.pairing == ROPEWALK_NEOX ? "neox" : "interleaved");
-  const bool whole = c.rotary_dim == 0 || c.rotary_dim == c.head_dim;
-  add("rotary=", whole ? "whole" : c.rotary_offset ? "part at an offset" : "part");
-  add("angles=", Name(c.angles));
-  if (c.angles == Angles::kFrequencies) {
-    add("scaling=", ScalingName(c));
-  } else {
-    add("table=", ShortName(c.table_dtype));
-  }
-  add("rounding=", c.rounding == ROPEWALK_ROUND_FUSED ? "fused" : "reference");
-  if (c.inverse) add("inverse");
-  if (c.norm) add("weight=", Name(c.weight));
-  add("layout=", Name(c.layout));
-  if (c.row_gap) add("layout=gap behind a row");
-  if (c.v_behind) add("layout=v behind k");
-  add("output=", c.out_of_place ? "out of place" : "in place");
-  if (c.k_heads == 0) add("no k");
-  if (c.batch) add("batched");
-  if (c.tokens == 0) add("no tokens");
-  add("positions=", Name(c.positions));
-  if (c.positions != Positions::kNone) add("positions=", ShortName(c.positions_dtype));
-  if (c.offsets_dtype) add("offsets");
-  if (c.axes != Axes::kNone) add("axes=", Name(c.axes));
-  if (c.cache != Cache::kNone) {
-    add("cache=", Name(c.cache));
-    if (c.cache_dtype & kFp8) {
-      add("cache=", ShortName(c.cache_dtype));
-      add("scale=", Name(c.scale));
-    }
-    if (c.slots != Slots::kAll) add("slots=", Name(c.slots));
-    if (c.k_store_only) add("k only stored");
-  }
-  if (c.data != Data::kNormal) add("data=", Name(c.data));
-  if (c.bad != Bad::kNone) add("bad ", Name(c.bad));
-  if (!c.model.empty()) add("model");
-  return tags;
-}
 
 const std::vector<RopeCase>& RopeCases() {
   static const std::vector<RopeCase> cases = [] {
-    List list;
+    CaseList list;
     AddTokens(&list);
     AddHeadDims(&list);
     AddParts(&list);
@@ -1104,37 +702,6 @@ const std::vector<RopeCase>& RopeCases() {
     return list.Take();
   }();
   return cases;
-}
-
-std::vector<RopeCase> RandomRopeCases(uint64_t seed, int64_t count) {
-  Draw draw(seed);
-  List list;
-  while (list.size() < count) {
-    const RopeCase shape = DrawnShape(draw);
-    list.Add(shape);
-    for (int tries = 0; tries < 12 && list.size() < count && list.size() % kCallsOfAShape != 0; ++tries)
-      list.Add(Another(draw, shape));
-  }
-  return list.Take();
-}
-
-std::vector<RopeCase> EngineCases(bool all) {
-  List list;
-  size_t number = 0;
-  for (const ModelHeads& model : AllModelHeads()) {
-    const size_t own = number++;
-    for (const int32_t ranks : {1, 2, 4, 8}) {
-      if (ranks > 1 && !all) break;
-      for (size_t mode = 0; mode < std::size(kModes); ++mode) {
-        if (!all && mode != own % std::size(kModes)) continue;
-        for (const int64_t tokens : {1, 7, 33, 64, 200}) {
-          const RopeCase c = CallOfModel(model, ranks, kModes[mode], tokens);
-          if (c.q_heads) list.Add(c);
-        }
-      }
-    }
-  }
-  return list.Take();
 }
 
 std::vector<RopeCase> CasesOfModel(const ModelConfig& model, std::string_view json, int64_t tokens, uint32_t dtype) {
@@ -1166,6 +733,29 @@ std::vector<RopeCase> CasesOfModel(const ModelConfig& model, std::string_view js
     cases.push_back(std::move(c));
   }
   return cases;
+}
+
+RopeCase EveryArgumentCase(Angles angles) {
+  return {.dtype = kBF16,
+          .batch = 2,
+          .tokens = 6,
+          .q_heads = 4,
+          .k_heads = 3,
+          .head_dim = 32,
+          .rotary_dim = 24,
+          .out_of_place = true,
+          .norm = true,
+          .weight = Weight::kPlain,
+          .weight_dtype = kF32,
+          .angles = angles,
+          .offsets_dtype = kI32,
+          .axes = Axes::kSections,
+          .axes_dtype = kI32,
+          .cache = Cache::kNhd,
+          .cache_dtype = kE4M3,
+          .page_size = 5,
+          .v_dim = 48,
+          .scale = Scale::kPerHead};
 }
 
 }  // namespace ropewalk

@@ -143,4 +143,7 @@ std::vector<RopeCase> CasesOfModel(const ModelConfig& model, std::string_view js
 // Names the case after its fields; for those made by hand.
 std::string CaseName(const RopeCase& c);
 
+// A call with every argument that can be given together.
+RopeCase EveryArgumentCase(Angles angles);
+
 }  // namespace ropewalk

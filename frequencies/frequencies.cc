@@ -12,7 +12,6 @@
 
 #include "base/text.h"
 #include "frequencies/double_double.h"
-#include "frequencies/float32.h"
 #include "frequencies/torch_pow.h"
 
 namespace ropewalk {

@@ -6,8 +6,8 @@
 
 #include "base/overlap.h"
 #include "base/tensor.h"
-#include "frequencies/float32.h"
 #include "frequencies/frequencies.h"
+#include "frequencies/torch_pow.h"
 
 namespace ropewalk {
 namespace {

@@ -1,6 +1,6 @@
-// torch's float32 `scalar ** tensor` on an x86-64 CPU, bit for bit, for the table that must equal transformers' own.
-// torch takes whole blocks of 32 through SLEEF's vector power (1.0 units in the last place; the algorithm and its
-// coefficients are those of SLEEF's powf_u10, Boost licence) and the rest through the C library's.
+// What torch computes in float32: its `scalar ** tensor` on an x86-64 CPU, bit for bit, for the table that must equal
+// transformers' own. torch takes whole blocks of 32 through SLEEF's vector power (1.0 units in the last place; the
+// algorithm and its coefficients are those of SLEEF's powf_u10, Boost licence) and the rest through the C library's.
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
@@ -8,6 +8,10 @@
 #include <cstdint>
 
 namespace ropewalk {
+// One rounding at a time, as torch does in float32.
+inline float F(double value) { return static_cast<float>(value); }
+inline double D(float value) { return value; }
+
 namespace torch_pow {
 
 struct Pair {  // an unevaluated sum of two floats

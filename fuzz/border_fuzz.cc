@@ -22,7 +22,6 @@
 #include "conformance/case_call.h"
 #include "fuzz/bytes.h"
 #include "rope/call.h"
-#include "tests/every_argument.h"
 
 using Function = int(void*, const TVMFFIAny*, int32_t, TVMFFIAny*);
 #define ROPEWALK_FUNCTIONS(X)      \

@@ -13,8 +13,8 @@
 #include <vector>
 
 #include "backends/cuda/bundle.h"
+#include "backends/cuda/nvrtc.h"
 #include "backends/cuda/shapes.h"
-#include "backends/cuda/sources.h"
 #include "backends/cuda/tuned.h"
 #include "base/text.h"
 #include "conformance/case_call.h"

@@ -8,7 +8,6 @@
 #include <string_view>
 
 #include "frequencies/frequencies.h"
-#include "models/make_frequencies.h"
 #include "models/model_config.h"
 
 namespace {

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "measure/place.h"
 
+#include "backends/cpu/thread_pool.h"
 #include "base/text.h"
 #include "measure/floor.h"
-#include "measure/team.h"
 #include "measure/timed_case.h"
 
 namespace ropewalk::bench {
@@ -39,6 +39,9 @@ class Host final : public Place {
 };
 
 }  // namespace
+
+Team::Team(int threads) : parallel_for_(threads > 1 ? PoolParallelFor : nullptr) { ropewalk_set_threads(threads); }
+Team::~Team() { ropewalk_set_threads(1); }
 
 Place& HostPlace() {
   static Host host;

@@ -2,6 +2,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <ropewalk/ropewalk.h>
+
 #include <cstdint>
 #include <string>
 #include <string_view>
@@ -32,6 +34,22 @@ class Place {
   virtual std::string MemoryOf(const RopeCase& c) const = 0;
   // Times a call in place, whose result is known to be right, against the floor of the same bytes.
   virtual Status Time(const TimingOptions& options, CaseCall& call, TimedCase* out) = 0;
+};
+
+// The threads of a measurement: the operation and the floor run on Ropewalk's own pool, split in the same way, so that
+// neither waits while the other's threads spin.
+class Team {
+ public:
+  // Serves Ropewalk's calls until it ends; one at a time.
+  explicit Team(int threads);
+  ~Team();
+  Team(const Team&) = delete;
+  Team& operator=(const Team&) = delete;
+
+  ropewalk_parallel_for parallel_for() const { return parallel_for_; }  // null: one thread
+
+ private:
+  ropewalk_parallel_for parallel_for_;
 };
 
 Place& HostPlace();

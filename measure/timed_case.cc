@@ -14,7 +14,7 @@
 
 #include "base/text.h"
 #include "conformance/reference.h"
-#include "measure/team.h"
+#include "measure/place.h"
 #include "measure/token_check.h"
 #include "rope/arguments.h"
 

@@ -5,12 +5,12 @@
 #include <set>
 #include <utility>
 
+#include "frequencies/frequencies.h"
 #include "models/json_fields.h"
 #include "models/layer_types.h"
 #include "models/model_fields.h"
 #include "models/model_traits.h"
 #include "models/read_rule.h"
-#include "models/read_shape.h"
 
 namespace ropewalk {
 namespace {
@@ -213,6 +213,24 @@ Status ReadModelConfig(std::string_view json, std::string_view name, ModelConfig
     }
     *out = std::move(config);
     return {};
+  });
+}
+
+Status MakeFrequencies(double theta, int64_t rotary_dim, std::string_view scaling_json, int64_t sequence_length,
+                       ropewalk_frequencies** out) {
+  return WithoutThrowing([&]() -> Status {
+    RopeRule rule;
+    ROPEWALK_TRY(ReadScaling(theta, rotary_dim, scaling_json, sequence_length, &rule));
+    return FrequenciesFromRule(rule, out);
+  });
+}
+
+Status FrequenciesFromConfig(std::string_view json, std::string_view name, std::string_view layer_type,
+                             int64_t sequence_length, ropewalk_frequencies** out) {
+  return WithoutThrowing([&]() -> Status {
+    ModelConfig config;
+    ROPEWALK_TRY(ReadLayerConfig(json, name, layer_type, sequence_length, /*any_layer_type=*/false, &config));
+    return FrequenciesFromRule(config.rule, out);
   });
 }
 

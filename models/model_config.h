@@ -3,13 +3,15 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <ropewalk/ropewalk.h>
+
 #include <cstdint>
 #include <string>
 #include <string_view>
 #include <vector>
 
 #include "base/status.h"
-#include "frequencies/rope_rule.h"
+#include "frequencies/frequencies.h"
 
 namespace ropewalk {
 
@@ -38,5 +40,13 @@ Status ReadLayerConfig(std::string_view json, std::string_view name, std::string
 // `name` is what messages call the text (its path). A model_type that is not in the table is refused, as its pairing
 // and norm are unknown.
 Status ReadModelConfig(std::string_view json, std::string_view name, ModelConfig* out);
+
+// Frequencies by a scaling text, or by a config.json.
+// `scaling_json` may be empty. Messages call its fields "scaling.factor".
+Status MakeFrequencies(double theta, int64_t rotary_dim, std::string_view scaling_json, int64_t sequence_length,
+                       ropewalk_frequencies** out);
+// `layer_type` is empty or one of ModelConfig::layer_types.
+Status FrequenciesFromConfig(std::string_view json, std::string_view name, std::string_view layer_type,
+                             int64_t sequence_length, ropewalk_frequencies** out);
 
 }  // namespace ropewalk

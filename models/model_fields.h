@@ -10,7 +10,7 @@
 #include <string_view>
 
 #include "base/status.h"
-#include "frequencies/rope_rule.h"
+#include "frequencies/frequencies.h"
 #include "models/json_fields.h"
 #include "models/model_traits.h"
 

@@ -10,8 +10,9 @@
 #include <utility>
 
 #include "base/status.h"
-#include "frequencies/rope_rule.h"
+#include "frequencies/frequencies.h"
 #include "models/json_fields.h"
+#include "models/model_config.h"
 #include "models/model_fields.h"
 #include "models/model_traits.h"
 
@@ -69,5 +70,10 @@ Status ReadRule(const Json& object, const std::string& where, const Surroundings
 // A scaling text, which may be empty. Messages call its fields "scaling.factor".
 Status ReadScaling(double theta, int64_t rotary_dim, std::string_view scaling_json, int64_t sequence_length,
                    RopeRule* out);
+
+// The shape of a model's attention: heads, their size, what of them is rotated.
+Status ReadShape(Fields* fields, const ModelTraits& traits, ModelConfig* config, Surroundings* around);
+// Of a diffusion transformer's configuration, and its rule, which is a number of frequencies for each axis.
+Status ReadDiffusion(Fields* fields, const ModelTraits& traits, ModelConfig* config);
 
 }  // namespace ropewalk

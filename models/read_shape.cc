@@ -1,5 +1,6 @@
+// The shape of a model's attention (read_rule.h).
 // SPDX-License-Identifier: Apache-2.0
-#include "models/read_shape.h"
+#include "models/read_rule.h"
 
 #include <algorithm>
 #include <optional>

@@ -8,7 +8,6 @@
 #include "frequencies/frequencies.h"
 #include "rope/arguments.h"
 #include "rope/params.h"
-#include "rope/tensors.h"
 
 namespace ropewalk {
 
@@ -35,6 +34,28 @@ struct RopeVariant {
   bool operator==(const RopeVariant&) const = default;
 };
 static_assert(sizeof(RopeVariant) == 16, "hashed as bytes, as part of a kernel's key");
+
+// The tensors of a call, once: what has a field, a pointer or a check for each of them expands this list.
+// X(name, what its pointer points to), in the order of RopeTensors and of the OpenCL kernel's pointers. rope_cuda_args
+// has an order of its own, by use. cos_sin is cos and sin here.
+#define ROPE_TENSORS(X)                                                                            \
+  X(q, void)                                                                                       \
+  X(k, void)                                                                                       \
+  X(positions, const void)                                                                         \
+  X(offsets, const void)                                                                           \
+  X(cos, const void)                                                                               \
+  X(sin, const void)                                                                               \
+  X(axes, const int32_t) /* the caller's; null: those of `frequencies`, if the variant has axes */ \
+  X(q_weight, const void)                                                                          \
+  X(k_weight, const void)                                                                          \
+  X(q_out, void) /* q where in place */                                                            \
+  X(k_out, void) /* null where k is only stored */                                                 \
+  X(v, const void)                                                                                 \
+  X(k_cache, void)                                                                                 \
+  X(v_cache, void)                                                                                 \
+  X(slots, const void)                                                                             \
+  X(k_scale, const float) /* null: params.k_scale */                                               \
+  X(v_scale, const float)
 
 // Data pointers. On the host or on the device of the call.
 struct RopeTensors {
@@ -69,6 +90,11 @@ inline constexpr int kMostHostScalars = 2;
 
 // Whether lowering reads the tensor: one scale on the host, instead of which the params carry its value.
 bool IsHostValue(const Arg& arg, const DLTensor& tensor);
+// Scales on the host: read and checked when a call is lowered, and again when a later one is like it.
+// Whether a tensor holds scales and lies on the host. Of scales on a device nothing is read.
+bool HoldsHostScales(const Arg& arg, const DLTensor& tensor);
+// The first of its scales that is of no use, as it or its inverse is no finite number above 0; -1: none.
+int64_t FirstBadScale(const DLTensor& tensor);
 // Fills call->tensors from the arguments; the variant and the params are theirs already.
 void SetTensors(const ropewalk_rope_args& args, RopeCall* call);
 // Checks the arguments and fills the call. Nothing is read from tensors' data but scales on the host.

@@ -7,7 +7,7 @@
 #include <cstring>
 
 #include "base/overlap.h"
-#include "rope/host_scales.h"
+#include "rope/call.h"
 
 namespace ropewalk {
 namespace {

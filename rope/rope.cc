@@ -7,7 +7,6 @@
 
 #include "base/text.h"
 #include "rope/call.h"
-#include "rope/host_scales.h"
 #include "rope/known_calls.h"
 
 namespace ropewalk {

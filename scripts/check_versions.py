@@ -1,5 +1,5 @@
 """Fails unless the version agrees in the header, the changelog and the package, and the pins in pyproject.toml agree
-with requirements/, and those with requirements/lock/.
+with requirements/pins.txt, and those with requirements/lock/.
 
 SPDX-License-Identifier: Apache-2.0
 """
@@ -31,18 +31,32 @@ if (cited := find(r"^version: (\S+)$", "CITATION.cff")) != version:
     problems.append(f"CITATION.cff cites {cited}, but {header} says {version}")
 
 for package in ("apache-tvm-ffi", "scikit-build-core"):
-    pinned = find(rf"^{package}==(\S+)$", "requirements/base.txt")
+    pinned = find(rf"^\[base\](?:\n[^\[].*)*?\n{package}==(\S+)$", "requirements/pins.txt")
     built = find(rf'requires = \[.*"{package}==([^"]+)"', "pyproject.toml")
     if built != pinned:
-        problems.append(f"pyproject.toml builds with {package} {built}, but requirements/base.txt pins {pinned}")
+        problems.append(f"pyproject.toml builds with {package} {built}, but requirements/pins.txt pins {pinned}")
 
-# What is installed is what requirements/ names.
-for file in sorted((root / "requirements").glob("*.txt")):
-    locked = (root / "requirements/lock" / file.name).read_text().lower().replace("_", "-")
-    for package, pinned in re.findall(r"^([A-Za-z0-9._-]+)==([^\s;]+)", file.read_text(), re.MULTILINE):
+
+def sections(path: str) -> dict[str, str]:
+    """The text below each heading `[NAME..]` of the file at `path`."""
+    parts = re.split(r"^\[([\w-]+).*\]$", (root / path).read_text(), flags=re.MULTILINE)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+# What is installed is what requirements/pins.txt names.
+alone = sections("requirements/lock/alone.txt")
+named = sections("requirements/pins.txt")
+for name, pins in named.items():
+    file = root / f"requirements/lock/{name}.txt"
+    locked = (alone.get(name, "") if not file.is_file() else file.read_text()).lower().replace("_", "-")
+    for package, pinned in re.findall(r"^([A-Za-z0-9._-]+)==([^\s;]+)", pins, re.MULTILINE):
         wanted = rf"^{re.escape(package.lower().replace('_', '-'))}=={re.escape(pinned)}(?![0-9A-Za-z.])"
         if not re.search(wanted, locked, re.MULTILINE):
-            problems.append(f"requirements/{file.name} pins {package} {pinned}, but its lock does not: scripts/lock.sh")
+            problems.append(
+                f"requirements/pins.txt pins {package} {pinned}, but the lock of {name} does not: scripts/lock.sh"
+            )
+if len(named) < 10:
+    problems.append(f"requirements/pins.txt has {len(named)} sections")
 
 print("\n".join(problems) or f"versions agree: {version}")
 sys.exit(bool(problems))

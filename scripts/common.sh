@@ -15,6 +15,18 @@ fail() { printf 'error: %s\n' "$*" >&2; exit 1; }
 digest() {
   find "$@" -type f ! -name '*.pyc' -print0 | LC_ALL=C sort -z | xargs -0 sha256sum | sha256sum | cut -d' ' -f1
 }
+# lock_of NAME: the file of the versions and hashes of a section of requirements/pins.txt, as pip reads it; those of
+# alone.txt (scripts/lock.sh) come into build/lock/ first.
+lock_of() {
+  local file=requirements/lock/$1.txt
+  if [[ ! -f $file ]]; then
+    file=build/lock/$1.txt
+    mkdir -p build/lock
+    awk -v name="[$1]" '/^\[/ { on = $0 == name; next } on' requirements/lock/alone.txt >"$file"
+    [[ -s $file ]] || fail "requirements/lock has no section '$1'"
+  fi
+  echo "$file"
+}
 # A stage is up to date if its stamp holds the digest of what it was made from.
 fresh() { [[ -f $stamps/$1 && $(<"$stamps/$1") == "$2" ]]; }
 mark() { mkdir -p "$stamps"; printf '%s\n' "$2" >"$stamps/$1"; }
@@ -63,4 +75,24 @@ tell_progress() {
       printf '    %s %s  %s\n' "$1" "$(clock $((SECONDS - start)))" "${last:0:90}"
     fi
   done
+}
+# build_progress: of a build's output the lines that say how far it is, one every ten seconds with the time since it began,
+# or what is wrong; all of it is kept in build/wheel.log.
+build_progress() {
+  local start=$SECONDS told=-10 last='' clear='' line
+  [[ -t 1 ]] && clear='\r\033[K'  # another may have left a line half written
+  mkdir -p build
+  tee build/wheel.log | sed -u 's/^ *//' | grep --line-buffered -E '^\[[0-9]+/[0-9]+\]|[Ee]rror|warning:|^\*\*\*' | {
+    while IFS= read -r line; do
+      if [[ $line != \[* ]]; then
+        printf '%s\n' "$line"
+      elif ((SECONDS - told >= 10)); then
+        told=$SECONDS last=
+        printf "$clear"'    %s  %s\n' "$(clock $((SECONDS - start)))" "$line"
+      else
+        last=$line
+      fi
+    done
+    if [[ $last ]]; then printf "$clear"'    %s  %s\n' "$(clock $((SECONDS - start)))" "$last"; fi
+  } || true
 }

@@ -12,9 +12,9 @@
 
 #include "backends/cuda/bundle.h"
 #include "backends/cuda/nvrtc.h"
-#include "base/digest.h"
+#include "base/files.h"
 #include "base/text.h"
-#include "conformance/cuda_variants.h"
+#include "conformance/variants.h"
 #include "scripts/report.h"
 
 namespace ropewalk {

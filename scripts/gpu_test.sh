@@ -128,7 +128,7 @@ python_tests() {
     echo '## Python tests on CUDA tensors'
     echo '```'
     python_tests tests/python/test_cuda.py tests/python/test_compat.py tests/python/test_compat_tables.py \
-      tests/python/test_compat_peers.py tests/python/test_examples.py
+      tests/python/test_compat_peers.py tests/python/test_first_hour.py
     echo '```'
   fi
   if [[ -e $work/failed ]]; then echo 'Result: FAILED'; else echo 'Result: held'; fi

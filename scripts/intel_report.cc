@@ -27,9 +27,9 @@
 #include <vector>
 
 #include "backends/spirv/plan.h"
-#include "base/digest.h"
+#include "base/files.h"
 #include "base/text.h"
-#include "conformance/spirv_variants.h"
+#include "conformance/variants.h"
 #include "scripts/report.h"
 
 namespace ropewalk {

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # scripts/old_glibc.sh FOLDER VERSION [MACHINE]: into FOLDER what links programs for glibc VERSION on MACHINE (this one's
-# kind by default), whatever glibc this system has: zig (requirements/zig.txt) makes libraries with the symbols of that
+# kind by default), whatever glibc this system has: zig (requirements/pins.txt) makes libraries with the symbols of that
 # version, and the start files that go with them. For the compiler's -B and the linker's -L.
 # SPDX-License-Identifier: Apache-2.0
 source "$(dirname "$0")/common.sh"

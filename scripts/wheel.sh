@@ -69,7 +69,7 @@ for machine in "${machines[@]}"; do
     --wheel-dir build/dist -v "${cross[@]}" --config-settings=build-dir="$root/build/wheel-$machine" \
     --config-settings="cmake.define.CMAKE_SHARED_LINKER_FLAGS=$link" \
     --config-settings="cmake.define.CMAKE_MODULE_LINKER_FLAGS=$link" \
-    --config-settings="cmake.define.CMAKE_EXE_LINKER_FLAGS=$link" 2>&1 | scripts/build_progress.sh
+    --config-settings="cmake.define.CMAKE_EXE_LINKER_FLAGS=$link" 2>&1 | build_progress
   say "wheel: naming the platform"
   # libtvm_ffi.so is apache-tvm-ffi's, which the wheel depends on; libsycl is that of the process whose queue is handed over.
   # For another kind of machine than this it takes no name, but finds the oldest glibc that serves.

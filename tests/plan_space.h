@@ -9,7 +9,7 @@
 #include <cstring>
 #include <vector>
 
-#include "conformance/draw.h"
+#include "conformance/case_list.h"
 #include "rope/access.h"
 #include "rope/call.h"
 
@@ -195,6 +195,19 @@ inline RopeCall DrawCallAtTheLimits(PlanDraw& draw) {
   RopeCall call = DrawCall(draw, q_heads, k_heads, part, tokens);
   call.params.batch = std::min<int64_t>(call.params.batch, INT32_MAX / tokens);
   return call;
+}
+
+// `holds(q_heads, k_heads)` with 1 to 256 heads of q, each beside all that KHeadsOf gives, `times` times each; until it
+// is false once: so one sentence is told and not a million.
+template <class Holds>
+void ForEveryNumberOfHeads(PlanDraw& draw, int times, const Holds& holds) {
+  for (int q_heads = 1; q_heads <= 256; ++q_heads) {
+    for (const int k_heads : KHeadsOf(q_heads, draw)) {
+      for (int i = 0; i < times; ++i) {
+        if (!holds(q_heads, k_heads)) return;
+      }
+    }
+  }
 }
 
 }  // namespace ropewalk

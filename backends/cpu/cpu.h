@@ -6,8 +6,6 @@
 
 namespace ropewalk {
 
-extern const Backend kCpuBackend;
-
 Status SetParallelFor(ropewalk_parallel_for parallel_for, void* context);
 Status SetThreads(int32_t threads);
 

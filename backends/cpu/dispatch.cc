@@ -3,23 +3,12 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "backends/cpu/dispatch.h"
 
-#include <algorithm>
-#include <cmath>
-#include <cstring>
-#include <type_traits>
-
-#include "backends/cpu/row_plan.h"
-#include "backends/cpu/scratch.h"
-#include "rope/sincos.h"
-
-// SVE does not compile with every g++ that we support; SSSE3 and the AES extras add nothing to this kernel.
-#define HWY_DISABLED_TARGETS (HWY_SVE | HWY_SVE2 | HWY_SVE_256 | HWY_SVE2_128 | HWY_SSSE3)
-#define HWY_DISABLE_PCLMUL_AES
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "backends/cpu/dispatch.cc"
 #include <hwy/foreach_target.h>
 #include <hwy/highway.h>
 
+#include "backends/cpu/kernel/backward-inl.h"
 #include "backends/cpu/kernel/rope-inl.h"
 
 #if HWY_ONCE

@@ -8,6 +8,11 @@
 #include "rope/backward.h"
 #include "rope/call.h"
 
+// For Highway, whose headers come after this one. SVE does not compile with every g++ that we support; SSSE3 and the
+// AES extras add nothing to this kernel.
+#define HWY_DISABLED_TARGETS (HWY_SVE | HWY_SVE2 | HWY_SVE_256 | HWY_SVE2_128 | HWY_SSSE3)
+#define HWY_DISABLE_PCLMUL_AES
+
 namespace ropewalk {
 
 class FirstFault;

@@ -12,7 +12,7 @@
 #include <thread>
 #include <unordered_set>
 
-#include "backends/cuda/sources.h"
+#include "backends/cuda/nvrtc.h"
 #include "base/environment.h"
 #include "base/files.h"
 #include "base/fork.h"

@@ -12,7 +12,6 @@
 
 #include "backends/cuda/bundle.h"
 #include "backends/cuda/nvrtc.h"
-#include "backends/cuda/sources.h"
 #include "base/environment.h"
 #include "base/files.h"
 #include "base/fork.h"

@@ -10,7 +10,7 @@
 #include <vector>
 
 #include "backends/cuda/plan.h"
-#include "base/digest.h"
+#include "base/files.h"
 #include "base/status.h"
 
 namespace ropewalk {

@@ -9,8 +9,6 @@
 
 namespace ropewalk {
 
-extern const Backend kCudaBackend;
-
 // The shape of this thread's next plans, for `ropewalk tune` to try; none: as it is chosen.
 void TryRopeCudaShape(const std::optional<RopeCudaShape>& shape);
 

@@ -16,7 +16,6 @@
 #include <string_view>
 
 #include "backends/cuda/driver.h"
-#include "backends/cuda/sources.h"
 #include "base/environment.h"
 #include "base/fork.h"
 #include "base/text.h"

@@ -2,6 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <cstddef>
 #include <string>
 #include <vector>
 
@@ -48,5 +49,15 @@ Status CompileCuda(const Nvrtc& nvrtc, const std::string& source, const std::str
                    Compilation* out);
 // All options but the architecture, as part of a kernel's identity.
 std::string CompileOptionsText();
+
+// The device files, embedded at build time by cmake/embed.cmake, so that NVRTC needs no include directory.
+struct CudaSource {
+  const char* path;  // as the files include each other: "rope/kernel_types.h"
+  const char* text;
+};
+
+extern const CudaSource kCudaSources[];
+extern const size_t kCudaSourceCount;
+extern const char kCudaSourceDigest[];  // of all device files and of the code that writes the variants' text
 
 }  // namespace ropewalk

@@ -4,9 +4,12 @@
 #include <ropewalk/ropewalk.h>
 
 #include <algorithm>
+#include <array>
+#include <charconv>
 #include <cmath>
 #include <cstdio>
 #include <string_view>
+#include <tuple>
 
 #include "backends/cuda/cache.h"
 #include "base/files.h"
@@ -29,22 +32,32 @@ std::string PathOf(const std::string& identity) {
 
 std::string Line(const RopeCudaTuned::Entry& entry) {
   const RopeCudaFeatures& f = entry.features;
-  const RopeCudaShape& s = entry.shape;
-  char line[256];
-  std::snprintf(line, sizeof(line), "%d %d %d %d %.4f %.4f %.4f %.4f %d %d %d %d %d %d %d %d %d %d\n", f.norm, f.table,
-                f.store, f.regular, static_cast<double>(f.lanes), static_cast<double>(f.bytes),
-                static_cast<double>(f.turns), static_cast<double>(f.tokens), s.few, s.vector, s.in_flight, s.flat,
-                s.cut, s.warp_tokens, s.tokens, s.resident, s.share, s.start);
-  return line;
+  char features[256];
+  std::snprintf(features, sizeof(features), "%d %d %d %d %.4f %.4f %.4f %.4f", f.norm, f.table, f.store, f.regular,
+                static_cast<double>(f.lanes), static_cast<double>(f.bytes), static_cast<double>(f.turns),
+                static_cast<double>(f.tokens));
+  std::string line = features;
+  for (const int number : entry.shape.numbers()) Append(&line, Text(" ", number));
+  return line + "\n";
 }
 bool Parse(const std::string& line, RopeCudaTuned::Entry* entry) {
   RopeCudaFeatures& f = entry->features;
-  RopeCudaShape& s = entry->shape;
-  return std::sscanf(line.c_str(), "%hhu %hhu %hhu %hhu %f %f %f %f %hhu %hhu %hhu %hhu %hhu %hhu %hhu %hhu %hhu %hhu",
-                     &f.norm, &f.table, &f.store, &f.regular, &f.lanes, &f.bytes, &f.turns, &f.tokens, &s.few,
-                     &s.vector, &s.in_flight, &s.flat, &s.cut, &s.warp_tokens, &s.tokens, &s.resident, &s.share,
-                     &s.start) == 18 &&
-         std::isfinite(f.lanes) && std::isfinite(f.bytes) && std::isfinite(f.turns) && std::isfinite(f.tokens);
+  int read = 0;
+  if (std::sscanf(line.c_str(), "%hhu %hhu %hhu %hhu %f %f %f %f%n", &f.norm, &f.table, &f.store, &f.regular, &f.lanes,
+                  &f.bytes, &f.turns, &f.tokens, &read) != 8) {
+    return false;
+  }
+  std::array<uint8_t, std::tuple_size_v<decltype(entry->shape.numbers())>> numbers;
+  const char *at = line.c_str() + read, *const end = line.c_str() + line.size();
+  for (uint8_t& number : numbers) {
+    if (at == end || *at != ' ') return false;
+    const auto [after, error] = std::from_chars(at + 1, end, number);
+    if (error != std::errc()) return false;
+    at = after;
+  }
+  entry->shape = RopeCudaShape::Of(numbers);
+  return at == end && std::isfinite(f.lanes) && std::isfinite(f.bytes) && std::isfinite(f.turns) &&
+         std::isfinite(f.tokens);
 }
 
 // A file that is not as it was written, or of another device, has no entries.

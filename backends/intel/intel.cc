@@ -1,9 +1,10 @@
+// The Intel GPU backend, "intel": on a caller's SYCL queue (backends/sycl), or through Level Zero on the caller's
+// command list. With neither, on a list of our own, and the call returns when the work is done.
 // SPDX-License-Identifier: Apache-2.0
-#include "backends/intel/intel.h"
-
 #include "backends/contexts.h"
 #include "backends/intel/level_zero/context.h"
 #include "backends/intel/sycl/sycl.h"
+#include "backends/registry.h"
 #include "base/text.h"
 
 namespace ropewalk {

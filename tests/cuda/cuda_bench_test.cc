@@ -19,7 +19,7 @@
 #include "backends/cuda/bundle.h"
 #include "backends/cuda/nvrtc.h"
 #include "base/text.h"
-#include "conformance/cuda_variants.h"
+#include "conformance/variants.h"
 #include "measure/cuda_floor.h"
 #include "measure/timed_case.h"
 #include "tests/fresh_process.h"

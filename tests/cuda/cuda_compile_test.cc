@@ -19,12 +19,11 @@
 #include "backends/cuda/backward.h"
 #include "backends/cuda/bundle.h"
 #include "backends/cuda/nvrtc.h"
-#include "backends/cuda/sources.h"
 #include "base/text.h"
 #include "conformance/backward.h"
 #include "conformance/case_call.h"
 #include "conformance/cases.h"
-#include "conformance/cuda_variants.h"
+#include "conformance/variants.h"
 
 namespace ropewalk {
 namespace {

@@ -18,9 +18,8 @@
 #include "base/text.h"
 #include "conformance/backward.h"
 #include "conformance/cases.h"
-#include "tests/expect_passed.h"
 #include "tests/fresh_process.h"
-#include "tests/report.h"
+#include "tests/run_cases.h"
 
 namespace ropewalk {
 namespace {

@@ -10,7 +10,7 @@
 #include "backends/cuda/plan.h"
 #include "base/text.h"
 #include "tests/plan_space.h"
-#include "tests/report.h"
+#include "tests/run_cases.h"
 
 namespace ropewalk {
 namespace {
@@ -99,8 +99,7 @@ struct Met {
   }
 };
 
-// The plans that are chosen, those of each layout, and one of any shape. False once something is wrong, so that one
-// sentence is told and not a million.
+// The plans that are chosen, those of each layout, and one of any shape. False once something is wrong.
 bool Hold(const RopeCall& call, const CudaDevice& device, PlanDraw& draw, Met* met) {
   const RopeCudaShape shape = DrawShape(draw);
   const bool dependent = draw.OneIn(2);
@@ -122,16 +121,13 @@ bool Hold(const RopeCall& call, const CudaDevice& device, PlanDraw& draw, Met* m
 TEST(CudaPlan, HoldsForEveryNumberOfHeads) {
   PlanDraw draw(1);
   Met met;
-  for (int q_heads = 1; q_heads <= 256; ++q_heads) {
-    for (const int k_heads : KHeadsOf(q_heads, draw)) {
-      for (int i = 0; i < kPlansOfEach + kPlansOfEach / 20; ++i) {
-        const CudaDevice device = DrawDevice(draw);
-        const PlanPart part = DrawPart(draw);
-        const int64_t tokens = DrawTokens(draw, device, int64_t{q_heads + k_heads} * part.head_dim * 2);
-        if (!Hold(DrawCall(draw, q_heads, k_heads, part, tokens), device, draw, &met)) return;
-      }
-    }
-  }
+  ForEveryNumberOfHeads(draw, kPlansOfEach + kPlansOfEach / 20, [&](int q_heads, int k_heads) {
+    const CudaDevice device = DrawDevice(draw);
+    const PlanPart part = DrawPart(draw);
+    const int64_t tokens = DrawTokens(draw, device, int64_t{q_heads + k_heads} * part.head_dim * 2);
+    return Hold(DrawCall(draw, q_heads, k_heads, part, tokens), device, draw, &met);
+  });
+  if (HasFailure()) return;
   met.ExpectMuch();
   EXPECT_GE(met.plans, int64_t{10'000} * kPlansOfEach);
   Report(Text(met.plans, " CUDA plans for 1 to 256 heads hold"));

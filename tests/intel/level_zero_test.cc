@@ -21,10 +21,10 @@
 #include "base/text.h"
 #include "conformance/case_call.h"
 #include "conformance/cases.h"
-#include "conformance/spirv_variants.h"
+#include "conformance/variants.h"
 #include "rope/arguments.h"
 #include "tests/fresh_process.h"
-#include "tests/report.h"
+#include "tests/run_cases.h"
 #include "tests/stand_ins/fake_libze.h"
 #include "tests/stand_ins/fake_sycl_shim.h"
 #if __has_include(<level_zero/ze_api.h>)
@@ -666,7 +666,8 @@ TEST_F(LevelZeroHost, DoctorNamesWhatIsMissingAndTheRemedy) {
   EXPECT_HAS(no_loader, "intel no ROPEWALK_LIBZE_LOADER names /nowhere/libze_loader.so.1, which cannot be opened");
   EXPECT_HAS(no_loader, "apt-get install libze1");
   const std::string no_shim = DoctorOf(fake + "ROPEWALK_LIBSYCL_SHIM=/nowhere/shim.so");
-  EXPECT_HAS(no_shim, "no SYCL queues: ROPEWALK_LIBSYCL_SHIM is /nowhere/shim.so, which is not there remedy: unset ROPEWALK_");
+  EXPECT_HAS(no_shim,
+             "no SYCL queues: ROPEWALK_LIBSYCL_SHIM is /nowhere/shim.so, which is not there remedy: unset ROPEWALK_");
   const std::string narrow = DoctorOf(fake + "FAKE_ZE_SUB_GROUPS=32");
   EXPECT_HAS(narrow, "intel no Level Zero 1.9; xpu:0 (Fake GPU) has sub-groups of 32, but 16 is needed");
   EXPECT_HAS(narrow, "use a GPU that fits, or a newer driver");

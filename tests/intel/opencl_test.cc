@@ -25,13 +25,11 @@
 #include "base/text.h"
 #include "conformance/case_call.h"
 #include "conformance/runner.h"
-#include "conformance/spirv_variants.h"
+#include "conformance/variants.h"
 #include "measure/place.h"
-#include "tests/expect_passed.h"
 #include "tests/fresh_process.h"
 #include "tests/intel/opencl_runtime.h"
-#include "tests/make_call.h"
-#include "tests/report.h"
+#include "tests/run_cases.h"
 
 namespace ropewalk {
 namespace {

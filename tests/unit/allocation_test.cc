@@ -26,7 +26,7 @@
 #include "conformance/runner.h"
 #include "tests/intel/opencl_runtime.h"
 #include "tests/intel/sycl_memory.h"
-#include "tests/make_call.h"
+#include "tests/run_cases.h"
 
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
 #define ROPEWALK_OWN_MALLOC 0

@@ -17,7 +17,7 @@
 #include "conformance/case_call.h"
 #include "conformance/cases.h"
 #include "rope/backward.h"
-#include "tests/report.h"
+#include "tests/run_cases.h"
 
 namespace ropewalk {
 namespace {

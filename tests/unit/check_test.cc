@@ -16,8 +16,7 @@
 #include "base/text.h"
 #include "conformance/case_call.h"
 #include "rope/call.h"
-#include "tests/every_argument.h"
-#include "tests/make_call.h"
+#include "tests/run_cases.h"
 
 namespace ropewalk {
 namespace {

@@ -23,7 +23,7 @@
 #include "conformance/case_call.h"
 #include "conformance/models.h"
 #include "conformance/reference.h"
-#include "tests/expect_passed.h"
+#include "tests/run_cases.h"
 
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
 #define ROPEWALK_SLOW 1

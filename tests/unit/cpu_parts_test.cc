@@ -16,7 +16,7 @@
 
 #include "base/text.h"
 #include "tests/plan_space.h"
-#include "tests/report.h"
+#include "tests/run_cases.h"
 
 namespace ropewalk {
 namespace {

@@ -10,7 +10,7 @@
 
 #include "base/text.h"
 #include "tests/plan_space.h"
-#include "tests/report.h"
+#include "tests/run_cases.h"
 
 namespace ropewalk {
 namespace {
@@ -32,19 +32,18 @@ TEST(CpuPlan, HoldsForEveryNumberOfHeadsAndThreads) {
   PlanDraw draw(11);
   int64_t plans = 0;
   std::set<int64_t> parts;
-  for (int q_heads = 1; q_heads <= 256; ++q_heads) {
-    for (const int k_heads : KHeadsOf(q_heads, draw)) {
-      for (int i = 0; i < kPlansOfEach; ++i) {
-        const int threads = draw.Of(kThreads);
-        RopeCall call = DrawCall(draw, q_heads, k_heads, DrawPart(draw), 1);
-        call.params.tokens = DrawTokens(draw, PlanRopeCpu(call).grain, threads);
-        const RopeCpuPlan plan = PlanRopeCpu(call);
-        ASSERT_EQ(RopeCpuPlanFault(call, plan, threads), "") << Describe(call, threads);
-        parts.insert(plan.one_part ? 0 : RowParts(plan.rows, plan.grain, threads));
-        ++plans;
-      }
-    }
-  }
+  ForEveryNumberOfHeads(draw, kPlansOfEach, [&](int q_heads, int k_heads) {
+    const int threads = draw.Of(kThreads);
+    RopeCall call = DrawCall(draw, q_heads, k_heads, DrawPart(draw), 1);
+    call.params.tokens = DrawTokens(draw, PlanRopeCpu(call).grain, threads);
+    const RopeCpuPlan plan = PlanRopeCpu(call);
+    const std::string fault = RopeCpuPlanFault(call, plan, threads);
+    EXPECT_EQ(fault, "") << Describe(call, threads);
+    parts.insert(plan.one_part ? 0 : RowParts(plan.rows, plan.grain, threads));
+    ++plans;
+    return fault.empty();
+  });
+  if (HasFailure()) return;
   for (const int64_t count : {0, 2, 3, 4, 7, 12, 64, 255}) EXPECT_TRUE(parts.contains(count)) << count;
   Report(Text(plans, " CPU plans for 1 to 256 heads hold"));
 }

@@ -10,7 +10,7 @@
 
 #include "conformance/case_call.h"
 #include "conformance/runner.h"
-#include "tests/make_call.h"
+#include "tests/run_cases.h"
 
 namespace ropewalk {
 namespace {

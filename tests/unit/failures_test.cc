@@ -22,7 +22,7 @@
 #include "conformance/reference.h"
 #include "conformance/runner.h"
 #include "rope/call.h"
-#include "tests/make_call.h"
+#include "tests/run_cases.h"
 
 namespace ropewalk {
 namespace {

@@ -2,7 +2,6 @@
 // the table, and every sentence that a bad configuration gets.
 // SPDX-License-Identifier: Apache-2.0
 #include "frequencies/frequencies.h"
-#include "models/make_frequencies.h"
 
 #include <gtest/gtest.h>
 

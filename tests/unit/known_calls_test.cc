@@ -15,9 +15,9 @@
 
 #include "backends/cuda/plan.h"
 #include "base/text.h"
-#include "rope/host_scales.h"
+#include "rope/call.h"
 #include "rope/known_calls.h"
-#include "tests/make_call.h"
+#include "tests/run_cases.h"
 
 namespace ropewalk {
 namespace {

@@ -34,7 +34,7 @@
 #include "conformance/case_call.h"
 #include "conformance/runner.h"
 #include "tests/fresh_process.h"
-#include "tests/make_call.h"
+#include "tests/run_cases.h"
 
 #if defined(__SANITIZE_THREAD__) || defined(__SANITIZE_ADDRESS__)
 #define ROPEWALK_SANITIZED 1

@@ -19,7 +19,7 @@
 
 #include "conformance/case_call.h"
 #include "conformance/runner.h"
-#include "tests/make_call.h"
+#include "tests/run_cases.h"
 
 #if defined(__SANITIZE_THREAD__)
 #define ROPEWALK_TSAN 1

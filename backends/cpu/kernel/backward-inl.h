@@ -10,6 +10,18 @@
 // adds up weights' gradients of a few heads as floats, and these as doubles: with more floats in a row, a million rows
 // would show.
 // SPDX-License-Identifier: Apache-2.0
+#if defined(ROPEWALK_BACKENDS_CPU_KERNEL_BACKWARD_INL_H_) == defined(HWY_TARGET_TOGGLE)
+#ifdef ROPEWALK_BACKENDS_CPU_KERNEL_BACKWARD_INL_H_
+#undef ROPEWALK_BACKENDS_CPU_KERNEL_BACKWARD_INL_H_
+#else
+#define ROPEWALK_BACKENDS_CPU_KERNEL_BACKWARD_INL_H_
+#endif
+
+#include "backends/cpu/kernel/rope-inl.h"
+
+ROPEWALK_BEFORE_KERNEL
+namespace ropewalk {
+namespace HWY_NAMESPACE {
 
 struct BackwardScratch {
   Scratch rope;                                   // angles and weights in natural order; the folded ones are not used
@@ -299,3 +311,9 @@ void BackwardRows(const RopeBackwardCall& call, int64_t begin, int64_t end, Firs
     default: return GradientOfRows<BF16>(call, begin, end, first_fault, scratch, sums);
   }
 }
+
+}  // namespace HWY_NAMESPACE
+}  // namespace ropewalk
+HWY_AFTER_NAMESPACE();
+
+#endif

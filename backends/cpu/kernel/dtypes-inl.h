@@ -1,5 +1,17 @@
 // Part of rope-inl.h: the dtypes of tensors and caches, as vectors of floats.
 // SPDX-License-Identifier: Apache-2.0
+#if defined(ROPEWALK_BACKENDS_CPU_KERNEL_DTYPES_INL_H_) == defined(HWY_TARGET_TOGGLE)
+#ifdef ROPEWALK_BACKENDS_CPU_KERNEL_DTYPES_INL_H_
+#undef ROPEWALK_BACKENDS_CPU_KERNEL_DTYPES_INL_H_
+#else
+#define ROPEWALK_BACKENDS_CPU_KERNEL_DTYPES_INL_H_
+#endif
+
+#include "backends/cpu/kernel/vectors-inl.h"
+
+ROPEWALK_BEFORE_KERNEL
+namespace ropewalk {
+namespace HWY_NAMESPACE {
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Conversions. Round to nearest, ties to even.
@@ -311,3 +323,9 @@ HWY_INLINE void StoreFp8Pair(Span span, uint8_t* p, VF a, VF b, bool e4m3) {
     StoreFp8(span, p, b, static_cast<int>(hn::MaxLanes(D())), e4m3);
   }
 }
+
+}  // namespace HWY_NAMESPACE
+}  // namespace ropewalk
+HWY_AFTER_NAMESPACE();
+
+#endif

@@ -1,5 +1,18 @@
 // Part of rope-inl.h: the heads of a token, normalised and rotated.
 // SPDX-License-Identifier: Apache-2.0
+#if defined(ROPEWALK_BACKENDS_CPU_KERNEL_HEADS_INL_H_) == defined(HWY_TARGET_TOGGLE)
+#ifdef ROPEWALK_BACKENDS_CPU_KERNEL_HEADS_INL_H_
+#undef ROPEWALK_BACKENDS_CPU_KERNEL_HEADS_INL_H_
+#else
+#define ROPEWALK_BACKENDS_CPU_KERNEL_HEADS_INL_H_
+#endif
+
+#include "backends/cpu/kernel/norm-inl.h"
+#include "backends/cpu/kernel/store-inl.h"
+
+ROPEWALK_BEFORE_KERNEL
+namespace ropewalk {
+namespace HWY_NAMESPACE {
 
 // Some heads of a token. Each function works on one vector, or pair of vectors, of all of them, so that what is the
 // same for all stays in registers: a head at a time, with its table read again for each, 24 of 96 takes 1.9 times as
@@ -417,3 +430,9 @@ HWY_NOINLINE void DoHeads(const Heads<typename C::T>& heads) {
     Group<C, kStore, kNative>{heads, *heads.parts, begin, count}.All();
   }
 }
+
+}  // namespace HWY_NAMESPACE
+}  // namespace ropewalk
+HWY_AFTER_NAMESPACE();
+
+#endif

@@ -1,5 +1,17 @@
 // Part of rope-inl.h: 1 / rms of the heads.
 // SPDX-License-Identifier: Apache-2.0
+#if defined(ROPEWALK_BACKENDS_CPU_KERNEL_NORM_INL_H_) == defined(HWY_TARGET_TOGGLE)
+#ifdef ROPEWALK_BACKENDS_CPU_KERNEL_NORM_INL_H_
+#undef ROPEWALK_BACKENDS_CPU_KERNEL_NORM_INL_H_
+#else
+#define ROPEWALK_BACKENDS_CPU_KERNEL_NORM_INL_H_
+#endif
+
+#include "backends/cpu/kernel/tables-inl.h"
+
+ROPEWALK_BEFORE_KERNEL
+namespace ropewalk {
+namespace HWY_NAMESPACE {
 
 // One configuration of the kernel.
 template <class T_, bool kInterleaved_, bool kNorm_, bool kReference_>
@@ -181,3 +193,9 @@ HWY_NOINLINE void Rstds(const Heads<typename C::T>& heads, const typename C::Raw
   }
   if constexpr (!C::kReference) RstdsOfSquares<T, kNative>(heads, count);
 }
+
+}  // namespace HWY_NAMESPACE
+}  // namespace ropewalk
+HWY_AFTER_NAMESPACE();
+
+#endif

@@ -1,36 +1,24 @@
 // The CPU kernel: one body for every stage and dtype, compiled once for each Highway target (backends/cpu/dispatch.cc).
-// No include guard: it is read again for each.
+// Its parts are read again for each: HWY_TARGET_TOGGLE changes with the target. Each part includes what it builds on.
 //
 // A token's sines are computed once, for all its heads (tables-inl.h). A head is worked on by vectors, or by pairs
 // of them, the last ones of a part with what is behind it left out (store-inl.h, heads-inl.h). Rows, and the
 // choice among variants, are here.
 // SPDX-License-Identifier: Apache-2.0
-
-HWY_BEFORE_NAMESPACE();
-#if HWY_TARGET == HWY_AVX3
-// With the CPU's own bfloat16 rounding, which only the kernels of kNative use, and only CPUs that have it run those.
-HWY_AFTER_NAMESPACE();
-HWY_PUSH_ATTRIBUTES(HWY_TARGET_STR ",avx512bf16")
-#undef ROPEWALK_ATTR  // for lambdas, which the attributes pushed do not reach
-#define ROPEWALK_ATTR __attribute__((always_inline, target(HWY_TARGET_STR ",avx512bf16")))
+#if defined(ROPEWALK_BACKENDS_CPU_KERNEL_ROPE_INL_H_) == defined(HWY_TARGET_TOGGLE)
+#ifdef ROPEWALK_BACKENDS_CPU_KERNEL_ROPE_INL_H_
+#undef ROPEWALK_BACKENDS_CPU_KERNEL_ROPE_INL_H_
 #else
-#undef ROPEWALK_ATTR
-#define ROPEWALK_ATTR __attribute__((always_inline)) HWY_ATTR
+#define ROPEWALK_BACKENDS_CPU_KERNEL_ROPE_INL_H_
 #endif
+
+#include "backends/cpu/kernel/heads-inl.h"
+
+ROPEWALK_BEFORE_KERNEL
 namespace ropewalk {
 namespace HWY_NAMESPACE {
 
 constexpr int64_t kPrefetchBytes = 8192;  // of a tensor, ahead of the work on it
-
-// Each builds on those before.
-// clang-format off
-#include "backends/cpu/kernel/vectors-inl.h"
-#include "backends/cpu/kernel/dtypes-inl.h"
-#include "backends/cpu/kernel/tables-inl.h"
-#include "backends/cpu/kernel/norm-inl.h"
-#include "backends/cpu/kernel/store-inl.h"
-#include "backends/cpu/kernel/heads-inl.h"
-// clang-format on
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Rows
@@ -208,8 +196,6 @@ HWY_NOINLINE void RopeRows(const RopeCall& call, int64_t begin, int64_t end, Fir
   }
 }
 
-#include "backends/cpu/kernel/backward-inl.h"
-
 // ---------------------------------------------------------------------------------------------------------------------
 // From the variant to the function
 
@@ -252,3 +238,5 @@ CpuKernel ChooseBf16Kernel(const RopeVariant& v) {
 }  // namespace HWY_NAMESPACE
 }  // namespace ropewalk
 HWY_AFTER_NAMESPACE();
+
+#endif

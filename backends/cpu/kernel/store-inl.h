@@ -1,5 +1,18 @@
 // Part of rope-inl.h: a run of elements in vectors, and where a head goes.
 // SPDX-License-Identifier: Apache-2.0
+#if defined(ROPEWALK_BACKENDS_CPU_KERNEL_STORE_INL_H_) == defined(HWY_TARGET_TOGGLE)
+#ifdef ROPEWALK_BACKENDS_CPU_KERNEL_STORE_INL_H_
+#undef ROPEWALK_BACKENDS_CPU_KERNEL_STORE_INL_H_
+#else
+#define ROPEWALK_BACKENDS_CPU_KERNEL_STORE_INL_H_
+#endif
+
+#include "backends/cpu/kernel/dtypes-inl.h"
+#include "backends/cpu/kernel/norm-inl.h"
+
+ROPEWALK_BEFORE_KERNEL
+namespace ropewalk {
+namespace HWY_NAMESPACE {
 
 // The kinds of spans that a function is compiled for. kPartsOnly: where speed is not worth the code.
 enum Spans { kPartsOnly, kWholeAndParts, kReadingAll };
@@ -129,3 +142,9 @@ struct Output {
     return hn::Mul(v, Narrowed<hn::DFromV<VF>>(inverse_scale));
   }
 };
+
+}  // namespace HWY_NAMESPACE
+}  // namespace ropewalk
+HWY_AFTER_NAMESPACE();
+
+#endif

@@ -1,6 +1,18 @@
 // Part of rope-inl.h: what is the same for all heads of a token, laid out as they read it: the parts of a head, cosines
 // and sines, weights.
 // SPDX-License-Identifier: Apache-2.0
+#if defined(ROPEWALK_BACKENDS_CPU_KERNEL_TABLES_INL_H_) == defined(HWY_TARGET_TOGGLE)
+#ifdef ROPEWALK_BACKENDS_CPU_KERNEL_TABLES_INL_H_
+#undef ROPEWALK_BACKENDS_CPU_KERNEL_TABLES_INL_H_
+#else
+#define ROPEWALK_BACKENDS_CPU_KERNEL_TABLES_INL_H_
+#endif
+
+#include "backends/cpu/kernel/dtypes-inl.h"
+
+ROPEWALK_BEFORE_KERNEL
+namespace ropewalk {
+namespace HWY_NAMESPACE {
 
 constexpr int kMaxHeadDim = 8192;
 
@@ -342,3 +354,9 @@ HWY_NOINLINE void FoldWeights(const Parts& parts, const float* cos, const float*
     for (int j = 0; j < 4; ++j) hn::Store(factor[j], df, out + (4 * i + j) * kLanes);
   }
 }
+
+}  // namespace HWY_NAMESPACE
+}  // namespace ropewalk
+HWY_AFTER_NAMESPACE();
+
+#endif

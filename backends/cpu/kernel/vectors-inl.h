@@ -1,5 +1,41 @@
 // Part of rope-inl.h: the vectors of the CPU kernel, how they are rounded, and how a part of one is loaded and stored.
 // SPDX-License-Identifier: Apache-2.0
+#if defined(ROPEWALK_BACKENDS_CPU_KERNEL_VECTORS_INL_H_) == defined(HWY_TARGET_TOGGLE)
+#ifdef ROPEWALK_BACKENDS_CPU_KERNEL_VECTORS_INL_H_
+#undef ROPEWALK_BACKENDS_CPU_KERNEL_VECTORS_INL_H_
+#else
+#define ROPEWALK_BACKENDS_CPU_KERNEL_VECTORS_INL_H_
+#endif
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#include "backends/cpu/dispatch.h"
+#include "backends/cpu/row_plan.h"
+#include "backends/cpu/scratch.h"
+#include "rope/sincos.h"
+// clang-format off
+#include <hwy/highway.h>  // after dispatch.h, which says what targets there are
+// clang-format on
+
+// What each part begins with; and, for lambdas, which the attributes pushed do not reach, ROPEWALK_ATTR.
+#undef ROPEWALK_BEFORE_KERNEL
+#undef ROPEWALK_ATTR
+#if HWY_TARGET == HWY_AVX3
+// With the CPU's own bfloat16 rounding, which only the kernels of kNative use, and only CPUs that have it run those.
+#define ROPEWALK_BEFORE_KERNEL HWY_PUSH_ATTRIBUTES(HWY_TARGET_STR ",avx512bf16")
+#define ROPEWALK_ATTR __attribute__((always_inline, target(HWY_TARGET_STR ",avx512bf16")))
+#else
+#define ROPEWALK_BEFORE_KERNEL HWY_BEFORE_NAMESPACE();
+#define ROPEWALK_ATTR __attribute__((always_inline)) HWY_ATTR
+#endif
+
+ROPEWALK_BEFORE_KERNEL
+namespace ropewalk {
+namespace HWY_NAMESPACE {
 
 namespace hn = hwy::HWY_NAMESPACE;
 
@@ -188,3 +224,9 @@ HWY_INLINE void StoreFrom(First<D, kReadAll> span, hn::Vec<DT> v, [[maybe_unused
   StoreFirstBytes(hn::BitCast(d8, v), d8, reinterpret_cast<uint8_t*>(p + at), count * kSize);
 #endif
 }
+
+}  // namespace HWY_NAMESPACE
+}  // namespace ropewalk
+HWY_AFTER_NAMESPACE();
+
+#endif
