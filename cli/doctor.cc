@@ -105,7 +105,7 @@ Json Engines() {
       if (version.empty()) {
         why = "not installed";
       } else if (!is_known) {
-        why = fmt::format("the plugin knows version {} alone", versions[0]);
+        why = fmt::format("the plugin knows {}", fmt::join(versions, ", "));
       } else if (!asks) {
         why = fmt::format("not asked: set {}=1", engine["variable"].get<std::string>());
       }

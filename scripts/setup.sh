@@ -9,8 +9,8 @@
 #            (weights), 100 MB
 #   full     the same and diffusers, jax, .. for the tests and examples on real models (full), 8 GB; the run-time of the
 #            older SYCL for the tests of its shim (sycl8-runtime), 60 MB; the oldest tvm-ffi that serves (tvm-ffi-oldest)
-#   engines  the Python code of SGLang and vLLM, and what it imports, for `make test-engines` (engines, engines-packages):
-#            375 MB downloaded, 160 MB kept
+#   engines  the Python code of SGLang and vLLM, the newest and the oldest that the plugins serve, and what it imports,
+#            for `make test-engines` (engines-newest, engines-oldest, engines-packages): 750 MB downloaded, 350 MB kept
 #   dev      formatters and checkers (dev)
 #   docs     what makes the documentation's site, in .venv/docs (docs), 70 MB
 #   zig      the C library of an older Linux, to link a wheel for other machines against (zig)
@@ -197,25 +197,28 @@ stage_sycl8_runtime() {
   rm -rf "$folder"
   mark sycl8-runtime "$key"
 }
-# Only their Python code and what they compile at run time: no more is run.
+# Only their Python code, what says their version, and sources that SGLang looks for: no more is run. By the hash of a
+# whole wheel alone pip can tell that it is the one that is locked, so that whole ones are downloaded.
 stage_engines() {
   local pip_options=(--no-deps --upgrade --target "$venv/engines/packages")
   pip_stage engines-packages "what the engines' layers import, 20 MB"
-  local lock key folder wheel name
-  lock=$(lock_of engines)
-  key=$(digest "$lock")
-  fresh engines "$key" && return
-  say "engines: the wheels of SGLang and vLLM, 375 MB"
-  folder=$(mktemp -d)
-  python -m pip download --no-deps --require-hashes --dest "$folder" -r "$lock"
-  for wheel in "$folder"/*.whl; do
-    name=$(basename "$wheel") name=${name%%-*}
-    rm -rf "$venv/engines/$name"
-    python -m zipfile -e "$wheel" "$venv/engines/$name"
-    find "$venv/engines/$name" -name '*.so*' -delete
+  local end lock key folder wheel name
+  for end in newest oldest; do
+    lock=$(lock_of "engines-$end")
+    key=$(digest "$lock")
+    fresh "engines-$end" "$key" && continue
+    say "engines: the wheels of the $end SGLang and vLLM that are served, 350 MB"
+    folder=$(mktemp -d)
+    python -m pip download --no-deps --require-hashes --dest "$folder" -r "$lock"
+    rm -rf "$venv/engines/$end"
+    for wheel in "$folder"/*.whl; do
+      name=$(basename "$wheel") name=$venv/engines/$end/${name%%-*}
+      python -m zipfile -e "$wheel" "$name"
+      find "$name" -type f ! -name '*.py' ! -path '*.dist-info/*' ! -path '*/kernels/jit/*' -delete
+    done
+    rm -rf "$folder"
+    mark "engines-$end" "$key"
   done
-  rm -rf "$folder"
-  mark engines "$key"
 }
 
 # Out of .venv's own lib, whose packages go by other versions of what these need.

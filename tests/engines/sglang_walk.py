@@ -1,11 +1,13 @@
 """Walks SGLang's rotary layers and Qwen3's attention in a process in which its own loader has put Ropewalk, on the CPU:
-each against the engine's own forward. Prints what it found as JSON. Run by test_sglang.py, with the wheel or the stubs.
+each against the engine's own forward. Prints what it found as JSON. Run by tests/python/test_engines.py with the stubs,
+and by test_wheels.py with the wheels.
 """
 
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 import sys
 import types
@@ -18,7 +20,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 from stand_in import stand_in
 
-stand_in("IPython", "IPython.display", "aiohttp")
+stand_in("IPython", "aiohttp", "einops", "partial_json_parser", "sgl_kernel")
+
+with contextlib.suppress(ImportError):  # transformers looks into torchvision, which what stands in for it is not up to
+    from transformers import AutoProcessor  # noqa: F401
+stand_in("torchvision")
 
 from sglang.srt.plugins import load_plugins
 
@@ -174,7 +180,9 @@ def qwen3(rope: Any, axes: bool, stores: bool, dtype: torch.dtype = torch.bfloat
     for norm in (layer.q_norm, layer.k_norm):
         norm.weight.data = (torch.rand(head, generator=g) + 0.5).to(dtype)
     layer.rotary_emb = rope
-    layer.use_fused_qk_norm_mrope = layer.use_fused_qk_norm_rope = False
+    layer.use_fused_qk_norm_mrope = False  # of AMD's kernels
+    if "self.use_fused_qk_norm_rope = " in inspect.getsource(module):  # from 0.5.23 on
+        layer.use_fused_qk_norm_rope = False
     layer.__dict__["qkv_proj"] = Projection(row)
     layer.__dict__["o_proj"] = lambda x: (x, None)
     seen: dict[str, Any] = {}
@@ -258,7 +266,7 @@ def main() -> None:
         found["layers"][f"dual chunk {name}"] = against_native(dual_chunk(), dtype, False)
     for name in ("default", "partial", "gptj", "yarn"):
         found["stores"][name] = store(made[name])
-    for name in ("default", "llama3", "mrope") if "--layers" not in sys.argv else ():
+    for name in ("default", "llama3", "mrope"):
         axes = name == "mrope"
         found["qwen3"][name] = qwen3(made[name], axes, False)
         found["qwen3"][f"{name} stores"] = qwen3(made[name], axes, True)

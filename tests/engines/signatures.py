@@ -4,7 +4,7 @@
 
 A folder is a site-packages, or a wheel unpacked. Nothing is imported: the engines' files want GPUs and each other. What
 is found is written, and the rest kept as it was recorded. `make test` holds `ropewalk.compat` to the record, and
-`make test-engines` the record to the wheels that it has.
+`make test-engines` the record to the wheels that it has: not to those of sgl_kernel, of 370 and 540 MB.
 """
 
 # SPDX-License-Identifier: Apache-2.0
@@ -42,6 +42,11 @@ ORIGINALS: dict[str, tuple[str, ...]] = {
     "sgl_kernel_xpu.forward_xpu": (
         "sglang", "sglang/srt/layers/rotary_embedding/base.py", "RotaryEmbedding.forward_xpu",
     ),
+    "sgl_kernel.rotary_embedding": ("sglang-kernel", "sgl_kernel/elementwise.py"),
+    "sgl_kernel.fused_qk_norm_rope": ("sglang-kernel", "sgl_kernel/moe.py"),
+    # Its older name, by which it has what was left out since.
+    "sgl_kernel.apply_rope_with_cos_sin_cache_inplace": ("sgl-kernel", "sgl_kernel/elementwise.py"),
+    "sgl_kernel.FusedSetKVBufferArg": ("sgl-kernel", "sgl_kernel/elementwise.py"),
     "vllm.rotary_embedding": ("vllm", "vllm/_custom_ops.py"),
     "vllm.fused_qk_norm_rope": ("vllm", "vllm/_custom_ops.py"),
     "flash_attn.apply_rotary_emb": ("vllm", _FLASH),
@@ -103,7 +108,7 @@ def read(folders: list[Path]) -> dict[str, dict[str, Any]]:
     for ours, (package, file, *name) in ORIGINALS.items():
         theirs = name[0] if name else ours.partition(".")[2]
         for folder in folders:
-            if (folder / file).is_file():
+            if (folder / file).is_file() and version_of(package, folder):
                 found[ours] = {
                     "package": package,
                     "version": version_of(package, folder),

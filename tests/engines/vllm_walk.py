@@ -1,5 +1,6 @@
 """Calls vLLM's rotary layers and operators in a process in which its own loader has put Ropewalk, on the CPU: each
-against the layer's own forward. Prints what it found as JSON. Run by test_engines.py, with the wheel or the stubs.
+against the layer's own forward. Prints what it found as JSON. Run by tests/python/test_engines.py with the stubs, and
+by test_wheels.py with the wheels.
 """
 
 # SPDX-License-Identifier: Apache-2.0
@@ -17,9 +18,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 from stand_in import stand_in
 
-stand_in("aiohttp", "cpuinfo", "xgrammar", "xgrammar.structural_tag", "xgrammar.openai_tool_call_schema",
-         "partial_json_parser", "partial_json_parser.core", "partial_json_parser.core.options", "llguidance",
-         "einops")  # fmt: skip
+stand_in("aiohttp", "cpuinfo", "xgrammar", "partial_json_parser", "llguidance", "einops")
 
 SCHEMAS = (  # of the operators whose kernels are not here
     "rotary_embedding(Tensor positions, Tensor! query, Tensor!? key, int head_size, Tensor cos_sin_cache, "

@@ -162,8 +162,9 @@ def test_who_asks(
 @pytest.mark.parametrize("engine", VARIABLES)
 @pytest.mark.parametrize(
     ("version", "said"),
-    [("99.0", "but is 99.0: everything stays stock"), (None, "is not installed: nothing is served")],
-)
+    [("99.0", "but is 99.0: everything stays stock"), ("0.33.0rc1", "but is 0.33.0rc1: everything stays stock"),
+     ("0.5.20", "but is 0.5.20: everything stays stock"), (None, "is not installed: nothing is served")],
+)  # fmt: skip
 def test_an_unknown_version_stays_stock(
     engine: str, version: str | None, said: str, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
@@ -178,6 +179,28 @@ def test_an_unknown_version_stays_stock(
     Engine(engine, "test").register(lambda: calls.append(1))
     assert calls == []
     assert len(caplog.messages) == 1 and said in caplog.messages[0]
+
+
+@pytest.mark.parametrize("version", [1, 0, -1], ids=["between", "oldest", "newest"])
+@pytest.mark.parametrize("engine", VARIABLES)
+def test_a_known_version_is_served(engine: str, version: int, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+    one = engines._known[engine]["versions"][version]
+    monkeypatch.setenv(VARIABLES[engine], "1")
+    monkeypatch.setattr(importlib.metadata, "version", lambda package: one + "+cu130")
+    calls: list[int] = []
+    Engine(engine, "test").register(lambda: calls.append(1))
+    assert calls == [1]
+    assert caplog.messages == [f"ropewalk in {engine} {one}+cu130 serves nothing"]
+
+
+def test_the_ends_of_what_is_known_are_those_that_are_tested() -> None:
+    """`make test-engines` unpacks the wheels of requirements/."""
+    for engine, known in engines._known.items():
+        order = [tuple(map(int, version.split("."))) for version in known["versions"]]
+        assert order == sorted(order)
+        for end, place in (("oldest", 0), ("newest", -1)):
+            pins = (ROOT / f"requirements/engines-{end}.txt").read_text().splitlines()
+            assert f"{engine}=={known['versions'][place]}" in pins
 
 
 def test_what_has_other_parameters_stays_stock(tmp_path: pathlib.Path) -> None:
@@ -227,6 +250,6 @@ def test_doctor_tells_of_both(tmp_path: pathlib.Path) -> None:
     told = doctor(tmp_path / "b", {"sglang": "0.5.23+cu13", "vllm": "0.40.0"}, SGLANG_PLUGINS="a, ropewalk",
                   ROPEWALK_VLLM="1")  # fmt: skip
     assert (told["sglang"]["serves"], told["sglang"]["why"]) == (True, "")
-    assert told["vllm"]["why"] == "the plugin knows version 0.33.0 alone"
+    assert told["vllm"]["why"] == "the plugin knows 0.31.0, 0.32.0, 0.33.0"
     told = doctor(tmp_path / "c", {"sglang": "0.5.23"}, SGLANG_PLUGINS="ropewalk", ROPEWALK_SGLANG="0")
     assert not told["sglang"]["serves"]

@@ -49,6 +49,11 @@ def stays_stock() -> dict[str, dict[str, int]]:
     return {engine: dict(counts) for engine, counts in _stock.items()}
 
 
+def _one_of(versions: list[str]) -> str:
+    *others, newest = versions
+    return " or ".join([", ".join(others)] * bool(others) + [newest])
+
+
 class UnknownError(Exception):
     """Of a layer or an operator that is not as the glue knows it. It stays stock."""
 
@@ -92,7 +97,7 @@ class Engine:
             self._logger.warning(
                 "ropewalk: %s must be %s, but is %s: everything stays stock",
                 self._known["package"],
-                " or ".join(self._known["versions"]),
+                _one_of(self._known["versions"]),
                 version,
             )
             return

@@ -178,7 +178,8 @@ def _norms(attention: Any) -> dict[str, Any]:
         raise ValueError("deterministic inference asks for SGLang's own norm")
     q_norm, k_norm = attention.q_norm, attention.k_norm
     for name, norm in (("q_norm", q_norm), ("k_norm", k_norm)):
-        if norm.cast_x_before_out_mul or norm.variance_size_override is not None or norm._quant_linear is not None:
+        quantises = getattr(norm, "_quant_linear", None) is not None  # from 0.5.22 on
+        if norm.cast_x_before_out_mul or norm.variance_size_override is not None or quantises:
             raise ValueError(f"{name} does more than an RMSNorm")
         if norm.weight.shape != (attention.head_dim,):
             raise ValueError(f"{name}'s weight must be [{attention.head_dim}], but is {list(norm.weight.shape)}")
@@ -252,7 +253,7 @@ def _may_store(attention: Any, forward_batch: Any) -> bool:
     """Whether SGLang itself would let a rotation store k and v here."""
     return not (
         attention.use_fused_qk_norm_mrope
-        or attention.use_fused_qk_norm_rope
+        or getattr(attention, "use_fused_qk_norm_rope", False)  # from 0.5.23 on
         or attention.attn.k_scale is not None
         or attention.attn.v_scale is not None
         or _module("runtime_context").get_exec().deterministic.rl_on_policy_target is not None
