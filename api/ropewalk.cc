@@ -112,17 +112,11 @@ Status WithArgs(const ropewalk_rope_args* args, const Body& body) {
 Status LoweredBackward(const ropewalk_rope_args* args, const ropewalk_rope_gradients* gradients, void* stream,
                        RopeBackwardCall* call, const Backend** backend) {
   return WithArgs(args, [&](const ropewalk_rope_args& full) -> Status {
-    return WithStruct(
-        "gradients", "ropewalk_rope_gradients", gradients, offsetof(ropewalk_rope_gradients, k_grad),
-        [&](const ropewalk_rope_gradients& full_gradients) -> Status {
-          ROPEWALK_TRY(LowerRopeBackward(full, full_gradients, stream, call));
-          ROPEWALK_TRY(ChooseBackend(call->turn.device, backend));
-          if (!call->turn.variant.norm || (*backend)->launch_backward) return {};
-          return Status::Unavailable(Text("rope: q_grad is on ", DeviceName(call->turn.device), ", but the backend ",
-                                          (*backend)->name,
-                                          " has no gradient of the norm: move the tensors to the CPU or an "
-                                          "NVIDIA GPU, or leave the norm to others and give norm none"));
-        });
+    return WithStruct("gradients", "ropewalk_rope_gradients", gradients, offsetof(ropewalk_rope_gradients, k_grad),
+                      [&](const ropewalk_rope_gradients& full_gradients) -> Status {
+                        ROPEWALK_TRY(LowerRopeBackward(full, full_gradients, stream, call));
+                        return ChooseBackend(call->turn.device, backend);
+                      });
   });
 }
 

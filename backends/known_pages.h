@@ -9,8 +9,11 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <string_view>
+#include <utility>
 
 #include "base/status.h"
+#include "rope/backward.h"
 #include "rope/call.h"
 
 namespace ropewalk {
@@ -25,6 +28,16 @@ inline constexpr TensorName kTensorNames[] = {
 #undef X
 };
 
+// What a tensor of RopeBackwardCall::turn is called by whoever asks for the gradient.
+inline const char* NameInBackward(const char* name) {
+  const std::string_view own = name;
+  return own == "q"       ? "q_grad"
+         : own == "k"     ? "k_grad"
+         : own == "q_out" ? "q_grad_out"
+         : own == "k_out" ? "k_grad_out"
+                          : name;
+}
+
 template <int kPageShift>
 class KnownPages {
  public:
@@ -32,21 +45,44 @@ class KnownPages {
   template <class Ask>
   Status Check(const RopeTensors& tensors, uint64_t device, const Ask& ask) {
     for (const TensorName& tensor : kTensorNames) {
-      const void* pointer;
-      std::memcpy(&pointer, reinterpret_cast<const char*>(&tensors) + tensor.offset, sizeof(pointer));
-      if (!pointer) continue;
-      const uint64_t page = reinterpret_cast<uintptr_t>(pointer) >> kPageShift;
-      const uint64_t entry = page * 4096 + device % 4095 + 1;
-      std::atomic<uint64_t>& known = pages_[page % pages_.size()];
-      if (known.load(std::memory_order_relaxed) == entry) continue;
-      bool keep = false;
-      ROPEWALK_TRY(ask(tensor.name, pointer, &keep));
-      if (keep) known.store(entry, std::memory_order_relaxed);
+      ROPEWALK_TRY(CheckOne(tensor.name, At(tensors, tensor.offset), device, ask));
     }
+    return {};
+  }
+  // Likewise of a gradient, by the caller's names.
+  template <class Ask>
+  Status Check(const RopeBackwardCall& call, uint64_t device, const Ask& ask) {
+    for (const TensorName& tensor : kTensorNames) {
+      ROPEWALK_TRY(CheckOne(NameInBackward(tensor.name), At(call.turn.tensors, tensor.offset), device, ask));
+    }
+    const std::pair<const char*, const void*> own[] = {{"q", call.q},
+                                                       {"k", call.k},
+                                                       {"q_weight_grad", call.q_weight_grad},
+                                                       {"k_weight_grad", call.k_weight_grad},
+                                                       {"workspace", call.workspace}};
+    for (const auto& [name, pointer] : own) ROPEWALK_TRY(CheckOne(name, pointer, device, ask));
     return {};
   }
 
  private:
+  static const void* At(const RopeTensors& tensors, size_t offset) {
+    const void* pointer;
+    std::memcpy(&pointer, reinterpret_cast<const char*>(&tensors) + offset, sizeof(pointer));
+    return pointer;
+  }
+  template <class Ask>
+  Status CheckOne(const char* name, const void* pointer, uint64_t device, const Ask& ask) {
+    if (!pointer) return {};
+    const uint64_t page = reinterpret_cast<uintptr_t>(pointer) >> kPageShift;
+    const uint64_t entry = page * 4096 + device % 4095 + 1;
+    std::atomic<uint64_t>& known = pages_[page % pages_.size()];
+    if (known.load(std::memory_order_relaxed) == entry) return {};
+    bool keep = false;
+    ROPEWALK_TRY(ask(name, pointer, &keep));
+    if (keep) known.store(entry, std::memory_order_relaxed);
+    return {};
+  }
+
   std::array<std::atomic<uint64_t>, 1024> pages_{};
 };
 

@@ -41,10 +41,10 @@ struct Backend {
   Status (*force)(const std::string& part);
   // Appends {"kernel", launches}.
   void (*counters)(std::vector<std::pair<std::string, int64_t>>* counters);
-  // The gradient of a call with a norm; without one `launch` turns it back. Null: the backend has none.
-  Status (*launch_backward)(const RopeBackwardCall& call) = nullptr;
+  // The gradient of a call with a norm; without one `launch` turns it back.
+  Status (*launch_backward)(const RopeBackwardCall& call);
   // How many elements of a workspace it needs.
-  Status (*backward_workspace)(const RopeBackwardCall& call, int64_t* elements) = nullptr;
+  Status (*backward_workspace)(const RopeBackwardCall& call, int64_t* elements);
 };
 
 extern const Backend kCpuBackend, kCudaBackend, kIntelBackend, kOpenClBackend;

@@ -1,5 +1,5 @@
 # ropewalk_spirv(output): a C++ file with the SPIR-V modules of backends/spirv/kernel/rope.cl, one for each dtype and width of an access,
-# and with the kernel's text (backends/spirv/modules.h). clang makes LLVM's bitcode, llvm-spirv of the same version SPIR-V;
+# with those of the gradient (backward.cl, sums.cl), and with the kernels' text (backends/spirv/modules.h). clang makes LLVM's bitcode, llvm-spirv of the same version SPIR-V;
 # where they are missing, the file says so and the library is built without. Where zlib is, all is compressed. Included, this
 # file defines the function and ROPEWALK_WITH_ZLIB; run as a script, it writes the output.
 # SPDX-License-Identifier: Apache-2.0
@@ -17,7 +17,7 @@ if(NOT CMAKE_SCRIPT_MODE_FILE)
     set(ROPEWALK_WITH_ZLIB ${ZLIB_FOUND})
   endif()
   if(NOT ROPEWALK_WITH_ZLIB)
-    message(STATUS "Without zlib (Debian, Ubuntu: apt-get install zlib1g-dev): the library will be 0.6 MB larger")
+    message(STATUS "Without zlib (Debian, Ubuntu: apt-get install zlib1g-dev): the library will be 1.1 MB larger")
   endif()
 endif()
 
@@ -36,10 +36,14 @@ function(ropewalk_spirv output)
   endforeach()
   find_program(ROPEWALK_SPIRV_VAL spirv-val)
 
-  # In the order in which the text without includes must have them.
+  # In the order in which the text without includes must have them. The kernels come last.
   set(kernel backends/spirv/kernel)
+  set(kernels rope backward sums)
   set(sources rope/kernel_types.h rope/params.h rope/fault.h rope/sincos.h ${kernel}/args.h ${kernel}/index.h
-    ${kernel}/vector.clh ${kernel}/sincos.clh ${kernel}/rope.cl)
+    ${kernel}/vector.clh ${kernel}/sincos.clh ${kernel}/group.clh ${kernel}/sum.clh)
+  foreach(name IN LISTS kernels)
+    list(APPEND sources ${kernel}/${name}.cl)
+  endforeach()
   set(inputs ${sources})
   list(TRANSFORM inputs PREPEND ${PROJECT_SOURCE_DIR}/)
   # LLVM's own passes stay off: they leave what the translator refuses.
@@ -50,28 +54,39 @@ function(ropewalk_spirv output)
   file(MAKE_DIRECTORY ${directory})
   set(names "")
   set(modules "")
-  # Constants of rope/params.h: kRopeF32, kRopeF16, kRopeBF16.
-  foreach(module float32:1:4 float32:1:2 float32:1:1 float16:2:8 float16:2:4 float16:2:2 float16:2:1
-                 bfloat16:3:8 bfloat16:3:4 bfloat16:3:2 bfloat16:3:1)
+  # Constants of rope/params.h: kRopeF32, kRopeF16, kRopeBF16. The gradient lacks the widths that few calls would have, as
+  # each takes 12 KB of the library.
+  foreach(module rope:float32:1:4 rope:float32:1:2 rope:float32:1:1
+                 rope:float16:2:8 rope:float16:2:4 rope:float16:2:2 rope:float16:2:1
+                 rope:bfloat16:3:8 rope:bfloat16:3:4 rope:bfloat16:3:2 rope:bfloat16:3:1
+                 backward:float32:1:4 backward:float32:1:1
+                 backward:float16:2:8 backward:float16:2:4 backward:float16:2:1
+                 backward:bfloat16:3:8 backward:bfloat16:3:4 backward:bfloat16:3:1
+                 sums:float32:1:1)
     if(missing)
       break()
     endif()
     string(REPLACE ":" ";" parts ${module})
-    list(GET parts 0 dtype_name)
-    list(GET parts 1 dtype)
-    list(GET parts 2 vector)
+    list(GET parts 0 file)
+    list(GET parts 1 dtype_name)
+    list(GET parts 2 dtype)
+    list(GET parts 3 vector)
+    list(FIND kernels ${file} number)
     set(name ${dtype_name}_v${vector})
+    if(number GREATER 0)
+      set(name ${file}_${name})
+    endif()
     set(validate "")
     if(ROPEWALK_SPIRV_VAL)
       set(validate COMMAND ${ROPEWALK_SPIRV_VAL} --target-env opencl2.2 ${directory}/${name}.spv)
     endif()
     add_custom_command(OUTPUT ${directory}/${name}.spv VERBATIM
       COMMAND ${clang} ${clang_flags} -DROPE_DTYPE=${dtype} -DROPE_VECTOR=${vector} -I${PROJECT_SOURCE_DIR}
-              ${PROJECT_SOURCE_DIR}/backends/spirv/kernel/rope.cl -o ${directory}/${name}.bc
+              ${PROJECT_SOURCE_DIR}/${kernel}/${file}.cl -o ${directory}/${name}.bc
       COMMAND ${translator} ${translator_flags} ${directory}/${name}.bc -o ${directory}/${name}.spv
       ${validate}
       DEPENDS ${inputs} COMMENT "SPIR-V ${name}")
-    list(APPEND names ${name}:${dtype}:${vector})
+    list(APPEND names ${name}:${number}:${dtype}:${vector})
     list(APPEND modules ${directory}/${name}.spv)
   endforeach()
   if(missing)
@@ -81,7 +96,7 @@ function(ropewalk_spirv output)
   list(JOIN translator_flags " " translator_text)
   add_custom_command(OUTPUT ${output} VERBATIM
     COMMAND ${CMAKE_COMMAND} -DROOT=${PROJECT_SOURCE_DIR} -DDIRECTORY=${directory} -DOUTPUT=${output}
-            "-DMODULES=${names}" "-DSOURCES=${sources}" "-DMISSING=${missing}" -DGZIP=${ROPEWALK_WITH_ZLIB}
+            "-DMODULES=${names}" "-DSOURCES=${sources}" "-DKERNELS=${kernels}" "-DMISSING=${missing}" -DGZIP=${ROPEWALK_WITH_ZLIB}
             "-DBUILT=clang ${clang_text}, llvm-spirv ${translator_text}" -P ${PROJECT_SOURCE_DIR}/cmake/spirv.cmake
     DEPENDS ${modules} ${inputs} ${PROJECT_SOURCE_DIR}/cmake/spirv.cmake ${PROJECT_SOURCE_DIR}/cmake/interleave.sh
     COMMENT "Embedding the SPIR-V kernels")
@@ -91,11 +106,16 @@ if(NOT CMAKE_SCRIPT_MODE_FILE)
   return()
 endif()
 
-# The kernel as one text without includes. Its first line says how the modules are made of it.
+# The kernels as one text without includes, of which ROPE_ENTRY is built. Its first line says how the modules are made.
 set(kernel "// ${BUILT}\n")
 foreach(file IN LISTS SOURCES)
   file(READ ${ROOT}/${file} content)
   string(REGEX REPLACE "#include \"[^\n]*\n" "" content "${content}")
+  get_filename_component(name ${file} NAME_WE)
+  list(FIND KERNELS ${name} number)
+  if(file MATCHES "[.]cl$")
+    set(content "#if ROPE_ENTRY == ${number}\n${content}#endif\n")
+  endif()
   string(APPEND kernel "${content}")
 endforeach()
 file(WRITE ${DIRECTORY}/rope.cl "${kernel}")
@@ -105,18 +125,19 @@ set(table "")
 foreach(module IN LISTS MODULES)
   string(REPLACE ":" ";" parts ${module})
   list(GET parts 0 name)
-  list(GET parts 1 dtype)
-  list(GET parts 2 vector)
+  list(GET parts 1 entry)
+  list(GET parts 2 dtype)
+  list(GET parts 3 vector)
   file(SIZE ${DIRECTORY}/${name}.spv size)
   list(APPEND files ${DIRECTORY}/${name}.spv)
-  string(APPEND table "    {\"${name}\", ${size}, ${dtype}, ${vector}},\n")
+  string(APPEND table "    {\"${name}\", ${size}, ${entry}, ${dtype}, ${vector}},\n")
 endforeach()
 list(APPEND files ${DIRECTORY}/rope.cl)
 file(SIZE ${DIRECTORY}/rope.cl size)
-string(APPEND table "    {\"rope.cl\", ${size}, 0, 0},\n")
+string(APPEND table "    {\"rope.cl\", ${size}, 0, 0, 0},\n")
 
-# 12 to 64 chunks compress alike, fewer worse.
-set(chunks 16)
+# 48 and 64 chunks compress alike, fewer and more worse.
+set(chunks 48)
 set(pack ${DIRECTORY}/pack)
 execute_process(COMMAND sh ${ROOT}/cmake/interleave.sh ${pack} ${chunks} ${files} COMMAND_ERROR_IS_FATAL ANY)
 set(gzip false)

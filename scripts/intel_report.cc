@@ -6,7 +6,8 @@
 // intel_report [--all] [--device pvc,dg2] [--csv FILE] [--known FILE] [--every N] [MODEL.json ..]: without --all, as
 // few variants as hold every pair of choices; --every: each Nth of those; models add their own shapes. --known takes
 // what the table of an earlier run says of the same kernel. intel_report --verify PAGE [MODEL.json ..] compiles
-// nothing: ends with 1 unless the page is of this very kernel and of all its variants, none of them bad.
+// nothing: ends with 1 unless the page is of this very kernel and of all its variants, none of them bad. --backward: of
+// the kernels of the gradient instead, of all cases that have one.
 // SPDX-License-Identifier: Apache-2.0
 #include <elf.h>
 #include <stdlib.h>
@@ -29,6 +30,7 @@
 #include "backends/spirv/plan.h"
 #include "base/files.h"
 #include "base/text.h"
+#include "conformance/backward.h"
 #include "conformance/variants.h"
 #include "scripts/report.h"
 
@@ -56,6 +58,7 @@ struct Row {
 struct Options : ReportOptions {
   size_t every = 1;
   std::string known, verify;
+  bool backward = false;
 };
 
 std::string ReadAll(const fs::path& path) {
@@ -180,9 +183,10 @@ void CompileAll(const std::vector<SpirvVariant>& variants, const std::vector<siz
 // The table
 
 // Of what Intel's compiler is given.
-std::string KernelDigest() {
+std::string KernelDigest(bool backward) {
   std::string modules;
   for (const SpirvModule& module : RopeSpirvModules()) {
+    if (backward == (module.entry == kSpirvRope)) continue;
     modules.append(reinterpret_cast<const char*>(module.bytes), module.size);
   }
   return Hex(DigestOf(modules));
@@ -223,11 +227,11 @@ void WriteRow(const Target& target, const SpirvVariant& variant, const Row& row,
 }
 
 // The rows by device and kernel, "pvc,bfloat16 neox ..", of a table of this kernel.
-Status ReadTable(const std::string& path, std::map<std::string, Row>* rows) {
+Status ReadTable(const std::string& path, bool backward, std::map<std::string, Row>* rows) {
   std::ifstream file(path);
   std::string line;
   if (!std::getline(file, line)) return Status::Invalid(Text(path, " cannot be read"));
-  const std::string mine = Text("# kernel ", KernelDigest());
+  const std::string mine = Text("# kernel ", KernelDigest(backward));
   if (line != mine)
     return Status::Invalid(Text(path, " is of another kernel: it has \"", line, "\", not \"", mine, "\""));
   if (!std::getline(file, line) || line != kHead) return Status::Invalid(Text(path, " has other columns"));
@@ -283,8 +287,13 @@ std::string RowsText(const RopeSpirvKey& key, const Target& target, const Row& r
     may(&loads, bytes);
   }
   if (c[kRopeSpecWeightDtype]) may(&loads, vector * DtypeBytes(c[kRopeSpecWeightDtype]));
+  if (key.entry == kSpirvBackward && c[kRopeSpecSums]) {
+    // Sums lie wherever a float may.
+    loads.insert({4, 8, 12, 16});
+    stores.insert({4, 8, 12, 16});
+  }
   if (c[kRopeSpecAxes]) loads.insert({4, 8});  // the axes and positions of each pair
-  if (c[kRopeSpecCacheDtype]) {
+  if (key.entry == kSpirvRope && c[kRopeSpecCacheDtype]) {
     const int bytes = DtypeBytes(c[kRopeSpecCacheDtype]);
     may(&stores, vector * bytes);
     if (bytes == 1) loads.insert(4);  // the scale
@@ -356,26 +365,33 @@ int Main(const Options& options) {
       return fail(Text(tool, " cannot run; apt-get install spirv-tools intel-opencl-icd libigc-tools"));
     }
   }
+  const std::string kernel = KernelDigest(options.backward);
   std::vector<RopeCase> cases;
   if (const Status status = AddModelCases(options.models, &cases); !status.ok()) return fail(status.text());
-  const std::vector<RopeCase>& all = RopeCases();
+  if (options.backward) {
+    std::erase_if(cases, [](const RopeCase& c) { return c.cache != Cache::kNone; });
+  }
+  const std::vector<RopeCase> all = options.backward ? BackwardCases(1) : RopeCases();
   cases.insert(cases.end(), all.begin(), all.end());
   std::map<std::string, Row> known;
   if (!options.known.empty()) {
-    if (const Status status = ReadTable(options.known, &known); !status.ok()) return fail(status.text());
+    if (const Status status = ReadTable(options.known, options.backward, &known); !status.ok())
+      return fail(status.text());
   }
   const std::string page = options.verify.empty() ? "" : ReadAll(options.verify);
-  if (!options.verify.empty() && page.find(Text("digest `", KernelDigest(), "`")) == std::string::npos) {
-    return fail(Text(options.verify, " is of another kernel than that of the digest ", KernelDigest()));
+  if (!options.verify.empty() && page.find(Text("digest `", kernel, "`")) == std::string::npos) {
+    return fail(Text(options.verify, " is of another kernel than that of the digest ", kernel));
   }
   std::ofstream csv(options.csv.empty() ? "/dev/null" : options.csv);
-  csv << "# kernel " << KernelDigest() << '\n' << kHead << '\n';
+  csv << "# kernel " << kernel << '\n' << kHead << '\n';
   int bad = 0;
   for (const Target& target : kTargets) {
     if (!options.targets.empty() && std::ranges::find(options.targets, target.name) == options.targets.end()) continue;
     const SpirvDevice device = {.threads = 512, .max_local = 1024, .register_bytes = target.register_bytes};
     std::vector<SpirvVariant> variants;
-    if (const Status status = SpirvVariantsOf(cases, device, &variants); !status.ok()) return fail(status.text());
+    const Status found = options.backward ? SpirvBackwardVariantsOf(cases, device, &variants)
+                                          : SpirvVariantsOf(cases, device, &variants);
+    if (!found.ok()) return fail(found.text());
     const size_t all_variants = variants.size();
     const std::string digest = VariantsText(target, variants);
     if (!options.verify.empty()) {
@@ -421,7 +437,9 @@ int main(int count, char** arguments) {
   std::vector<char*> shared = {arguments[0]};
   for (int i = 1; i < count; ++i) {
     const std::string argument = arguments[i];
-    if (argument == "--known" && i + 1 < count) {
+    if (argument == "--backward") {
+      options.backward = true;
+    } else if (argument == "--known" && i + 1 < count) {
       options.known = arguments[++i];
     } else if (argument == "--verify" && i + 1 < count) {
       options.verify = arguments[++i];
@@ -432,7 +450,7 @@ int main(int count, char** arguments) {
     }
   }
   const char* usage =
-      "intel_report [--all] [--every N] [--device pvc,dg2] [--csv FILE] [--known FILE] [MODEL.json ..]\n"
+      "intel_report [--backward] [--all] [--every N] [--device pvc,dg2] [--csv FILE] [--known FILE] [MODEL.json ..]\n"
       "       intel_report --verify PAGE [MODEL.json ..]";
   return ropewalk::ParseOptions(static_cast<int>(shared.size()), shared.data(), "--device", usage, &options)
              ? ropewalk::Main(options)

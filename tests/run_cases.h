@@ -4,13 +4,17 @@
 #pragma once
 
 #include <gtest/gtest.h>
+#include <ropewalk/ropewalk.h>
 
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
 #include <string>
+#include <vector>
 
+#include "base/text.h"
+#include "conformance/backward.h"
 #include "conformance/case_call.h"
 #include "conformance/runner.h"
 
@@ -51,6 +55,27 @@ inline void Report(const std::string& line) {
     std::fputs((line + "\n").c_str(), file);
     std::fclose(file);
   }
+}
+
+// That the gradients of the cases pass on the backend in hand, and that both of its kernels have run; `kernel`: how the
+// counters call those of the backend, "cuda".
+inline void ExpectGradientsPass(const std::vector<RopeCase>& cases, DeviceMemory& memory, const char* kernel,
+                                const std::string& what) {
+  EXPECT_GT(cases.size(), 0u);
+  double worst = 0;
+  int64_t failed = 0;
+  for (const RopeCase& c : cases) {
+    const CaseResult result = RunBackwardCase(c, memory);
+    worst = std::max(worst, result.worst);
+    if (result.passed) continue;
+    ADD_FAILURE() << c.name << ": " << result.message;
+    if (++failed == 5) return;
+  }
+  EXPECT_LE(worst, 1.0);
+  const std::string counters = ropewalk_counters();
+  for (const std::string& name : {Text("\"", kernel, " backward"), Text("\"", kernel, " backward sums\"")})
+    EXPECT_NE(counters.find(name), std::string::npos) << name;
+  Report(Text(cases.size(), " gradients on ", what, ", the worst ", worst, " of its tolerance"));
 }
 
 }  // namespace ropewalk

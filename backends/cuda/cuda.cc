@@ -301,36 +301,12 @@ Status BackwardWorkspace(const RopeBackwardCall& call, int64_t* elements) {
   return {};
 }
 
-// The caller's names for the tensors of RopeBackwardCall::turn.
-std::string NameInBackward(std::string_view name) {
-  if (name == "q" || name == "k") return Text(name, "_grad");
-  if (name == "q_out" || name == "k_out") return Text(name.substr(0, 1), "_grad_out");
-  return std::string(name);
-}
-
 Status CheckBackwardPointers(const CudaDriver& driver, const RopeBackwardCall& call) {
   const int ordinal = call.turn.device.device_id;
   const auto ask = [&](const char* name, const void* pointer, bool* keep) {
     return AskPointer(driver, ordinal, name, reinterpret_cast<cu::DevicePtr>(pointer), keep);
   };
-  const auto ask_turn = [&](const char* name, const void* pointer, bool* keep) {
-    return ask(NameInBackward(name).c_str(), pointer, keep);
-  };
-  ROPEWALK_TRY(known_pages.Check(call.turn.tensors, static_cast<uint64_t>(ordinal), ask_turn));
-  // Under names of the call's tensors, so that pages that are known are not asked for again.
-  RopeTensors of_x;
-  of_x.q = const_cast<void*>(call.q);
-  of_x.k = const_cast<void*>(call.k);
-  ROPEWALK_TRY(known_pages.Check(of_x, static_cast<uint64_t>(ordinal), ask));
-  const std::pair<const char*, float*> sums[] = {
-      {"q_weight_grad", call.q_weight_grad}, {"k_weight_grad", call.k_weight_grad}, {"workspace", call.workspace}};
-  for (const auto& [name, pointer] : sums) {
-    RopeTensors one;
-    one.q = pointer;
-    const auto ask_one = [&, own = name](const char*, const void* at, bool* keep) { return ask(own, at, keep); };
-    ROPEWALK_TRY(known_pages.Check(one, static_cast<uint64_t>(ordinal), ask_one));
-  }
-  return {};
+  return known_pages.Check(call, static_cast<uint64_t>(ordinal), ask);
 }
 
 Status LaunchBackward(const RopeBackwardCall& call) {

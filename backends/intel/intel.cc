@@ -32,7 +32,9 @@ Status Plan(const LevelZeroDriver& driver, const RopeCall& call, RopeSpirvPlan* 
   return PlanRopeSpirv(call, driver.devices[static_cast<size_t>(call.device.device_id)].properties, plan);
 }
 
-Status CheckPointers(LevelZeroContext& context, const RopeCall& call) {
+// `call`: the tensors of a RopeCall, or a RopeBackwardCall.
+template <class Call>
+Status CheckPointers(LevelZeroContext& context, const Call& call) {
   const LevelZeroDriver& driver = context.driver;
   const auto ask = [&](const char* name, const void* pointer, bool* keep) -> Status {
     ze::AllocationProperties properties{};
@@ -51,7 +53,7 @@ Status CheckPointers(LevelZeroContext& context, const RopeCall& call) {
     *keep = properties.type == ze::kMemoryDevice;
     return {};
   };
-  return context.pages.Check(call.tensors, 0, ask);
+  return context.pages.Check(call, 0, ask);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -91,7 +93,7 @@ Status Launch(const RopeCall& call) {
   LevelZeroContext* context = nullptr;
   const auto list = static_cast<ze::CommandList>(call.stream);
   ROPEWALK_TRY(EnterLevelZero(driver, call.device.device_id, list, &context));
-  ROPEWALK_TRY(CheckPointers(*context, call));
+  ROPEWALK_TRY(CheckPointers(*context, call.tensors));
   SpirvContext::Ready ready;
   ROPEWALK_TRY(context->FindOrMake(call, plan, &ready));
   RopeSpirvArgs args;
@@ -99,6 +101,38 @@ Status Launch(const RopeCall& call) {
   ROPEWALK_TRY(context->Launch(ready.kernel, plan, args, list));
   CountLaunch(context, ready.kernel);
   return {};
+}
+
+Status PlanBackward(const LevelZeroDriver& driver, const RopeBackwardCall& call, RopeSpirvBackwardPlan* plan) {
+  ROPEWALK_TRY(Usable(driver, call.turn));
+  return PlanRopeSpirvBackward(call, driver.devices[static_cast<size_t>(call.turn.device.device_id)].properties, plan);
+}
+
+Status BackwardWorkspace(const RopeBackwardCall& call, int64_t* elements) {
+  if (call.turn.sycl_queue) return SyclBackwardWorkspace(call, elements);
+  RopeSpirvBackwardPlan plan;
+  ROPEWALK_TRY(PlanBackward(GetLevelZeroDriver(), call, &plan));
+  *elements = plan.workspace;
+  return {};
+}
+
+Status LaunchBackward(const RopeBackwardCall& call) {
+  if (call.turn.sycl_queue) return SyclLaunchBackward(call);
+  const LevelZeroDriver& driver = GetLevelZeroDriver();
+  RopeSpirvBackwardPlan plan;
+  ROPEWALK_TRY(PlanBackward(driver, call, &plan));
+  if (plan.rows.empty() && plan.sums.empty()) return {};
+  LevelZeroContext* context = nullptr;
+  const auto list = static_cast<ze::CommandList>(call.turn.stream);
+  ROPEWALK_TRY(EnterLevelZero(driver, call.turn.device.device_id, list, &context));
+  ROPEWALK_TRY(CheckPointers(*context, call));
+  return LaunchSpirvBackward(
+      *context, call, plan,
+      [&](SpirvKernel* kernel, const SpirvGrid& grid, const RopeSpirvArgs& args, bool is_last) -> Status {
+        ROPEWALK_TRY(context->Launch(kernel, grid, args, list, is_last));
+        CountLaunch(context, kernel);
+        return {};
+      });
 }
 
 // Without a stream: for every context that has been met on the device, and for our own.
@@ -153,6 +187,7 @@ void Counters(std::vector<std::pair<std::string, int64_t>>* counters) {
 
 }  // namespace
 
-const Backend kIntelBackend = {"intel", Serves, Available, Launch, Prepare, Explain, CheckFaults, Force, Counters};
+const Backend kIntelBackend = {"intel",     Serves, Available, Launch,         Prepare,          Explain,
+                               CheckFaults, Force,  Counters,  LaunchBackward, BackwardWorkspace};
 
 }  // namespace ropewalk

@@ -78,7 +78,7 @@ Status BuildOpenClKernel(const OpenClLibrary& library, cl::Context context, cons
                                 "; its log: ", BuildLog(library, program, device.handle)));
   } else {
     cl::Int created = cl::kSuccess;
-    *kernel = library.CreateKernel(program, kRopeSpirvKernel, &created);
+    *kernel = library.CreateKernel(program, RopeSpirvFunction(key), &created);
     status = library.Check(created, "clCreateKernel", " for ", RopeSpirvName(key), " on ", device.text);
   }
   if (keep && status.ok()) {

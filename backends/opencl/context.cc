@@ -8,7 +8,6 @@
 #include <memory>
 
 #include "backends/contexts.h"
-#include "backends/known_pages.h"
 #include "base/fork.h"
 #include "base/text.h"
 
@@ -45,36 +44,37 @@ OpenClContext::OpenClContext(const OpenClLibrary& library_, const OpenClDevice& 
 // ---------------------------------------------------------------------------------------------------------------------
 // Launch
 
-Status OpenClContext::Launch(SpirvKernel* kernel, const RopeSpirvPlan& plan, const RopeSpirvArgs& args,
-                             cl::Queue queue) {
+Status OpenClContext::Launch(SpirvKernel* kernel, const SpirvGrid& grid, const RopeSpirvArgs& args, cl::Queue queue,
+                             cl::Event before, cl::Event* done) {
   auto& held = *static_cast<Held*>(kernel->function);
   const std::lock_guard lock(kernel->mutex);
   const bool complete = held.complete;
   held.complete = false;
-  for (cl::Uint i = 0; i < kRopeSpirvPointers; ++i) {
+  for (cl::Uint i = 0; i < args.count; ++i) {
     const void* pointer = args.pointers[i];
     // Drivers bind the allocation at the address, which may be another by now; only what is null or ours stays.
-    if (complete && pointer == held.args.pointers[i] && (!pointer || i >= kRopeSpirvTurns)) continue;
+    if (complete && pointer == held.args.pointers[i] && (!pointer || i >= args.ours)) continue;
     const cl::Int result = pointer && usm_.set_kernel_arg && !device.system_memory
                                ? usm_.set_kernel_arg(held.kernel, i, pointer)
                                : library.SetKernelArgSvmPointer(held.kernel, i, pointer);
     if (result != cl::kSuccess) {
-      return Status::Invalid(Text("rope: ", i < kRopeSpirvTurns ? kTensorNames[i].name : "memory of ours",
-                                  " is said to be on ", device_name, ", but ",
+      return Status::Invalid(Text("rope: ", i < args.ours ? args.names[i] : "memory of ours", " is said to be on ",
+                                  device_name, ", but ",
                                   library.Check(result, "clSetKernelArgSVMPointer").text().substr(6),
                                   ": its data must be a pointer to SVM or USM of the context of the queue"));
     }
     held.args.pointers[i] = pointer;
   }
-  if (!complete || std::memcmp(&args.params, &held.args.params, sizeof(args.params)) != 0) {
-    ROPEWALK_TRY(library.Check(library.SetKernelArg(held.kernel, kRopeSpirvPointers, sizeof(args.params), &args.params),
-                               "clSetKernelArg"));
-    held.args.params = args.params;
+  if (!complete || std::memcmp(args.data(), held.args.data(), args.bytes) != 0) {
+    ROPEWALK_TRY(
+        library.Check(library.SetKernelArg(held.kernel, args.count, args.bytes, args.data()), "clSetKernelArg"));
+    std::memcpy(&held.args.params, args.data(), args.bytes);
   }
   held.complete = true;
-  const size_t global[3] = {size_t{plan.groups[0]} * plan.local, plan.groups[1], plan.groups[2]};
-  const size_t local[3] = {plan.local, 1, 1};
-  ROPEWALK_TRY(library.Check(library.EnqueueNdRange(queue, held.kernel, 3, nullptr, global, local, 0, nullptr, nullptr),
+  const size_t global[3] = {size_t{grid.groups[0]} * grid.local, grid.groups[1], grid.groups[2]};
+  const size_t local[3] = {grid.local, 1, 1};
+  ROPEWALK_TRY(library.Check(library.EnqueueNdRange(queue, held.kernel, 3, nullptr, global, local, before ? 1 : 0,
+                                                    before ? &before : nullptr, done),
                              "clEnqueueNDRangeKernel", " on ", device_name));
   if (last_queue_.load(std::memory_order_relaxed) != queue) ROPEWALK_TRY(Remember(queue));
   CountLaunch(this, kernel);

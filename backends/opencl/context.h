@@ -27,8 +27,10 @@ class OpenClContext final : public SpirvContext {
   const bool ours;
   OpenClContext* next = nullptr;
 
-  // Sets the arguments and enqueues; the kernel's lock is taken here. `queue` is one of this context and device.
-  Status Launch(SpirvKernel* kernel, const RopeSpirvPlan& plan, const RopeSpirvArgs& args, cl::Queue queue);
+  // Sets the arguments and enqueues; the kernel's lock is taken here. `queue` is one of this context and device. After
+  // the event `before`, if there is one; `done`, if given, gets the launch's own, which the caller releases.
+  Status Launch(SpirvKernel* kernel, const SpirvGrid& grid, const RopeSpirvArgs& args, cl::Queue queue,
+                cl::Event before = nullptr, cl::Event* done = nullptr);
   // A queue of ours, in order.
   Status OwnQueue(cl::Queue* queue);
 

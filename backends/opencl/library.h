@@ -73,6 +73,7 @@ enum : Uint {
     const size_t*, cl::Uint, const cl::Event*, cl::Event*)                                                   \
   F(EnqueueSvmMemcpy, "clEnqueueSVMMemcpy", cl::Queue, cl::Uint, void*, const void*, size_t, cl::Uint,       \
     const cl::Event*, cl::Event*)                                                                            \
+  F(ReleaseEvent, "clReleaseEvent", cl::Event)                                                               \
   F(Finish, "clFinish", cl::Queue)
 
 struct OpenClLibrary;

@@ -72,6 +72,42 @@ Status Launch(const RopeCall& call) {
   return wait ? library.Check(library.Finish(queue), "clFinish", " on ", context->device_name) : Status();
 }
 
+Status PlanBackward(const OpenClLibrary& library, const RopeBackwardCall& call, size_t* place,
+                    RopeSpirvBackwardPlan* plan) {
+  ROPEWALK_TRY(Usable(library, call.turn, place));
+  return PlanRopeSpirvBackward(call, library.devices[*place].properties, plan);
+}
+
+Status BackwardWorkspace(const RopeBackwardCall& call, int64_t* elements) {
+  size_t place = 0;
+  RopeSpirvBackwardPlan plan;
+  ROPEWALK_TRY(PlanBackward(GetOpenCl(), call, &place, &plan));
+  *elements = plan.workspace;
+  return {};
+}
+
+Status LaunchBackward(const RopeBackwardCall& call) {
+  const OpenClLibrary& library = GetOpenCl();
+  size_t place = 0;
+  RopeSpirvBackwardPlan plan;
+  ROPEWALK_TRY(PlanBackward(library, call, &place, &plan));
+  if (plan.rows.empty() && plan.sums.empty()) return {};
+  auto queue = OnHost(call.turn) ? nullptr : static_cast<cl::Queue>(call.turn.stream);
+  const bool wait = !queue;
+  OpenClContext* context = nullptr;
+  ROPEWALK_TRY(FindOpenClContext(library, place, queue, &context));
+  if (!queue) ROPEWALK_TRY(context->OwnQueue(&queue));
+  // A caller's queue need not be in order: the second kernel waits for the first.
+  cl::Event first = nullptr;
+  const auto launch = [&](SpirvKernel* kernel, const SpirvGrid& grid, const RopeSpirvArgs& args, bool is_last) {
+    return context->Launch(kernel, grid, args, queue, first, is_last ? nullptr : &first);
+  };
+  const Status launched = LaunchSpirvBackward(*context, call, plan, launch);
+  if (first) library.ReleaseEvent(first);
+  ROPEWALK_TRY(launched);
+  return wait ? library.Check(library.Finish(queue), "clFinish", " on ", context->device_name) : Status();
+}
+
 Status Prepare(const RopeCall& call) {
   const OpenClLibrary& library = GetOpenCl();
   size_t place = 0;
@@ -129,6 +165,7 @@ void Counters(std::vector<std::pair<std::string, int64_t>>* counters) {
 
 }  // namespace
 
-const Backend kOpenClBackend = {"opencl", Serves, Available, Launch, Prepare, Explain, CheckFaults, Force, Counters};
+const Backend kOpenClBackend = {"opencl",    Serves, Available, Launch,         Prepare,          Explain,
+                                CheckFaults, Force,  Counters,  LaunchBackward, BackwardWorkspace};
 
 }  // namespace ropewalk

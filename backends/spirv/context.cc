@@ -26,11 +26,20 @@ bool SpirvContext::Find(const RopeCall& call, const RopeSpirvKey& key, Ready* re
   return ready->kernel && ready->fault && (ready->frequencies || !NeedsFrequencies(call));
 }
 
-Status SpirvContext::Make(const RopeCall& call, const RopeSpirvPlan& plan, Ready* ready) {
-  if (const std::string fault = RopeSpirvPlanFault(call, properties, plan); !fault.empty()) {
+Status SpirvContext::FindOrMake(const RopeBackwardCall& call, const RopeSpirvBackwardPlan& plan, Ready* rows,
+                                Ready* sums) {
+  const auto make = [&](const SpirvGrid& grid, const RopeSpirvKey& key, Ready* ready) -> Status {
+    if (grid.empty() || Find(call.turn, key, ready)) return {};
+    return Make(call.turn, key, RopeSpirvBackwardPlanFault(call, properties, plan), ready);
+  };
+  ROPEWALK_TRY(make(plan.rows, plan.rows.key, rows));
+  return make(plan.sums, plan.sums_key, sums);
+}
+
+Status SpirvContext::Make(const RopeCall& call, const RopeSpirvKey& key, const std::string& fault, Ready* ready) {
+  if (!fault.empty()) {
     return Status::Internal(Text("rope: the plan of a kernel for ", device_name, " is wrong: ", fault));
   }
-  const RopeSpirvKey& key = plan.key;
   const std::lock_guard lock(mutex_);
   if (!FindKernel(key)) {
     auto kernel = std::make_unique<SpirvKernel>();

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "backends/kernel_table.h"
+#include "backends/spirv/backward.h"
 #include "backends/spirv/plan.h"
 #include "base/status.h"
 
@@ -49,8 +50,11 @@ class SpirvContext {
   bool Find(const RopeCall& call, const RopeSpirvKey& key, Ready* ready);
   // Makes what is missing; may then allocate, build and wait. Copies stay as long as the context.
   Status FindOrMake(const RopeCall& call, const RopeSpirvPlan& plan, Ready* ready) {
-    return Find(call, plan.key, ready) ? Status() : Make(call, plan, ready);
+    if (Find(call, plan.key, ready)) return {};
+    return Make(call, plan.key, RopeSpirvPlanFault(call, properties, plan), ready);
   }
+  // Likewise for both kernels of the gradient, as far as the plan has them.
+  Status FindOrMake(const RopeBackwardCall& call, const RopeSpirvBackwardPlan& plan, Ready* rows, Ready* sums);
   SpirvKernel* FindKernel(const RopeSpirvKey& key) const { return kernels_.Find(key); }
 
   // Waits for the device where the backend can; "" or the first fault since the last call.
@@ -68,7 +72,8 @@ class SpirvContext {
   virtual Status Wait() = 0;  // for what was launched
 
  private:
-  Status Make(const RopeCall& call, const RopeSpirvPlan& plan, Ready* ready);
+  // `fault`: of the plan that has the key.
+  Status Make(const RopeCall& call, const RopeSpirvKey& key, const std::string& fault, Ready* ready);
   Status ResetFaults();
 
   mutable std::mutex mutex_;
@@ -76,6 +81,23 @@ class SpirvContext {
   FrequencyCopies<void*> frequencies_;
   std::atomic<rope_fault*> faults_{nullptr};
 };
+
+// Launches the gradient by `launch(kernel, grid, args, is_last)`, once for each of its kernels; the second must see
+// what the first has written.
+template <class Context, class Launch>
+Status LaunchSpirvBackward(Context& context, const RopeBackwardCall& call, const RopeSpirvBackwardPlan& plan,
+                           const Launch& launch) {
+  SpirvContext::Ready rows, sums;
+  ROPEWALK_TRY(context.FindOrMake(call, plan, &rows, &sums));
+  RopeSpirvArgs args;
+  if (!plan.rows.empty()) {
+    FillRopeSpirvBackwardArgs(call, plan, rows.frequencies, rows.fault, &args);
+    ROPEWALK_TRY(launch(rows.kernel, plan.rows, args, plan.sums.empty()));
+  }
+  if (plan.sums.empty()) return {};
+  FillRopeSpirvSumsArgs(call, plan, &args);
+  return launch(sums.kernel, plan.sums, args, true);
+}
 
 // Adds what explain() says of the kernel that a plan wants; null: it is not built yet.
 void ExplainSpirv(const char* backend, const RopeCall& call, const RopeSpirvPlan& plan, const SpirvKernel* kernel,

@@ -70,7 +70,7 @@ Unpacked Unpack() {
     }
   }
   for (size_t i = 0; i + 1 < parts.size(); ++i) {
-    out.modules.push_back({parts[i].name, begins[i], parts[i].size, parts[i].dtype, parts[i].vector});
+    out.modules.push_back({parts[i].name, begins[i], parts[i].size, parts[i].entry, parts[i].dtype, parts[i].vector});
   }
   out.source = reinterpret_cast<const char*>(begins.back());
   return out;

@@ -1,4 +1,4 @@
-// What cmake/spirv.cmake embeds: the SPIR-V modules and the kernel's text, cut into chunks that lie side by side
+// What cmake/spirv.cmake embeds: the SPIR-V modules and the kernels' text, cut into chunks that lie side by side
 // (cmake/interleave.sh), so that they compress well. modules.cc puts them together again.
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
@@ -12,7 +12,7 @@ namespace ropewalk {
 struct SpirvPackPart {
   const char* name;  // of a module; the text comes last
   size_t size;
-  uint8_t dtype, vector;
+  uint8_t entry, dtype, vector;
 };
 
 struct SpirvPack {

@@ -51,9 +51,30 @@ bool SpillsInALoop(const RopeVariant& v, int register_bytes) {
          v.cache_dtype != kRopeNoDtype;
 }
 
-// Lanes for a head, and units of each that stay in registers, up to `most` (0: they are too many for that): as few idle
-// lanes as can be.
-void ChooseLanes(int units, int most, int* lanes, int* each) {
+// For a division by `size` (>= 1) of any n < 2^63: the upper half of 2 n x multiplier, shifted.
+void ChoosePages(int64_t size, rope_spirv_shape* shape) {
+  __extension__ using Wide = unsigned __int128;
+  const auto divisor = static_cast<uint64_t>(std::max<int64_t>(size, 1));
+  const int shift = static_cast<int>(std::bit_width(divisor - 1));
+  shape->page_shift = shift;
+  shape->page_multiplier = static_cast<rw_u64>(((Wide{1} << (63 + shift)) + divisor - 1) / divisor);
+}
+
+// Of RopeTensors, in their order.
+constexpr std::array<const char*, kRopeSpirvTurns> TensorNames() {
+  return {
+#define X(name, type) #name,
+      ROPE_TENSORS(X)
+#undef X
+  };
+}
+
+}  // namespace
+
+// ---------------------------------------------------------------------------------------------------------------------
+// What the plan of the gradient does alike
+
+void ChooseSpirvLanes(int units, int most, int* lanes, int* each) {
   *lanes = ROPE_SUB_GROUP;
   *each = 0;
   int best_busy = 0;
@@ -68,39 +89,11 @@ void ChooseLanes(int units, int most, int* lanes, int* each) {
   }
 }
 
-// For a division by `size` (>= 1) of any n < 2^63: the upper half of 2 n x multiplier, shifted.
-void ChoosePages(int64_t size, rope_spirv_shape* shape) {
-  __extension__ using Wide = unsigned __int128;
-  const auto divisor = static_cast<uint64_t>(std::max<int64_t>(size, 1));
-  const int shift = static_cast<int>(std::bit_width(divisor - 1));
-  shape->page_shift = shift;
-  shape->page_multiplier = static_cast<rw_u64>(((Wide{1} << (63 + shift)) + divisor - 1) / divisor);
-}
-
-}  // namespace
-
-Status PlanRopeSpirv(const RopeCall& call, const SpirvDevice& device, RopeSpirvPlan* plan) {
+void FillSpirvPlan(const RopeCall& call, const SpirvDevice& device, int vector, int lanes, int each,
+                   RopeSpirvPlan* plan) {
   const RopeVariant& v = call.variant;
   const rope_params& p = call.params;
-  const RopeTensors& t = call.tensors;
-  *plan = {};
-  const int64_t rows = p.batch * p.tokens;
-  const int heads = p.q_heads + (t.k ? p.k_heads : 0);
-  const int all_heads = heads + (v.store_v ? p.k_heads : 0);
-  if (rows == 0 || all_heads == 0) return {};
-  if (rows > INT32_MAX) {
-    return Status::Invalid(Text("rope: q must have fewer than 2^31 tokens on a GPU, but has ", rows));
-  }
-
-  const int bytes = RopeDtypeBytes(v.dtype);
-  int vector = 0, units = 0, lanes = 0, each = 0;
-  const auto choose = [&](int access_bytes) {
-    vector = ChooseVector(call, access_bytes);
-    units = p.rotary_dim / (2 * vector);
-    ChooseLanes(units, MostUnits(v, vector * bytes, device.register_bytes), &lanes, &each);
-  };
-  choose(AccessBytes(v, device.register_bytes));
-  if (each == 0 && SpillsInALoop(v, device.register_bytes)) choose(4);
+  const int units = p.rotary_dim / (2 * vector);
   const bool rest_matters = v.norm || v.out_of_place || v.store_k;
   const int rest = rest_matters ? (p.head_dim - p.rotary_dim) / vector : 0;
   if (rest > 4 * units) lanes = ROPE_SUB_GROUP;  // most of the head is not rotated
@@ -137,9 +130,9 @@ Status PlanRopeSpirv(const RopeCall& call, const SpirvDevice& device, RopeSpirvP
   s.before = p.rotary_offset / vector;
   s.head_vectors = p.head_dim / vector;
   s.v_vectors = v.store_v ? p.v_dim / vector : 0;
-  s.heads = heads;
-  s.all_heads = all_heads;
-  s.written_heads = v.store_k == kRopeStoreOnly ? p.q_heads : heads;
+  s.heads = p.q_heads + (call.tensors.k ? p.k_heads : 0);
+  s.all_heads = s.heads + (v.store_v ? p.k_heads : 0);
+  s.written_heads = v.store_k == kRopeStoreOnly ? p.q_heads : s.heads;
   s.positions_dtype = v.positions_dtype;
   s.offsets_dtype = v.offsets_dtype;
   s.slots_dtype = v.slots_dtype;
@@ -149,6 +142,35 @@ Status PlanRopeSpirv(const RopeCall& call, const SpirvDevice& device, RopeSpirvP
   s.zero_centered = v.weight == kRopeZeroCenteredWeight;
   s.sine_flip = v.inverse ? 0x80000000u : 0u;
   s.inverse_head_dim = 1.0f / static_cast<float>(p.head_dim);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The plan of the operation
+
+Status PlanRopeSpirv(const RopeCall& call, const SpirvDevice& device, RopeSpirvPlan* plan) {
+  const RopeVariant& v = call.variant;
+  const rope_params& p = call.params;
+  const RopeTensors& t = call.tensors;
+  *plan = {};
+  const int64_t rows = p.batch * p.tokens;
+  const int heads = p.q_heads + (t.k ? p.k_heads : 0);
+  const int all_heads = heads + (v.store_v ? p.k_heads : 0);
+  if (rows == 0 || all_heads == 0) return {};
+  if (rows > INT32_MAX) {
+    return Status::Invalid(Text("rope: q must have fewer than 2^31 tokens on a GPU, but has ", rows));
+  }
+
+  const int bytes = RopeDtypeBytes(v.dtype);
+  int vector = 0, units = 0, lanes = 0, each = 0;
+  const auto choose = [&](int access_bytes) {
+    vector = ChooseVector(call, access_bytes);
+    units = p.rotary_dim / (2 * vector);
+    ChooseSpirvLanes(units, MostUnits(v, vector * bytes, device.register_bytes), &lanes, &each);
+  };
+  choose(AccessBytes(v, device.register_bytes));
+  if (each == 0 && SpillsInALoop(v, device.register_bytes)) choose(4);
+  FillSpirvPlan(call, device, vector, lanes, each, plan);
+  rope_spirv_shape& s = plan->shape;
 
   // Many tokens: a few sub-groups for each, so that a lane's sines serve several heads; few tokens: as many as there
   // are heads, until the device is busy twice over.
@@ -175,30 +197,46 @@ Status PlanRopeSpirv(const RopeCall& call, const SpirvDevice& device, RopeSpirvP
 
 const SpirvModule* RopeSpirvModuleOf(const RopeSpirvKey& key) {
   for (const SpirvModule& module : RopeSpirvModules()) {
-    if (module.dtype == key.dtype && module.vector == key.vector) return &module;
+    if (module.entry == key.entry && module.dtype == key.dtype && module.vector == key.vector) return &module;
   }
   return nullptr;
 }
 
-std::array<SpirvConstant, kRopeSpecCount> RopeSpirvConstants(const RopeSpirvKey& key) {
-  std::array<SpirvConstant, kRopeSpecCount> constants{};
-  for (uint32_t i = 0; i < kRopeSpecCount; ++i) constants[i] = {i, key.constants[i]};
+std::vector<SpirvConstant> RopeSpirvConstants(const RopeSpirvKey& key) {
+  std::vector<SpirvConstant> constants;
+  for (uint32_t i = 0; i < kRopeSpecCount; ++i) {
+    const bool of_backward = i != kRopeSpecNorm && i != kRopeSpecOutOfPlace && i != kRopeSpecStoreOnly;
+    if (key.entry == kSpirvRope || (key.entry == kSpirvBackward && of_backward)) {
+      constants.push_back({i, key.constants[i]});
+    }
+  }
   return constants;
 }
 
 std::string RopeOpenClDefines(const RopeSpirvKey& key) {
-  std::string text = Text("-DROPE_DTYPE=", int{key.dtype}, " -DROPE_VECTOR=", int{key.vector});
+  std::string text =
+      Text("-DROPE_ENTRY=", int{key.entry}, " -DROPE_DTYPE=", int{key.dtype}, " -DROPE_VECTOR=", int{key.vector});
   for (size_t i = 0; i < kRopeSpecCount; ++i) Append(&text, Text(" -DROPE_SPEC_", i, "=", int{key.constants[i]}));
   return text;
+}
+
+const char* RopeSpirvFunction(const RopeSpirvKey& key) {
+  return key.entry == kSpirvRope       ? "rope_kernel"
+         : key.entry == kSpirvBackward ? "rope_backward_kernel"
+                                       : "rope_sums_kernel";
 }
 
 std::string RopeSpirvName(const RopeSpirvKey& key) {
   constexpr const char* kDtypes[] = {"", "float32", "float16", "bfloat16", "e4m3", "e5m2"};
   const auto& c = key.constants;
+  if (key.entry == kSpirvSums) return "backward sums";
+  const bool backward = key.entry == kSpirvBackward;
+  std::string name = backward ? "backward " : "";
   if (c[kRopeSpecNorm] == kRopeSpecArgument) {
-    return Text(kDtypes[key.dtype], " general v", int{key.vector}, " u", int{c[kRopeSpecUnits]});
+    return Text(name, kDtypes[key.dtype], " general v", int{key.vector}, " u", int{c[kRopeSpecUnits]});
   }
-  std::string name = Text(kDtypes[key.dtype], c[kRopeSpecInterleaved] ? " interleaved" : " neox");
+  if (backward && c[kRopeSpecSums]) name = "backward+sums ";
+  Append(&name, Text(kDtypes[key.dtype], c[kRopeSpecInterleaved] ? " interleaved" : " neox"));
   if (c[kRopeSpecNorm]) {
     Append(&name, Text(" rms", c[kRopeSpecWeightDtype] ? Text("*w:", kDtypes[c[kRopeSpecWeightDtype]]) : Text()));
   }
@@ -207,9 +245,9 @@ std::string RopeSpirvName(const RopeSpirvKey& key) {
                     ? Text(" table:", kDtypes[c[kRopeSpecTableDtype]], c[kRopeSpecTableVector] ? " wide" : "")
                     : Text(" turns"));
   if (c[kRopeSpecAxes]) name += " axes";
-  if (c[kRopeSpecCacheDtype]) Append(&name, Text(" store:", kDtypes[c[kRopeSpecCacheDtype]]));
+  if (!backward && c[kRopeSpecCacheDtype]) Append(&name, Text(" store:", kDtypes[c[kRopeSpecCacheDtype]]));
   if (c[kRopeSpecStoreOnly]) name += " k only";
-  if (c[kRopeSpecOutOfPlace]) name += " out";
+  if (!backward && c[kRopeSpecOutOfPlace]) name += " out";
   return Text(name, " v", int{key.vector}, " u", int{c[kRopeSpecUnits]}, " l", int{c[kRopeSpecLanes]});
 }
 
@@ -224,6 +262,11 @@ void FillRopeSpirvArgs(const RopeCall& call, const RopeSpirvPlan& plan, const vo
   args->pointers[kRopeSpirvTurns] = frequencies;
   args->pointers[kRopeSpirvFault] = fault;
   args->params = {call.params, plan.shape};
+  static constexpr auto kNames = TensorNames();
+  args->count = kRopeSpirvPointers;
+  args->ours = kRopeSpirvTurns;
+  args->bytes = sizeof(args->params);
+  args->names = kNames.data();
 }
 
 }  // namespace ropewalk

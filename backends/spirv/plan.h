@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <span>
 #include <string>
+#include <vector>
 
 #include "backends/spirv/kernel/args.h"
 #include "base/status.h"
@@ -16,11 +17,15 @@
 
 namespace ropewalk {
 
-// One compilation of backends/spirv/kernel/rope.cl, embedded at build time.
+// The kernels of backends/spirv/kernel, in the order of cmake/spirv.cmake.
+enum SpirvEntry : uint8_t { kSpirvRope = 0, kSpirvBackward = 1, kSpirvSums = 2 };
+
+// One compilation of one of them, embedded at build time.
 struct SpirvModule {
   const char* name;      // "bfloat16_v8"
   const uint8_t* bytes;  // SPIR-V 1.2 for OpenCL
   size_t size;
+  uint8_t entry;   // SpirvEntry
   uint8_t dtype;   // kRopeF32, kRopeF16, kRopeBF16
   uint8_t vector;  // elements of one access
 };
@@ -29,10 +34,9 @@ struct SpirvModule {
 std::span<const SpirvModule> RopeSpirvModules();
 const char* RopeSpirvMissing();
 
-// The kernel as OpenCL C, one text without includes, for devices that take no SPIR-V.
+// The kernels as OpenCL C, one text without includes, for devices that take no SPIR-V.
 const char* RopeOpenClSource();
 
-inline constexpr const char* kRopeSpirvKernel = "rope_kernel";
 // Tensors may be larger than 4 GB.
 inline constexpr const char* kRopeLevelZeroOptions = "-ze-opt-greater-than-4GB-buffer-required";
 
@@ -51,25 +55,37 @@ struct SpirvConstant {
 
 // Everything a kernel is built for: plain bytes, to be hashed and compared as such.
 struct RopeSpirvKey {
-  uint8_t dtype = kRopeNoDtype;  // with `vector`: the module
+  uint8_t entry = kSpirvRope;
+  uint8_t dtype = kRopeNoDtype;  // with `entry` and `vector`: the module
   uint8_t vector = 0;
   std::array<uint8_t, kRopeSpecCount> constants{};  // by number
 
   bool operator==(const RopeSpirvKey&) const = default;
 };
-static_assert(sizeof(RopeSpirvKey) == 14);
+static_assert(sizeof(RopeSpirvKey) == 15);
 
-struct RopeSpirvPlan {
-  RopeSpirvKey key;
-  uint32_t groups[3] = {0, 0, 0};  // work-groups: tokens, shares of a token's heads, batch; no work if one is 0
+struct SpirvGrid {
+  uint32_t groups[3] = {0, 0, 0};  // work-groups; no work if one is 0
   uint32_t local = 0;              // work-items of a group, all in the first dimension; a multiple of 16
-  rope_spirv_shape shape{};
-  const char* why = "";  // the choice of the layout, for explain()
 
   bool empty() const { return groups[0] == 0; }
 };
 
+// Its groups: tokens, shares of a token's heads, batch.
+struct RopeSpirvPlan : SpirvGrid {
+  RopeSpirvKey key;
+  rope_spirv_shape shape{};
+  const char* why = "";  // the choice of the layout, for explain()
+};
+
 Status PlanRopeSpirv(const RopeCall& call, const SpirvDevice& device, RopeSpirvPlan* plan);
+
+// For this plan and that of the gradient. Lanes for a head, and units of each that stay in registers, up to `most` (0:
+// they are too many for that): as few idle lanes as can be.
+void ChooseSpirvLanes(int units, int most, int* lanes, int* each);
+// The key and the shape, but for what the grid says.
+void FillSpirvPlan(const RopeCall& call, const SpirvDevice& device, int vector, int lanes, int each,
+                   RopeSpirvPlan* plan);
 
 // "" if the plan holds what the kernel takes for granted: each head of each token and each element of a head has one
 // owner, no access leaves its tensor, accesses are aligned, a work-group fits the device. Else a sentence. Takes a
@@ -78,17 +94,31 @@ std::string RopeSpirvPlanFault(const RopeCall& call, const SpirvDevice& device, 
 
 // The embedded module of the key; null if this build has none.
 const SpirvModule* RopeSpirvModuleOf(const RopeSpirvKey& key);
-std::array<SpirvConstant, kRopeSpecCount> RopeSpirvConstants(const RopeSpirvKey& key);
+// Those that its kernel has: drivers refuse others.
+std::vector<SpirvConstant> RopeSpirvConstants(const RopeSpirvKey& key);
 // The same choices as macros for a build from source: "-DROPE_DTYPE=3 -DROPE_VECTOR=8 -DROPE_SPEC_NORM=1 ..".
 std::string RopeOpenClDefines(const RopeSpirvKey& key);
+// The name of the kernel in its module.
+const char* RopeSpirvFunction(const RopeSpirvKey& key);
 // For people: "bfloat16 neox rms d128 r128 turns v8 u1 l8".
 std::string RopeSpirvName(const RopeSpirvKey& key);
 
-// The arguments of the kernel in order: kRopeSpirvPointers pointers, then the struct by value.
+// The arguments of a kernel in order: pointers, then a struct by value.
 struct RopeSpirvArgs {
-  std::array<const void*, kRopeSpirvPointers> pointers;
-  rope_spirv_params params;
+  std::array<const void*, kRopeSpirvPointers> pointers;  // of which `count` are the kernel's
+  union {
+    rope_spirv_params params;
+    rope_backward_params backward;
+    rope_sums_params sums;
+  };
+  uint32_t count, ours;      // from `ours` on they are memory of ours, not the caller's
+  uint32_t bytes;            // of the struct
+  const char* const* names;  // the caller's, of the pointers before `ours`
+
+  const void* data() const { return &params; }
 };
+static_assert(int{kRopeBackwardPointers} <= int{kRopeSpirvPointers} &&
+              int{kRopeSumsPointers} <= int{kRopeSpirvPointers});
 
 // `frequencies`: on the device, the turns and after them the axes of call.frequencies; null with a table. `fault`: on
 // the device, a rope_fault.

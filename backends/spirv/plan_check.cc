@@ -1,4 +1,4 @@
-// Whether a plan of the SPIR-V kernel fits its call: what the kernel takes for granted of its grid, its shape and its
+// Whether a plan of a SPIR-V kernel fits its call: what the kernel takes for granted of its grid, its shape and its
 // accesses. Walks the kernel's own loops over the kernel's own index arithmetic (backends/spirv/kernel/index.h).
 // SPDX-License-Identifier: Apache-2.0
 #include <algorithm>
@@ -6,6 +6,7 @@
 #include <bit>
 #include <vector>
 
+#include "backends/spirv/backward.h"
 #include "backends/spirv/kernel/index.h"
 #include "backends/spirv/plan.h"
 #include "base/text.h"
@@ -22,12 +23,22 @@ class Checker {
       : v_(call.variant), p_(call.params), t_(call.tensors), device_(device), plan_(plan), s_(plan.shape) {}
 
   std::string Fault() {
-    heads_ = p_.q_heads + (t_.k ? p_.k_heads : 0);
-    all_heads_ = heads_ + (v_.store_v ? p_.k_heads : 0);
-    const bool work = p_.batch > 0 && p_.tokens > 0 && all_heads_ > 0;
-    if (plan_.empty()) return work ? "a call with work has no work-groups" : "";
-    if (!work) return Text("a call without work has ", plan_.groups[0], " work-groups");
-    Grid() && Choices() && Shape() && Lanes() && Heads() && Elements() && Tensors() && Tables() && Pages();
+    if (!Begin()) return std::move(fault_);
+    if (Grid() && Same("entry", plan_.key.entry, kSpirvRope)) {
+      Choices() && Shape() && Lanes() &&
+          Same("step", s_.step, int64_t{plan_.groups[1]} * s_.sub_groups * s_.heads_at_once) && Heads() && Elements() &&
+          Tensors() && Tables() && Pages();
+    }
+    return std::move(fault_);
+  }
+  // Of the gradient. The call must be its turn, out of place.
+  std::string Fault(const RopeBackwardCall& call, const RopeSpirvBackwardPlan& plan) {
+    backward_ = &call;
+    if (Begin()) {
+      Rows(plan) && Same("entry", plan_.key.entry, kSpirvBackward) && Choices() && Shape() && Lanes() &&
+          Same("step", s_.step, s_.heads_at_once) && Elements() && Tensors() && Tables();
+    }
+    if (fault_.empty()) Sums(plan);
     return std::move(fault_);
   }
 
@@ -42,17 +53,32 @@ class Checker {
     return Require(got == want, what, " must be ", want, ", but is ", got);
   }
 
+  // False: the rest need not be looked at.
+  bool Begin() {
+    heads_ = p_.q_heads + (t_.k ? p_.k_heads : 0);
+    all_heads_ = heads_ + (v_.store_v ? p_.k_heads : 0);
+    vector_ = plan_.key.vector;
+    bytes_ = RopeDtypeBytes(v_.dtype);
+    const bool work = p_.batch > 0 && p_.tokens > 0 && all_heads_ > 0;
+    if (plan_.empty()) {
+      if (work) fault_ = "a call with work has no work-groups";
+      return false;
+    }
+    return Require(work, "a call without work has ", plan_.groups[0], " work-groups");
+  }
+
   // ---- the grid: work-groups of one token
 
   bool Grid() {
-    vector_ = plan_.key.vector;
-    bytes_ = RopeDtypeBytes(v_.dtype);
     return Same("groups[0], one a token,", plan_.groups[0], p_.tokens) &&
            Same("groups[2], one a batch entry,", plan_.groups[2], p_.batch) &&
            Require(plan_.groups[1] >= 1, "groups[1] must be at least 1, but is 0") &&
            Require(plan_.groups[1] <= static_cast<uint32_t>(all_heads_), "groups[1] must be at most ", all_heads_,
                    ", one a head, but is ", plan_.groups[1]) &&
-           Require(plan_.local > 0 && plan_.local % ROPE_SUB_GROUP == 0, "a work-group must be of whole sub-groups of ",
+           Group();
+  }
+  bool Group() {
+    return Require(plan_.local > 0 && plan_.local % ROPE_SUB_GROUP == 0, "a work-group must be of whole sub-groups of ",
                    ROPE_SUB_GROUP, ", but has ", plan_.local, " work-items") &&
            Require(plan_.local <= static_cast<uint32_t>(std::max(device_.max_local, 1)), "a work-group may have ",
                    device_.max_local, " work-items, but has ", plan_.local) &&
@@ -60,6 +86,53 @@ class Checker {
            Require(std::has_single_bit(static_cast<unsigned>(vector_)) && vector_ * bytes_ <= 16,
                    "an access must be of a power of two of elements and 16 bytes at most, but is of ", vector_,
                    " elements of ", bytes_, " bytes");
+  }
+
+  // ---- the gradient's grids: work-groups of q, then of k, and the rows of each; the sums that they leave
+
+  bool Rows(const RopeSpirvBackwardPlan& plan) {
+    const auto dealt = [&](const char* name, int32_t groups, int heads) {
+      return heads == 0
+                 ? Same(name, groups, 0)
+                 : Require(groups >= 1, name, " must be at least 1, as there are ", heads, " heads, but is ", groups);
+    };
+    return dealt("q_groups", plan.q_groups, p_.q_heads) && dealt("k_groups", plan.k_groups, heads_ - p_.q_heads) &&
+           Same("groups[0]", plan_.groups[0], int64_t{plan.q_groups} + plan.k_groups) &&
+           Same("groups[1]", plan_.groups[1], 1) && Same("groups[2]", plan_.groups[2], 1) && Group() &&
+           RowsOf("q", plan.q_groups) && RowsOf("k", plan.k_groups);
+  }
+  // The first rows are the numbers below the step, each once: then every row has one owner.
+  bool RowsOf(const char* name, int32_t groups) {
+    const int step = rope_row_step(groups, s_.sub_groups);
+    std::vector<uint8_t> owners(static_cast<size_t>(std::max(step, 0)));
+    for (int group = 0; group < groups; ++group) {
+      for (int sub_group = 0; sub_group < static_cast<int>(plan_.local) / ROPE_SUB_GROUP; ++sub_group) {
+        const int row = rope_first_row(group, s_.sub_groups, sub_group);
+        if (!Require(row >= 0 && row < step && owners[static_cast<size_t>(row)]++ == 0, "work-group ", group, " of ",
+                     name, " begins at row ", row, ", which is another's, as every ", step, "th is taken")) {
+          return false;
+        }
+      }
+    }
+    return Require(std::ranges::count(owners, 0) == 0, "rows of ", name, " have no owner");
+  }
+  bool Sums(const RopeSpirvBackwardPlan& plan) {
+    const int weights = (backward_->q_weight_grad ? 1 : 0) + (backward_->k_weight_grad ? 1 : 0);
+    if (weights == 0) {
+      return Require(plan.sums.empty() && plan.workspace == 0, "no weight's gradient is wanted, but there are sums");
+    }
+    const int64_t sets = plan_.empty() ? 0 : int64_t{plan_.local / ROPE_SUB_GROUP} * s_.heads_at_once;
+    return Same("workspace", plan.workspace, plan_.groups[0] * sets * 2 * p_.head_dim) &&
+           Same("the entry of the sums", plan.sums_key.entry, kSpirvSums) &&
+           Same("groups[0] of the sums, one for so many elements,", plan.sums.groups[0],
+                (p_.head_dim + ROPE_SUMS_ELEMENTS - 1) / ROPE_SUMS_ELEMENTS) &&
+           Same("groups[1] of the sums, one a weight,", plan.sums.groups[1], weights) &&
+           Same("groups[2] of the sums", plan.sums.groups[2], 1) &&
+           Require(plan.sums.local > 0 && plan.sums.local % ROPE_SUMS_ELEMENTS == 0 &&
+                       plan.sums.local <= ROPE_SUMS_MOST_ITEMS &&
+                       plan.sums.local <= static_cast<uint32_t>(std::max(device_.max_local, 1)),
+                   "a work-group of the sums must have whole ", ROPE_SUMS_ELEMENTS, "s of work-items, at most ",
+                   std::min(device_.max_local, ROPE_SUMS_MOST_ITEMS), ", but has ", plan.sums.local);
   }
 
   // ---- the kernel's choices are those of the call
@@ -73,7 +146,7 @@ class Checker {
                         v_.table_dtype,
                         -1,  // see Tables()
                         v_.axes != 0,
-                        v_.cache_dtype,
+                        backward_ ? backward_->HasWeightGrads() : int{v_.cache_dtype},
                         v_.out_of_place,
                         v_.store_k == kRopeStoreOnly};
     static_assert(std::size(want) == kRopeSpecUnits && kRopeSpecLanes == kRopeSpecUnits + 1);
@@ -123,8 +196,7 @@ class Checker {
     if (!Require(s_.lanes >= 1 && s_.lanes <= ROPE_SUB_GROUP, "lanes must be from 1 to ", ROPE_SUB_GROUP, ", but are ",
                  s_.lanes) ||
         !Same("heads_at_once", s_.heads_at_once, ROPE_HEADS_AT_ONCE(s_.lanes)) ||
-        !Same("sub_groups", s_.sub_groups, plan_.local / ROPE_SUB_GROUP) ||
-        !Same("step", s_.step, int64_t{plan_.groups[1]} * s_.sub_groups * s_.heads_at_once)) {
+        !Same("sub_groups", s_.sub_groups, plan_.local / ROPE_SUB_GROUP)) {
       return false;
     }
     for (int id = 0; id < ROPE_SUB_GROUP; ++id) {
@@ -134,7 +206,7 @@ class Checker {
         return false;
       }
     }
-    const int most = ROPE_MOST_UNITS(vector_ * bytes_);
+    const int most = backward_ ? 1 : ROPE_MOST_UNITS(vector_ * bytes_);
     if (!Require(each_ <= most, "a lane can keep ", most, " units, but is to keep ", each_)) return false;
     if (fixed_lanes_) {
       return Require(fixed_lanes_ == 4 || fixed_lanes_ == 8 || fixed_lanes_ == 16,
@@ -233,6 +305,10 @@ class Checker {
     const auto aligned = [&](const char* name, const void* data, int element_bytes, const rope_strides& s) {
       return Aligned(name, data, element_bytes, vector_, {s.batch, s.token, s.head});
     };
+    if (backward_ && !(aligned("x of q", backward_->q, bytes_, backward_->q_strides) &&
+                       aligned("x of k", backward_->k, bytes_, backward_->k_strides))) {
+      return false;
+    }
     return aligned("q", t_.q, bytes_, p_.q) && aligned("k", t_.k, bytes_, p_.k) &&
            aligned("q_out", t_.q_out, bytes_, p_.q_out) && aligned("k_out", t_.k_out, bytes_, p_.k_out) &&
            aligned("v", t_.v, bytes_, p_.v) && aligned("k_cache", t_.k_cache, cache, p_.k_cache) &&
@@ -293,6 +369,7 @@ class Checker {
   const SpirvDevice& device_;
   const RopeSpirvPlan& plan_;
   const rope_spirv_shape& s_;
+  const RopeBackwardCall* backward_ = nullptr;  // of a gradient
   int heads_ = 0, all_heads_ = 0, vector_ = 1, bytes_ = 2;
   std::array<int, kRopeSpecUnits> choices_ = {};
   int interleaved_ = 0, each_ = 0, fixed_lanes_ = 0;
@@ -305,6 +382,13 @@ class Checker {
 
 std::string RopeSpirvPlanFault(const RopeCall& call, const SpirvDevice& device, const RopeSpirvPlan& plan) {
   return Checker(call, device, plan).Fault();
+}
+
+std::string RopeSpirvBackwardPlanFault(const RopeBackwardCall& call, const SpirvDevice& device,
+                                       const RopeSpirvBackwardPlan& plan) {
+  RopeCall turn = call.turn;
+  turn.variant.out_of_place = 1;
+  return Checker(turn, device, plan.rows).Fault(call, plan);
 }
 
 }  // namespace ropewalk

@@ -135,16 +135,7 @@ TEST(CudaEmulated, SeveralUnitsOfAThread) {
 // The gradient: cases of the list, and random ones. Their kernel is compiled like any other.
 void ExpectGradients(const std::vector<RopeCase>& cases, const char* what) {
   ASSERT_TRUE(force_backend("cuda"));
-  double worst = 0;
-  for (const RopeCase& c : cases) {
-    const CaseResult result = RunBackwardCase(c, CudaMemory());
-    worst = std::max(worst, result.worst);
-    EXPECT_TRUE(result.passed) << c.name << ": " << result.message;
-  }
-  const std::string counters = ropewalk_counters();
-  for (const char* kernel : {"\"cuda backward+sums ", "\"cuda backward sums\""})
-    EXPECT_NE(counters.find(kernel), std::string::npos) << kernel;
-  Report(Text(cases.size(), " gradients on an emulated CUDA GPU: ", what, ", the worst ", worst, " of its tolerance"));
+  ExpectGradientsPass(cases, CudaMemory(), "cuda", Text("an emulated CUDA GPU: ", what));
 }
 
 TEST(CudaEmulated, Gradients) {

@@ -14,9 +14,11 @@
 #include <string>
 #include <thread>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "backends/intel/level_zero/context.h"
+#include "backends/spirv/backward.h"
 #include "backends/spirv/plan.h"
 #include "base/text.h"
 #include "conformance/case_call.h"
@@ -286,6 +288,126 @@ TEST_F(LevelZeroHost, LaunchesWithTheArgumentsInOrder) {
   });
 }
 
+// A gradient of norm and rotation, with both weights' sums.
+struct GradientCall : Call {
+  DLTensor q_grad, k_grad, weight, q_sums, k_sums, workspace;
+  int64_t weight_shape[1] = {128}, workspace_shape[1] = {0};
+  ropewalk_rope_gradients gradients;
+
+  explicit GradientCall(void* context_ = nullptr, void* sycl_queue = nullptr) : Call(context_) {
+    const auto tensor = [&](const DLTensor& like, int rank, int64_t* shape, DLDataType dtype) {
+      int64_t count = 1;
+      for (int i = 0; i < rank; ++i) count *= shape[i];
+      DLTensor out = like;
+      out.data = Fake().allocate(context, like.device.device_id, static_cast<size_t>(count * dtype.bits / 8));
+      out.ndim = rank;
+      out.shape = shape;
+      out.dtype = dtype;
+      return out;
+    };
+    q_grad = tensor(q, 3, q_shape, q.dtype);
+    k_grad = tensor(k, 3, k_shape, k.dtype);
+    weight = tensor(q, 1, weight_shape, q.dtype);
+    q_sums = tensor(q, 1, weight_shape, {kDLFloat, 32, 1});
+    k_sums = tensor(q, 1, weight_shape, {kDLFloat, 32, 1});
+    args.q_weight = args.k_weight = &weight;
+    args.sycl_queue = sycl_queue;
+    gradients.q_grad = &q_grad;
+    gradients.k_grad = &k_grad;
+    gradients.q_weight_grad = &q_sums;
+    gradients.k_weight_grad = &k_sums;
+    workspace_shape[0] = ropewalk_rope_backward_workspace(&args, &gradients);
+    EXPECT_GT(workspace_shape[0], 0) << ropewalk_last_error();
+    workspace = tensor(q, 1, workspace_shape, {kDLFloat, 32, 1});
+    gradients.workspace = &workspace;
+  }
+};
+
+TEST_F(LevelZeroHost, AGradientIsTwoLaunchesWithABarrierBetween) {
+  InFreshProcess(kFake, [] {
+    GradientCall call;
+    ASSERT_EQ(ropewalk_rope_backward(&call.args, &call.gradients, nullptr), ROPEWALK_OK) << LastError();
+    ASSERT_EQ(Fake().launches().size(), 2u);
+    const FakeZeLaunch rows = Fake().launches()[0], sums = Fake().launches()[1];
+    EXPECT_EQ(rows.function, "rope_backward_kernel");
+    EXPECT_EQ(sums.function, "rope_sums_kernel");
+    EXPECT_EQ(rows.barriers, 0);
+    EXPECT_EQ(sums.barriers, 1);
+    RopeBackwardCall lowered;
+    ASSERT_TRUE(LowerRopeBackward(call.args, call.gradients, nullptr, &lowered).ok());
+    RopeSpirvBackwardPlan plan;
+    ASSERT_TRUE(PlanRopeSpirvBackward(lowered, GetLevelZeroDriver().devices[0].properties, &plan).ok());
+    EXPECT_EQ(plan.workspace, call.workspace_shape[0]);
+    for (int i = 0; i < 3; ++i) {
+      EXPECT_EQ(rows.groups[i], plan.rows.groups[i]);
+      EXPECT_EQ(sums.groups[i], plan.sums.groups[i]);
+    }
+    EXPECT_EQ(rows.group_size[0], plan.rows.local);
+    EXPECT_EQ(sums.group_size[0], plan.sums.local);
+    EXPECT_EQ(rows.constants[kRopeSpecSums], 1u);
+    EXPECT_EQ(sums.constants.size(), 0u);
+    ASSERT_EQ(rows.arguments.size(), size_t{kRopeBackwardPointers} + 1);
+    const std::pair<int, const DLTensor*> pointers[] = {
+        {0, &call.q_grad},  {1, &call.k_grad},         {2, &call.positions},      {7, &call.weight},
+        {8, &call.weight},  {9, &call.q_grad},  // in place
+        {10, &call.k_grad}, {kRopeBackwardQ, &call.q}, {kRopeBackwardK, &call.k}, {kRopeBackwardSums, &call.workspace}};
+    for (const auto& [index, tensor] : pointers) {
+      EXPECT_EQ(PointerOf(rows.arguments[static_cast<size_t>(index)]), tensor->data) << index;
+    }
+    EXPECT_NE(PointerOf(rows.arguments[kRopeBackwardTurns]), nullptr);
+    EXPECT_NE(PointerOf(rows.arguments[kRopeBackwardFault]), nullptr);
+    rope_backward_params params;
+    ASSERT_EQ(rows.arguments[kRopeBackwardPointers].size(), sizeof(params));
+    std::memcpy(&params, rows.arguments[kRopeBackwardPointers].data(), sizeof(params));
+    EXPECT_EQ(params.q.token, 4 * 128);
+    EXPECT_EQ(params.k.head, 128);
+    EXPECT_EQ(params.q_groups, plan.q_groups);
+    EXPECT_EQ(params.shape.sine_flip, 0x80000000u);  // turned back
+    EXPECT_EQ(PointerOf(sums.arguments[0]), call.workspace.data);
+    EXPECT_EQ(PointerOf(sums.arguments[1]), call.q_sums.data);
+    EXPECT_EQ(PointerOf(sums.arguments[2]), call.k_sums.data);
+    EXPECT_EQ(sums.arguments[kRopeSumsPointers].size(), sizeof(rope_sums_params));
+    // Without sums there is one launch, and nothing waits for it.
+    call.gradients.q_weight_grad = call.gradients.k_weight_grad = nullptr;
+    EXPECT_EQ(ropewalk_rope_backward_workspace(&call.args, &call.gradients), 0);
+    ASSERT_EQ(ropewalk_rope_backward(&call.args, &call.gradients, nullptr), ROPEWALK_OK) << LastError();
+    ASSERT_EQ(Fake().launches().size(), 3u);
+    EXPECT_EQ(Fake().launches()[2].barriers, 1);
+    EXPECT_EQ(Fake().launches()[2].constants[kRopeSpecSums], 0u);
+  });
+}
+
+// By the caller's names, and nothing is launched.
+TEST_F(LevelZeroHost, TensorsOfAGradientMustBeMemoryOfTheContext) {
+  InFreshProcess(kFake, [] {
+    GradientCall call;
+    static float elsewhere[1 << 16];
+    const std::pair<const char*, DLTensor*> tensors[] = {{"q_grad", &call.q_grad},
+                                                         {"k_grad", &call.k_grad},
+                                                         {"q", &call.q},
+                                                         {"k", &call.k},
+                                                         {"q_weight", &call.weight},
+                                                         {"q_weight_grad", &call.q_sums},
+                                                         {"k_weight_grad", &call.k_sums},
+                                                         {"workspace", &call.workspace},
+                                                         {"positions", &call.positions}};
+    for (const auto& [name, tensor] : tensors) {
+      void* const data = std::exchange(tensor->data, elsewhere);
+      EXPECT_EQ(ropewalk_rope_backward(&call.args, &call.gradients, nullptr), ROPEWALK_INVALID_ARGUMENT) << name;
+      EXPECT_HAS(LastError(), Text("rope: ", name, " is said to be on xpu:0, but its data is no memory of"));
+      tensor->data = data;
+    }
+    EXPECT_EQ(Fake().launches().size(), 0u);
+  });
+}
+TEST_F(LevelZeroHost, ABarrierThatIsRefusedIsTold) {
+  InFreshProcess(With(kFake, {{"FAKE_ZE_REFUSE", "zeCommandListAppendBarrier"}}), [] {
+    GradientCall call;
+    EXPECT_EQ(ropewalk_rope_backward(&call.args, &call.gradients, nullptr), ROPEWALK_DRIVER_ERROR);
+    EXPECT_HAS(LastError(), "rope: zeCommandListAppendBarrier failed");
+  });
+}
+
 TEST_F(LevelZeroHost, OneBuildServesAllLaterCalls) {
   InFreshProcess(kFake, [] {
     Call call;
@@ -550,6 +672,28 @@ TEST_F(LevelZeroHost, ASyclQueueOfLevelZero) {
     call.args.sycl_queue = nullptr;
     ASSERT_EQ(ropewalk_rope(&call.args, Fake().new_list(context, 0)), ROPEWALK_OK) << LastError();
     for (size_t i = 0; i < kRopeSpecCount; ++i) EXPECT_EQ(Fake().launches()[0].constants[i], plan.key.constants[i]);
+  });
+}
+
+TEST_F(LevelZeroHost, AGradientOnASyclQueueOfLevelZero) {
+  InFreshProcess(kFakeQueue, [] {
+    (void)IntelBackend();
+    void* context = Fake().new_context();
+    FakeSyclQueue queue = QueueOf(kSyclLevelZero, "Level Zero", context, GetLevelZeroDriver().devices[0].handle);
+    GradientCall call(context, &queue);
+    for (int i = 0; i < 2; ++i) {
+      ASSERT_EQ(ropewalk_rope_backward(&call.args, &call.gradients, nullptr), ROPEWALK_OK) << LastError();
+    }
+    EXPECT_EQ(Fake().modules(), 2);
+    EXPECT_EQ(Sycl().wrapped, 2);
+    ASSERT_EQ(Sycl().launches.size(), 4u);
+    const FakeSyclLaunch &rows = Sycl().launches[2], &sums = Sycl().launches[3];
+    ASSERT_EQ(rows.arguments.size(), size_t{kRopeBackwardPointers} + 1);
+    EXPECT_EQ(PointerOf(rows.arguments[kRopeBackwardSums]), call.workspace.data);
+    EXPECT_EQ(rows.arguments[kRopeBackwardPointers].size(), sizeof(rope_backward_params));
+    ASSERT_EQ(sums.arguments.size(), size_t{kRopeSumsPointers} + 1);
+    EXPECT_EQ(PointerOf(sums.arguments[1]), call.q_sums.data);
+    EXPECT_EQ(sums.arguments[kRopeSumsPointers].size(), sizeof(rope_sums_params));
   });
 }
 

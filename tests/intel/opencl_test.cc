@@ -23,6 +23,7 @@
 #include "backends/opencl/library.h"
 #include "backends/spirv/plan.h"
 #include "base/text.h"
+#include "conformance/backward.h"
 #include "conformance/case_call.h"
 #include "conformance/runner.h"
 #include "conformance/variants.h"
@@ -160,6 +161,137 @@ TEST(OpenClConformance, TensorsOfACallersContext) {
     NEEDS_DEVICE();
     ExpectAllPass(Every(1, 0, Float32Of64), OpenClMemory(),
                   "kDLOpenCL tensors on a caller's queue, float32 of head_dim 64");
+  });
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The gradient of norm and rotation. Few kernels are built: those of heads of 64 and of what the random ones draw
+
+std::vector<RopeCase> Gradients(size_t step, const std::function<bool(const RopeCase&)>& which) {
+  std::vector<RopeCase> cases;
+  size_t i = 0;
+  for (const RopeCase& c : BackwardCases(1)) {
+    if (which(c) && (c.norm || c.weight != Weight::kNone) && i++ % step == 0) cases.push_back(c);
+  }
+  return cases;
+}
+void ExpectGradients(const std::vector<RopeCase>& cases, DeviceMemory& memory, const std::string& what) {
+  ASSERT_EQ(ropewalk_force_backend("opencl"), ROPEWALK_OK) << ropewalk_last_error();
+  ExpectGradientsPass(cases, memory, "opencl", Text(GetOpenCl().devices.front().text, ": ", what));
+}
+
+TEST(OpenClGradient, BFloat16) {
+  InFreshProcess({}, [] {
+    NEEDS_DEVICE();
+    ExpectGradients(Gradients(3, [](const RopeCase& c) { return c.dtype == kBF16; }), HostMemory(),
+                    "every 3rd of bfloat16");
+  });
+}
+TEST(OpenClGradient, Float16HeadsOf64) {
+  InFreshProcess({}, [] {
+    NEEDS_DEVICE();
+    ExpectGradients(Gradients(2, [](const RopeCase& c) { return c.dtype == kF16 && IsOf64(c); }), HostMemory(),
+                    "every 2nd of float16 of head_dim 64");
+  });
+}
+TEST(OpenClGradient, Random) {
+  InFreshProcess({}, [] {
+    NEEDS_DEVICE();
+    ExpectGradients(RandomBackwardCases(11, 200), HostMemory(), "random ones");
+  });
+}
+// On a caller's queue, in the caller's memory.
+TEST(OpenClGradient, OfACallersContext) {
+  InFreshProcess({}, [] {
+    NEEDS_DEVICE();
+    ExpectGradients(Gradients(4, Float32Of64), OpenClMemory(), "a caller's queue, every 4th of float32 of head_dim 64");
+  });
+}
+TEST(OpenClGradient, FromSource) {
+  InFreshProcess({{"ROPEWALK_OPENCL_SOURCE", "1"}}, [] {
+    NEEDS_DEVICE();
+    ExpectGradients(Gradients(31, Float32Of64), HostMemory(),
+                    "built from source, every 31st of float32 of head_dim 64");
+  });
+}
+// As on GPUs, specialised: as few as hold every pair of a module, units and sums.
+void ExactGradients(const char* gpu, int register_bytes) {
+  InFreshProcess({{"ROPEWALK_OPENCL_GENERAL", "0"}}, [&] {
+    NEEDS_DEVICE();
+    if (!GetOpenCl().devices.front().spirv) GTEST_SKIP() << "the device takes no SPIR-V";
+    auto& device = const_cast<OpenClDevice&>(GetOpenCl().devices.front());
+    device.properties.register_bytes = register_bytes;
+    std::vector<RopeCase> cases = BackwardCases(1);
+    std::vector<SpirvVariant> variants;
+    const Status status = SpirvBackwardVariantsOf(cases, device.properties, &variants);
+    ASSERT_TRUE(status.ok()) << status.text();
+    const size_t all = variants.size();
+    variants = FewCovering(variants, [](const RopeSpirvKey& key) {
+      const auto& c = key.constants;
+      return std::vector<int>{key.entry, key.dtype * 16 + key.vector, c[kRopeSpecUnits], c[kRopeSpecLanes] != 0,
+                              c[kRopeSpecSums]};
+    });
+    std::set<std::string> names;
+    for (const SpirvVariant& variant : variants) names.insert(variant.of);
+    std::erase_if(cases, [&](const RopeCase& c) { return !names.contains(c.name); });
+    ExpectGradients(cases, HostMemory(), Text("specialised as on ", gpu, ", ", names.size(), " of ", all, " variants"));
+  });
+}
+TEST(OpenClGradient, ExactVariantsOfPvc) { ExactGradients("pvc", 64); }
+TEST(OpenClGradient, ExactVariantsOfDg2) { ExactGradients("dg2", 32); }
+
+// Sums of many rows, by sub-groups of which each has many; and the same bits each time.
+TEST(OpenClGradient, SumsOverManyRows) {
+  InFreshProcess({}, [] {
+    NEEDS_DEVICE();
+    std::vector<RopeCase> cases;
+    for (const int64_t tokens : {1, 127, 20000}) {
+      RopeCase c;
+      c.dtype = c.weight_dtype = kF32;
+      c.tokens = tokens;
+      c.q_heads = 2;
+      c.k_heads = 1;
+      c.head_dim = 64;
+      c.norm = true;
+      c.weight = Weight::kPlain;
+      c.name = Text("long", tokens);
+      cases.push_back(c);
+    }
+    ExpectGradients(cases, HostMemory(), "1 to 20,000 rows");
+    std::unique_ptr<CaseCall> call;
+    ASSERT_TRUE(CaseCall::MakeBackward(cases.back(), HostMemory(), &call).ok());
+    const auto sums = [&] {
+      std::vector<float> all;
+      EXPECT_TRUE(call->Reset().ok() && call->Run().ok());
+      for (const DLTensor* sum : {call->gradients().q_weight_grad, call->gradients().k_weight_grad}) {
+        if (!sum) continue;
+        const auto* data = static_cast<const float*>(DataOf(*sum));
+        all.insert(all.end(), data, data + 64);
+      }
+      return all;
+    };
+    const std::vector<float> first = sums();
+    EXPECT_GE(first.size(), 64u);
+    for (int i = 0; i < 3; ++i) EXPECT_EQ(sums(), first);
+  });
+}
+// The sum of nothing.
+TEST(OpenClGradient, NoTokens) {
+  InFreshProcess({}, [] {
+    NEEDS_DEVICE();
+    ASSERT_EQ(ropewalk_force_backend("opencl"), ROPEWALK_OK) << ropewalk_last_error();
+    RopeCase c;
+    c.dtype = c.weight_dtype = kF32;
+    c.tokens = 0;
+    c.head_dim = 64;
+    c.norm = true;
+    c.weight = Weight::kPlain;
+    for (const char* name : {"none", "none2", "none3"}) {  // some weights are frozen, by the name
+      c.name = name;
+      const CaseResult result = RunBackwardCase(c, HostMemory());
+      EXPECT_TRUE(result.passed) << name << ": " << result.message;
+    }
+    EXPECT_EQ(std::string(ropewalk_counters()).find("backward+"), std::string::npos);
   });
 }
 

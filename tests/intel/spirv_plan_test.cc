@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "backends/spirv/backward.h"
 #include "backends/spirv/plan.h"
 #include "base/text.h"
 #include "tests/plan_space.h"
@@ -294,6 +295,151 @@ TEST(SpirvPlan, APlanOfAnotherCallIsFoundOut) {
       EXPECT_NE(RopeSpirvPlanFault(other, device, plan), "") << name << "\n" << Describe(call, device, plan);
     }
   }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The gradient
+
+// That of such a call: with a norm, without stores, x laid out like dY.
+RopeBackwardCall DrawBackward(PlanDraw& draw, RopeCall call) {
+  call.variant.norm = 1;
+  call.variant.store_v = call.variant.cache_dtype = call.variant.slots_dtype = kRopeNoDtype;
+  call.variant.store_k = kRopeNoStore;
+  RopeTensors& t = call.tensors;
+  t.v = t.slots = nullptr;
+  t.k_cache = t.v_cache = nullptr;
+  t.k_scale = t.v_scale = nullptr;
+  if (t.k && !t.k_out) {
+    t.k_out = t.k;
+    call.params.k_out = call.params.k;
+  }
+  RopeBackwardCall backward;
+  backward.turn = call;
+  const auto x_of = [&](uintptr_t at) {
+    const auto off = draw.OneIn(12) ? static_cast<uintptr_t>(RopeDtypeBytes(call.variant.dtype)) << draw.From(0, 4) : 0;
+    return reinterpret_cast<const void*>((uintptr_t{1} << 52) + (at << 44) + off);
+  };
+  backward.q = x_of(0);
+  backward.q_strides = call.params.q;
+  if (t.k) {
+    backward.k = x_of(1);
+    backward.k_strides = call.params.k;
+  }
+  static float sums[2];
+  if (call.variant.weight != kRopeNoWeight) {
+    if (!draw.OneIn(3)) backward.q_weight_grad = &sums[0];
+    if (t.k && !draw.OneIn(3)) backward.k_weight_grad = &sums[1];
+  }
+  return backward;
+}
+RopeBackwardCall DrawBackward(PlanDraw& draw, const SpirvDevice& device) {
+  const int q_heads = static_cast<int>(draw.From(1, draw.OneIn(4) ? 256 : 64)),
+            k_heads = static_cast<int>(draw.From(0, 16));
+  return DrawBackward(draw,
+                      DrawCall(draw, q_heads, k_heads, DrawPart(draw), DrawTokens(draw, device, q_heads + k_heads)));
+}
+
+TEST(SpirvBackwardPlan, Holds) {
+  PlanDraw draw(8);
+  std::set<int> vectors, units, lanes, sub_groups;
+  std::set<bool> makes_sums, rest;
+  constexpr int kPlans = kPlansOfEach * 20;
+  for (int i = 0; i < kPlans; ++i) {
+    const SpirvDevice device = DrawDevice(draw);
+    const RopeBackwardCall call = DrawBackward(draw, device);
+    RopeSpirvBackwardPlan plan;
+    const Status status = PlanRopeSpirvBackward(call, device, &plan);
+    const std::string fault = status.ok() ? RopeSpirvBackwardPlanFault(call, device, plan) : status.text();
+    ASSERT_EQ(fault, "") << Describe(call.turn, device, plan.rows);
+    // There is a module for it, where this build has any.
+    if (!RopeSpirvModules().empty()) {
+      ASSERT_NE(RopeSpirvModuleOf(plan.rows.key), nullptr) << RopeSpirvName(plan.rows.key);
+    }
+    // Sums are small beside what is read for them: 16 heads for a set, unless there is but one sub-group of each kind.
+    const rope_params& p = call.turn.params;
+    const int64_t heads = p.batch * p.tokens * (p.q_heads + (call.turn.tensors.k ? p.k_heads : 0));
+    const int64_t sets = plan.workspace / (2 * p.head_dim);
+    const int64_t group = int64_t{plan.rows.shape.sub_groups} * plan.rows.shape.heads_at_once;
+    ASSERT_LE(sets, std::max(2 * heads / 16, group) + 2 * group) << Describe(call.turn, device, plan.rows);
+    vectors.insert(plan.rows.key.dtype * 16 + plan.rows.key.vector);
+    units.insert(plan.rows.key.constants[kRopeSpecUnits]);
+    lanes.insert(plan.rows.shape.lanes);
+    sub_groups.insert(plan.rows.shape.sub_groups);
+    makes_sums.insert(!plan.sums.empty());
+    rest.insert(plan.rows.shape.rest > 0);
+  }
+  EXPECT_EQ(vectors.size(), 2u + 3u + 3u);
+  EXPECT_EQ(units, (std::set<int>{0, 1}));
+  EXPECT_EQ(lanes.size(), 16u);
+  EXPECT_EQ(sub_groups.size(), 8u);
+  for (const auto* both : {&makes_sums, &rest}) EXPECT_EQ(both->size(), 2u);
+  Report(Text(kPlans, " SPIR-V plans of gradients hold"));
+}
+
+TEST(SpirvBackwardPlan, NoTokens) {
+  PlanDraw draw(9);
+  const SpirvDevice device = DrawDevice(draw);
+  RopeBackwardCall call = DrawBackward(draw, DrawCall(draw, 4, 2, {64, 64, 0}, 3));
+  static float sum;
+  call.q_weight_grad = &sum;
+  call.turn.params.tokens = 0;
+  RopeSpirvBackwardPlan plan;
+  ASSERT_TRUE(PlanRopeSpirvBackward(call, device, &plan).ok());
+  EXPECT_TRUE(plan.rows.empty());
+  EXPECT_FALSE(plan.sums.empty());  // the sum of nothing
+  EXPECT_EQ(plan.workspace, 0);
+  EXPECT_EQ(RopeSpirvBackwardPlanFault(call, device, plan), "");
+  call.turn.params.tokens = int64_t{1} << 31;
+  EXPECT_EQ(PlanRopeSpirvBackward(call, device, &plan).text(),
+            Text("rope: q_grad must have fewer than 2^31 tokens on a GPU, but has ",
+                 call.turn.params.batch * call.turn.params.tokens));
+}
+
+TEST(SpirvBackwardPlan, EveryLieIsFoundOut) {
+  using Plan = RopeSpirvBackwardPlan;
+  const std::pair<const char*, std::function<void(Plan*)>> lies[] = {
+      {"a work-group of q more", [](Plan* plan) { ++plan->q_groups; }},
+      {"a work-group of q less", [](Plan* plan) { --plan->q_groups; }},
+      {"a work-group of k more", [](Plan* plan) { ++plan->k_groups; }},
+      {"a work-group of k less", [](Plan* plan) { --plan->k_groups; }},
+      {"a work-group more", [](Plan* plan) { ++plan->rows.groups[0]; }},
+      {"a second dimension", [](Plan* plan) { ++plan->rows.groups[1]; }},
+      {"a sub-group more", [](Plan* plan) { plan->rows.local += ROPE_SUB_GROUP; }},
+      {"another number of sub-groups", [](Plan* plan) { ++plan->rows.shape.sub_groups; }},
+      {"another step", [](Plan* plan) { ++plan->rows.shape.step; }},
+      {"more heads at once", [](Plan* plan) { ++plan->rows.shape.heads_at_once; }},
+      {"another number of lanes", [](Plan* plan) { ++plan->rows.shape.lanes; }},
+      {"another sine", [](Plan* plan) { plan->rows.shape.sine_flip ^= 0x80000000u; }},
+      {"a smaller workspace", [](Plan* plan) { --plan->workspace; }},
+      {"sums where none are wanted, or none", [](Plan* plan) { plan->rows.shape.choices[kRopeSpecSums] ^= 1; }},
+      {"the kernel of the operation", [](Plan* plan) { plan->rows.key.entry = kSpirvRope; }},
+      {"wider accesses", [](Plan* plan) { plan->rows.key.vector *= 2; }},
+      {"another dtype", [](Plan* plan) { plan->rows.key.dtype = plan->rows.key.dtype % 3 + 1; }},
+      {"a work-group of sums more", [](Plan* plan) { ++plan->sums.groups[0]; }},
+      {"a weight more", [](Plan* plan) { ++plan->sums.groups[1]; }},
+      {"half a row of work-items more", [](Plan* plan) { plan->sums.local += ROPE_SUMS_ELEMENTS / 2; }},
+      {"too many work-items for sums", [](Plan* plan) { plan->sums.local = 2 * ROPE_SUMS_MOST_ITEMS; }},
+      {"another kernel for sums", [](Plan* plan) { plan->sums_key.entry = kSpirvBackward; }}};
+  PlanDraw draw(10);
+  std::map<std::string, int> told;
+  for (int i = 0; i < 3000; ++i) {
+    const SpirvDevice device = DrawDevice(draw);
+    const RopeBackwardCall call = DrawBackward(draw, device);
+    RopeSpirvBackwardPlan plan;
+    ASSERT_TRUE(PlanRopeSpirvBackward(call, device, &plan).ok());
+    for (const auto& [name, tell] : lies) {
+      RopeSpirvBackwardPlan lying = plan;
+      tell(&lying);
+      // What there is none of may be said as one likes.
+      const bool of_sums = std::string_view(name).find("sums") != std::string_view::npos;
+      if (plan.sums.empty() && (of_sums || lying.sums.groups[1] || lying.sums.local) && lying.sums.empty()) continue;
+      if (plan.sums.empty() && of_sums && lying.sums_key.entry != plan.sums_key.entry) continue;
+      ASSERT_GE(RopeSpirvBackwardPlanFault(call, device, lying).size(), 10u) << name << "\n"
+                                                                             << Describe(call.turn, device, plan.rows);
+      ++told[name];
+    }
+  }
+  for (const auto& [name, tell] : lies) EXPECT_GE(told[name], 100) << name;
 }
 
 }  // namespace

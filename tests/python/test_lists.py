@@ -112,6 +112,20 @@ def test_the_opencl_kernel_takes_the_tensors_in_the_order_of_the_list() -> None:
     assert f"kRopeSpirvTurns = {len(listed)}, kRopeSpirvFault = {len(listed) + 1}" in args
 
 
+def test_the_opencl_kernels_of_the_gradient_take_what_the_host_hands_over() -> None:
+    folder = ROOT / "backends/spirv"
+    host = (folder / "backward.cc").read_text()
+    listed = [re.findall(r'"(\w+)"', names) for names in re.findall(r"kNames\[\] = \{(.*?)\};", host, re.DOTALL)]
+    own = {"x_of_q": "q", "x_of_k": "k", "q": "q_grad", "k_tensor": "k_grad", "q_out": "q_grad_out",
+           "k_out": "k_grad_out", "sums": "workspace", "cos_table": "cos", "sin_table": "sin"}  # fmt: skip
+    for kernel, names, more in (("backward", listed[0], ["turns", "fault"]), ("sums", listed[1], [])):
+        text = (folder / f"kernel/{kernel}.cl").read_text()
+        parameters = re.search(rf"void rope_{kernel}_kernel\((.*?)\) \{{", text, re.DOTALL)[1].split(",")
+        taken = [text.split()[-1] for text in parameters]
+        assert [own.get(name, name) for name in taken] == [*names, *more, "params"]
+        assert parameters[-1].split()[0] == f"rope_{kernel}_params"
+
+
 def test_the_opencl_kernel_has_each_specialisation_constant_by_its_number() -> None:
     """By number, as a build from source has macros for them."""
     args = (ROOT / "backends/spirv/kernel/args.h").read_text()

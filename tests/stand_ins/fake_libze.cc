@@ -9,6 +9,8 @@
 #include <memory>
 #include <mutex>
 #include <sstream>
+#include <string_view>
+#include <utility>
 
 #include "backends/intel/level_zero/driver.h"
 
@@ -70,7 +72,7 @@ class Fake final : public FakeZe {
   std::vector<FakeZeLaunch> launched;
   std::map<uintptr_t, Memory> memories;
   Context* own = nullptr;
-  int module_count = 0, allocation_count = 0;
+  int module_count = 0, allocation_count = 0, barrier_count = 0;
 };
 
 Fake& TheFake() {
@@ -144,8 +146,10 @@ EXPORT zeModuleCreate(ze::Context context, ze::Device, const ze::ModuleDesc* des
   for (uint32_t i = 0; i < desc->constants->count; ++i) {
     uint32_t value;
     std::memcpy(&value, desc->constants->values[i], sizeof(value));
-    if (desc->constants->ids[i] != i) return kInvalid;
-    module->constants.push_back(value);
+    const uint32_t id = desc->constants->ids[i];
+    if (id < module->constants.size()) return kInvalid;
+    module->constants.resize(id + 1);
+    module->constants[id] = value;
   }
   uint32_t magic = 0;
   if (desc->size > sizeof(magic)) std::memcpy(&magic, desc->bytes, sizeof(magic));
@@ -163,9 +167,14 @@ EXPORT zeModuleBuildLogGetString(ze::BuildLog, size_t* bytes, char* text) {
 }
 EXPORT zeModuleBuildLogDestroy(ze::BuildLog) { return ze::kSuccess; }
 EXPORT zeKernelCreate(ze::Module module, const ze::KernelDesc* desc, ze::Kernel* out) {
-  if (Refuses("zeKernelCreate") || std::strcmp(desc->name, kRopeSpirvKernel) != 0) return 0x78000011;
+  constexpr std::pair<const char*, size_t> kKernels[] = {{"rope_kernel", kRopeSpirvPointers},
+                                                         {"rope_backward_kernel", kRopeBackwardPointers},
+                                                         {"rope_sums_kernel", kRopeSumsPointers}};
+  const auto* known = std::ranges::find(kKernels, std::string_view(desc->name), &std::pair<const char*, size_t>::first);
+  if (Refuses("zeKernelCreate") || known == std::end(kKernels)) return 0x78000011;
   auto* kernel = new Kernel{reinterpret_cast<Module*>(module), {}};
-  kernel->state.arguments.resize(kRopeSpirvArguments);
+  kernel->state.function = known->first;
+  kernel->state.arguments.resize(known->second + 1);
   return *out = reinterpret_cast<ze::Kernel>(kernel), ze::kSuccess;
 }
 EXPORT zeKernelGetProperties(ze::Kernel, ze::KernelProperties* out) { return out->spilled_bytes = 0, ze::kSuccess; }
@@ -203,7 +212,14 @@ EXPORT zeCommandListAppendLaunchKernel(ze::CommandList list, ze::Kernel handle, 
   launch.options = kernel->module->options;
   launch.groups[0] = groups->x, launch.groups[1] = groups->y, launch.groups[2] = groups->z;
   const std::lock_guard lock(TheFake().mutex);
+  launch.barriers = TheFake().barrier_count;
   TheFake().launched.push_back(std::move(launch));
+  return ze::kSuccess;
+}
+EXPORT zeCommandListAppendBarrier(ze::CommandList, ze::Event, uint32_t, ze::Event*) {
+  if (Refuses("zeCommandListAppendBarrier")) return 0x70000001;
+  const std::lock_guard lock(TheFake().mutex);
+  ++TheFake().barrier_count;
   return ze::kSuccess;
 }
 EXPORT zeCommandListAppendMemoryCopy(ze::CommandList, void* to, const void* from, size_t bytes, ze::Event, uint32_t,

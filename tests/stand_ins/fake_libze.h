@@ -14,6 +14,8 @@ namespace ropewalk {
 struct FakeZeLaunch {
   void* list = nullptr;
   void* context = nullptr;  // of the module
+  std::string function;
+  int barriers = 0;  // appended to any list before it
   std::vector<uint32_t> constants;
   std::string options;
   uint32_t groups[3] = {}, group_size[3] = {};

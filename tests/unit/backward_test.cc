@@ -241,18 +241,6 @@ TEST_F(Refused, StructsOfOtherSizes) {
   EXPECT_STREQ(ropewalk_last_error(), "rope: gradients is null");
   EXPECT_EQ(ropewalk_rope_backward_workspace(nullptr, &gradients_), -1);
 }
-// By name, by backends that have none; what lies on a device is not looked at for that.
-TEST_F(Refused, OnABackendWithoutIt) {
-  for (View* view : {&q_, &k_, &q_grad_, &k_grad_, &weight_, &q_weight_grad_, &k_weight_grad_, &workspace_})
-    view->device = {kDLOpenCL, 0};
-  const std::vector<float> before = data_;
-  const Result result = rope_backward(args_, gradients_);
-  EXPECT_EQ(result.code, ROPEWALK_UNAVAILABLE);
-  EXPECT_EQ(result.text.find("rope: q_grad is on opencl:0, but the backend opencl has no gradient of the norm: "), 0u)
-      << result.text;
-  EXPECT_EQ(rope_backward_workspace(args_, gradients_), -ROPEWALK_UNAVAILABLE);
-  EXPECT_EQ(data_, before);
-}
 TEST_F(Refused, NothingForNoTokens) {
   for (View* view : {&q_, &q_grad_}) *view = At(0, {0, 2, 8});
   for (View* view : {&k_, &k_grad_}) *view = At(0, {0, 1, 8});

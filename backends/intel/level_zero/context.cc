@@ -60,7 +60,7 @@ Status BuildLevelZeroKernel(const LevelZeroDriver& driver, ze::Context context, 
   ROPEWALK_TRY(driver.Check(result, "zeModuleCreate", " for ", kernel->name, said.empty() ? "" : ":\n", said));
 
   ze::KernelDesc kernel_desc;
-  kernel_desc.name = kRopeSpirvKernel;
+  kernel_desc.name = RopeSpirvFunction(key);
   ze::Kernel function = nullptr;
   Status status =
       driver.Check(driver.KernelCreate(built, &kernel_desc, &function), "zeKernelCreate", " for ", kernel->name);
@@ -116,9 +116,9 @@ Status LevelZeroContext::Copy(void* to, const void* from, size_t bytes) {
                       "zeCommandListAppendMemoryCopy", " on ", device_name);
 }
 
-Status LevelZeroContext::Launch(SpirvKernel* kernel, const RopeSpirvPlan& plan, const RopeSpirvArgs& args,
-                                ze::CommandList list) {
-  const ze::Groups groups = {plan.groups[0], plan.groups[1], plan.groups[2]};
+Status LevelZeroContext::Launch(SpirvKernel* kernel, const SpirvGrid& grid, const RopeSpirvArgs& args,
+                                ze::CommandList list, bool is_last) {
+  const ze::Groups groups = {grid.groups[0], grid.groups[1], grid.groups[2]};
   const auto function = static_cast<ze::Kernel>(kernel->function);
   std::unique_lock<std::mutex> own;
   if (!list) {
@@ -126,18 +126,18 @@ Status LevelZeroContext::Launch(SpirvKernel* kernel, const RopeSpirvPlan& plan, 
     ROPEWALK_TRY(OwnList(&list));
   }
   const std::lock_guard lock(kernel->mutex);
-  ze::Result result = driver.KernelSetGroupSize(function, plan.local, 1, 1);
-  uint32_t index = 0;
-  for (const void* const& pointer : args.pointers) {
-    if (result != ze::kSuccess) break;
+  ze::Result result = driver.KernelSetGroupSize(function, grid.local, 1, 1);
+  for (uint32_t i = 0; i < args.count && result == ze::kSuccess; ++i) {
+    const void* const& pointer = args.pointers[i];
     // A null tensor is said by a null value: drivers refuse the address 0.
-    result = driver.KernelSetArgumentValue(function, index++, sizeof(pointer), pointer ? &pointer : nullptr);
+    result = driver.KernelSetArgumentValue(function, i, sizeof(pointer), pointer ? &pointer : nullptr);
   }
-  if (result == ze::kSuccess) {
-    result = driver.KernelSetArgumentValue(function, index, sizeof(args.params), &args.params);
-  }
+  if (result == ze::kSuccess) result = driver.KernelSetArgumentValue(function, args.count, args.bytes, args.data());
   if (result == ze::kSuccess) result = driver.AppendLaunchKernel(list, function, &groups, nullptr, 0, nullptr);
-  return driver.Check(result, "zeCommandListAppendLaunchKernel", " on ", device_name);
+  ROPEWALK_TRY(driver.Check(result, "zeCommandListAppendLaunchKernel", " on ", device_name));
+  if (is_last) return {};
+  return driver.Check(driver.AppendBarrier(list, nullptr, 0, nullptr), "zeCommandListAppendBarrier", " on ",
+                      device_name);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

@@ -27,7 +27,10 @@ class LevelZeroContext final : public SpirvContext {
 
   const LevelZeroDevice& device() const { return driver.devices[static_cast<size_t>(ordinal)]; }
   // Appends to the caller's command list, or without one runs it on a list of ours and waits for it.
-  Status Launch(SpirvKernel* kernel, const RopeSpirvPlan& plan, const RopeSpirvArgs& args, ze::CommandList list);
+  // `is_last`: nothing that follows reads what it writes; else a barrier comes behind it, as a list need not be in
+  // order.
+  Status Launch(SpirvKernel* kernel, const SpirvGrid& grid, const RopeSpirvArgs& args, ze::CommandList list,
+                bool is_last = true);
 
   Status Allocate(size_t bytes, void** out) override;
   Status CopyIn(void* to, const void* from, size_t bytes) override { return Copy(to, from, bytes); }

@@ -173,6 +173,7 @@ struct Groups {
     uint32_t, ze::Event*)                                                                                             \
   X(AppendMemoryCopy, "zeCommandListAppendMemoryCopy", ze::CommandList, void*, const void*, size_t, ze::Event,        \
     uint32_t, ze::Event*)                                                                                             \
+  X(AppendBarrier, "zeCommandListAppendBarrier", ze::CommandList, ze::Event, uint32_t, ze::Event*)                    \
   X(MemAllocDevice, "zeMemAllocDevice", ze::Context, const ze::DeviceMemoryDesc*, size_t, size_t, ze::Device, void**) \
   X(MemGetAllocProperties, "zeMemGetAllocProperties", ze::Context, const void*, ze::AllocationProperties*, ze::Device*)
 

@@ -233,7 +233,9 @@ Status Enter(const RopeCall& call, Queue* out) {
   return {};
 }
 
-Status CheckPointers(const Queue& queue, const RopeCall& call) {
+// `call`: the tensors of a RopeCall, or a RopeBackwardCall.
+template <class Call>
+Status CheckPointers(const Queue& queue, const Call& call) {
   const auto ask = [&](const char* name, const void* pointer, bool* keep) -> Status {
     int32_t memory = kSyclUnknown;
     char error[kSyclErrorBytes];
@@ -251,7 +253,19 @@ Status CheckPointers(const Queue& queue, const RopeCall& call) {
     *keep = true;
     return {};
   };
-  return queue.context->pages.Check(call.tensors, 0, ask);
+  return queue.context->pages.Check(call, 0, ask);
+}
+
+Status Launch(const Queue& queue, SpirvKernel* kernel, const SpirvGrid& grid, const RopeSpirvArgs& args) {
+  SyclArgument arguments[kRopeSpirvArguments];
+  for (uint32_t i = 0; i < args.count; ++i) arguments[i] = {&args.pointers[i], sizeof(void*), 1};
+  arguments[args.count] = {args.data(), args.bytes, 0};
+  char error[kSyclErrorBytes];
+  if (queue.shim->launch(queue.entry, kernel->function, arguments, args.count + 1, grid.groups, grid.local, error)) {
+    return Failed("the launch", error, queue.context->device_name);
+  }
+  CountLaunch(queue.context, kernel);
+  return {};
 }
 
 }  // namespace
@@ -262,20 +276,34 @@ Status SyclLaunch(const RopeCall& call) {
   RopeSpirvPlan plan;
   ROPEWALK_TRY(PlanRopeSpirv(call, queue.context->properties, &plan));
   if (plan.empty()) return {};
-  ROPEWALK_TRY(CheckPointers(queue, call));
+  ROPEWALK_TRY(CheckPointers(queue, call.tensors));
   SpirvContext::Ready ready;
   ROPEWALK_TRY(queue.context->FindOrMake(call, plan, &ready));
   RopeSpirvArgs args;
   FillRopeSpirvArgs(call, plan, ready.frequencies, ready.fault, &args);
-  SyclArgument arguments[kRopeSpirvArguments];
-  for (size_t i = 0; i < args.pointers.size(); ++i) arguments[i] = {&args.pointers[i], sizeof(void*), 1};
-  arguments[kRopeSpirvPointers] = {&args.params, sizeof(args.params), 0};
-  char error[kSyclErrorBytes];
-  if (queue.shim->launch(queue.entry, ready.kernel->function, arguments, kRopeSpirvArguments, plan.groups, plan.local,
-                         error)) {
-    return Failed("the launch", error, queue.context->device_name);
-  }
-  CountLaunch(queue.context, ready.kernel);
+  return Launch(queue, ready.kernel, plan, args);
+}
+
+Status SyclLaunchBackward(const RopeBackwardCall& call) {
+  Queue queue;
+  ROPEWALK_TRY(Enter(call.turn, &queue));
+  RopeSpirvBackwardPlan plan;
+  ROPEWALK_TRY(PlanRopeSpirvBackward(call, queue.context->properties, &plan));
+  if (plan.rows.empty() && plan.sums.empty()) return {};
+  ROPEWALK_TRY(CheckPointers(queue, call));
+  // The shim keeps its launches in order on any queue.
+  return LaunchSpirvBackward(*queue.context, call, plan,
+                             [&](SpirvKernel* kernel, const SpirvGrid& grid, const RopeSpirvArgs& args, bool) {
+                               return Launch(queue, kernel, grid, args);
+                             });
+}
+
+Status SyclBackwardWorkspace(const RopeBackwardCall& call, int64_t* elements) {
+  Queue queue;
+  ROPEWALK_TRY(Enter(call.turn, &queue));
+  RopeSpirvBackwardPlan plan;
+  ROPEWALK_TRY(PlanRopeSpirvBackward(call, queue.context->properties, &plan));
+  *elements = plan.workspace;
   return {};
 }
 

@@ -12,6 +12,8 @@
 namespace ropewalk {
 
 Status SyclLaunch(const RopeCall& call);
+Status SyclLaunchBackward(const RopeBackwardCall& call);
+Status SyclBackwardWorkspace(const RopeBackwardCall& call, int64_t* elements);
 Status SyclPrepare(const RopeCall& call);
 Status SyclExplain(const RopeCall& call, Explanation* explanation);
 

@@ -1,5 +1,5 @@
-// What the OpenCL C kernel takes: pointers in the order of RopeTensors, then turns and the record of faults, then one
-// struct by value. Read by g++ and by OpenCL C.
+// What the OpenCL C kernels take: pointers in the order of RopeTensors, then turns and the record of faults, then one
+// struct by value; the gradient's likewise, with pointers of its own. Read by g++ and by OpenCL C.
 // SPDX-License-Identifier: Apache-2.0
 #ifndef ROPEWALK_BACKENDS_SPIRV_KERNEL_ARGS_H_
 #define ROPEWALK_BACKENDS_SPIRV_KERNEL_ARGS_H_
@@ -21,6 +21,7 @@ enum {
   kRopeSpecStoreOnly = 9,  // k is not written back
   kRopeSpecUnits = 10,     // units that a lane keeps in registers, 1, 2 or 4; 0: it takes any number, one at a time
   kRopeSpecLanes = 11,  // work-items of a head if that is 4, 8 or 16 and each has all its units; 0: any, by the shape
+  kRopeSpecSums = kRopeSpecCacheDtype,  // of the gradient, which stores nothing: 1: the weights' sums are made
   kRopeSpecCount = 12
 };
 // A constant with this value means: read the choice from rope_spirv_shape. Units and lanes never have it.
@@ -58,8 +59,51 @@ typedef struct {
 static_assert(sizeof(rope_spirv_params) == ROPE_SPIRV_PARAMS_SIZE, "rope_spirv_params must have one layout");
 #endif
 
-// The kernel's arguments: pointers, then rope_spirv_params.
+// The kernel's arguments: pointers, then rope_spirv_params. The other kernels have fewer.
 enum { kRopeSpirvTurns = 17, kRopeSpirvFault = 18, kRopeSpirvPointers = 19, kRopeSpirvArguments = 20 };
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The gradient: its kernel, and the one that adds up what the first one's work-groups leave
+
+typedef struct {
+  rope_params params;         // of the call that turns the gradient back
+  rope_spirv_shape shape;     // likewise
+  rope_strides q, k;          // of x
+  rw_i32 q_groups, k_groups;  // work-groups that take heads of q, and, behind them, heads of k
+} rope_backward_params;
+
+#define ROPE_BACKWARD_PARAMS_SIZE (ROPE_SPIRV_PARAMS_SIZE + 56)
+#if defined(__cplusplus)
+static_assert(sizeof(rope_backward_params) == ROPE_BACKWARD_PARAMS_SIZE, "rope_backward_params must have one layout");
+#endif
+
+// Its pointers: the tensors from q to k_out, x of q and of k, the sums, turns, the record of faults.
+enum {
+  kRopeBackwardQ = 11,
+  kRopeBackwardK = 12,
+  kRopeBackwardSums = 13,
+  kRopeBackwardTurns = 14,
+  kRopeBackwardFault = 15,
+  kRopeBackwardPointers = 16
+};
+
+typedef struct {
+  rw_i32 head_dim;
+  rw_i32 stride;              // floats from the sums of a work-group to those of the next
+  rw_i32 q_groups, k_groups;  // work-groups of the gradient's kernel
+} rope_sums_params;
+
+#define ROPE_SUMS_PARAMS_SIZE 16
+#if defined(__cplusplus)
+static_assert(sizeof(rope_sums_params) == ROPE_SUMS_PARAMS_SIZE, "rope_sums_params must have one layout");
+#endif
+
+// Its pointers: the sums, the gradients of q_weight and of k_weight.
+enum { kRopeSumsPointers = 3 };
+// Elements of a weight that a work-group takes.
+#define ROPE_SUMS_ELEMENTS 16
+// Work-items of one at most.
+#define ROPE_SUMS_MOST_ITEMS 128
 
 #define ROPE_SUB_GROUP 16
 

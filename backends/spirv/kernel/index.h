@@ -24,6 +24,17 @@ ROPE_INDEX rw_i32 rope_first_head(rw_i32 share, rw_i32 sub_groups, rw_i32 sub_gr
   return (share * sub_groups + sub_group) * heads_at_once;
 }
 
+// In the gradient's kernel a sub-group takes every `step`-th row, the first of them by its place among those of q, or
+// of k; `of_its_kind`: how many work-groups these have.
+ROPE_INDEX rw_i32 rope_first_row(rw_i32 group, rw_i32 sub_groups, rw_i32 sub_group) {
+  return group * sub_groups + sub_group;
+}
+ROPE_INDEX rw_i32 rope_row_step(rw_i32 of_its_kind, rw_i32 sub_groups) { return of_its_kind * sub_groups; }
+// Floats of one set of sums: what a float can hold of them, then what it lacks.
+ROPE_INDEX rw_i32 rope_sums_size(rw_i32 head_dim) { return 2 * head_dim; }
+// Sets of a work-group: one for each head that it works on at once.
+ROPE_INDEX rw_i32 rope_sums_of_group(rw_i32 sub_groups, rw_i32 heads_at_once) { return sub_groups * heads_at_once; }
+
 // Neighbours share a vector, unless it has one element.
 ROPE_INDEX rw_i32 rope_pairs_inside(rw_i32 interleaved, rw_i32 vector) { return interleaved && vector > 1; }
 // The first element of the first vector of a unit, the distance to the second, and the pair of an element of the unit.

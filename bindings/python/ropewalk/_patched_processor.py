@@ -134,8 +134,7 @@ def _called(function: Any, q: Any, k: Any, **options: Any) -> Any:
 def turned(state: State, *streams: Stream, inside: tuple[Any, Any] | None = None) -> tuple[Any, Any]:
     """q and k of all streams, one stream after the other. inside: the streams are its parts, and it may be written."""
     needs_gradient = torch.is_grad_enabled() and any(stream.needs_gradient() for stream in streams)
-    fuses = state.fuses_norm and (not needs_gradient or streams[0].q.device.type in ("cpu", "cuda"))
-    fused = [fuses and stream.can_fuse() for stream in streams]
+    fused = [state.fuses_norm and stream.can_fuse() for stream in streams]
     normed = [stream if each else stream.normed() for stream, each in zip(streams, fused, strict=True)]
     what = NORM_AND_ROTATION if all(fused) else ROTATION
     if needs_gradient:

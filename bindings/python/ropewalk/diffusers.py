@@ -89,9 +89,8 @@ def patch(model: Any, *, rounding: str = "fused", fuse_norm: bool = True) -> Pat
     float32, bfloat16 and float16. RMSNorms per head are done in the launch of the rotation; those over all heads (Wan,
     LTX) as well, as one wide head; CogVideoX has LayerNorms, which stay its own. Where a layer joins text and image,
     both are written where the attention reads them. Training goes through it, too: where a gradient is needed q and k
-    are rotated into new tensors, with the norm on CPUs and NVIDIA's GPUs; elsewhere the norm is the model's own then.
-    Else they are rotated in place, in the outputs of their projections. A copy of the model, by `copy.deepcopy`,
-    `pickle` or `torch.save`, is patched, too.
+    are rotated into new tensors, else in place, in the outputs of their projections. A copy of the model, by
+    `copy.deepcopy`, `pickle` or `torch.save`, is patched, too.
 
     Args:
         model: a transformer of diffusers, a module that holds some, or a pipeline, whose transformers are patched.
