@@ -1,9 +1,16 @@
-"""What all tests share: `--shard K/N` runs every N-th of them from the K-th on, so that N processes do all."""
+"""What all tests share: `--shard K/N` runs every N-th of them from the K-th on, so that N processes do all;
+and a process that loads a saved model."""
 
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,3 +32,34 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = items[first::count]
     if others:
         config.hook.pytest_deselected(items=others)
+
+
+@pytest.fixture
+def loads_elsewhere(tmp_path: Path) -> Callable[..., None]:
+    """`check(model, given, want, call, launches, most)`: the model, saved and loaded by a process that knows nothing of
+    Ropewalk before, gives `want` by `call` (an expression of `model` and `given`), up to `most` of its largest element,
+    with so many launches."""
+
+    def check(model: Any, given: Any, want: Any, call: str, launches: int, most: float) -> None:
+        import torch  # noqa: PLC0415
+
+        torch.save(model, tmp_path / "model.pt")
+        torch.save((given, want), tmp_path / "want.pt")
+        code = f"""
+import torch
+model = torch.load("model.pt", weights_only=False)
+import ropewalk
+given, want = torch.load("want.pt")
+with torch.no_grad():
+    got = {call}
+assert sum(ropewalk.counters().values()) == {launches}
+assert (got - want).abs().max() <= {most} * want.abs().max()
+"""
+        path = os.pathsep.join(part for part in sys.path if part)
+        ran = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path, timeout=600,
+            env={**os.environ, "PYTHONPATH": path},
+        )  # fmt: skip
+        assert ran.returncode == 0, ran.stderr
+
+    return check

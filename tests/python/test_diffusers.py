@@ -4,10 +4,7 @@ stock selves."""
 # SPDX-License-Identifier: Apache-2.0
 import copy
 import io
-import os
 import pickle
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -545,27 +542,11 @@ def test_copies_go_by_their_own_weights(name):
 
 
 @torch.no_grad()
-def test_saved_model_in_another_process(tmp_path):
+def test_saved_model_in_another_process(loads_elsewhere):
     model, given = make("Wan")
     want = run(model, given)
     rd.patch(model)
-    torch.save(model, tmp_path / "model.pt")
-    torch.save((given, want), tmp_path / "want.pt")
-    code = (
-        "import torch\n"
-        "model = torch.load('model.pt', weights_only=False)\n"
-        "import ropewalk\n"
-        "given, want = torch.load('want.pt')\n"
-        "with torch.no_grad():\n"
-        "    got = model(**given, return_dict=False)[0]\n"
-        "assert sum(ropewalk.counters().values()) == 2\n"
-        "assert (got - want).abs().max() <= 2e-6 * want.abs().max()\n"
-    )
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=600,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
+    loads_elsewhere(model, given, want, "model(**given, return_dict=False)[0]", launches=2, most=2e-6)
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""The plugins in SGLang and vLLM, in processes of their own, against stand-ins for the two: tests/engines/stubs.
+"""The plugins in SGLang and vLLM, in processes of their own, against stand-ins for the two: tests/engines/*_stub.txt.
 `make test-engines` runs the same walks through the engines' own wheels."""
 
 # SPDX-License-Identifier: Apache-2.0
@@ -8,9 +8,11 @@ import importlib.metadata
 import json
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from typing import Any
 
 import pytest
@@ -22,7 +24,13 @@ from ropewalk.engines import Engine
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 WALKS = ROOT / "tests/engines"
-STUBS = WALKS / "stubs"
+UNPACKED = tempfile.TemporaryDirectory()
+STUBS = pathlib.Path(UNPACKED.name)
+for stub in WALKS.glob("*_stub.txt"):
+    _, *parts = re.split(r"^==== (\S+) ====\n", stub.read_text(), flags=re.MULTILINE)
+    for name, text in zip(parts[::2], parts[1::2], strict=True):
+        (STUBS / name).parent.mkdir(parents=True, exist_ok=True)
+        (STUBS / name).write_text(text)
 VARIABLES = {"sglang": "ROPEWALK_SGLANG", "vllm": "ROPEWALK_VLLM"}
 LOAD = {
     "sglang": "from sglang.srt.plugins import load_plugins; load_plugins()",

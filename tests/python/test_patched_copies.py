@@ -5,10 +5,7 @@ import copy
 import functools
 import inspect
 import io
-import os
 import pickle
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -101,27 +98,11 @@ def test_shallow_copy_and_replica_of_a_layer():
 
 
 @torch.no_grad()
-def test_saved_model_in_another_process(tmp_path):
+def test_saved_model_in_another_process(loads_elsewhere):
     model, prompt = make("qwen3"), ids()
     want = model(prompt).logits
     rt.patch(model)
-    torch.save(model, tmp_path / "model.pt")
-    torch.save((prompt, want), tmp_path / "want.pt")
-    code = (
-        "import torch\n"
-        "model = torch.load('model.pt', weights_only=False)\n"
-        "import ropewalk\n"
-        "prompt, want = torch.load('want.pt')\n"
-        "with torch.no_grad():\n"
-        "    got = model(prompt).logits\n"
-        "assert sum(ropewalk.counters().values()) == 2\n"
-        "assert (got - want).abs().max() <= 1e-6 * want.abs().max()\n"
-    )
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=600,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
+    loads_elsewhere(model, prompt, want, "model(given).logits", launches=2, most=1e-6)
 
 
 @torch.no_grad()
