@@ -210,8 +210,7 @@ TEST(OpenClGradient, OfACallersContext) {
 TEST(OpenClGradient, FromSource) {
   InFreshProcess({{"ROPEWALK_OPENCL_SOURCE", "1"}}, [] {
     NEEDS_DEVICE();
-    ExpectGradients(Gradients(31, Float32Of64), HostMemory(),
-                    "built from source, every 31st of float32 of head_dim 64");
+    ExpectGradients(Gradients(7, Float32Of64), HostMemory(), "built from source, every 7th of float32 of head_dim 64");
   });
 }
 // As on GPUs, specialised: as few as hold every pair of a module, units and sums.

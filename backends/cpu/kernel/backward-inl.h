@@ -38,9 +38,6 @@ static_assert(sizeof(BackwardScratch) <= kCpuScratchBytes);
 constexpr int kHeadsOfASum = 8;
 // Heads at once, and as many bytes of theirs at most, as floats and in their tensors: half of L1.
 constexpr int kHeadsAtOnce = kHeadsOfASum, kBytesAtOnce = 16384;
-// Below this the squares of a head are so small that products of its elements lose bits: it is worked on by itself.
-constexpr float kSmallSquares = 0x1p-40f;
-
 // Turns a head from `g` to `out`, which hold it in natural order and have room for a vector behind it.
 HWY_NOINLINE void TurnHead(const rope_params& p, bool interleaved, const float* cos, const float* sin, const float* g,
                            float* out) {
@@ -117,10 +114,13 @@ HWY_NOINLINE void HeadGradient(const rope_params& p, const float* weight, float*
                                     sum = hn::MulAdd(hn::Mul(hn::Load(df, g + i), hn::Load(df, weight + i)), unit, sum);
                                   }) *
                       per_element;
-  const V mean_along = hn::Set(df, along);
+  // Of rstd what makes greater first, for the same reason.
+  const V up = hn::Max(rstd, hn::Set(df, 1.0f)), down = hn::Min(rstd, hn::Set(df, 1.0f));
+  const V mean_along = hn::Mul(hn::Set(df, along), up);
   const auto work = [&](auto span, int i) ROPEWALK_ATTR {
-    const V gi = hn::Load(df, g + i), ni = hn::Load(df, n + i), gw = hn::Mul(gi, hn::Load(df, weight + i));
-    T::template Store<false>(span, hn::Mul(hn::NegMulAdd(ni, mean_along, gw), rstd), out + i, 0);
+    const V gi = hn::Load(df, g + i), ni = hn::Load(df, n + i);
+    const V gw = hn::Mul(hn::Mul(gi, up), hn::Load(df, weight + i));
+    T::template Store<false>(span, hn::Mul(hn::NegMulAdd(ni, mean_along, gw), down), out + i, 0);
     if constexpr (kSums) hn::Store(hn::MulAdd(gi, ni, hn::Load(df, sums + i)), df, sums + i);
   };
   int i = 0;
@@ -128,54 +128,57 @@ HWY_NOINLINE void HeadGradient(const rope_params& p, const float* weight, float*
   if (i < dim) work(First<DF>{dim - i}, i);
 }
 
-// The same of `count` heads, kHeadsAtOnce at most, which lie `step` floats apart in n and g; n keeps x.
+// The sums of the lanes of kHeadsAtOnce vectors, over head_dim.
+HWY_INLINE void MeansOfHeads(const float* rows, float per_element, float* means) {
+  for (int h = 0; h < kHeadsAtOnce; h += kLanes) {
+    hn::StoreU(hn::Mul(SumsOfLanes(rows + h * kLanes), hn::Set(df, per_element)), df, means + h);
+  }
+}
+
+// The same of `count` heads, kHeadsAtOnce at most, which lie `step` floats apart in n and g.
 template <class T, bool kSums>
 HWY_NOINLINE void HeadsGradient(const rope_params& p, const float* weight, float* n, const float* g, int step,
                                 float* sums, typename T::Raw* out, int64_t out_step, int count) {
   const int dim = p.head_dim;
-  constexpr int kRows = 2 * kHeadsAtOnce;
-  static_assert(kRows % kLanes == 0);
-  alignas(64) float rows[kRows * kLanes], sum[kRows + kLanes];  // of each head x^2, then of each g w x
-  for (int h = 0; h < kHeadsAtOnce; ++h) {
-    V squares = hn::Zero(df), along = squares, other_squares = squares, other_along = squares;
-    const float *x = n + h * step, *y = g + h * step;
-    const auto add = [&](int i, V& square, V& product) ROPEWALK_ATTR {
-      const V xi = hn::Load(df, x + i);
-      square = hn::MulAdd(xi, xi, square);
-      product = hn::MulAdd(hn::Mul(hn::Load(df, y + i), hn::Load(df, weight + i)), xi, product);
-    };
-    if (h < count) {
+  const float per_element = 1.0f / static_cast<float>(dim);
+  // As many rows as a vector has lanes are added up at once.
+  constexpr int kRows = kHeadsAtOnce > kLanes ? kHeadsAtOnce : kLanes;
+  alignas(64) float rows[kRows * kLanes] = {}, rstd[kRows], along[kRows];
+  const auto add_up = [&](const auto& body) ROPEWALK_ATTR {
+    for (int h = 0; h < count; ++h) {
+      V even = hn::Zero(df), odd = even;
       int i = 0;
       for (; i + kLanes < dim; i += 2 * kLanes) {
-        add(i, squares, along);
-        add(i + kLanes, other_squares, other_along);
+        even = body(h, i, even);
+        odd = body(h, i + kLanes, odd);
       }
-      if (i < dim) add(i, squares, along);
+      if (i < dim) even = body(h, i, even);
+      hn::Store(hn::Add(even, odd), df, rows + h * kLanes);
     }
-    hn::Store(hn::Add(squares, other_squares), df, rows + h * kLanes);
-    hn::Store(hn::Add(along, other_along), df, rows + (kHeadsAtOnce + h) * kLanes);
+  };
+  add_up([&](int h, int i, V sum) ROPEWALK_ATTR {
+    const V x = hn::Load(df, n + h * step + i);
+    return hn::MulAdd(x, x, sum);
+  });
+  MeansOfHeads(rows, per_element, rstd);
+  for (int h = 0; h < kRows; h += kLanes) {
+    const V mean = hn::Add(hn::Load(df, rstd + h), hn::Set(df, p.eps));
+    hn::Store(hn::Div(hn::Set(df, 1.0f), hn::Sqrt(mean)), df, rstd + h);
   }
-  for (int r = 0; r < kRows; r += kLanes) hn::Store(SumsOfLanes(rows + r * kLanes), df, sum + r);
-  alignas(64) float rstd[kHeadsAtOnce + kLanes], factor[kHeadsAtOnce + kLanes];
-  const V per_element = hn::Set(df, 1.0f / static_cast<float>(dim)), one = hn::Set(df, 1.0f);
-  for (int h = 0; h < kHeadsAtOnce; h += kLanes) {
-    const V inverse = hn::Div(one, hn::Sqrt(hn::MulAdd(hn::Load(df, sum + h), per_element, hn::Set(df, p.eps))));
-    hn::Store(inverse, df, rstd + h);
-    // dX = rstd g w - (rstd^2 mean(g w x)) (rstd x)
-    const V mean_along = hn::Mul(hn::LoadU(df, sum + kHeadsAtOnce + h), per_element);
-    hn::Store(hn::Mul(hn::Mul(mean_along, inverse), inverse), df, factor + h);
-  }
+  add_up([&](int h, int i, V sum) ROPEWALK_ATTR {
+    const V unit = hn::Mul(hn::Load(df, n + h * step + i), hn::Set(df, rstd[h]));
+    hn::Store(unit, df, n + h * step + i);
+    return hn::MulAdd(hn::Mul(hn::Load(df, g + h * step + i), hn::Load(df, weight + i)), unit, sum);
+  });
+  MeansOfHeads(rows, per_element, along);
   for (int h = 0; h < count; ++h, n += step, g += step, out += out_step) {
-    if (HWY_UNLIKELY(!(sum[h] >= kSmallSquares))) {
-      HeadGradient<T, kSums>(p, weight, n, g, sums, out);
-      continue;
-    }
-    const V scale = hn::Set(df, rstd[h]), along = hn::Set(df, factor[h]);
+    const V scale = hn::Set(df, rstd[h]), one = hn::Set(df, 1.0f);
+    const V up = hn::Max(scale, one), down = hn::Min(scale, one), mean_along = hn::Mul(hn::Set(df, along[h]), up);
     const auto work = [&](auto span, int i) ROPEWALK_ATTR {
-      const V gi = hn::Load(df, g + i), unit = hn::Mul(hn::Load(df, n + i), scale);
-      if constexpr (kSums) hn::Store(hn::MulAdd(gi, unit, hn::Load(df, sums + i)), df, sums + i);
-      const V gw = hn::Mul(hn::Mul(gi, hn::Load(df, weight + i)), scale);
-      T::template Store<false>(span, hn::NegMulAdd(unit, along, gw), out + i, 0);
+      const V gi = hn::Load(df, g + i), ni = hn::Load(df, n + i);
+      if constexpr (kSums) hn::Store(hn::MulAdd(gi, ni, hn::Load(df, sums + i)), df, sums + i);
+      const V gw = hn::Mul(hn::Mul(gi, up), hn::Load(df, weight + i));
+      T::template Store<false>(span, hn::Mul(hn::NegMulAdd(ni, mean_along, gw), down), out + i, 0);
     };
     int i = 0;
     for (; i + kLanes <= dim; i += kLanes) work(Whole<DF>(), i);

@@ -244,7 +244,7 @@ __device__ __forceinline__ void BackwardBody(const rope_backward_cuda_args& b) {
       if (!(S::kTable || K::kCheckAxes) || !poisoned) FindAngles<K>(a, t, position, lane, true, angles);
     }
     Floats<K> n, g;
-    float square = 0.0f, along = 0.0f;
+    float square = 0.0f;
     EachVector<K>(lane, x, [&](Words<S::kVectorBytes>& words, int, int number) {
       if constexpr (S::kStaged) words = *staged_at(2 * stage, number);
       Unpack<K::kDtype, K::kVector>(words, n.v[number]);
@@ -269,15 +269,21 @@ __device__ __forceinline__ void BackwardBody(const rope_backward_cuda_args& b) {
         w[j] = K::kWeight == kRopeNoWeight ? 1.0f : K::kWeight == kRopeWeight ? w[j] : 1.0f + w[j];
       }
     };
+    const float mean = SumOfGroup<K::kLanes>(square, lane) * (1.0f / K::kHeadDim) + __uint_as_float(K::kEpsBits);
+    const float rstd = K::kDtype == kRopeF32 ? __frcp_rn(__fsqrt_rn(mean)) : InverseRoot<K::kEpsBits>(mean);
+    // n before its products, and what makes greater first: those of subnormal numbers would lose what that brings back.
+    const float scale_up = fmaxf(rstd, 1.0f), scale_down = fminf(rstd, 1.0f);
+    float along = 0.0f;
     EachVector<K>(lane, weights, [&](const WeightWords<K>& words, int, int number) {
       float w[K::kVector];
       factor_of(words, w);
 #pragma unroll
-      for (int j = 0; j < K::kVector; ++j) along = fmaf(g.v[number][j] * w[j], n.v[number][j], along);
+      for (int j = 0; j < K::kVector; ++j) {
+        n.v[number][j] *= rstd;
+        along = fmaf(g.v[number][j] * w[j], n.v[number][j], along);
+      }
     });
-    const float mean = SumOfGroup<K::kLanes>(square, lane) * (1.0f / K::kHeadDim) + __uint_as_float(K::kEpsBits);
-    const float rstd = K::kDtype == kRopeF32 ? __frcp_rn(__fsqrt_rn(mean)) : InverseRoot<K::kEpsBits>(mean);
-    const float mean_along = SumOfGroup<K::kLanes>(along, lane) * (1.0f / K::kHeadDim) * rstd;
+    const float mean_along = SumOfGroup<K::kLanes>(along, lane) * (1.0f / K::kHeadDim) * scale_up;
     fetch(stage);  // to where this head's values lay, which have all been read
     stage = stage + 1 == kAhead ? 0 : stage + 1;
     if (!works) continue;
@@ -291,8 +297,8 @@ __device__ __forceinline__ void BackwardBody(const rope_backward_cuda_args& b) {
         factor_of(words, dx);
 #pragma unroll
         for (int j = 0; j < K::kVector; ++j) {
-          const float unit = n.v[number][j] * rstd;
-          dx[j] = rstd * fmaf(-unit, mean_along, g.v[number][j] * dx[j]);
+          const float unit = n.v[number][j];
+          dx[j] = scale_down * fmaf(-unit, mean_along, g.v[number][j] * scale_up * dx[j]);
           if constexpr (K::kSums != 0) {
             run[number * K::kVector + j] = fmaf(g.v[number][j], unit, run[number * K::kVector + j]);
           }

@@ -52,12 +52,15 @@ RW_INLINE rw_floats rope_weighted(const __private rope_choices* k, const __priva
   return g * (a->s->zero_centered ? 1.0f + w : w);
 }
 
-// The squares of x, and what lies along it of g w: both sums go on over the whole head.
-RW_INLINE void rope_measure(const __private rope_choices* k, const __private rope_all* a,
-                            const __private rope_gradient* head, int begin, rw_floats x, rw_floats g,
-                            __private float* square, __private float* along) {
-  *square = rope_add_products(*square, x, x);
-  *along = rope_add_products(*along, rope_weighted(k, a, g, head->weight, begin), x);
+// Goes on with the sum of x^2, or with that of g w n, over the vectors of a head.
+RW_INLINE float rope_add_squares(float square, const __private rope_gradient* head, int begin) {
+  const rw_floats x = rw_unpack(rw_load(head->x + begin * RW_SIZE));
+  return rope_add_products(square, x, x);
+}
+RW_INLINE float rope_add_along(const __private rope_choices* k, const __private rope_all* a,
+                               const __private rope_gradient* head, int begin, rw_floats x, rw_floats g, float rstd,
+                               float along) {
+  return rope_add_products(along, rope_weighted(k, a, g, head->weight, begin), x * rstd);
 }
 
 // The two vectors of a unit: x, and dY turned back. `plain`: choices that round nothing, as reference rounding rounds
@@ -74,12 +77,14 @@ RW_INLINE void rope_load_unit(const __private rope_choices* plain, const __priva
   rope_rotate_unit(plain, g0, g1, cos, sin);
 }
 
-// Writes a vector of dX; what it adds to the weights' sums is returned.
+// Writes a vector of dX; n comes before its products, and of 1 / rms what makes greater first: products of subnormal
+// numbers would lose what that brings back. What it adds to the weights' sums is returned.
 RW_INLINE rw_floats rope_write_gradient(const __private rope_choices* k, const __private rope_all* a,
                                         const __private rope_gradient* head, int begin, rw_floats x, rw_floats g,
                                         float rstd, float mean_along) {
   const rw_floats unit = x * rstd;
-  const rw_floats dx = rstd * fma(-unit, (rw_floats)mean_along, rope_weighted(k, a, g, head->weight, begin));
+  const float up = fmax(rstd, 1.0f), down = fmin(rstd, 1.0f);
+  const rw_floats dx = down * fma(-unit, (rw_floats)(mean_along * up), rope_weighted(k, a, g * up, head->weight, begin));
   rw_store(head->out + begin * RW_SIZE, rw_pack(dx));
   return g * unit;
 }
@@ -196,8 +201,24 @@ ROPE_KERNEL void rope_backward_kernel(__global void* q, __global void* k_tensor,
       if (works) {
         if (keeps) {
           rope_load_unit(plain, a, &head, begin0, cos, sin, &x0, &x1, &g0, &g1);
-          rope_measure(k, a, &head, begin0, x0, g0, &square, &along);
-          rope_measure(k, a, &head, begin1, x1, g1, &square, &along);
+          square = rope_add_products(rope_add_products(square, x0, x0), x1, x1);
+        }
+        if (!k->units) {
+          RW_ROLLED for (int unit = lane; unit < s->units; unit += lanes) {
+            const int begin = rope_unit_begin(k, a, unit), second = begin + rope_unit_distance(k, a);
+            square = rope_add_squares(rope_add_squares(square, &head, begin), &head, second);
+          }
+        }
+        RW_ROLLED for (int i = lane; i < s->rest; i += lanes) {
+          square = rope_add_squares(square, &head, rope_rest_begin(a, i));
+        }
+      }
+      const float mean = rope_sum_of_group(k, square, lane, lanes, exchange) * s->inverse_head_dim + p->eps;
+      const float rstd = ROPE_DTYPE == 1 ? rw_exact_rsqrt(mean) : rsqrt(mean);
+      if (works) {
+        if (keeps) {
+          along = rope_add_along(k, a, &head, begin0, x0, g0, rstd, along);
+          along = rope_add_along(k, a, &head, begin1, x1, g1, rstd, along);
         }
         if (!k->units) {
           RW_ROLLED for (int unit = lane; unit < s->units; unit += lanes) {
@@ -205,19 +226,17 @@ ROPE_KERNEL void rope_backward_kernel(__global void* q, __global void* k_tensor,
             rw_floats c, sn, vx0, vx1, vg0, vg1;
             rope_cos_sin_of(k, a, &t, position, unit, &c, &sn);
             rope_load_unit(plain, a, &head, begin, c, sn, &vx0, &vx1, &vg0, &vg1);
-            rope_measure(k, a, &head, begin, vx0, vg0, &square, &along);
-            rope_measure(k, a, &head, second, vx1, vg1, &square, &along);
+            along = rope_add_along(k, a, &head, begin, vx0, vg0, rstd, along);
+            along = rope_add_along(k, a, &head, second, vx1, vg1, rstd, along);
           }
         }
         RW_ROLLED for (int i = lane; i < s->rest; i += lanes) {
           const int begin = rope_rest_begin(a, i);
-          rope_measure(k, a, &head, begin, rw_unpack(rw_load(head.x + begin * RW_SIZE)),
-                       rw_unpack(rw_load(head.grad + begin * RW_SIZE)), &square, &along);
+          along = rope_add_along(k, a, &head, begin, rw_unpack(rw_load(head.x + begin * RW_SIZE)),
+                                 rw_unpack(rw_load(head.grad + begin * RW_SIZE)), rstd, along);
         }
       }
-      const float mean = rope_sum_of_group(k, square, lane, lanes, exchange) * s->inverse_head_dim + p->eps;
-      const float rstd = ROPE_DTYPE == 1 ? rw_exact_rsqrt(mean) : rsqrt(mean);
-      const float mean_along = rope_sum_of_group(k, along, lane, lanes, exchange) * s->inverse_head_dim * rstd;
+      const float mean_along = rope_sum_of_group(k, along, lane, lanes, exchange) * s->inverse_head_dim;
       if (!works) continue;
       if (keeps) {
         const rw_floats gain0 = rope_write_gradient(k, a, &head, begin0, x0, g0, rstd, mean_along);
