@@ -32,12 +32,13 @@ def test_version_agrees_with_the_header():
 
 # 3.0 MB held until plans proved themselves, the CUDA kernel's shapes came from a table, configurations were refused by
 # a table of all known types, and the library was hardened (stack clash, protectors, _FORTIFY_SOURCE): together 0.25 MB.
-# The gradient is a second operation: 0.1 MB, 45 KB of it a kernel for each CPU target; linking rounds to pages.
-def test_the_module_which_holds_the_whole_library_has_at_most_3_4_mb():
+# The gradient is a second operation: 0.2 MB, 90 KB of it a kernel for each CPU target, as much its SPIR-V; linking rounds
+# to pages.
+def test_the_module_which_holds_the_whole_library_has_at_most_3_6_mb():
     if os.environ.get("ROPEWALK_SANITIZED"):
         pytest.skip("built with sanitizers")
     size = (Path(ropewalk.__file__).parent / "_ropewalk.so").stat().st_size
-    assert size <= 3_500_000
+    assert size <= 3_600_000
 
 
 def test_without_torch():

@@ -6,6 +6,7 @@ import functools
 import inspect
 import io
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -240,6 +241,93 @@ def test_a_model_on_several_devices_is_told_so():
     model.model.layers[1].to("meta")  # as offloading leaves it
     with pytest.raises(ValueError, match="LlamaForCausalLM is spread over devices or offloaded, cpu, meta: .* before"):
         rt.patch(model)
+
+
+def dispatched(model, how, folder):
+    """As a device map leaves a model: parts on another device, from where hooks fetch them for each call."""
+    accelerate = pytest.importorskip("accelerate")
+    if how == "cpu":
+        accelerate.cpu_offload(model, execution_device=torch.device("cpu"), offload_buffers=True)
+        return
+    places = dict.fromkeys(["model.embed_tokens", "model.layers.0", "model.norm", "lm_head"], "cpu")
+    places.update({"model.layers.1": "disk", "model.rotary_emb": "disk"})
+    options = {"main_device": "cpu", "offload_dir": folder, "offload_buffers": True, "force_hooks": True}
+    accelerate.dispatch_model(model, places, **options)
+
+
+@pytest.mark.parametrize("angles", ["exact", "table"])
+@pytest.mark.parametrize("how", ["cpu", "disk"])
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_a_model_that_is_offloaded_after_patch(name, how, angles, tmp_path):
+    model, prompt = make(name), ids()
+    with torch.no_grad():
+        want = model(prompt).logits
+    patch = rt.patch(model, angles=angles)
+    dispatched(model, how, tmp_path)
+    assert "meta" in {x.device.type for x in model.parameters()}
+    with torch.no_grad():
+        close(served(model, prompt), want)
+    close(served(model, prompt).detach(), want)  # with gradients
+    patch.unpatch()
+    with torch.no_grad():
+        assert torch.equal(stock(model, prompt), want)
+    with pytest.raises(ValueError, match="offloaded, .*meta.*: .* load the model without device_map, and call"):
+        rt.patch(model, angles=angles)
+
+
+def other_numbers(rotary):
+    for name, buffer in rotary.named_buffers():
+        if name.endswith("inv_freq"):
+            buffer.mul_(0.7)
+
+
+def other_tensors(rotary):
+    for name, buffer in list(rotary.named_buffers()):
+        setattr(rotary, name, buffer * 0.7)
+
+
+def other_scaling(rotary):
+    for name in [name for name in vars(rotary) if name.endswith("attention_scaling")]:
+        setattr(rotary, name, 1.5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("change", [other_numbers, other_tensors, other_scaling])
+@pytest.mark.parametrize("name", ["llama", "gemma3_text"])
+def test_frequencies_that_are_changed_after_patch(name, change):
+    """The layers then turn as the module does, which is said once; and by Ropewalk's angles where it is as it was."""
+    model, prompt, other = make(name), ids(), make(name)
+    want = model(prompt).logits
+    change(other.model.rotary_emb)
+    changed = other(prompt).logits
+    assert (changed - want).abs().max() > 1e-3 * want.abs().max()
+    kept = {name: buffer.clone() for name, buffer in model.model.rotary_emb.named_buffers()}
+    with rt.patch(model), warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        close(served(model, prompt), want)
+        assert not [each for each in said if "were changed after" in str(each.message)]
+        change(model.model.rotary_emb)
+        for each in (model, model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            close(served(each, prompt), changed)
+        assert len([each for each in said if "were changed after" in str(each.message)]) == 3  # each model once
+        if change is not other_scaling:
+            for name_, buffer in kept.items():
+                getattr(model.model.rotary_emb, name_).copy_(buffer)
+            close(served(model, prompt), want)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["llama", "gemma3_text", "llama dynamic"])
+def test_another_dtype_or_place_is_no_change_of_frequencies(name):
+    model, prompt = make(name), ids()
+    want = model(prompt).logits
+    with rt.patch(model), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        close(served(model, prompt), want)
+        served(model.to(torch.bfloat16), prompt)
+        served(model.to(torch.float32), prompt)
+        model.load_state_dict(make(name).state_dict())
+        close(served(model, prompt), want)
 
 
 class Doubled(torch.nn.Module):

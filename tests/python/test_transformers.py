@@ -34,6 +34,7 @@ MODELS = {
     "phi": ({}, 0),
     "gpt_neox": ({}, 0),
     "olmo2": ({}, 0),
+    "olmo3": ({"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}, 0),
     "gemma3_text": ({"head_dim": 16, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}, 2),
     "glm4": ({"head_dim": 16}, 0),
     "glm4_moe": ({"head_dim": 16, "use_qk_norm": True, "n_routed_experts": 4, "num_experts_per_tok": 2,
@@ -204,6 +205,25 @@ def test_a_rule_of_its_own_is_taken_and_said(change):
     assert (got - want).abs().max() <= limit * want.abs().max()
     patch.unpatch()
     assert torch.equal(model(prompt).logits, want)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["olmo2", "olmo3"])
+def test_a_norm_over_all_heads_stays_and_is_named(name):
+    """The rotation is served. The norm is over 64 and 32 elements, and a pair of halves lies within a head of 16."""
+    model, prompt = make(name), ids()
+    want = model(prompt).logits
+    with ropewalk.transformers.patch(model) as patch:
+        assert (patch.layers, patch.fused_norms) == (2, 0)
+        cls = {"olmo2": "Olmo2Attention", "olmo3": "Olmo3Attention"}[name]
+        assert patch.skipped == {
+            f"q_norm and k_norm of {cls}": "they are norms over 64 and 32 elements, not over a head of 16: they stay "
+            "the model's own"
+        }
+        got = model(prompt).logits
+    assert (got - want).abs().max() <= 1e-6 * want.abs().max()
+    with ropewalk.transformers.patch(model, fuse_norm=False) as patch:
+        assert patch.skipped == {}  # not asked for
 
 
 @torch.no_grad()

@@ -304,7 +304,7 @@ def _rotary_forward(base: Any) -> Any:
         rotary = getattr(self, STATE, None)
         # In a graph longrope's choice is made on the device, which the tables have behind them.
         in_graph = rotary is not None and torch.compiler.is_compiling() and rotary.chooses(layer_type)
-        if rotary is None or in_graph:
+        if rotary is None or in_graph or not rotary.holds(self):
             more = (layer_type,) if takes_layer_type else ()
             return base.forward(self, x, position_ids, *more)
         angles = Angles(position_ids, rotary.frequencies(layer_type, position_ids), self, layer_type)

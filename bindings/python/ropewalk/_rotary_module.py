@@ -74,3 +74,59 @@ def _agrees(frequencies: Frequencies, tables: Callable[[Any], tuple[Any, Any]], 
     return torch.allclose(cos[0], torch.full_like(w, scaling), rtol=tolerance, atol=0.0) and torch.allclose(
         sin[1], torch.sin(w) * scaling, rtol=tolerance, atol=1e-30
     )
+
+
+class Numbers:
+    """The frequencies and the scaling that a rotary module holds, as they were found; and whether it holds them still.
+    A look costs no more than that at a counter, until one of them is written or another tensor takes its place."""
+
+    def __init__(self, module: Any) -> None:
+        self.same = True
+        self._scaling = _scaling_of(module)
+        self._found = {name: x.detach().cpu().clone() for name, x in module._buffers.items() if _is_of_it(name, x)}
+        self._seen: dict[str, tuple[Any, int]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_seen": {}}  # the counters of a copy's tensors begin anew
+
+    def are_those_of(self, module: Any) -> bool:
+        buffers, scaling = module._buffers, _scaling_of(module)
+        now = {name: (buffers.get(name), _version(buffers.get(name))) for name in self._found}
+        if scaling == self._scaling and all(
+            name in self._seen and x is self._seen[name][0] and version == self._seen[name][1]
+            for name, (x, version) in now.items()
+        ):
+            return self.same
+        self._seen = now
+        same = scaling == self._scaling and all(_equal(self._found[name], x) for name, (x, _) in now.items())
+        if self.same and not same:
+            warnings.warn(
+                f"patch: the frequencies of {type(module).__name__} were changed after "
+                "ropewalk.transformers.patch(model, angles='exact'): its layers turn by its cosines and sines now",
+                stacklevel=2,
+            )
+        self.same = same
+        return same
+
+
+def _is_of_it(name: str, buffer: Any) -> bool:
+    return name.endswith("inv_freq") and not name.endswith("original_inv_freq") and buffer is not None
+
+
+def _scaling_of(module: Any) -> dict[str, Any]:
+    return {name: x for name, x in module.__dict__.items() if name.endswith("attention_scaling")}
+
+
+def _version(buffer: Any) -> int:
+    return -1 if buffer is None or buffer.is_inference() else buffer._version
+
+
+def _equal(found: Any, now: Any) -> bool:
+    """Whether these are the same numbers, or what a change of the model's dtype, there or there and back, left of
+    them. Where they are offloaded there is nothing to look at, and nothing to turn by."""
+    if now is None or now.shape != found.shape:
+        return False
+    if now.device.type == "meta":
+        return True
+    by = (now.dtype, torch.bfloat16, torch.float16)
+    return any(torch.equal(found.to(dtype).to(now.dtype), now.cpu()) for dtype in by)

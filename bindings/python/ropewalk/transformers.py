@@ -37,7 +37,7 @@ from ._patched_module import (
     take_off,
     whole,
 )
-from ._rotary_module import WrongFrequenciesError, frequencies_of
+from ._rotary_module import Numbers, WrongFrequenciesError, frequencies_of
 from ._trial import (
     TOLERANCE,
     AnglesDoNotTellError,
@@ -62,7 +62,9 @@ class Patch:
         self.model = model
         self.layers = 0  # attention layers that Ropewalk serves
         self.fused_norms = 0  # of these, with the norm of q and k fused in
-        self.skipped: dict[str, str] = {}  # classes of layers that rotate and were left alone, with the reason
+        # Classes of layers that rotate and were left alone, with the reason; and "q_norm and k_norm of" a class that is
+        # served, where that norm stays the model's own.
+        self.skipped: dict[str, str] = {}
         # Classes of layers that turn by the model's own cosines and sines though angles="exact", with the reason.
         self.by_table: dict[str, str] = {}
         self._patched = [module for module in model.modules() if STATE in module.__dict__]
@@ -85,11 +87,12 @@ class Patch:
             take_off(module)
         self._patched = [m for m in self._patched if STATE in m.__dict__]
 
-    def _count(self, model: torch.nn.Module, refusals: dict[str, ValueError]) -> None:
+    def _count(self, model: torch.nn.Module, refusals: dict[str, ValueError], norms: dict[str, str]) -> None:
         attentions = [m for m in model.modules() if rotations_of(m) and STATE in m.__dict__]
         self.layers = len(attentions)
         self.fused_norms = sum(m.__dict__[STATE].fuses_norm for m in attentions)
         self.skipped = {name: str(error).removeprefix("patch: ") for name, error in refusals.items()}
+        self.skipped.update({f"q_norm and k_norm of {name}": why for name, why in norms.items()})
         for module in model.modules():
             own = _own_rotation(module)
             if own:
@@ -120,7 +123,8 @@ def patch(model: torch.nn.Module, *, angles: str = "exact", rounding: str = "fus
 
     Returns:
         A Patch, also a context manager. Its `skipped` names the layers that rotate and were left as they are, with the
-        reason: a vision tower beside a text model that is served, for example.
+        reason: a vision tower beside a text model that is served, for example. It also names the norms of q and k that
+        stay the model's own where only the rotation is served, such as those over all heads (OLMo 2).
 
     Raises:
         ValueError: the model has no such attention, is patched already, is spread over devices, or all that rotates in
@@ -159,7 +163,7 @@ def patch(model: torch.nn.Module, *, angles: str = "exact", rounding: str = "fus
     except BaseException:
         result.unpatch()
         raise
-    result._count(model, trial.refusals)
+    result._count(model, trial.refusals, trial.norms_left)
     return result
 
 
@@ -181,6 +185,7 @@ class _Trial:
         self.refusals: dict[str, ValueError] = {}
         self.exact: dict[Any, _Rotary] = {}  # by rotary module
         self.why_table: dict[Any, str] = {}  # likewise, if it cannot be exact
+        self.norms_left: dict[str, str] = {}  # classes of layers whose norms stay their own, with the reason
 
     def record(self, exact: bool) -> None:
         """Runs the model, and what of it was not reached alone."""
@@ -258,6 +263,7 @@ class _Trial:
     def serve(self) -> None:
         """Puts Ropewalk in: by frequencies where those are exact, else by the model's own tables."""
         self.refusals = dict(self.unserved)
+        self.norms_left = {}
         groups: dict[Any, list[Any]] = {}
         for attention in reversed(self.attentions):  # what is inside of another comes first
             if type(attention).__name__ not in self.refusals:
@@ -301,6 +307,7 @@ class _Trial:
             positions, layer_type = _asked(module, call)
             angles = Angles(positions, rotary.frequencies(layer_type, positions), module, layer_type)
             self._serve_layer(attention, (angles, angles))
+        rotary.watch(module)
         self.result._set(module, "rotary", rotary)
 
     def _serve_layer(self, attention: Any, tables: Any) -> None:
@@ -312,7 +319,9 @@ class _Trial:
             raise ValueError(f"patch: {base.__name__} rotates nothing in a first pass")
         dtype = next((x.dtype for x in (*call.args, *call.kwargs.values()) if isinstance(x, torch.Tensor)), None)
         handed = isinstance(tables or call.tables(attention), tuple)
-        norm = _find_norms(attention, forms) if self.fuse_norm and handed else None
+        norm, why = _find_norms(attention, forms) if self.fuse_norm else (None, "")
+        if norm and not handed:
+            norm, why = None, "the layer is not handed cosines and sines"
         for fused in (norm, None) if norm else (None,):
             for in_place in (True, False):
                 key = base, forms, self.rounding, fused, in_place
@@ -326,11 +335,14 @@ class _Trial:
                 try:
                     with in_eval(attention):
                         if same(call.again(attention, tables), call.result, dtype):
+                            if why and not fused:
+                                self.norms_left[base.__name__] = f"{why}: they stay the model's own"
                             return
                     reason = f"gives another result than with its own {forms[0][0]}"
                 except (AttributeError, TypeError, ValueError, RuntimeError) as error:  # e.g. it does more with tables
                     reason = f"ends in {type(error).__name__}: {error}{_if_sharded(attention)}"
                 self.result._unset(attention, *norms)
+            why = f"with them in the same pass the layer {reason}" if fused else why
         raise ValueError(f"patch: with Ropewalk {base.__name__} {reason}")
 
 
@@ -359,7 +371,8 @@ def _check_devices(model: Any, modules: Any) -> None:
     if len(devices) > 1 or "meta" in devices:
         raise ValueError(
             f"patch: {type(model).__name__} is spread over devices or offloaded, {', '.join(devices)}: each layer is "
-            "tried where it lies, so call ropewalk.transformers.patch before dispatching the model"
+            "tried where it lies, so load the model without device_map, and call ropewalk.transformers.patch before "
+            "dispatching it (accelerate.dispatch_model)"
         )
 
 
@@ -394,6 +407,7 @@ class _Rotary:
         self.config = config
         self.cache: dict[Any, Frequencies] = {}
         self.own: dict[str | None, Frequencies | None] = {}  # by layer type, where they are not the configuration's
+        self.numbers: Numbers | None = None  # that the module had; None: those of it go by the length
 
     def _rule(self, layer_type: str | None) -> dict[str, Any]:
         parameters = getattr(self.config, "rope_parameters", None) or {}
@@ -430,6 +444,16 @@ class _Rotary:
             found = own or Frequencies.from_config(self.config, layer_type, key[1] or None)
             self.cache[key] = found
         return found
+
+    def watch(self, module: Any) -> None:
+        """From now on a change of the module's numbers is noticed."""
+        self.numbers = None if any(self.changes(layer_type) for layer_type in self.own) else Numbers(module)
+
+    def holds(self, module: Any) -> bool:
+        """Whether the module's numbers are still those that `patch` found. A graph has what was so when it was made."""
+        return self.numbers is None or (
+            self.numbers.same if torch.compiler.is_compiling() else self.numbers.are_those_of(module)
+        )
 
     def check(self, module: Any, layer_type: str | None) -> None:
         """Compares our angles with the module's, and takes its own frequencies where they differ."""
@@ -486,20 +510,29 @@ def _run_alone(name: str, attention: Any, hidden: Any, position_embeddings: tupl
         raise ValueError(f"patch: {name} alone ends in {type(error).__name__}: {str(error)[:200]}") from None
 
 
-def _find_norms(attention: Any, forms: tuple[tuple[str, Form], ...]) -> Norm | None:
-    """The norm of q and k, if they have RMSNorms of one head each, both alike, that come before the rotation."""
-    if len(forms) != 1 or not forms[0][1].pair or forms[0][1].pairing == "split":
-        return None
+def _find_norms(attention: Any, forms: tuple[tuple[str, Form], ...]) -> tuple[Norm | None, str]:
+    """The norm of q and k, if they have RMSNorms of one head each, both alike, that come before the rotation; if not,
+    why not, and "" where they have no norms."""
     names = names_of(attention)
-    if not all(name in names and names.index(name) < names.index(forms[0][0]) for name in ("q_norm", "k_norm")):
-        return None
+    modules = [getattr(attention, name, None) if name in names else None for name in ("q_norm", "k_norm")]
+    if any(not isinstance(module, torch.nn.Module) or isinstance(module, torch.nn.Identity) for module in modules):
+        return None, ""
+    if len(forms) != 1 or not forms[0][1].pair:
+        return None, "the layer rotates q and k one by one"
+    if forms[0][1].pairing == "split":
+        return None, "the rotation reads neighbours and writes halves"
+    if not all(names.index(name) < names.index(forms[0][0]) for name in ("q_norm", "k_norm")):
+        return None, "they come after the rotation"
     head_dim = getattr(attention, "head_dim", None)
-    modules = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
+    widths = [module.weight.numel() for module in modules if getattr(module, "weight", None) is not None]
+    if head_dim is not None and any(width != head_dim for width in widths):
+        text = " and ".join(map(str, dict.fromkeys(widths)))
+        return None, f"they are norms over {text} elements, not over a head of {head_dim}"
     norm, other = (_find_norm(module, head_dim) for module in modules)
     if norm is None or norm != other or modules[0] is modules[1]:
-        return None
+        return None, f"they are no two RMSNorms of a head that are alike ({type(modules[0]).__name__})"
     weights = [getattr(module, "weight", None) is None for module in modules]
-    return norm if weights[0] == weights[1] else None
+    return (norm, "") if weights[0] == weights[1] else (None, "only one of them has a weight")
 
 
 def _find_norm(module: Any, head_dim: int | None) -> Norm | None:
