@@ -32,8 +32,8 @@ def test_version_agrees_with_the_header():
 
 # 3.0 MB held until plans proved themselves, the CUDA kernel's shapes came from a table, configurations were refused by
 # a table of all known types, and the library was hardened (stack clash, protectors, _FORTIFY_SOURCE): together 0.25 MB.
-# The gradient is a second operation: 0.2 MB, 90 KB of it a kernel for each CPU target, as much its SPIR-V; linking rounds
-# to pages.
+# The gradient is a second operation: 0.2 MB, 90 KB of it a kernel for each CPU target, as much its SPIR-V; linking
+# rounds to pages.
 def test_the_module_which_holds_the_whole_library_has_at_most_3_6_mb():
     if os.environ.get("ROPEWALK_SANITIZED"):
         pytest.skip("built with sanitizers")
