@@ -66,6 +66,13 @@ Status ReadChoices(Fields* fields, const ModelTraits& traits, const Surroundings
     ROPEWALK_TRY(fields->Number("compress_rope_theta", 1, kMaxTheta, &compress_theta));
   }
   if (nested) {
+    for (const std::string& layer_type : layer_types) {  // those that attend and rotate; null says that they do not
+      const bool attends = layer_type.ends_with("_attention") && layer_type != "linear_attention";
+      if (attends && traits.fields != TraitFields::kDeepseekV4 && !object->contains(layer_type)) {
+        return Status::Invalid(where + " has nothing for " + Quoted(layer_type) +
+                               ", of which layer_types has layers: give it, or null if they do not rotate");
+      }
+    }
     for (const auto& [key, value] : object->items()) {
       const std::string inner = Text(where, ".", key);
       if (!value.is_object() && !value.is_null()) {

@@ -49,6 +49,7 @@ struct ModelTraits {
   bool frequencies_only = false;    // pairing and norm are not told here
   std::string_view theta_key = {};  // the one key, besides rope_parameters, that gives theta
   bool rotary_dim_unread = false;   // by its code; the configuration must agree
+  bool part_read = false;           // partial_rotary_factor, by its default rotation; or its code is not transformers'
   bool interleaved = false;
   TraitNorm norm = TraitNorm::kNone;  // per head, before the rotation
   bool norm_if_asked = false;         // only with use_qk_norm: true

@@ -88,6 +88,10 @@ Status ReadYarn(Fields* fields, const Surroundings& around, RopeRule* rule) {
                    Show(rule->beta_fast));
   }
   rule->truncate = truncate.value_or(true);
+  if (around.by_layer && !rule->truncate) {
+    return Status::Invalid(fields->Name("truncate") +
+                           " is false, which transformers does not read of a layer type: leave it out, or " + kWayOut);
+  }
   rule->original_position = *original;
   const auto scale = [&](double m) { return rule->factor <= 1 ? 1.0 : 0.1 * m * std::log(rule->factor) + 1.0; };
   if (attention_factor) {
@@ -286,6 +290,13 @@ Status ReadRule(const Json& object, const std::string& where, const Surroundings
                            Quoted(around.model_type) + " has no default: give it, or " + kWayOut);
   }
   rule->rotary_dim = around.head_dim;
+  if (partial && around.turns_whole && !around.rotary_dim && rule->type == RopeType::kDefault &&
+      static_cast<int64_t>(static_cast<double>(around.head_dim) * *partial) != around.head_dim) {
+    return Status::Invalid(
+        (partial_inside ? fields.Name("partial_rotary_factor") : around.prefix + around.partial_name) + " is " +
+        Show(*partial) + ", but the code of model_type " + Quoted(around.model_type) +
+        " turns whole heads by rope_type \"default\": give 1, or " + kWayOut);
+  }
   const bool proportional = rule->type == RopeType::kProportional;
   if (around.rotary_dim && !(proportional && *around.rotary_dim == around.head_dim)) {
     const auto by_factor = static_cast<int64_t>(static_cast<double>(around.head_dim) * partial.value_or(1));

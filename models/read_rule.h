@@ -61,7 +61,9 @@ struct Surroundings {
   int64_t sequence_length = 0;
   TraitMrope mrope = TraitMrope::kContiguous;
   std::string_view model_type;
-  bool known = false;  // the model_type
+  bool known = false;        // the model_type
+  bool turns_whole = false;  // its default rotation, whatever partial_rotary_factor says
+  bool by_layer = false;     // rope_parameters are by layer type
 };
 
 Status MissingTheta(const Surroundings& around);

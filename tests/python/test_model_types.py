@@ -50,9 +50,11 @@ NOT_THE_MEASURE = {
 def rules(pairs):
     lengths = {"original_max_position_embeddings": 64}
     yield {"rope_type": "default"}
+    yield {"rope_type": "default", "partial_rotary_factor": 0.5}  # which the code of most does not read
     yield {"rope_type": "linear", "factor": 4.0}
     yield {"rope_type": "dynamic", "factor": 2.0}
     yield {"rope_type": "yarn", "factor": 4.0, **lengths}
+    yield {"rope_type": "yarn", "factor": 4.0, "truncate": False, **lengths}  # not read when nested
     yield {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, **lengths}
     yield {
         "rope_type": "longrope",
@@ -109,7 +111,9 @@ def variants(config, pairs):
     yield "no rule", "old", {**bare, "rope_theta": THETA}
     for rule in rules(pairs):
         kind = rule["rope_type"]
-        if kind != "default":
+        if "partial_rotary_factor" in rule and kind == "default":
+            yield f"{kind}, a part", "old", {**bare, "rope_theta": THETA, "partial_rotary_factor": 0.5}
+        elif kind != "default":
             yield kind, "old", {**bare, "rope_theta": THETA, "rope_scaling": rule}
         yield kind, "flat", {**bare, "rope_parameters": {**rule, "rope_theta": THETA}}
         if labels:

@@ -208,6 +208,32 @@ def test_a_rule_of_its_own_is_taken_and_said(change):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("what", ["a part of the head", "not truncated"])
+def test_what_the_code_of_a_model_does_not_read(what):
+    """The model goes on turning as it did; from its configuration alone it is refused."""
+    name = "llama" if what == "a part of the head" else "gemma3_text"
+    rule = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
+    kinds = MODELS["gemma3_text"][0]["layer_types"]
+    nested = {"rope_parameters": {kind: {**rule, "truncate": False} for kind in kinds}}
+    more = {"partial_rotary_factor": 0.5} if name == "llama" else nested
+    given = {**make(name).config.to_dict(), **more}
+    if name == "llama":
+        given["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e4, **more}
+    torch.manual_seed(0)
+    model, prompt = AutoModelForCausalLM.from_config(type(make(name).config)(**given)).eval(), ids()
+    refused = "turns whole heads" if name == "llama" else "truncate is false, which transformers does not read"
+    with pytest.raises(ValueError, match=refused):
+        ropewalk.Frequencies.from_config(model.config, None if name == "llama" else kinds[0])
+    want = model(prompt).logits
+    with pytest.warns(UserWarning, match=refused):
+        patch = ropewalk.transformers.patch(model)
+    before = launches()
+    got = model(prompt).logits
+    assert (launches(), patch.by_table) == (before + 2, {})
+    assert (got - want).abs().max() <= 1e-6 * want.abs().max()
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("name", ["olmo2", "olmo3"])
 def test_a_norm_over_all_heads_stays_and_is_named(name):
     """The rotation is served. The norm is over 64 and 32 elements, and a pair of halves lies within a head of 16."""

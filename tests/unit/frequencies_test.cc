@@ -278,7 +278,7 @@ TEST(Frequencies, Proportional) {
 
 TEST(Frequencies, Partial) {
   for (const char* json :
-       {R"({"model_type": "llama", "head_dim": 128, "num_attention_heads": 1, "partial_rotary_factor": 0.5})",
+       {R"({"model_type": "phi3", "head_dim": 128, "num_attention_heads": 1, "partial_rotary_factor": 0.5})",
         R"({"head_dim": 128, "num_attention_heads": 1, "rotary_pct": 0.5, "rotary_emb_base": 10000})",
         R"({"model_type": "gptj", "n_embd": 256, "n_head": 2, "rotary_dim": 64})",
         R"({"hidden_size": 256, "num_attention_heads": 2, "model_type": "glm"})",
@@ -682,6 +682,33 @@ TEST(FrequenciesErrors, Config) {
   EXPECT_EQ(
       error(head + R"("partial_rotary_factor": 0.5, "rope_parameters": {"partial_rotary_factor": 0.25}})"),
       "config.json: rope_parameters.partial_rotary_factor is 0.25, but config.json: partial_rotary_factor is 0.5");
+  // The default rotation of many a class of transformers turns the whole head; its other rules do not.
+  const std::string whole =
+      " is 0.5, but the code of model_type \"llama\" turns whole heads by rope_type \"default\": give 1, or make "
+      "Frequencies(theta=.., rotary_dim=..)";
+  EXPECT_EQ(error(head + R"("partial_rotary_factor": 0.5})"), "config.json: partial_rotary_factor" + whole);
+  EXPECT_EQ(error(head + R"("rotary_pct": 0.5})"), "config.json: rotary_pct" + whole);
+  EXPECT_EQ(error(head + R"("rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}})"),
+            "config.json: rope_parameters.partial_rotary_factor" + whole);
+  EXPECT_NE(FromConfig(head + R"("partial_rotary_factor": 1.0})"), nullptr);
+  const std::string scaled =
+      R"("rope_parameters": {"rope_type": "linear", "factor": 2, "partial_rotary_factor": 0.5}})";
+  EXPECT_NE(FromConfig(head + scaled), nullptr);
+  // What transformers reads of rope_parameters themselves alone, and layers that it finds nothing for.
+  const std::string yarn =
+      R"({"rope_type": "yarn", "factor": 4, "original_max_position_embeddings": 64, "truncate": false})";
+  EXPECT_NE(FromConfig(head + R"("rope_parameters": )" + yarn + "}"), nullptr);
+  EXPECT_EQ(
+      error(head + R"("rope_parameters": {"full_attention": )" + yarn + "}}"),
+      "config.json: rope_parameters.full_attention.truncate is false, which transformers does not read of a layer "
+      "type: leave it out, or make Frequencies(theta=.., rotary_dim=..)");
+  const std::string kinds = R"("layer_types": ["sliding_attention", "linear_attention", "full_attention"], )";
+  EXPECT_EQ(error(head + kinds + R"("rope_parameters": {"full_attention": {"rope_theta": 10000}}})"),
+            "config.json: rope_parameters has nothing for \"sliding_attention\", of which layer_types has layers: give "
+            "it, or null if they do not rotate");
+  const std::string null =
+      R"("rope_parameters": {"full_attention": {"rope_theta": 10000}, "sliding_attention": null}})";
+  EXPECT_NE(FromConfig(head + kinds + null), nullptr);
   EXPECT_EQ(error(head + R"("rope_parameters": {"rope_type": "yarn"}})"),
             "config.json: rope_parameters.factor is missing, but rope_type \"yarn\" needs it");
   EXPECT_EQ(error(head + R"("rope_scaling": {"rope_type": "yarn"}})"),
