@@ -135,7 +135,7 @@ Status ReadLayerConfig(std::string_view json, std::string_view name, std::string
 
   around.default_theta = traits.theta;
   if (traits.partial != 0) around.default_partial = traits.partial;
-  around.turns_whole = around.known && traits.partial == 0 && !traits.part_read;
+  around.turns_whole = !around.model_type.empty() && traits.partial == 0 && !traits.part_read;
   ROPEWALK_TRY(ReadOwnTheta(&fields, traits.fields, &around.theta, &around.theta_name));
   if (!traits.theta_key.empty()) {
     ROPEWALK_TRY(FirstNumber(&fields, {traits.theta_key}, 1, kMaxTheta, &around.theta, &around.theta_name));

@@ -86,7 +86,7 @@ constexpr ModelTraits kTraits[] = {
     {.model_type = "lfm2", .norm = kRms, .theta = 1e6},
     {.model_type = "lfm2_moe", .norm = kRms, .theta = 1e6},
     {.model_type = "lfm3", .rule = TraitRule::kNested, .norm = kRms},
-    {.model_type = "mellum", .rule = TraitRule::kNested, .part_read = true, .norm = kRms},
+    {.model_type = "mellum", .rule = TraitRule::kNested, .norm = kRms},
     {.model_type = "qwen3", .norm = kRms},
     {.model_type = "qwen3_5_moe_text", .norm = kRmsZeroCentered, .partial = 0.25, .mrope = TraitMrope::kInterleaved},
     {.model_type = "qwen3_5_text", .norm = kRmsZeroCentered, .partial = 0.25, .mrope = TraitMrope::kInterleaved},

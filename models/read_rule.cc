@@ -294,8 +294,12 @@ Status ReadRule(const Json& object, const std::string& where, const Surroundings
       static_cast<int64_t>(static_cast<double>(around.head_dim) * *partial) != around.head_dim) {
     return Status::Invalid(
         (partial_inside ? fields.Name("partial_rotary_factor") : around.prefix + around.partial_name) + " is " +
-        Show(*partial) + ", but the code of model_type " + Quoted(around.model_type) +
-        " turns whole heads by rope_type \"default\": give 1, or " + kWayOut);
+        Show(*partial) +
+        (around.known ? ", but the code of model_type " + Quoted(around.model_type) +
+                            " turns whole heads by rope_type \"default\""
+                      : ", which the code of model_type " + Quoted(around.model_type) +
+                            ", which Ropewalk does not know, may not read") +
+        ": give 1, or " + kWayOut);
   }
   const bool proportional = rule->type == RopeType::kProportional;
   if (around.rotary_dim && !(proportional && *around.rotary_dim == around.head_dim)) {

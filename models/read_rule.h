@@ -62,7 +62,7 @@ struct Surroundings {
   TraitMrope mrope = TraitMrope::kContiguous;
   std::string_view model_type;
   bool known = false;        // the model_type
-  bool turns_whole = false;  // its default rotation, whatever partial_rotary_factor says
+  bool turns_whole = false;  // so does or may its default rotation, whatever partial_rotary_factor says
   bool by_layer = false;     // rope_parameters are by layer type
 };
 
