@@ -2,6 +2,8 @@
 written."""
 
 # SPDX-License-Identifier: Apache-2.0
+import warnings
+
 import numpy as np
 import pytest
 import ropewalk
@@ -34,6 +36,20 @@ def table():
 
 def strided(*shape):
     return torch.ones(*shape[:-1], 2 * shape[-1])[..., ::2]
+
+
+def nested(**options):
+    return torch.nested.nested_tensor([torch.ones(2, 1, 64), torch.ones(2, 1, 64)], **options)
+
+
+def jagged():
+    return nested(layout=torch.jagged)
+
+
+def quantized(*shape):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that torch will not have these for ever
+        return torch.quantize_per_tensor(torch.ones(shape), 0.1, 0, torch.qint8)
 
 
 # What is changed in the good arguments, the error, and what its message must hold.
@@ -113,6 +129,10 @@ CASES = {
     "q grad": ({"q": torch.ones(4, 2, 64, requires_grad=True)}, ValueError, ["q requires grad", "no_grad"]),
     "weight grad": ({"q_weight": torch.ones(64, requires_grad=True)}, ValueError, ["q_weight requires grad"]),
     "sparse": ({"k": torch.ones(4, 1, 64).to_sparse()}, ValueError, ["k must be a strided tensor"]),
+    "nested": ({"positions": nested()}, ValueError, ["positions must be one array", "packed_positions"]),
+    "jagged": ({"k": jagged()}, ValueError, ["k must be one array", "nested tensor", "packed_positions"]),
+    "quantized": ({"q": quantized(4, 2, 64)}, ValueError, ["q must hold numbers", "qint8", "q.dequantize()"]),
+    "quantized weight": ({"q_weight": quantized(64)}, ValueError, ["q_weight must hold numbers"]),
     "negated view": ({"q": torch.ones(4, 2, 64, dtype=torch.complex64).conj().imag}, ValueError,
                      ["q is a lazily negated view"]),
     "q list": ({"q": [1.0]}, TypeError, ["q must be a tensor with DLPack", "list"]),
@@ -133,7 +153,11 @@ def test_message_names_the_argument(case, function):
     change, error, parts = CASES[case]
     arguments = {**good(), **change}
     tensors = {n: t for n, t in arguments.items() if isinstance(t, torch.Tensor) and t.device.type == "cpu"}
-    tensors = {n: t.detach() for n, t in tensors.items() if t.layout is torch.strided}
+    tensors = {
+        n: t.detach()
+        for n, t in tensors.items()
+        if t.layout is torch.strided and not t.is_quantized and not t.is_nested
+    }
     before = {name: tensor.clone() for name, tensor in tensors.items()}
     if function is ropewalk.rope_ and case == "q none":
         arguments.pop("q")

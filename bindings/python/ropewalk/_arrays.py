@@ -145,8 +145,22 @@ def check_torch(name: str, value: Any) -> None:
     check_plain(name, value)
 
 
+def check_kind(name: str, value: Any) -> None:
+    """Refuses tensors that are no array of numbers."""
+    if value.is_nested:
+        raise ValueError(
+            f"rope: {name} must be one array, but is a nested tensor: give its values, of all sequences one after the "
+            "other, and their positions (ropewalk.packed_positions)"
+        )
+    if value.is_quantized:
+        raise ValueError(
+            f"rope: {name} must hold numbers, but is quantized ({value.dtype}): give the result of {name}.dequantize()"
+        )
+
+
 def check_plain(name: str, value: Any) -> None:
     """Refuses tensors whose bytes do not say what their elements are."""
+    check_kind(name, value)
     if value.layout is not torch.strided:
         raise ValueError(f"rope: {name} must be a strided tensor, but its layout is {value.layout}")
     if value.device.type == "meta":
@@ -294,7 +308,7 @@ def empty_like(name: str, value: Any) -> Any:
     if numpy is not None and is_a(value, numpy.ndarray):
         return numpy.empty_like(value, subok=False)
     module = sys.modules.get(type(value).__module__.partition(".")[0])
-    if module is not None and _is_jax(value):
+    if module is not None and _is_jax(value) and hasattr(value, "devices"):  # else it only tells of an array
         _check_jax(name, value)
         return sys.modules["numpy"].empty(value.shape, value.dtype)
     if module is not None and hasattr(module, "empty_like"):

@@ -167,6 +167,7 @@ def _check(tensors: dict[str, Any]) -> None:
             raise TypeError(
                 f"rope: {name} must be a torch.Tensor where torch traces the call, but is a {_arrays._type_name(x)}"
             )
+        _arrays.check_kind(name, x)
         if grad_enabled and requires_grad(x):
             raise ValueError(
                 f"rope: {name} requires grad, and autograd does not go through this call: use ropewalk.rope, call it "
