@@ -91,6 +91,23 @@ HWY_INLINE float SumOverHead(int head_dim, const Body& body) {
   return total;
 }
 
+// dX of a head of which n has x / rms; `along` is mean(g w n). kSums: adds g n to the sums. Of rstd what makes greater
+// comes before the products: those of subnormal numbers would lose what it brings back.
+template <class T, bool kSums>
+HWY_INLINE void WriteGradient(int dim, const float* weight, const float* n, const float* g, V rstd, V along,
+                              float* sums, typename T::Raw* out) {
+  const V one = hn::Set(df, 1.0f), up = hn::Max(rstd, one), down = hn::Min(rstd, one), mean_along = hn::Mul(along, up);
+  const auto work = [&](auto span, int i) ROPEWALK_ATTR {
+    const V gi = hn::Load(df, g + i), ni = hn::Load(df, n + i);
+    if constexpr (kSums) hn::Store(hn::MulAdd(gi, ni, hn::Load(df, sums + i)), df, sums + i);
+    const V gw = hn::Mul(hn::Mul(gi, up), hn::Load(df, weight + i));
+    T::template Store<false>(span, hn::Mul(hn::NegMulAdd(ni, mean_along, gw), down), out + i, 0);
+  };
+  int i = 0;
+  for (; i + kLanes <= dim; i += kLanes) work(Whole<DF>(), i);
+  if (i < dim) work(First<DF>{dim - i}, i);
+}
+
 // The gradient of one head, of which n has x; n gets x / rms. kSums: adds g n to the sums.
 template <class T, bool kSums>
 HWY_NOINLINE void HeadGradient(const rope_params& p, const float* weight, float* n, const float* g, float* sums,
@@ -114,18 +131,7 @@ HWY_NOINLINE void HeadGradient(const rope_params& p, const float* weight, float*
                                     sum = hn::MulAdd(hn::Mul(hn::Load(df, g + i), hn::Load(df, weight + i)), unit, sum);
                                   }) *
                       per_element;
-  // Of rstd what makes greater first, for the same reason.
-  const V up = hn::Max(rstd, hn::Set(df, 1.0f)), down = hn::Min(rstd, hn::Set(df, 1.0f));
-  const V mean_along = hn::Mul(hn::Set(df, along), up);
-  const auto work = [&](auto span, int i) ROPEWALK_ATTR {
-    const V gi = hn::Load(df, g + i), ni = hn::Load(df, n + i);
-    const V gw = hn::Mul(hn::Mul(gi, up), hn::Load(df, weight + i));
-    T::template Store<false>(span, hn::Mul(hn::NegMulAdd(ni, mean_along, gw), down), out + i, 0);
-    if constexpr (kSums) hn::Store(hn::MulAdd(gi, ni, hn::Load(df, sums + i)), df, sums + i);
-  };
-  int i = 0;
-  for (; i + kLanes <= dim; i += kLanes) work(Whole<DF>(), i);
-  if (i < dim) work(First<DF>{dim - i}, i);
+  WriteGradient<T, kSums>(dim, weight, n, g, rstd, hn::Set(df, along), sums, out);
 }
 
 // The sums of the lanes of kHeadsAtOnce vectors, over head_dim.
@@ -172,17 +178,7 @@ HWY_NOINLINE void HeadsGradient(const rope_params& p, const float* weight, float
   });
   MeansOfHeads(rows, per_element, along);
   for (int h = 0; h < count; ++h, n += step, g += step, out += out_step) {
-    const V scale = hn::Set(df, rstd[h]), one = hn::Set(df, 1.0f);
-    const V up = hn::Max(scale, one), down = hn::Min(scale, one), mean_along = hn::Mul(hn::Set(df, along[h]), up);
-    const auto work = [&](auto span, int i) ROPEWALK_ATTR {
-      const V gi = hn::Load(df, g + i), ni = hn::Load(df, n + i);
-      if constexpr (kSums) hn::Store(hn::MulAdd(gi, ni, hn::Load(df, sums + i)), df, sums + i);
-      const V gw = hn::Mul(hn::Mul(gi, up), hn::Load(df, weight + i));
-      T::template Store<false>(span, hn::Mul(hn::NegMulAdd(ni, mean_along, gw), down), out + i, 0);
-    };
-    int i = 0;
-    for (; i + kLanes <= dim; i += kLanes) work(Whole<DF>(), i);
-    if (i < dim) work(First<DF>{dim - i}, i);
+    WriteGradient<T, kSums>(dim, weight, n, g, hn::Set(df, rstd[h]), hn::Set(df, along[h]), sums, out);
   }
 }
 
@@ -233,6 +229,7 @@ HWY_NOINLINE void GradientOfToken(const rope_params& p, bool interleaved, const 
   const bool alone = p.head_dim > kSquaresAtOnce || (sizeof(Raw) == 4 && step >= 128);
   const int fit = kBytesAtOnce / (step * (8 + 3 * static_cast<int>(sizeof(Raw))));
   const int at_once = alone ? 1 : HWY_MIN(kHeadsAtOnce, HWY_MAX(1, fit));
+  int in_sums = 0;  // heads
   for (int64_t first = 0; first < heads.count; first += at_once) {
     const auto count = static_cast<int>(std::min<int64_t>(at_once, heads.count - first));
     for (int h = 0; h < count; ++h) {
@@ -255,9 +252,11 @@ HWY_NOINLINE void GradientOfToken(const rope_params& p, bool interleaved, const 
       continue;
     }
     gradient(std::true_type());
-    const int64_t done = first + count;
-    if (done % kHeadsOfASum == 0 || done == heads.count || at_once > kHeadsOfASum / 2)
+    in_sums += count;
+    if (in_sums + at_once > kHeadsOfASum || first + count == heads.count) {
       AddToTotals(p.head_dim, scratch.sums, heads.totals);
+      in_sums = 0;
+    }
   }
 }
 

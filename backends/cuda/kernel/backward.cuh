@@ -152,20 +152,17 @@ __device__ __forceinline__ void BackwardBody(const rope_backward_cuda_args& b) {
   HeadCursor ahead = {};
   const auto fetch = [&](int stage) {
     if (to_fetch > 0) {
-      EachVector<K>(lane, x, [&](Words<S::kVectorBytes>& words, int begin, int number) {
-        if constexpr (S::kStaged) {
-          CopyAsync<S::kVectorBytes>(staged_at(2 * stage, number), ahead.x + begin * kSize);
-        } else {
-          words = Load<S::kVectorBytes>(ahead.x + begin * kSize);
-        }
-      });
-      EachVector<K>(lane, grad, [&](Words<S::kVectorBytes>& words, int begin, int number) {
-        if constexpr (S::kStaged) {
-          CopyAsync<S::kVectorBytes>(staged_at(2 * stage + 1, number), ahead.grad + begin * kSize);
-        } else {
-          words = Load<S::kVectorBytes>(ahead.grad + begin * kSize);
-        }
-      });
+      const auto get = [&](Share<K>& to, const char* from, int place) {
+        EachVector<K>(lane, to, [&](Words<S::kVectorBytes>& words, int begin, int number) {
+          if constexpr (S::kStaged) {
+            CopyAsync<S::kVectorBytes>(staged_at(place, number), from + begin * kSize);
+          } else {
+            words = Load<S::kVectorBytes>(from + begin * kSize);
+          }
+        });
+      };
+      get(x, ahead.x, 2 * stage);
+      get(grad, ahead.grad, 2 * stage + 1);
       if constexpr (kFetchPosition) {
         if (ahead.new_token) {
           CopyAsync<sizeof(PositionInt)>(&positions[stage * K::kThreads + thread],
