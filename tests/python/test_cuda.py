@@ -392,6 +392,38 @@ def test_two_devices_in_one_call():
     assert (q == 1).all() and (k == 1).all()
 
 
+@several
+@pytest.mark.parametrize("angles", ["exact", "table"])
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma3_text"])
+def test_a_model_over_two_devices(kind, angles):
+    accelerate = pytest.importorskip("accelerate")
+    transformers = pytest.importorskip("transformers")
+    import ropewalk.transformers  # noqa: PLC0415
+
+    config = transformers.AutoConfig.for_model(
+        kind, vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, max_position_embeddings=256, tie_word_embeddings=False,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    places = {"model.embed_tokens": 0, "model.norm": 1, "model.rotary_emb": 0, "lm_head": 1}
+    places.update({f"model.layers.{i}": i // 2 for i in range(4)})
+    accelerate.dispatch_model(model, places, main_device=0, force_hooks=True)
+    tokens = torch.arange(10, device="cuda:0")[None]
+    with torch.no_grad():
+        want = model(tokens).logits
+        began = sum(ropewalk.counters().values())
+        with ropewalk.transformers.patch(model, angles=angles) as patch:
+            assert not patch.skipped
+            assert patch.fused_norms == (0 if kind == "llama" else 4)
+            got = model(tokens).logits
+            assert torch.allclose(got, want, atol=1e-5)
+            written = model.generate(tokens, max_new_tokens=8, do_sample=False)
+        assert sum(ropewalk.counters().values()) > began
+        assert torch.equal(model(tokens).logits, want)
+        assert torch.equal(model.generate(tokens, max_new_tokens=8, do_sample=False), written)
+
+
 # ---- faults and bad input
 
 

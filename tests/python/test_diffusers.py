@@ -619,3 +619,36 @@ def test_layers_compile_to_one_graph(name):
         torch._dynamo.reset()
     pairs = zip(got, want, strict=True) if isinstance(want, tuple) else [(got, want)]
     assert all(error(a, b) <= CLOSE for a, b in pairs)
+
+
+@pytest.mark.parametrize("name", ["Flux", "HunyuanVideo", "Wan"])
+def test_gradients_of_each_of_vmaps_calls(name):
+    model, given = make(name)
+    key = next(key for key, x in given.items() if isinstance(x, torch.Tensor) and x.dim() >= 3)
+    parameters = {each: x.detach() for each, x in model.named_parameters()}
+    inputs = torch.stack([given[key] * scale for scale in (1.0, 0.5)])
+
+    def loss(parameters, x):
+        out = torch.func.functional_call(model, parameters, (), {**given, key: x})
+        return (out[0] if isinstance(out, tuple) else out.sample).square().mean()
+
+    want = [torch.func.grad(loss)(parameters, x) for x in inputs]
+    largest = max(float(x.abs().max()) for x in want[0].values())
+    with rd.patch(model) as patch:
+        got = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, inputs)
+        assert all("with a gradient" in kind for kind in patch.calls)
+    for each, x in got.items():
+        for i, of_call in enumerate(want):
+            assert float((x[i] - of_call[each]).abs().max()) <= 2e-6 * largest, each
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", NAMES)
+def test_another_default_device(name):
+    """As torch.set_default_device("cuda") has it while the model is elsewhere."""
+    model, given = make(name)
+    want = run(model, given)
+    with torch.device("meta"):
+        patch = rd.patch(model)
+    assert (patch.layers, patch.skipped) == (layers_of(name)[0], {})
+    assert error(run(model, given), want) <= CLOSE

@@ -148,6 +148,19 @@ def test_left_padding():
         assert torch.equal(model.generate(prompt, **options), want)
 
 
+@pytest.mark.parametrize("angles", ["table", "exact"])
+@pytest.mark.parametrize("name", ["qwen3", "gemma3_text", "phi3", "gpt_neox"])
+def test_another_default_device(name, angles):
+    """As torch.set_default_device("cuda") has it while the model is elsewhere."""
+    model, prompt = make(name), ids()
+    with torch.no_grad():
+        want = model(prompt).logits
+        with torch.device("meta"):
+            patch = ropewalk.transformers.patch(model, angles=angles)
+        assert patch.fused_norms == MODELS[name][1] and not patch.skipped
+        assert torch.allclose(model(prompt).logits, want, atol=2e-5)
+
+
 def test_refusals():
     with pytest.raises(ValueError, match="calls apply_rotary_pos_emb"):
         ropewalk.transformers.patch(torch.nn.Linear(2, 2))

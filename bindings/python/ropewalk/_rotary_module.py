@@ -66,7 +66,7 @@ def frequencies_of(
 
 def _agrees(frequencies: Frequencies, tables: Callable[[Any], tuple[Any, Any]], tolerance: float) -> bool:
     """Whether these are the module's angles: cosines at position 0 and sines at 1, where each frequency shows whole."""
-    cos, sin = (table.double().cpu() for table in tables(torch.tensor([[0, 1]])))
+    cos, sin = (table.double().cpu() for table in tables(torch.tensor([[0, 1]], device="cpu")))
     w = torch.as_tensor(frequencies.inv_freq, dtype=torch.float64, device="cpu")
     if cos.shape != (2, w.numel()):
         return False

@@ -173,7 +173,9 @@ class Recording:
 
 def _whole(result: Any) -> Any:
     values = result.values() if hasattr(result, "values") else result if isinstance(result, tuple) else [result]
-    found = next((x for x in values if isinstance(x, torch.Tensor) and x.is_floating_point()), torch.zeros(1))
+    found = next(
+        (x for x in values if isinstance(x, torch.Tensor) and x.is_floating_point()), torch.zeros(1, device="cpu")
+    )
     return found.clone()
 
 
@@ -189,7 +191,7 @@ def inputs(module: torch.nn.Module) -> Iterator[dict[str, Any]]:
     generator = torch.Generator().manual_seed(7)
 
     def drawn(*shape: int) -> Any:
-        return torch.randn(shape, generator=generator).to(like)
+        return torch.randn(shape, generator=generator, device="cpu").to(like)
 
     if "input_ids" in parameters:
         text = config.get_text_config()
@@ -237,7 +239,7 @@ def layout_of(*tables: Any) -> Callable[[Any], Any] | None:
 
 
 def _drawn_table(like: Any, take: Any, generator: Any) -> Any:
-    pairs = torch.randn(take(like).shape, generator=generator).to(like.device)
+    pairs = torch.randn(take(like).shape, generator=generator, device="cpu").to(like.device)
     if take is halves:
         return torch.cat((pairs, pairs), -1)
     return pairs.repeat_interleave(2, -1) if take is evens else pairs
@@ -250,7 +252,7 @@ def _parameters(function: Any) -> tuple[str, ...]:
 
 
 def _drawn(value: Any, generator: Any) -> Any:
-    return torch.randn(value.shape, generator=generator).to(value.device)
+    return torch.randn(value.shape, generator=generator, device="cpu").to(value.device)
 
 
 def form_of(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Form | None:

@@ -312,7 +312,7 @@ class _Trial:
         if not wrong and self.calls == {self.known.NORM_AND_ROTATION: len(layers)}:
             self.known.put(rotary, layers[0].heads)
             # A hook may hold the forward that it had, and call that.
-            if rotary(torch.zeros(1, 1, *rotary.patch_size))[0].shape[2] == layers[0].heads:
+            if rotary(torch.zeros((1, 1, *rotary.patch_size), device="cpu"))[0].shape[2] == layers[0].heads:
                 self.result._patched.append(rotary)
                 return
             self.known.take_off(rotary)

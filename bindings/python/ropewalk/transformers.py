@@ -127,8 +127,8 @@ def patch(model: torch.nn.Module, *, angles: str = "exact", rounding: str = "fus
         stay the model's own where only the rotation is served, such as those over all heads (OLMo 2).
 
     Raises:
-        ValueError: the model has no such attention, is patched already, is spread over devices, or all that rotates in
-            it does something that Ropewalk does not know. The model is then as it was.
+        ValueError: the model has no such attention, is patched already, is offloaded, or all that rotates in it
+            does something that Ropewalk does not know. The model is then as it was.
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(
@@ -250,7 +250,10 @@ class _Trial:
         weight = _plain_weight(self.result.model, attention)
         positions = torch.arange(3, 9, device=weight.device)[None]
         hidden = torch.randn(
-            (1, 6, rotary.config.hidden_size), generator=torch.Generator().manual_seed(7), dtype=torch.float32
+            (1, 6, rotary.config.hidden_size),
+            generator=torch.Generator().manual_seed(7),
+            dtype=torch.float32,
+            device="cpu",
         ).to(weight)
         layer_type = _layer_type(rotary, attention)
         takes_type = "layer_type" in inspect.signature(type(rotary).forward).parameters
@@ -367,12 +370,11 @@ def _check_forward(module: Any) -> None:
 
 
 def _check_devices(model: Any, modules: Any) -> None:
-    devices = {str(x.device): None for m in modules for x in (*m.parameters(), *m.buffers())}
-    if len(devices) > 1 or "meta" in devices:
+    if any(x.device.type == "meta" for m in modules for x in (*m.parameters(), *m.buffers())):
         raise ValueError(
-            f"patch: {type(model).__name__} is spread over devices or offloaded, {', '.join(devices)}: each layer is "
-            "tried where it lies, so load the model without device_map, and call ropewalk.transformers.patch before "
-            "dispatching it (accelerate.dispatch_model)"
+            f"patch: layers of {type(model).__name__} are offloaded (on the meta device), and each is tried where it "
+            "lies: load the model without offloading, and call ropewalk.transformers.patch before dispatching it "
+            "(accelerate.dispatch_model)"
         )
 
 
@@ -543,7 +545,7 @@ def _find_norm(module: Any, head_dim: int | None) -> Norm | None:
     if getattr(module, "bias", None) is not None or (weight is not None and weight.shape != (head_dim,)):
         return None
     like = weight if weight is not None else torch.empty(0)
-    x = torch.randn((2, 3, head_dim), generator=torch.Generator().manual_seed(7)).to(like)
+    x = torch.randn((2, 3, head_dim), generator=torch.Generator().manual_seed(7), device="cpu").to(like)
     try:
         want = module(x).float()
     except Exception:  # an unknown norm: left as it is
@@ -572,8 +574,12 @@ def _slot_serves(cls: Any, head_dim: int, width: int, unsqueeze_dim: int) -> boo
     if key not in _serves:
         generator = torch.Generator().manual_seed(7)
         shape = (1, 2, 3, head_dim) if unsqueeze_dim == 1 else (1, 3, 2, head_dim)
-        half = torch.randn((2, 1, 3, max(width // 2, 1)), generator=generator)
-        args = (*torch.randn((2, *shape), generator=generator), *torch.cat((half, half), -1), unsqueeze_dim)
+        half = torch.randn((2, 1, 3, max(width // 2, 1)), generator=generator, device="cpu")
+        args = (
+            *torch.randn((2, *shape), generator=generator, device="cpu"),
+            *torch.cat((half, half), -1),
+            unsqueeze_dim,
+        )
         try:
             with torch.no_grad():
                 pairs = zip(apply_rotary_pos_emb(*args), cls.forward(None, *args), strict=True)
