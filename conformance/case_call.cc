@@ -86,9 +86,11 @@ Status CaseCall::Verify(std::string* message, double* worst, int64_t* elements) 
   for (const auto& buffer : buffers_) expected.push_back(buffer->initial);
 
   // The chain's norm sums and takes the root in a way of its own: a last bit may differ, but seldom. Subnormal numbers
-  // have so few bits that their products often lie half-way between two, where the last bit of the root decides.
+  // have so few bits that their products often lie half-way between two, where the last bit of the root decides;
+  // and a short head of mixed ones may have subnormal ones alone.
+  const bool tiny = case_.data == Data::kTiny || (case_.data == Data::kMixed && case_.head_dim < 16);
   const bool counts_inexact = !backward_ && case_.norm && case_.rounding == ROPEWALK_ROUND_REFERENCE &&
-                              case_.dtype != kF32 && case_.angles != Angles::kFrequencies && case_.data != Data::kTiny;
+                              case_.dtype != kF32 && case_.angles != Angles::kFrequencies && !tiny;
   int64_t rotated = 0, inexact = 0;
   const auto tensor_of = [&](const DLTensor* written, size_t* b) -> const Tensor& {
     const auto tensor = std::find_if(tensors_.begin(), tensors_.end(),
