@@ -590,13 +590,15 @@ Status CaseCall::MakeBackward(const RopeCase& c, DeviceMemory& memory, std::uniq
   return (*out)->MakeWorkspace("workspace");
 }
 
-// Of as many elements as the call says, and not one more.
+// Of as many elements as the call says, and not one more, from any element of a line of memory on.
 Status CaseCall::MakeWorkspace(std::string_view name) {
   const int64_t needed = ropewalk_rope_backward_workspace(&args_, &gradients_);
   if (needed < 0) return Status::Invalid(ropewalk_last_error());
   if (needed == 0) return {};
   Builder builder{*this, case_, Random(name)};
-  Tensor* tensor = builder.NewContiguous(std::string(name), kF32, {needed});
+  const int64_t first = static_cast<int64_t>(case_.tokens % 8);
+  Tensor* tensor = builder.NewTensor(std::string(name), builder.NewBuffer(std::string(name), 4 * (first + needed)),
+                                     kF32, {needed}, {1}, first);
   Buffer& buffer = *tensor->buffer;
   ROPEWALK_TRY(memory_.Allocate(buffer.initial.size(), &buffer.device));
   ROPEWALK_TRY(memory_.CopyIn(buffer.device, buffer.initial.data(), buffer.initial.size()));

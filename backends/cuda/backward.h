@@ -4,10 +4,14 @@
 
 #include <cstdint>
 
+#include "backends/cuda/kernel/backward_args.h"
 #include "backends/cuda/plan.h"
 #include "rope/backward.h"
 
 namespace ropewalk {
+
+// Of the sums in a workspace, which is a little larger for it.
+constexpr int kSumsAlignment = 32;
 
 struct RopeCudaBackwardPlan {
   RopeCudaKey key, sums_key;

@@ -342,7 +342,8 @@ Status LaunchBackward(const RopeBackwardCall& call) {
   args.k = call.k;
   args.q_strides = call.q_strides;
   args.k_strides = call.k_strides;
-  args.sums = call.workspace;
+  args.sums = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(call.workspace) + kSumsAlignment - 1) /
+                                       kSumsAlignment * kSumsAlignment);
   args.q_weight_grad = call.q_weight_grad;
   args.k_weight_grad = call.k_weight_grad;
   args.q_blocks = plan.q_blocks;

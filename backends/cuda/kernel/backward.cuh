@@ -3,9 +3,10 @@
 //   dX = (g w - n mean(g w n)) / rms                   one pass: reads x and dY, writes dX
 //   dW = sum of g n over all heads of all tokens       two kernels: a sum of each block, then those added up
 //
-// A block has heads of q or of k, not of both, so that its threads add up one weight's gradient. A warp has a run of
-// heads that follow each other, as long as any other warp's or one turn more, and its groups take them in turns: what a
-// warp reads in a turn lies together. Who owns what of a head, rope.cuh draws. No sum depends on which block is first.
+// A block has heads of q or of k, not of both, so that its threads add up one weight's gradient. All heads of q, and all
+// of k, are dealt to the warps in pieces of a few turns, in the order of memory: what all warps read at a time lies
+// together. In a turn each group of a warp takes a head. Who owns what of a head, rope.cuh draws. No sum depends on which
+// block is first.
 // SPDX-License-Identifier: Apache-2.0
 #ifndef ROPEWALK_BACKENDS_CUDA_KERNEL_BACKWARD_CUH_
 #define ROPEWALK_BACKENDS_CUDA_KERNEL_BACKWARD_CUH_
@@ -71,6 +72,7 @@ __device__ __forceinline__ int ElementOf(int lane, int slot) {
 // Where a group is: its head, and where x, dY and dX of it lie.
 struct HeadCursor {
   int batch, token, head;
+  int left;        // turns of its piece, with this one
   bool new_token;  // the head before was another token's
   const char *x, *grad;
   char* out;
@@ -90,16 +92,19 @@ __device__ __forceinline__ void BackwardBody(const rope_backward_cuda_args& b) {
   const int lane = thread % 32 % K::kLanes;
   const bool idle = Idle(S::kGrid, thread);
 
-  // The heads of all tokens are dealt to the warps, kGroups of them a turn.
+  // The heads of all tokens are dealt to the warps, kGroups of them a turn and kPiece turns at a time.
+  constexpr int kPiece = kRopePieceTurns;
   const rw_i64 all = p.batch * p.tokens * heads, all_turns = (all + kGroups - 1) / kGroups;
+  const rw_i64 pieces = (all_turns + kPiece - 1) / kPiece;
   const rw_i64 warps = rw_i64{of_k ? b.k_blocks : b.q_blocks} * kWarps;
   const rw_i64 warp = rw_i64{static_cast<int>(blockIdx.x) - (of_k ? b.q_blocks : 0)} * kWarps + thread / 32;
-  const rw_i64 each = all_turns / warps, more = all_turns - each * warps;
-  const auto turns = static_cast<int>(each + (warp < more));  // of this warp
-  const rw_i64 first =
-      (warp * each + (warp < more ? warp : more)) * kGroups + GroupInWarp(S::kGrid, thread);  // of this group
+  const rw_i64 own = (pieces - warp + warps - 1) / warps;  // pieces of this warp
+  const bool has_last = own > 0 && warp + (own - 1) * warps == pieces - 1;
+  const auto turns = static_cast<int>(own * kPiece - (has_last ? pieces * kPiece - all_turns : 0));
+  const int group = GroupInWarp(S::kGrid, thread);
+  const rw_i64 first = warp * (kPiece * kGroups) + group;
   // The last turn of all may have no head for a group.
-  const int count = idle ? 0 : first + rw_i64{turns} * kGroups - kGroups < all ? turns : turns - 1;
+  const int count = idle ? 0 : has_last && (all_turns - 1) * kGroups + group >= all ? turns - 1 : turns;
 
   const rope_strides& x_strides = of_k ? b.k_strides : b.q_strides;
   const rope_strides& grad_strides = of_k ? p.k : p.q;
@@ -112,22 +117,34 @@ __device__ __forceinline__ void BackwardBody(const rope_backward_cuda_args& b) {
     at.grad = of(of_k ? a.k : a.q, grad_strides);
     at.out = const_cast<char*>(of(of_k ? a.k_out : a.q_out, out_strides));
   };
+  // To the next turn: the one beside it, or the first one of the warp's next piece. Each token that is passed adds the
+  // way from behind its last head to the next token's first.
+  const auto jump = static_cast<int>((warps - 1) * (kPiece * kGroups) + kGroups);
+  const int jump_tokens = jump / heads;
+  const auto wrap_of = [&](const rope_strides& s) { return (s.token - s.head * heads) * kSize; };
+  const rw_i64 x_wrap = wrap_of(x_strides), grad_wrap = wrap_of(grad_strides), out_wrap = wrap_of(out_strides);
   const auto go_on = [&](HeadCursor& at) {
-    at.head += kGroups;
-    at.new_token = at.head >= heads;
-    if (!at.new_token) {
-      at.x += x_strides.head * (kGroups * kSize);
-      at.grad += grad_strides.head * (kGroups * kSize);
-      at.out += out_strides.head * (kGroups * kSize);
+    const bool jumps = --at.left == 0;
+    const int step = jumps ? jump : kGroups;
+    int tokens = jumps ? jump_tokens : 0;
+    at.head += step - tokens * heads;
+    if (at.head >= heads) {
+      const int more = heads >= kGroups || jumps ? 1 : at.head / heads;
+      at.head -= more * heads;
+      tokens += more;
+    }
+    if (jumps) at.left = kPiece;
+    at.new_token = tokens != 0;
+    at.token += tokens;
+    if (K::kBatched && at.token >= p.tokens) {
+      while (at.token >= p.tokens) at.token -= static_cast<int>(p.tokens), ++at.batch;
+      place(at);
       return;
     }
-    const int tokens = at.head / heads;
-    at.head -= tokens * heads;
-    at.token += tokens;
-    if (K::kBatched) {
-      while (at.token >= p.tokens) at.token -= static_cast<int>(p.tokens), ++at.batch;
-    }
-    place(at);
+    const auto advance = [&](const rope_strides& s, rw_i64 wrap) { return step * (s.head * kSize) + tokens * wrap; };
+    at.x += advance(x_strides, x_wrap);
+    at.grad += advance(grad_strides, grad_wrap);
+    at.out += advance(out_strides, out_wrap);
   };
 
   if constexpr (K::kDependentLaunch != 0) {
@@ -182,6 +199,7 @@ __device__ __forceinline__ void BackwardBody(const rope_backward_cuda_args& b) {
     at.batch = K::kBatched ? static_cast<int>(row / p.tokens) : 0;
     at.token = static_cast<int>(row - at.batch * p.tokens);
     at.new_token = true;
+    at.left = kPiece;
     place(at);
     ahead = at;
   }
@@ -258,29 +276,24 @@ __device__ __forceinline__ void BackwardBody(const rope_backward_cuda_args& b) {
         RotateUnit<Unrounded<K>>(g.v[2 * i], g.v[2 * i + 1], angles.cos[i], angles.sin[i]);
       }
     }
-    // The weights of a vector, unpacked twice: kept as floats they would take the registers of a vector more.
-    const auto factor_of = [&](const WeightWords<K>& words, float (&w)[K::kVector]) {
-      if constexpr (K::kWeight != kRopeNoWeight) Unpack<K::kWeightDtype, K::kVector>(words, w);
-#pragma unroll
-      for (int j = 0; j < K::kVector; ++j) {
-        w[j] = K::kWeight == kRopeNoWeight ? 1.0f : K::kWeight == kRopeWeight ? w[j] : 1.0f + w[j];
-      }
-    };
     const float mean = SumOfGroup<K::kLanes>(square, lane) * (1.0f / K::kHeadDim) + __uint_as_float(K::kEpsBits);
     const float rstd = K::kDtype == kRopeF32 ? __frcp_rn(__fsqrt_rn(mean)) : InverseRoot<K::kEpsBits>(mean);
     // n before its products, and what makes greater first: those of subnormal numbers would lose what that brings back.
     const float scale_up = fmaxf(rstd, 1.0f), scale_down = fminf(rstd, 1.0f);
+    Floats<K> scaled;  // g w as large as scale_up makes it
     float along = 0.0f;
     EachVector<K>(lane, weights, [&](const WeightWords<K>& words, int, int number) {
       float w[K::kVector];
-      factor_of(words, w);
+      if constexpr (K::kWeight != kRopeNoWeight) Unpack<K::kWeightDtype, K::kVector>(words, w);
 #pragma unroll
       for (int j = 0; j < K::kVector; ++j) {
+        const float factor = K::kWeight == kRopeNoWeight ? 1.0f : K::kWeight == kRopeWeight ? w[j] : 1.0f + w[j];
         n.v[number][j] *= rstd;
-        along = fmaf(g.v[number][j] * w[j], n.v[number][j], along);
+        scaled.v[number][j] = g.v[number][j] * scale_up * factor;
+        along = fmaf(scaled.v[number][j], n.v[number][j], along);
       }
     });
-    const float mean_along = SumOfGroup<K::kLanes>(along, lane) * (1.0f / K::kHeadDim) * scale_up;
+    const float mean_along = SumOfGroup<K::kLanes>(along, lane) * (1.0f / K::kHeadDim);
     fetch(stage);  // to where this head's values lay, which have all been read
     stage = stage + 1 == kAhead ? 0 : stage + 1;
     if (!works) continue;
@@ -289,13 +302,12 @@ __device__ __forceinline__ void BackwardBody(const rope_backward_cuda_args& b) {
     if ((S::kTable || K::kCheckAxes) && poisoned) {
       FillHead<K>(nullptr, out, true, lane);
     } else {
-      EachVector<K>(lane, weights, [&](const WeightWords<K>& words, int begin, int number) {
+      EachVector<K>(lane, weights, [&](const WeightWords<K>&, int begin, int number) {
         float dx[K::kVector];
-        factor_of(words, dx);
 #pragma unroll
         for (int j = 0; j < K::kVector; ++j) {
           const float unit = n.v[number][j];
-          dx[j] = scale_down * fmaf(-unit, mean_along, g.v[number][j] * scale_up * dx[j]);
+          dx[j] = scale_down * fmaf(-unit, mean_along, scaled.v[number][j]);
           if constexpr (K::kSums != 0) {
             run[number * K::kVector + j] = fmaf(g.v[number][j], unit, run[number * K::kVector + j]);
           }
@@ -312,7 +324,8 @@ __device__ __forceinline__ void BackwardBody(const rope_backward_cuda_args& b) {
   // The block's sums: of the threads that own an element, in their order. head_dim floats, and as many behind.
   if constexpr (K::kSums != 0) {
     end_run();
-    float* const sums = b.sums + static_cast<rw_i64>(blockIdx.x) * (2 * K::kHeadDim);
+    constexpr int kRow = RopeSumsRow(K::kHeadDim);
+    float* const sums = b.sums + static_cast<rw_i64>(blockIdx.x) * (2 * kRow);
 #pragma unroll 1
     for (int begin = 0; begin < kSlots; begin += Sizes::kPart) {
       if constexpr (!Sizes::kShared) {
@@ -327,51 +340,87 @@ __device__ __forceinline__ void BackwardBody(const rope_backward_cuda_args& b) {
         const int slot = begin + i / K::kLanes, owner = i % K::kLanes;
         const int element = slot < kSlots ? ElementOf<K>(owner, slot) : -1;
         if (element < 0) continue;
-        Sum sum = {0.0f, 0.0f};
-#pragma unroll 4
-        for (int of = 0; of < kWarps * kGroups; ++of) {
+        // Four sums whose additions do not wait for each other, then those.
+        Sum parts[4] = {};
+        constexpr int kOwners = kWarps * kGroups;
+#pragma unroll
+        for (int of = 0; of < kOwners; ++of) {
           const int by = of / kGroups * 32 + of % kGroups * K::kLanes + owner;
-          AddTo(sum, shared_sums[(slot - begin) * K::kThreads + by]);
+          AddTo(parts[of % 4], shared_sums[(slot - begin) * K::kThreads + by]);
         }
+        AddTo(parts[0], parts[1]);
+        AddTo(parts[2], parts[3]);
+        AddTo(parts[0], parts[2]);
+        const Sum sum = parts[0];
         sums[element] = sum.total;
-        sums[K::kHeadDim + element] = sum.lost;
+        sums[kRow + element] = sum.lost;
       }
       __syncthreads();
     }
   }
 }
 
-// Adds up the blocks' sums: a warp for each element of a weight's gradient, those of q first where that is wanted.
+// Adds up the blocks' sums: a block for kRopeSumsElements of a weight's gradient, those of q first where that is wanted.
+// Its threads read rows of 32 bytes that lie together, two elements each: many blocks may be on few multiprocessors,
+// those that had ended first. It does not let the next kernel start before it ends: on an H200 that one's blocks came to
+// lie three on some multiprocessors and one on others, and took 3 us longer than on empty ones.
 __device__ __forceinline__ void SumsBody(const rope_backward_cuda_args& b) {
   WaitForOthers();
+  struct alignas(8) Two {
+    float of[2];
+  };
+  constexpr int kThreadsOfRow = kRopeSumsElements / 2, kRows = kRopeSumsThreads / kThreadsOfRow;
   const int head_dim = b.turn.params.head_dim, thread = static_cast<int>(threadIdx.x);
-  const int number = static_cast<int>(blockIdx.x), element = number % head_dim;
-  const bool of_k = !b.q_weight_grad || number >= head_dim;
+  const int row_size = RopeSumsRow(head_dim), chunks = row_size / kRopeSumsElements;
+  const auto number = static_cast<int>(blockIdx.x);
+  const bool of_k = !b.q_weight_grad || number >= chunks;
+  const int first = (number - (b.q_weight_grad && of_k ? chunks : 0)) * kRopeSumsElements;
   const int begin = of_k ? b.q_blocks : 0, count = of_k ? b.k_blocks : b.q_blocks;
-  const float* const from = b.sums + rw_i64{begin} * (2 * head_dim) + element;
-  Sum sum = {0.0f, 0.0f};
-  constexpr int kTogether = 8;  // loads on their way: one after the other they took 7 us for 264 blocks
+  const float* const from = b.sums + rw_i64{begin} * (2 * row_size) + first + thread % kThreadsOfRow * 2;
+  Sum sums[2] = {};
+  constexpr int kTogether = 4;  // rows of a thread on their way
 #pragma unroll 1
-  for (int i = thread; i < count; i += 32 * kTogether) {
-    Sum loaded[kTogether];
+  for (int i = thread / kThreadsOfRow; i < count; i += kRows * kTogether) {
+    Two total[kTogether], lost[kTogether];
 #pragma unroll
     for (int j = 0; j < kTogether; ++j) {
-      const float* const at = from + rw_i64{i + 32 * j} * (2 * head_dim);
-      loaded[j] = {0.0f, 0.0f};
-      if (i + 32 * j < count) loaded[j] = {at[0], at[head_dim]};
+      const int block = i + kRows * j;
+      const float* const at = from + rw_i64{block} * (2 * row_size);
+      total[j] = lost[j] = {};
+      if (block < count) {
+        total[j] = *reinterpret_cast<const Two*>(at);
+        lost[j] = *reinterpret_cast<const Two*>(at + row_size);
+      }
     }
 #pragma unroll
-    for (int j = 0; j < kTogether; ++j) AddTo(sum, loaded[j]);
+    for (int j = 0; j < kTogether; ++j) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) AddTo(sums[e], {total[j].of[e], lost[j].of[e]});
+    }
   }
 #pragma unroll
-  for (int mask = 16; mask > 0; mask /= 2) {
-    // The same sum on both sides: the lower thread's comes first.
-    const Sum other = {__shfl_xor_sync(0xffffffffu, sum.total, mask), __shfl_xor_sync(0xffffffffu, sum.lost, mask)};
-    Sum low = thread & mask ? other : sum;
-    AddTo(low, thread & mask ? sum : other);
-    sum = low;
+  for (int mask = 16; mask >= kThreadsOfRow; mask /= 2) {
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      // The same sum on both sides: the lower thread's comes first.
+      Sum& sum = sums[e];
+      const Sum other = {__shfl_xor_sync(0xffffffffu, sum.total, mask), __shfl_xor_sync(0xffffffffu, sum.lost, mask)};
+      Sum low = thread & mask ? other : sum;
+      AddTo(low, thread & mask ? sum : other);
+      sum = low;
+    }
   }
-  if (thread == 0) (of_k ? b.k_weight_grad : b.q_weight_grad)[element] = sum.total - sum.lost;
+  __shared__ Sum of_warps[kRopeSumsThreads / 32][kRopeSumsElements];
+  if (thread % 32 < kThreadsOfRow) {
+#pragma unroll
+    for (int e = 0; e < 2; ++e) of_warps[thread / 32][thread % 32 * 2 + e] = sums[e];
+  }
+  __syncthreads();
+  if (thread >= kRopeSumsElements || first + thread >= head_dim) return;
+  Sum sum = of_warps[0][thread];
+#pragma unroll
+  for (int warp = 1; warp < kRopeSumsThreads / 32; ++warp) AddTo(sum, of_warps[warp][thread]);
+  (of_k ? b.k_weight_grad : b.q_weight_grad)[first + thread] = sum.total - sum.lost;
 }
 
 }  // namespace ropewalk
