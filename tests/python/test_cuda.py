@@ -414,8 +414,8 @@ def test_a_model_over_two_devices(kind, angles):
         want = model(tokens).logits
         began = sum(ropewalk.counters().values())
         with ropewalk.transformers.patch(model, angles=angles) as patch:
-            assert not patch.skipped
-            assert patch.fused_norms == (0 if kind == "llama" else 4)
+            # accelerate's hooks are on the norms, too, which stay the model's own
+            assert patch.fused_norms == 0 and all(name.startswith("q_norm and k_norm") for name in patch.skipped)
             got = model(tokens).logits
             assert torch.allclose(got, want, atol=1e-5)
             written = model.generate(tokens, max_new_tokens=8, do_sample=False)
