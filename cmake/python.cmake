@@ -27,5 +27,5 @@ else()
   install(TARGETS ropewalk_python LIBRARY DESTINATION ropewalk)
   install(TARGETS ropewalk_cli RUNTIME DESTINATION ${SKBUILD_SCRIPTS_DIR})
   # bin/ropewalk finds them at ../share/ropewalk/models, in a wheel as after cmake --install.
-  install(DIRECTORY models DESTINATION ${SKBUILD_DATA_DIR}/share/ropewalk FILES_MATCHING PATTERN "*.json" PATTERN "*.md")
+  install(DIRECTORY models DESTINATION ${SKBUILD_DATA_DIR}/share/ropewalk FILES_MATCHING PATTERN "*.json")
 endif()

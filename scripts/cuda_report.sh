@@ -8,5 +8,5 @@ choose_compiler
 cmake --preset dev -DPython_EXECUTABLE="$venv/bin/python"
 cmake --build --preset dev --target cuda_report
 say "cuda_report"
-build/dev/bin/cuda_report --csv build/cuda-report.csv "$@" models/*.json
+build/dev/bin/cuda_report --csv build/cuda-report.csv "$@" models/models.json
 say "build/cuda-report.csv"

@@ -12,14 +12,14 @@ cmake --preset dev -DPython_EXECUTABLE="$venv/bin/python"
 cmake --build --preset dev --target intel_report
 if [[ ${1:-} == verify ]]; then
   say "intel_report --verify $committed"
-  build/dev/bin/intel_report --verify $committed models/*.json || fail "$committed is not of this kernel: run make intel-report"
+  build/dev/bin/intel_report --verify $committed models/models.json || fail "$committed is not of this kernel: run make intel-report"
   exit
 fi
 say "intel_report"
 held=0
 {
   dpkg-query -W -f='${Package} ${Version}\n' intel-opencl-icd libigc1 libigc-tools 2>/dev/null || true
-  build/dev/bin/intel_report --csv build/intel-report.csv "$@" models/*.json
+  build/dev/bin/intel_report --csv build/intel-report.csv "$@" models/models.json
 } | tee build/intel-report.txt || held=1
 python scripts/intel_report_page.py build/intel-report.txt build/intel-report.csv >build/intel-report.md
 say "build/intel-report.csv, build/intel-report.md"

@@ -11,7 +11,6 @@
 #include <cerrno>
 #include <cstddef>
 #include <cstdlib>
-#include <fstream>
 #include <functional>
 #include <iterator>
 #include <memory>
@@ -161,10 +160,7 @@ std::vector<Attempt> Attempts() {
   static ropewalk_rope_args refused;
   refused = good->args();
   refused.eps = -1;
-  static const std::string config = [] {
-    std::ifstream file(std::string(ROPEWALK_MODELS_DIR) + "/llama-3.1-8b.json");
-    return std::string((std::istreambuf_iterator<char>(file)), {});
-  }();
+  static const std::string config = OurModel("llama-3.1-8b");
   static const std::string broken = config.substr(0, config.size() / 2);
   const auto made = [](int code, ropewalk_frequencies* frequencies) {
     ropewalk_frequencies_release(frequencies);
