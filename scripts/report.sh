@@ -1,15 +1,25 @@
 #!/usr/bin/env bash
-# What Intel's compiler makes of the SPIR-V kernel for pvc and dg2; fails on a spill, and where aligned rows are not moved
-# as vectors. scripts/intel_report.sh [arguments of intel_report]: the table goes to build/intel-report.csv, a page to
+# What compilers make of the kernels of GPUs; fails on a spill.
+# scripts/report.sh cuda [arguments of cuda_report]: registers, spills, shared memory and size of the CUDA kernel's variants
+# for every architecture; the table of all rows goes to build/cuda-report.csv.
+# scripts/report.sh intel [arguments of intel_report]: what Intel's compiler makes of the SPIR-V kernel for pvc and dg2; fails
+# also where aligned rows are not moved as vectors. The table goes to build/intel-report.csv, a page to
 # build/intel-report.md. With --all (make intel-report) the page is put into docs/results/ too, if all held.
-# scripts/intel_report.sh verify: whether the report there is of the present kernel and of all its variants.
+# scripts/report.sh intel verify: whether the report there is of the present kernel and of all its variants.
 # SPDX-License-Identifier: Apache-2.0
 source "$(dirname "$0")/common.sh"
 
-committed=docs/results/intel-report.md
+compiler=${1:?usage: scripts/report.sh cuda|intel [ARGUMENTS]} committed=docs/results/intel-report.md
+shift
 choose_compiler
 cmake --preset dev -DPython_EXECUTABLE="$venv/bin/python"
-cmake --build --preset dev --target intel_report
+cmake --build --preset dev --target "${compiler}_report"
+if [[ $compiler == cuda ]]; then
+  say "cuda_report"
+  build/dev/bin/cuda_report --csv build/cuda-report.csv "$@" models/models.json
+  say "build/cuda-report.csv"
+  exit
+fi
 if [[ ${1:-} == verify ]]; then
   say "intel_report --verify $committed"
   build/dev/bin/intel_report --verify $committed models/models.json || fail "$committed is not of this kernel: run make intel-report"
