@@ -9,7 +9,6 @@
 #include <string>
 #include <utility>
 
-#include "backends/cpu/cpu.h"
 #include "backends/registry.h"
 #include "base/text.h"
 #include "base/thread_key.h"

@@ -14,7 +14,6 @@
 #include <vector>
 
 #include "base/text.h"
-#include "conformance/backward.h"
 #include "conformance/case_call.h"
 #include "conformance/models.h"
 #include "conformance/runner.h"

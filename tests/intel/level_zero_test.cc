@@ -18,7 +18,6 @@
 #include <vector>
 
 #include "backends/intel/level_zero/context.h"
-#include "backends/spirv/backward.h"
 #include "backends/spirv/plan.h"
 #include "base/text.h"
 #include "conformance/case_call.h"

@@ -23,7 +23,6 @@
 #include "backends/opencl/library.h"
 #include "backends/spirv/plan.h"
 #include "base/text.h"
-#include "conformance/backward.h"
 #include "conformance/case_call.h"
 #include "conformance/runner.h"
 #include "conformance/variants.h"
