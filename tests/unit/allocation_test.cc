@@ -23,7 +23,7 @@
 #include "backends/opencl/library.h"
 #include "conformance/case_call.h"
 #include "conformance/runner.h"
-#include "tests/intel/opencl_runtime.h"
+#include "tests/fresh_process.h"
 #include "tests/intel/sycl_memory.h"
 #include "tests/run_cases.h"
 
@@ -313,7 +313,7 @@ int ExpectNoneOfOurs(DeviceMemory& memory, const Which& which) {
 }
 
 TEST_F(Allocation, NoneOfOursOnOpenCl) {
-  UseIntelRuntime();
+  UseIntelRuntime(ROPEWALK_INTEL_OPENCL);
   const OpenClLibrary& library = GetOpenCl();
   if (!library.status.ok()) {
     const char* required = std::getenv("ROPEWALK_TEST_OPENCL");
