@@ -2,7 +2,7 @@
 # and nothing of Python's, so that one wheel serves every Python.
 # SPDX-License-Identifier: Apache-2.0
 
-include(cmake/tvm_ffi.cmake)
+ropewalk_find_tvm_ffi()
 
 add_library(ropewalk_python MODULE bindings/python/module.cc)
 set_target_properties(ropewalk_python PROPERTIES OUTPUT_NAME _ropewalk PREFIX ""
