@@ -28,7 +28,7 @@ ROOMS: dict[str, set[str]] = {
     # A queue of SYCL may be one of OpenCL: then its kernels are built as OpenCL's are.
     "backends/intel": {"backends/spirv", "backends/opencl", "backends", "base"},
     "backends": {"base", "frequencies", "rope"},  # but for registry.cc
-    "api": {"backends", "backends/cpu", "base", "models", "rope"},
+    "api": {"backends", "base", "frequencies", "models", "rope"},
     "bindings": {"base", "frequencies", "rope"},
     "conformance": {"backends", "base", "frequencies", "models", "rope"},
     "measure": {"conformance", "backends", "base", "frequencies", "models", "rope"},
