@@ -38,7 +38,7 @@ ROOMS: dict[str, set[str]] = {
 WHOLE_BACKENDS = ("conformance", "measure", "cli", "bench")
 SOURCES = {".cc", ".h", ".cuh", ".cl", ".clh"}
 # Tracked: who looks for something reads this many names. 595 before what is read together was put together.
-MOST_FILES = 520
+MOST_FILES = 480
 INCLUDE = re.compile(r'^\s*#\s*include "([^"]+)"', re.MULTILINE)
 
 
