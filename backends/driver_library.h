@@ -12,6 +12,7 @@
 #include "base/fork.h"
 #include "base/status.h"
 #include "base/text.h"
+#include "base/wide_stack.h"
 
 namespace ropewalk {
 
@@ -46,7 +47,7 @@ template <class Library, Status (*kLoad)(Library*)>
 class Once {
   static const Library* Load() {
     auto* loaded = new Library;
-    loaded->status = kLoad(loaded);
+    OnWideStack([loaded] { loaded->status = kLoad(loaded); });
     return loaded;
   }
 

@@ -19,6 +19,7 @@
 #include "base/environment.h"
 #include "base/fork.h"
 #include "base/text.h"
+#include "base/wide_stack.h"
 
 namespace ropewalk {
 namespace {
@@ -339,7 +340,9 @@ Status CompileCuda(const Nvrtc& base, const std::string& source, const std::stri
   const auto destroy = [&](Program* p) { nvrtc.DestroyProgram(p); };
   const std::unique_ptr<Program, decltype(destroy)> destroyed(&program, destroy);
 
-  const int compiled = nvrtc.CompileProgram(program, static_cast<int>(option_texts.size()), option_texts.data());
+  int compiled = 0;
+  OnWideStack(
+      [&] { compiled = nvrtc.CompileProgram(program, static_cast<int>(option_texts.size()), option_texts.data()); });
   size_t size = 0;
   if (nvrtc.GetProgramLogSize(program, &size) == 0 && size > 1) {
     out->log.resize(size);

@@ -7,6 +7,7 @@
 
 #include "base/environment.h"
 #include "base/text.h"
+#include "base/wide_stack.h"
 
 namespace ropewalk {
 namespace {
@@ -69,7 +70,8 @@ Status BuildOpenClKernel(const OpenClLibrary& library, cl::Context context, cons
   if (device.gpu && device.usm) options += " -cl-intel-greater-than-4GB-buffer-required";
   // Not -cl-opt-disable: Intel's run-time for CPUs then heeds no sub-groups, and numbers are wrong.
   if (const char* more = EnvironmentVariable("ROPEWALK_OPENCL_OPTIONS")) Append(&options, Text(" ", more));
-  const cl::Int result = library.BuildProgram(program, 1, &device.handle, options.c_str(), nullptr, nullptr);
+  cl::Int result = cl::kSuccess;
+  OnWideStack([&] { result = library.BuildProgram(program, 1, &device.handle, options.c_str(), nullptr, nullptr); });
   Status status;
   if (result != cl::kSuccess) {
     status = library.Check(result, "clBuildProgram",

@@ -24,6 +24,7 @@
 #include <fstream>
 #include <functional>
 #include <memory>
+#include <new>
 #include <string>
 #include <thread>
 #include <vector>
@@ -31,6 +32,7 @@
 #include "backends/cpu/dispatch.h"
 #include "base/environment.h"
 #include "base/text.h"
+#include "base/wide_stack.h"
 #include "conformance/case_call.h"
 #include "conformance/runner.h"
 #include "tests/fresh_process.h"
@@ -172,6 +174,7 @@ TEST(SmallStacks, EveryOtherFunctionServes) {
     EXPECT_NE(ropewalk_description(), nullptr);
     EXPECT_NE(ropewalk_torch_schema(), nullptr);
     EXPECT_NE(ropewalk_counters(), nullptr);
+    EXPECT_NE(ropewalk_backends(), nullptr);  // the drivers that are installed look for devices
     ropewalk_frequencies* frequencies = nullptr;
     ASSERT_EQ(ropewalk_frequencies_from_config(config.c_str(), "config.json", nullptr, 0, &frequencies), ROPEWALK_OK)
         << ropewalk_last_error();
@@ -185,6 +188,19 @@ TEST(SmallStacks, EveryOtherFunctionServes) {
     ropewalk_frequencies_release(frequencies);
     EXPECT_NE(ropewalk_frequencies_create(1e4, 8191, yarn, 0, &frequencies), ROPEWALK_OK);
     EXPECT_STRNE(ropewalk_last_error(), "");
+  });
+}
+
+TEST(SmallStacks, WorkOfOthersHasAWideOne) {
+  OnSmallStack([] {
+    int sum = 0;
+    OnWideStack([&sum] {
+      volatile char much[2 << 20];
+      for (size_t i = 0; i < sizeof(much); i += 4096) much[i] = 1;
+      for (size_t i = 0; i < sizeof(much); i += 4096) sum += much[i];
+    });
+    EXPECT_EQ(sum, 512);
+    EXPECT_THROW(OnWideStack([] { throw std::bad_alloc(); }), std::bad_alloc);
   });
 }
 

@@ -4,6 +4,7 @@
 #include "backends/contexts.h"
 #include "base/fork.h"
 #include "base/text.h"
+#include "base/wide_stack.h"
 
 namespace ropewalk {
 namespace {
@@ -55,7 +56,8 @@ Status BuildLevelZeroKernel(const LevelZeroDriver& driver, ze::Context context, 
   module_desc.constants = &specialisation;
   ze::Module built = nullptr;
   ze::BuildLog log = nullptr;
-  const ze::Result result = driver.ModuleCreate(context, device, &module_desc, &built, &log);
+  ze::Result result = ze::kSuccess;
+  OnWideStack([&] { result = driver.ModuleCreate(context, device, &module_desc, &built, &log); });
   const std::string said = TakeLog(driver, log);
   ROPEWALK_TRY(driver.Check(result, "zeModuleCreate", " for ", kernel->name, said.empty() ? "" : ":\n", said));
 
