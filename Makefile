@@ -70,11 +70,11 @@ gpu-test:  ## the tests that need an NVIDIA GPU; report in docs/results/
 
 cuda-report:  ## registers, spills, shared memory and size of the CUDA variants; fails on a spill
 	@$(setup) system base
-	@scripts/cuda_report.sh
+	@scripts/report.sh cuda
 
 intel-report:  ## SIMD width, spills, loads and stores of all Intel GPU variants; fails on a spill; report in docs/results/
 	@$(setup) system base
-	@scripts/intel_report.sh --all
+	@scripts/report.sh intel --all
 
 bench:  ## the speed of every shape beside its floor and the peers installed; results in docs/results/
 	@$(setup) system base sycl wheel full

@@ -1,4 +1,4 @@
-// The C ABI: struct versions, statuses to codes, text to the caller.
+// The C ABI of the operation and of what serves it: struct versions, statuses to codes, text to the caller.
 // SPDX-License-Identifier: Apache-2.0
 #include <ropewalk/ropewalk.h>
 
@@ -8,12 +8,12 @@
 #include <new>
 #include <string>
 #include <utility>
+#include <vector>
 
-#include "backends/cpu/cpu.h"
+#include "api/guard.h"
 #include "backends/registry.h"
 #include "base/text.h"
 #include "base/thread_key.h"
-#include "models/model_config.h"
 #include "rope/backward.h"
 #include "rope/call.h"
 #include "rope/known_calls.h"
@@ -45,6 +45,8 @@ int Failed(int code, const char* text) {
   return code;
 }
 
+}  // namespace
+
 int Return(Status status) {
   if (status.ok()) return ROPEWALK_OK;
   ThreadState* const state = OwnState();
@@ -54,7 +56,6 @@ int Return(Status status) {
   return status.code();
 }
 
-// What a handler has caught, as a status.
 Status Thrown() noexcept {
   return WithoutThrowing([]() -> Status {
     try {
@@ -67,15 +68,7 @@ Status Thrown() noexcept {
   });
 }
 
-// Nothing may be thrown across the C border, not even because there is no memory to say why.
-template <class Body>
-int Guard(const Body& body) noexcept {
-  try {
-    return Return(body());
-  } catch (...) {
-    return Return(Thrown());
-  }
-}
+namespace {
 
 template <class Body>
 const char* GuardText(const Body& body) {
@@ -284,66 +277,6 @@ int ropewalk_set_parallel_for(ropewalk_parallel_for parallel_for, void* context)
 
 int ropewalk_set_threads(int32_t threads) {
   return Guard([&] { return SetThreads(threads); });
-}
-
-int ropewalk_frequencies_create(double theta, int64_t rotary_dim, const char* scaling_json, int64_t sequence_length,
-                                ropewalk_frequencies** out) {
-  return Guard([&]() -> Status {
-    if (!out) return Status::Invalid("frequencies: out is null");
-    return MakeFrequencies(theta, rotary_dim, scaling_json ? scaling_json : "", sequence_length, out);
-  });
-}
-
-int ropewalk_frequencies_from_array(const double* inv_freq, int64_t count, double attention_scaling,
-                                    const int32_t* axes, ropewalk_frequencies** out) {
-  return Guard([&]() -> Status {
-    if (!out) return Status::Invalid("frequencies: out is null");
-    return FrequenciesFromArray(inv_freq, count, attention_scaling, axes, out);
-  });
-}
-
-int ropewalk_frequencies_from_config(const char* json, const char* name, const char* layer_type,
-                                     int64_t sequence_length, ropewalk_frequencies** out) {
-  return Guard([&]() -> Status {
-    if (!out) return Status::Invalid("frequencies: out is null");
-    if (!json) return Status::Invalid("frequencies: json is null");
-    return FrequenciesFromConfig(json, name ? name : "config", layer_type ? layer_type : "", sequence_length, out);
-  });
-}
-
-void ropewalk_frequencies_retain(ropewalk_frequencies* frequencies) {
-  if (frequencies) frequencies->references.fetch_add(1, std::memory_order_relaxed);
-}
-
-void ropewalk_frequencies_release(ropewalk_frequencies* frequencies) {
-  if (frequencies && frequencies->references.fetch_sub(1, std::memory_order_acq_rel) == 1) delete frequencies;
-}
-
-int64_t ropewalk_frequencies_rotary_dim(const ropewalk_frequencies* frequencies) {
-  return frequencies ? frequencies->rotary_dim : 0;
-}
-
-double ropewalk_frequencies_attention_scaling(const ropewalk_frequencies* frequencies) {
-  return frequencies ? frequencies->attention_scaling : 1.0;
-}
-
-const double* ropewalk_frequencies_inv_freq(const ropewalk_frequencies* frequencies) {
-  return frequencies ? frequencies->inv_freq.data() : nullptr;
-}
-
-const int32_t* ropewalk_frequencies_axes(const ropewalk_frequencies* frequencies) {
-  return frequencies && !frequencies->axes.empty() ? frequencies->axes.data() : nullptr;
-}
-
-const char* ropewalk_frequencies_warnings(const ropewalk_frequencies* frequencies) {
-  return frequencies ? frequencies->warnings.c_str() : "";
-}
-
-int ropewalk_frequencies_table(const ropewalk_frequencies* frequencies, DLTensor* cos, DLTensor* sin) {
-  return Guard([&]() -> Status {
-    if (!frequencies || !cos || !sin) return Status::Invalid("table: frequencies, cos and sin must not be null");
-    return FillTable(*frequencies, cos, sin);
-  });
 }
 
 }  // extern "C"

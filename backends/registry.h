@@ -54,4 +54,8 @@ std::span<const Backend* const> Backends();
 Status ChooseBackend(DLDevice device, const Backend** backend);
 Status ForceBackend(const char* name);
 
+// Who does the CPU backend's rows: the caller's function, or a pool of so many threads.
+Status SetParallelFor(ropewalk_parallel_for parallel_for, void* context);
+Status SetThreads(int32_t threads);
+
 }  // namespace ropewalk

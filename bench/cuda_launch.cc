@@ -9,7 +9,7 @@
 #include "backends/cuda/context.h"
 #include "backends/cuda/plan.h"
 #include "conformance/case_call.h"
-#include "measure/launch_cost.h"
+#include "measure/measure.h"
 
 namespace ropewalk {
 namespace {

@@ -27,17 +27,20 @@ from typing import Any
 
 import gpu_compare as compare
 import gpu_floor
+import gpu_problem
+import gpu_timing as timing
 import ropewalk
 import torch
-from gpu_compare import Contender, Problem, Shape
+from gpu_contenders import Contender, floor_rows, our_arguments, ours
+from gpu_problem import OPS, PAIRINGS, Problem, Shape
 
 HEADS = ["8/1x128", "64/8x128", "28/4x128", "40/8x128", "16/16x64", "64/8x64", "96/8x128", "14/2x64", "16/8x256",
          "12/12x80"]  # fmt: skip
 TOKENS = [1, 8, 64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6000]
 # Operation, angles, pairing.
 PLAIN = [(op, angles, pairing)
-         for op in compare.OPS for angles in ("frequencies", "table") for pairing in compare.PAIRINGS]  # fmt: skip
-STORES = [(op, "frequencies", "neox") for op in compare.STORES]
+         for op in OPS for angles in ("frequencies", "table") for pairing in PAIRINGS]  # fmt: skip
+STORES = [(op, "frequencies", "neox") for op in gpu_problem.STORES]
 GROUPS = {"rope": [m for m in PLAIN if m[0] == "rope"], "norm+rope": [m for m in PLAIN if m[0] == "norm+rope"],
           "store": [m for m in STORES if "k only" not in m[0]],
           "k-only": [m for m in STORES if "k only" in m[0]]}  # fmt: skip
@@ -79,7 +82,7 @@ def prepare(shapes: list[Shape], modes: list[tuple[str, str, str]], workers: int
         try:
             problem = Problem(shape, torch.float32, buffers=1)
             for what, angles, pairing in modes:
-                tensors, options = compare.our_arguments(problem, what, pairing, angles)
+                tensors, options = our_arguments(problem, what, pairing, angles)
                 ropewalk.prepare(*tensors, **options)
         except Exception as error:  # told again when the shape is timed
             failures.append(f"{shape.name} @ {shape.tokens}, {what}: {error}")
@@ -98,25 +101,25 @@ def time_shape(
 ) -> list[dict[str, Any]]:
     """A row for each mode of one shape."""
     problem = Problem(shape, torch.float32)
-    contenders = [compare.ours(problem, op, pairing, angles) for op, angles, pairing in modes]
+    contenders = [ours(problem, op, pairing, angles) for op, angles, pairing in modes]
     wanted: dict[tuple[str, str], Any] = {}
     for contender in contenders:
-        compare.check(problem, contender, wanted)
+        timing.check(problem, contender, wanted)
     wanted.clear()
-    served = compare.floor_ops(shape, list(dict.fromkeys(c.op for c in contenders)))
+    served = timing.floor_ops(shape, list(dict.fromkeys(c.op for c in contenders)))
     best: list[Contender] = []
     loaded = []
     for op in dict.fromkeys(served.values()):
-        rows = compare.floor_rows(shape, op)
+        rows = floor_rows(shape, op)
         loaded.append(gpu_floor.Floor(compiler.want(rows).result()))
         compiler.forget(rows)
         problem.fill()
-        best += compare.search(problem, op, loaded[-1], stream)
+        best += timing.search(problem, op, loaded[-1], stream)
     problem.fill()
     for contender in contenders:
-        compare.load(problem, contender, stream)
-    compare.measure(best + contenders, ROUNDS)
-    floor = compare.lowest(best, served)
+        timing.load(problem, contender, stream)
+    timing.measure(best + contenders, ROUNDS)
+    floor = timing.lowest(best, served)
     rows = []
     for contender in contenders:
         row: dict[str, Any] = {
@@ -158,8 +161,8 @@ def summary(out: dict[str, Any]) -> str:
     lines = [
         f"# Time over the floor: {out['gpu'].get('name', '?')}, {out['date'][:10]}",
         "",
-        f"Ropewalk {out['ropewalk']}; bfloat16, packed rows, graph replay, cold L2 from {compare.COLD_FROM} tokens on; "
-        "each result checked first. `bench/gpu_sweep.py`.",
+        f"Ropewalk {out['ropewalk']}; bfloat16, packed rows, graph replay, cold L2 from {gpu_problem.COLD_FROM} tokens "
+        "on; each result checked first. `bench/gpu_sweep.py`.",
         "",
         f"{len(timed)} figures, {len(above)} above their aim (bold), {len(failed)} wrong or failed (-), "
         f"{out['left']} of {out['shapes']} shapes not reached. Aims: rope and norm + rope 1.10, from 4,096 tokens on "
@@ -263,8 +266,8 @@ def main() -> int:
                 break
             # The floors of the next shapes are compiled while this one is timed.
             for soon in ahead:
-                for op in set(compare.floor_ops(soon, [op for op, _, _ in modes]).values()):
-                    compiler.want(compare.floor_rows(soon, op))
+                for op in set(timing.floor_ops(soon, [op for op, _, _ in modes]).values()):
+                    compiler.want(floor_rows(soon, op))
                 if len(compiler.made) >= 3 * options.workers:
                     break
             start = time.time()

@@ -7,7 +7,7 @@
 #include "backends/opencl/build.h"
 #include "backends/opencl/context.h"
 #include "conformance/case_call.h"
-#include "measure/launch_cost.h"
+#include "measure/measure.h"
 
 namespace ropewalk {
 namespace {

@@ -20,8 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import gpu_compare
+import gpu_timing
 import torch
-from gpu_compare import EPS, PAIRINGS, SHAPES, THETA, Contender, Problem
+from gpu_contenders import Contender, torchs
+from gpu_problem import EPS, PAIRINGS, SHAPES, THETA, Problem
 from gpu_table import RECORDED
 from ropewalk.compat import sglang_jit
 
@@ -58,19 +60,19 @@ def measure(name: str, compiled: bool, rounds: int, gpu: str) -> list[dict[str, 
     """A row for each pairing."""
     shape = SHAPES[name]
     problem, stream = Problem(shape), torch.cuda.Stream()
-    contenders = ours(problem) + [c for c in gpu_compare.torchs(problem, compiled=False) if c.op == "norm+rope"]
+    contenders = ours(problem) + [c for c in torchs(problem, compiled=False) if c.op == "norm+rope"]
     if compiled:
         torch.compiler.reset()
-        contenders += [c for c in gpu_compare.torchs(problem, compiled=True) if c.op == "norm+rope"]
+        contenders += [c for c in torchs(problem, compiled=True) if c.op == "norm+rope"]
     wanted: dict[tuple[str, str], Any] = {}
     for contender in contenders:
-        gpu_compare.check(problem, contender, wanted)
+        gpu_timing.check(problem, contender, wanted)
         if contender.failure:
             print(f"{name}: {contender.name} {contender.pairing}: {contender.failure}", file=sys.stderr)
     problem.fill()
     for contender in contenders:
-        gpu_compare.load(problem, contender, stream)
-    gpu_compare.measure(contenders, rounds)
+        gpu_timing.load(problem, contender, stream)
+    gpu_timing.measure(contenders, rounds)
     rows = []
     for pairing in PAIRINGS[::-1]:
         us = {c.name: c.us for c in contenders if c.pairing == pairing}

@@ -7,7 +7,7 @@
 #include "backends/intel/sycl/shim.h"
 #include "backends/intel/sycl/sycl.h"
 #include "conformance/case_call.h"
-#include "measure/launch_cost.h"
+#include "measure/measure.h"
 #include "tests/intel/sycl_memory.h"
 
 namespace ropewalk {

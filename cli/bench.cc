@@ -15,7 +15,6 @@
 
 #include "cli/common.h"
 #include "cli/model_cases.h"
-#include "cli/sweep.h"
 #include "measure/timed_case.h"
 
 namespace ropewalk::cli {

@@ -7,7 +7,6 @@
 
 #include "cli/common.h"
 #include "cli/model_cases.h"
-#include "conformance/backward.h"
 #include "conformance/runner.h"
 
 namespace ropewalk::cli {

@@ -16,7 +16,7 @@
 #include <utility>
 
 #include "base/environment.h"
-#include "models/json_fields.h"
+#include "conformance/models.h"
 
 namespace ropewalk::cli {
 namespace fs = std::filesystem;
@@ -190,24 +190,14 @@ void Progress::Step(std::string_view what) {
 
 namespace {
 
-std::string ReadFile(const fs::path& path) {
-  // As much as a configuration may have, and one byte, by which a longer one is refused.
-  std::ifstream file(path, std::ios::binary);
-  std::string text(kMostJsonBytes + 1, '\0');
-  file.read(text.data(), static_cast<std::streamsize>(text.size()));
-  if (!file.is_open() || file.bad()) throw Failure(fmt::format("cannot read {}", path.string()));
-  text.resize(static_cast<size_t>(file.gcount()));
-  return text;
-}
-
-Model LoadModel(const fs::path& path) {
+Model LoadModel(const ConfigText& config) {
   Model model;
-  model.path = path.string();
-  model.json = ReadFile(path);
+  model.path = config.place;
+  model.json = config.json;
   const Status status = ReadModelConfig(model.json, model.path, &model.config);
   if (!status.ok()) throw Failure(status.text());
   if (!model.config.rule.warnings.empty()) fmt::print(stderr, "{}\n", model.config.rule.warnings);
-  if (model.config.name.empty()) model.config.name = path.stem().string();
+  if (model.config.name.empty()) model.config.name = config.name;
   return model;
 }
 
@@ -220,6 +210,14 @@ std::vector<fs::path> ConfigsIn(const fs::path& directory) {
   }
   std::ranges::sort(paths);
   return paths;
+}
+
+std::vector<ConfigText> ReadAll(const std::vector<fs::path>& paths) {
+  std::vector<ConfigText> configs;
+  for (const fs::path& path : paths) {
+    if (const Status status = ReadConfigs(path.string(), &configs); !status.ok()) throw Failure(status.text());
+  }
+  return configs;
 }
 
 bool HoldsModels(const fs::path& directory) {
@@ -251,8 +249,8 @@ std::string ModelsDirectory(std::vector<std::string>* tried) {
     }
     return variable;
   }
-  if (HoldsModels("models") && fs::exists("models/qwen3-8b.json")) places.emplace_back("models");
   std::error_code error;
+  if (fs::exists("models/models.json", error)) places.emplace_back("models");
   const fs::path program = fs::read_symlink("/proc/self/exe", error);
   if (!error) places.push_back(program.parent_path().parent_path() / "share/ropewalk/models");
   for (const fs::path& packages : PythonPackages()) places.push_back(packages / "ropewalk/models");
@@ -265,17 +263,18 @@ std::string ModelsDirectory(std::vector<std::string>* tried) {
 
 namespace {
 
-// One of the models that come with Ropewalk, by its file's name or by that which `run` prints, in any case.
+// One of the models that come with Ropewalk, by its name in models.json or by that which `run` prints, in any case.
 Model NamedModel(const std::string& name) {
   const std::string directory = ModelsDirectory(nullptr), wanted = Lower(name);
-  const std::vector<fs::path> configs = directory.empty() ? std::vector<fs::path>() : ConfigsIn(directory);
+  std::vector<ConfigText> configs;
+  if (!directory.empty()) configs = ReadAll(ConfigsIn(directory));
   std::vector<std::string> names;
-  for (const fs::path& path : configs) {
-    if (Lower(path.stem().string()) == wanted) return LoadModel(path);
-    names.push_back(path.stem().string());
+  for (const ConfigText& config : configs) {
+    if (Lower(config.name) == wanted) return LoadModel(config);
+    names.push_back(config.name);
   }
-  for (const fs::path& path : configs) {
-    Model model = LoadModel(path);
+  for (const ConfigText& config : configs) {
+    Model model = LoadModel(config);
     const std::string own = Lower(model.config.name);
     if (own == wanted || own.substr(own.rfind('/') + 1) == wanted) return model;
   }
@@ -303,15 +302,14 @@ std::vector<Model> LoadModels(const std::vector<std::string>& paths) {
   }
   for (const std::string& place : places) {
     std::error_code error;
-    if (fs::is_directory(place, error)) {
-      const auto found = ConfigsIn(place);
-      if (found.empty()) throw Failure(fmt::format("no model configuration (*.json) in {}", place));
-      for (const fs::path& path : found) models.push_back(LoadModel(path));
-    } else if (fs::exists(place, error)) {
-      models.push_back(LoadModel(place));
-    } else {
+    if (!fs::exists(place, error)) {
       models.push_back(NamedModel(place));
+      continue;
     }
+    const bool directory = fs::is_directory(place, error);
+    const std::vector<ConfigText> found = ReadAll(directory ? ConfigsIn(place) : std::vector<fs::path>{place});
+    if (found.empty()) throw Failure(fmt::format("no model configuration (*.json) in {}", place));
+    for (const ConfigText& config : found) models.push_back(LoadModel(config));
   }
   return models;
 }

@@ -98,7 +98,7 @@ struct Model {
   ModelConfig config;
 };
 
-// A file, or a directory of configurations; "": the models that come with Ropewalk. Throws Failure.
+// Files, directories of configurations, or names; none: all models that come with Ropewalk. Throws Failure.
 std::vector<Model> LoadModels(const std::vector<std::string>& paths);
 // The directory of the models that come with Ropewalk; "" if there is none. `tried` gets the places looked at.
 std::string ModelsDirectory(std::vector<std::string>* tried);

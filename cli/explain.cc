@@ -137,8 +137,7 @@ void AddExplain(CLI::App* app, int* exit_code) {
       ->capture_default_str();
   command->add_option("--backend", options->backend, "force a backend, or one CPU target: cpu, cpu:avx2");
   command->add_flag("--json", options->json, "print JSON");
-  command->footer(
-      "Examples:\n  ropewalk explain --model models/qwen3-8b.json\n  ropewalk explain --backend cpu:avx2 --json");
+  command->footer("Examples:\n  ropewalk explain --model qwen3-8b\n  ropewalk explain --backend cpu:avx2 --json");
   command->callback([options, exit_code] { *exit_code = Explain(*options); });
 }
 

@@ -11,7 +11,7 @@ endif()
 # border_fuzz.cc is of the Python module, and is built where tvm-ffi is there for it.
 if(ROPEWALK_FUZZ)
   find_library(ROPEWALK_LIBHWY hwy REQUIRED)
-  include(cmake/tvm_ffi.cmake)
+  ropewalk_find_tvm_ffi()
 elseif(NOT ROPEWALK_PYTHON)
   list(FILTER fuzz_sources EXCLUDE REGEX "/border_fuzz.cc$")
 endif()

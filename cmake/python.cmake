@@ -2,7 +2,7 @@
 # and nothing of Python's, so that one wheel serves every Python.
 # SPDX-License-Identifier: Apache-2.0
 
-include(cmake/tvm_ffi.cmake)
+ropewalk_find_tvm_ffi()
 
 add_library(ropewalk_python MODULE bindings/python/module.cc)
 set_target_properties(ropewalk_python PROPERTIES OUTPUT_NAME _ropewalk PREFIX ""
@@ -27,5 +27,5 @@ else()
   install(TARGETS ropewalk_python LIBRARY DESTINATION ropewalk)
   install(TARGETS ropewalk_cli RUNTIME DESTINATION ${SKBUILD_SCRIPTS_DIR})
   # bin/ropewalk finds them at ../share/ropewalk/models, in a wheel as after cmake --install.
-  install(DIRECTORY models DESTINATION ${SKBUILD_DATA_DIR}/share/ropewalk FILES_MATCHING PATTERN "*.json" PATTERN "*.md")
+  install(DIRECTORY models DESTINATION ${SKBUILD_DATA_DIR}/share/ropewalk FILES_MATCHING PATTERN "*.json")
 endif()

@@ -5,6 +5,7 @@
 
 #include <ropewalk/ropewalk.h>
 
+#include <cstddef>
 #include <cstdint>
 #include <string>
 #include <string_view>
@@ -133,6 +134,11 @@ inline constexpr int64_t kCallsOfAShape = 4;
 // What engines send: each of AllModelHeads() with 1, 7, 33, 64 and 200 tokens, in one mode each, so that the modes go
 // round; or, `all` of it: every model as tensor-parallel ranks of 1, 2, 4 and 8 have it, in every mode.
 std::vector<RopeCase> EngineCases(bool all);
+
+// Cases of the gradient: every `step`-th of RopeCases() that has one; so many of RandomRopeCases, without their stores,
+// three of four with a norm. Lists of their own, so that the operation's stay as they are.
+std::vector<RopeCase> BackwardCases(size_t step);
+std::vector<RopeCase> RandomBackwardCases(uint64_t seed, int64_t count);
 
 // "pairing=neox", "cache=hnd", ..: stages and options that the case exercises.
 std::vector<std::string> CaseTags(const RopeCase& c);

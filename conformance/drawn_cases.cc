@@ -1,4 +1,4 @@
-// Cases that no list holds: drawn from all that a case can say, and what engines send.
+// Cases that no list holds: drawn from all that a case can say, what engines send, those of the gradient.
 // SPDX-License-Identifier: Apache-2.0
 #include <algorithm>
 #include <iterator>
@@ -282,6 +282,32 @@ std::vector<RopeCase> EngineCases(bool all) {
     }
   }
   return list.Take();
+}
+
+std::vector<RopeCase> BackwardCases(size_t step) {
+  std::vector<RopeCase> cases;
+  size_t i = 0;
+  for (const RopeCase& c : RopeCases()) {
+    if (c.cache == Cache::kNone && i++ % step == 0) cases.push_back(c);
+  }
+  return cases;
+}
+
+std::vector<RopeCase> RandomBackwardCases(uint64_t seed, int64_t count) {
+  std::vector<RopeCase> cases = RandomRopeCases(seed, count);
+  int64_t i = 0;
+  for (RopeCase& c : cases) {
+    c.cache = Cache::kNone;
+    c.k_store_only = false;
+    c.scale = Scale::kNone;
+    if (c.bad == Bad::kSlot || c.bad == Bad::kPaddedPosition) c.bad = Bad::kNone;
+    if (++i % 4 != 0 && !c.norm) {
+      c.norm = true;
+      c.weight = i % 3 == 0 ? Weight::kNone : i % 3 == 1 ? Weight::kPlain : Weight::kZeroCentered;
+      c.weight_dtype = i % 2 == 0 ? c.dtype : static_cast<uint32_t>(kF32);
+    }
+  }
+  return cases;
 }
 
 }  // namespace ropewalk

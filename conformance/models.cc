@@ -4,6 +4,12 @@
 #include <ropewalk/ropewalk.h>
 
 #include <algorithm>
+#include <filesystem>
+#include <fstream>
+#include <nlohmann/json.hpp>
+
+#include "base/text.h"
+#include "models/json_fields.h"
 
 namespace ropewalk {
 namespace {
@@ -127,6 +133,24 @@ bool SplitHeads(const ModelHeads& model, int32_t ranks, int64_t* q_heads, int64_
   *q_heads = model.q_heads / ranks;
   *k_heads = std::max(model.k_heads / ranks, 1);
   return true;
+}
+
+Status ReadConfigs(const std::string& path, std::vector<ConfigText>* out) {
+  // As much as a configuration may have, and one byte, by which a longer one is refused.
+  std::ifstream file(path, std::ios::binary);
+  std::string text(kMostJsonBytes + 1, '\0');
+  file.read(text.data(), static_cast<std::streamsize>(text.size()));
+  if (!file.is_open() || file.bad()) return Status::Invalid(Text("cannot read ", path));
+  text.resize(static_cast<size_t>(file.gcount()));
+  const std::filesystem::path name = std::filesystem::path(path).filename();
+  if (name != "models.json") {
+    out->push_back({name.stem().string(), path, std::move(text)});
+    return {};
+  }
+  const auto models = nlohmann::ordered_json::parse(text, nullptr, /*allow_exceptions=*/false);
+  if (!models.is_object()) return Status::Invalid(Text(path, ": must be an object of configurations by name"));
+  for (const auto& [key, model] : models.items()) out->push_back({key, Text(path, ": ", key), model.dump(2)});
+  return {};
 }
 
 }  // namespace ropewalk

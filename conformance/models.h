@@ -1,9 +1,14 @@
-// The heads of real models, as engines hand them to the operation: what cases are drawn from.
+// Real models: their heads, as engines hand them to the operation and cases are drawn from, and the configurations in a
+// file.
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
 #include <cstdint>
 #include <span>
+#include <string>
+#include <vector>
+
+#include "base/status.h"
 
 namespace ropewalk {
 
@@ -25,5 +30,14 @@ std::span<const ModelHeads> AllModelHeads();
 // The heads that one of so many tensor-parallel ranks has, as vLLM and SGLang split them: the heads of q, and those of
 // k, or one of them where there are fewer than ranks. False: they cannot be split so.
 bool SplitHeads(const ModelHeads& model, int32_t ranks, int64_t* q_heads, int64_t* k_heads);
+
+struct ConfigText {
+  std::string name;   // of the file, or in it
+  std::string place;  // for messages
+  std::string json;   // what a model's config.json says
+};
+// Adds the configurations of a file: one called models.json has an object with those of many models by their names, any
+// other file is a model's own.
+Status ReadConfigs(const std::string& path, std::vector<ConfigText>* out);
 
 }  // namespace ropewalk

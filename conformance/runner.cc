@@ -63,19 +63,39 @@ Status CheckFaults(const std::string& expected, std::string* message) {
   return {};
 }
 
-Status RunAndVerify(const RopeCase& c, DeviceMemory& memory, CaseResult* result) {
+Status RunAndVerify(CaseCall& call, CaseResult* result) {
+  ROPEWALK_TRY(call.Run());
+  // Once more: what is kept of a first call serves the second, as it does in a model.
+  ROPEWALK_TRY(call.Reset());
+  ROPEWALK_TRY(call.Run());
+  ROPEWALK_TRY(call.Verify(&result->message, &result->worst, &result->elements));
+  std::string fault;
+  ROPEWALK_TRY(CheckFaults(call.expected_fault(), &fault));
+  if (result->message.empty()) result->message = std::move(fault);
+  return {};
+}
+
+Status RunForward(const RopeCase& c, DeviceMemory& memory, CaseResult* result) {
   std::unique_ptr<CaseCall> call;
   ROPEWALK_TRY(CaseCall::Make(c, memory, &call));
   ROPEWALK_TRY(Explain(call->args(), result));
-  ROPEWALK_TRY(call->Run());
-  // Once more: what is kept of a first call serves the second, as it does in a model.
-  ROPEWALK_TRY(call->Reset());
-  ROPEWALK_TRY(call->Run());
-  ROPEWALK_TRY(call->Verify(&result->message, &result->worst, &result->elements));
-  std::string fault;
-  ROPEWALK_TRY(CheckFaults(call->expected_fault(), &fault));
-  if (result->message.empty()) result->message = std::move(fault);
-  return {};
+  return RunAndVerify(*call, result);
+}
+
+Status RunBackward(const RopeCase& c, DeviceMemory& memory, CaseResult* result) {
+  std::unique_ptr<CaseCall> call;
+  ROPEWALK_TRY(CaseCall::MakeBackward(c, memory, &call));
+  return RunAndVerify(*call, result);
+}
+
+CaseResult ResultOf(const RopeCase& c, const Status& status, CaseResult result) {
+  result.name = c.name;
+  if (!status.ok()) {
+    result.message = status.text();
+    (void)ropewalk_check_faults();  // the next case starts clean
+  }
+  result.passed = result.message.empty();
+  return result;
 }
 
 // What a signal handler may read: the rerun of the case in hand.
@@ -105,14 +125,14 @@ bool MatchesFilter(std::string_view name, std::string_view filter) {
 
 CaseResult RunCase(const RopeCase& c, DeviceMemory& memory) {
   CaseResult result;
-  result.name = c.name;
-  const Status status = RunAndVerify(c, memory, &result);
-  if (!status.ok()) {
-    result.message = status.text();
-    (void)ropewalk_check_faults();  // the next case starts clean
-  }
-  result.passed = result.message.empty();
-  return result;
+  const Status status = RunForward(c, memory, &result);
+  return ResultOf(c, status, std::move(result));
+}
+
+CaseResult RunBackwardCase(const RopeCase& c, DeviceMemory& memory) {
+  CaseResult result;
+  const Status status = RunBackward(c, memory, &result);
+  return ResultOf(c, status, std::move(result));
 }
 
 RunSummary RunCases(std::span<const RopeCase> cases, DeviceMemory& memory, const RunOptions& options) {

@@ -54,8 +54,9 @@ struct RunSummary {
 // A substring, or with * and ? a pattern for the whole name. "" matches all.
 bool MatchesFilter(std::string_view name, std::string_view filter);
 
-// Runs one case on the backend that now serves `memory`.
+// Runs one case, or its gradient, twice on the backend that now serves `memory`.
 CaseResult RunCase(const RopeCase& c, DeviceMemory& memory);
+CaseResult RunBackwardCase(const RopeCase& c, DeviceMemory& memory);
 
 // From now on a signal that ends the process while a case runs first prints the command that runs this case alone.
 void PrintCaseOnCrash();

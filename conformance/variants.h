@@ -19,7 +19,6 @@
 #include <vector>
 
 #include "backends/cuda/plan.h"
-#include "backends/spirv/backward.h"
 #include "backends/spirv/plan.h"
 #include "conformance/case_call.h"
 #include "rope/call.h"

@@ -11,7 +11,6 @@
 
 #include "backends/cuda/context.h"
 #include "base/text.h"
-#include "measure/cuda_copies.h"
 #include "measure/cuda_floor.h"
 #include "measure/cuda_graphs.h"
 #include "measure/place.h"

@@ -13,10 +13,8 @@
 
 #include "backends/cuda/cache.h"
 #include "backends/cuda/context.h"
-#include "backends/cuda/cuda.h"
 #include "backends/cuda/shapes.h"
 #include "base/text.h"
-#include "measure/cuda_copies.h"
 #include "measure/measure.h"
 #include "measure/token_check.h"
 

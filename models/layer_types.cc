@@ -1,12 +1,12 @@
+// Which rule serves a layer type, where a configuration has more than one.
 // SPDX-License-Identifier: Apache-2.0
-#include "models/layer_types.h"
-
 #include <algorithm>
 #include <charconv>
 
 #include "base/fork.h"
 #include "base/text.h"
 #include "models/model_fields.h"
+#include "models/read_rule.h"
 
 namespace ropewalk {
 namespace {

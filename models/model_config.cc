@@ -7,7 +7,6 @@
 
 #include "frequencies/frequencies.h"
 #include "models/json_fields.h"
-#include "models/layer_types.h"
 #include "models/model_fields.h"
 #include "models/model_traits.h"
 #include "models/read_rule.h"

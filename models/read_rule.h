@@ -1,13 +1,16 @@
-// Scaling rules: one rope_parameters (rope_scaling) object, in every spelling, old and new, to a RopeRule.
+// Scaling rules: one rope_parameters (rope_scaling) object, in every spelling, old and new, to a RopeRule; and which of
+// several such objects serves a layer type.
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
 #include <cstdint>
 #include <initializer_list>
 #include <optional>
+#include <set>
 #include <string>
 #include <string_view>
 #include <utility>
+#include <vector>
 
 #include "base/status.h"
 #include "frequencies/frequencies.h"
@@ -77,5 +80,28 @@ Status ReadScaling(double theta, int64_t rotary_dim, std::string_view scaling_js
 Status ReadShape(Fields* fields, const ModelTraits& traits, ModelConfig* config, Surroundings* around);
 // Of a diffusion transformer's configuration, and its rule, which is a number of frequencies for each axis.
 Status ReadDiffusion(Fields* fields, const ModelTraits& traits, ModelConfig* config);
+
+// Which object of rope parameters serves a layer type. `object` null: this layer type has no rotary embedding.
+struct Choice {
+  std::string layer_type;
+  const Json* object;
+  std::string where;
+  bool inherits_theta;          // that of the configuration applies; else:
+  std::optional<double> theta;  // Gemma3's rope_local_base_freq
+  double default_theta;
+  std::string theta_name = "rope_theta";
+};
+
+// The type of each layer, if the configuration lists them.
+Status ReadLayerTypes(Fields* fields, std::vector<std::string>* of_each_layer);
+// `made` holds a rule that is written down nowhere in the configuration.
+Status ReadChoices(Fields* fields, const ModelTraits& traits, const Surroundings& around,
+                   const std::set<std::string>& layer_types, Json* made, std::vector<Choice>* choices);
+// `layer_type` is empty or one of theirs; with `any_layer_type` an empty one means the first that has frequencies.
+Status Choose(const std::vector<Choice>& choices, const std::set<std::string>& layer_types, std::string_view prefix,
+              std::string_view layer_type, bool any_layer_type, const Choice** out);
+// The size of heads where that of a layer type is its own.
+Status ReadOverride(Fields* fields, const std::vector<std::string>& layer_list, std::string_view layer_type,
+                    std::optional<int64_t>* head_dim);
 
 }  // namespace ropewalk

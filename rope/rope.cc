@@ -205,7 +205,163 @@ Status FindRotaryDim(const ropewalk_rope_args& a, const Sizes& sizes, int64_t* r
   return {};
 }
 
+Status CheckLimits(const Sizes& sizes) {
+  constexpr int64_t kMaxHeads = 1 << 20;
+  if (sizes[Dim::kQHeads] > kMaxHeads)
+    return Invalid("q must have at most ", kMaxHeads, " heads, but has ", sizes[Dim::kQHeads]);
+  if (sizes[Dim::kKHeads] > kMaxHeads)
+    return Invalid("k must have at most ", kMaxHeads, " heads, but has ", sizes[Dim::kKHeads]);
+  if (sizes[Dim::kVDim] > 65536) return Invalid("v must have a v_dim of at most 65536, but has ", sizes[Dim::kVDim]);
+  return {};
+}
+
+// ---- lowering, a stage at a time: what the checks have found to params and variant ----------------------------------
+
+// The arguments, and what the loop over the description has found of them.
+struct Checked {
+  explicit Checked(const ropewalk_rope_args& args)
+      : a(args), mapped(args.axes || (args.frequencies && !args.frequencies->axes.empty())) {}
+  const Strides& strides_of(size_t i) const {
+    static constexpr Strides kAbsent = {};
+    return TensorOf(kArgs[i], &a) ? strides[i] : kAbsent;
+  }
+
+  const ropewalk_rope_args& a;
+  const bool mapped;  // pairs go by axes
+  Sizes sizes;
+  std::array<Strides, std::size(kArgs)> strides;  // of absent tensors undefined: read only what is there
+};
+
 rope_strides HeadStrides(const Strides& s, Dim heads) { return {s[Dim::kBatch], s[Dim::kTokens], s[heads]}; }
+
+void LowerHeads(const Checked& c, int64_t rotary_dim, RopeCall* call) {
+  const ropewalk_rope_args& a = c.a;
+  rope_params& p = call->params;
+  RopeVariant& v = call->variant;
+  p.batch = a.q->ndim == 4 ? c.sizes[Dim::kBatch] : 1;
+  p.tokens = c.sizes[Dim::kTokens];
+  p.q_heads = static_cast<rw_i32>(c.sizes[Dim::kQHeads]);
+  p.k_heads = a.k ? static_cast<rw_i32>(c.sizes[Dim::kKHeads]) : 0;
+  p.head_dim = static_cast<rw_i32>(c.sizes[Dim::kHeadDim]);
+  p.rotary_dim = static_cast<rw_i32>(rotary_dim);
+  p.rotary_offset = a.rotary_offset;
+  p.eps = static_cast<float>(a.eps);
+  p.axes = 1;
+  p.k_scale = p.v_scale = 1.0f;
+  v.dtype = Constant(a.q);
+  v.pairing = static_cast<uint8_t>(a.pairing);
+  v.inverse = static_cast<uint8_t>(a.inverse);
+  v.rounding = static_cast<uint8_t>(a.rounding);
+
+  p.q = HeadStrides(c.strides_of(Index("q")), Dim::kQHeads);
+  p.k = HeadStrides(c.strides_of(Index("k")), Dim::kKHeads);
+  p.q_out = a.q_out ? HeadStrides(c.strides_of(Index("q_out")), Dim::kQHeads) : p.q;
+  p.k_out = a.k_out ? HeadStrides(c.strides_of(Index("k_out")), Dim::kKHeads) : p.k;
+}
+
+// Their rows are axes if pairs are mapped.
+Status LowerPositions(const Checked& c, RopeCall* call) {
+  const ropewalk_rope_args& a = c.a;
+  rope_params& p = call->params;
+  RopeVariant& v = call->variant;
+  const Strides& positions = c.strides_of(Index("positions"));
+  p.positions_axis = positions[Dim::kAxes];
+  p.positions_batch = positions[Dim::kBatch];
+  p.positions_token = positions[Dim::kTokens];
+  p.offsets_batch = c.strides_of(Index("offsets"))[Dim::kBatch];
+  p.offsets_token = c.strides_of(Index("offsets"))[Dim::kTokens];
+  v.positions_dtype = Constant(a.positions);
+  v.offsets_dtype = Constant(a.offsets);
+  const int64_t axes = c.sizes[Dim::kAxes];
+  if (!c.mapped || axes < 0) return {};
+  if (axes < 1) return Invalid("positions must have a row for each axis, but have none");
+  if (axes > kMaxAxes) return Invalid("positions has ", axes, " axes, too many");
+  p.axes = static_cast<rw_i32>(axes);
+  v.axes = a.axes ? 2 : 1;
+  if (a.axes) return {};
+  const int64_t needed = int64_t{1} + *std::ranges::max_element(a.frequencies->axes);
+  if (p.axes >= needed) return {};
+  return Invalid("positions must have ", needed, " rows, one for each axis of frequencies, but has ", p.axes);
+}
+
+// Of frequencies, or of a table's rows.
+Status LowerAngles(const Checked& c, RopeCall* call) {
+  const ropewalk_rope_args& a = c.a;
+  rope_params& p = call->params;
+  if (a.frequencies) {
+    p.attention_scaling = static_cast<float>(a.frequencies->attention_scaling);
+    return {};
+  }
+  const Strides& cos = c.strides_of(a.cos_sin ? Index("cos_sin") : Index("cos"));
+  const Strides& sin = c.strides_of(a.cos_sin ? Index("cos_sin") : Index("sin"));
+  const Dim pair = a.cos_sin ? Dim::kRotaryDim : Dim::kPairs;
+  p.rows = c.sizes[Dim::kRows];
+  p.cos_batch = cos[Dim::kBatch];
+  p.cos_row = cos[Dim::kRows];
+  p.cos_pair = cos[pair];
+  p.sin_batch = sin[Dim::kBatch];
+  p.sin_row = sin[Dim::kRows];
+  p.sin_pair = sin[pair];
+  call->variant.table_dtype = Constant(a.cos_sin ? a.cos_sin : a.cos);
+  p.attention_scaling = 1.0f;
+  if (!a.positions && !a.offsets && p.batch > 0 && p.tokens > p.rows) {
+    return Invalid("positions run from 0 to ", p.tokens - 1, " (none given), but ", a.cos_sin ? "cos_sin" : "cos",
+                   " has ", p.rows, " rows");
+  }
+  return {};
+}
+
+// The scale of an fp8 cache: its value where the host has it, else how far apart those of heads are.
+Status LowerScale(const Checked& c, const DLTensor* tensor, size_t i, float* value, rw_i32* stride) {
+  if (!tensor) return {};
+  const char* name = kArgs[i].name;
+  const int64_t step = c.strides_of(i)[Dim::kKHeads];
+  if (step > INT32_MAX || step < INT32_MIN)
+    return Invalid(name, " must have a stride below 2^31, but its stride is ", step);
+  if (const int64_t bad = HoldsHostScales(kArgs[i], *tensor) ? FirstBadScale(*tensor) : -1; bad >= 0) {
+    const float found = ScaleAt(*tensor, bad);
+    const std::string place = IsHostValue(kArgs[i], *tensor) ? "" : Text("[", bad, "]");
+    if (found > 0.0f && found < kLeastScale)
+      return Invalid(name, place, " must be at least ", kLeastScale, ", but is ", found);
+    return Invalid(name, place, " must be a finite number > 0, but is ", found);
+  }
+  if (IsHostValue(kArgs[i], *tensor)) {
+    *value = *static_cast<const float*>(DataOf(*tensor));
+  } else {
+    *stride = static_cast<rw_i32>(step);
+  }
+  return {};
+}
+
+Status LowerStore(const Checked& c, RopeCall* call) {
+  const ropewalk_rope_args& a = c.a;
+  rope_params& p = call->params;
+  RopeVariant& v = call->variant;
+  const Strides& slots = c.strides_of(Index("slots"));
+  p.slots_batch = slots[Dim::kBatch];
+  p.slots_token = slots[Dim::kTokens];
+  v.slots_dtype = Constant(a.slots);
+  const DLTensor* cache = a.k_cache ? a.k_cache : a.v_cache;
+  v.cache_dtype = Constant(cache);
+  p.page_size = c.sizes[Dim::kPageSize];
+  p.slots = p.page_size * (cache->ndim == 4 ? cache->shape[0] : 1);
+  if (a.k_cache && a.v_cache && a.k_cache->ndim != a.v_cache->ndim) {
+    return Invalid("v_cache must have ", a.k_cache->ndim, " dimensions like k_cache, but has ", a.v_cache->ndim);
+  }
+  const auto cache_strides = [&](size_t i) {
+    const Strides& s = c.strides_of(i);
+    return rope_strides{s[Dim::kPages], s[Dim::kPageSize], s[Dim::kKHeads]};
+  };
+  p.k_cache = cache_strides(Index("k_cache"));
+  p.v_cache = cache_strides(Index("v_cache"));
+  p.v = HeadStrides(c.strides_of(Index("v")), Dim::kKHeads);
+  p.v_dim = a.v ? static_cast<rw_i32>(c.sizes[Dim::kVDim]) : 0;
+  p.k_heads = static_cast<rw_i32>(c.sizes[Dim::kKHeads]);
+  v.store_k = a.k_store_only ? kRopeStoreOnly : a.k_cache ? kRopeStore : kRopeNoStore;
+  v.store_v = a.v_cache != nullptr;
+  ROPEWALK_TRY(LowerScale(c, a.k_scale, Index("k_scale"), &p.k_scale, &p.k_scale_head));
+  return LowerScale(c, a.v_scale, Index("v_scale"), &p.v_scale, &p.v_scale_head);
+}
 
 }  // namespace
 
@@ -251,22 +407,12 @@ void SetTensors(const ropewalk_rope_args& a, RopeCall* call) {
 }
 
 Status LowerRope(const ropewalk_rope_args& a, void* stream, RopeCall* call) {
-  const bool mapped = a.axes || (a.frequencies && !a.frequencies->axes.empty());
-  Sizes sizes;
-  std::array<Strides, std::size(kArgs)> strides;  // of absent tensors undefined: read only what is there
-  static constexpr Strides kAbsent = {};
-  const auto strides_of = [&](size_t i) -> const Strides& { return TensorOf(kArgs[i], &a) ? strides[i] : kAbsent; };
-  ROPEWALK_TRY(Check(kArgs, &a, mapped, &sizes, strides));
+  Checked c(a);
+  ROPEWALK_TRY(Check(kArgs, &a, c.mapped, &c.sizes, c.strides));
   ROPEWALK_TRY(CheckCombination(a));
   int64_t rotary_dim = 0;
-  ROPEWALK_TRY(FindRotaryDim(a, sizes, &rotary_dim));
-
-  constexpr int64_t kMaxHeads = 1 << 20;
-  if (sizes[Dim::kQHeads] > kMaxHeads)
-    return Invalid("q must have at most ", kMaxHeads, " heads, but has ", sizes[Dim::kQHeads]);
-  if (sizes[Dim::kKHeads] > kMaxHeads)
-    return Invalid("k must have at most ", kMaxHeads, " heads, but has ", sizes[Dim::kKHeads]);
-  if (sizes[Dim::kVDim] > 65536) return Invalid("v must have a v_dim of at most 65536, but has ", sizes[Dim::kVDim]);
+  ROPEWALK_TRY(FindRotaryDim(a, c.sizes, &rotary_dim));
+  ROPEWALK_TRY(CheckLimits(c.sizes));
 
   call->frequencies = a.frequencies;
   call->device = a.q->device;
@@ -279,126 +425,19 @@ Status LowerRope(const ropewalk_rope_args& a, void* stream, RopeCall* call) {
     }
     if (stream) return Invalid("sycl_queue and stream are both given: the work goes to one of them");
   }
-  rope_params& p = call->params;
   RopeVariant& v = call->variant;
   v = {};
-  std::memset(&p, 0, sizeof(p));
-
-  p.batch = a.q->ndim == 4 ? sizes[Dim::kBatch] : 1;
-  p.tokens = sizes[Dim::kTokens];
-  p.q_heads = static_cast<rw_i32>(sizes[Dim::kQHeads]);
-  p.k_heads = a.k ? static_cast<rw_i32>(sizes[Dim::kKHeads]) : 0;
-  p.head_dim = static_cast<rw_i32>(sizes[Dim::kHeadDim]);
-  p.rotary_dim = static_cast<rw_i32>(rotary_dim);
-  p.rotary_offset = a.rotary_offset;
-  p.eps = static_cast<float>(a.eps);
-  p.axes = 1;
-  p.k_scale = p.v_scale = 1.0f;
-  v.dtype = Constant(a.q);
-  v.pairing = static_cast<uint8_t>(a.pairing);
-  v.inverse = static_cast<uint8_t>(a.inverse);
-  v.rounding = static_cast<uint8_t>(a.rounding);
-
-  p.q = HeadStrides(strides_of(Index("q")), Dim::kQHeads);
-  p.k = HeadStrides(strides_of(Index("k")), Dim::kKHeads);
-  p.q_out = a.q_out ? HeadStrides(strides_of(Index("q_out")), Dim::kQHeads) : p.q;
-  p.k_out = a.k_out ? HeadStrides(strides_of(Index("k_out")), Dim::kKHeads) : p.k;
-
-  // Positions: their rows are axes if pairs are mapped.
-  const Strides& positions = strides_of(Index("positions"));
-  p.positions_axis = positions[Dim::kAxes];
-  p.positions_batch = positions[Dim::kBatch];
-  p.positions_token = positions[Dim::kTokens];
-  p.offsets_batch = strides_of(Index("offsets"))[Dim::kBatch];
-  p.offsets_token = strides_of(Index("offsets"))[Dim::kTokens];
-  v.positions_dtype = Constant(a.positions);
-  v.offsets_dtype = Constant(a.offsets);
-  if (mapped && sizes[Dim::kAxes] >= 0) {
-    if (sizes[Dim::kAxes] < 1) return Invalid("positions must have a row for each axis, but have none");
-    if (sizes[Dim::kAxes] > kMaxAxes) return Invalid("positions has ", sizes[Dim::kAxes], " axes, too many");
-    p.axes = static_cast<rw_i32>(sizes[Dim::kAxes]);
-    v.axes = a.axes ? 2 : 1;
-    if (!a.axes) {
-      const int64_t needed = int64_t{1} + *std::ranges::max_element(a.frequencies->axes);
-      if (p.axes < needed) {
-        return Invalid("positions must have ", needed, " rows, one for each axis of frequencies, but has ", p.axes);
-      }
-    }
-  }
-
-  if (a.frequencies) {
-    p.attention_scaling = static_cast<float>(a.frequencies->attention_scaling);
-  } else {
-    const DLTensor* cos = a.cos_sin ? a.cos_sin : a.cos;
-    const Strides& sc = strides_of(a.cos_sin ? Index("cos_sin") : Index("cos"));
-    const Strides& ss = strides_of(a.cos_sin ? Index("cos_sin") : Index("sin"));
-    const Dim pair = a.cos_sin ? Dim::kRotaryDim : Dim::kPairs;
-    p.rows = sizes[Dim::kRows];
-    p.cos_batch = sc[Dim::kBatch];
-    p.cos_row = sc[Dim::kRows];
-    p.cos_pair = sc[pair];
-    p.sin_batch = ss[Dim::kBatch];
-    p.sin_row = ss[Dim::kRows];
-    p.sin_pair = ss[pair];
-    v.table_dtype = Constant(cos);
-    p.attention_scaling = 1.0f;
-    if (!a.positions && !a.offsets && p.batch > 0 && p.tokens > p.rows) {
-      return Invalid("positions run from 0 to ", p.tokens - 1, " (none given), but ", a.cos_sin ? "cos_sin" : "cos",
-                     " has ", p.rows, " rows");
-    }
-  }
-
+  std::memset(&call->params, 0, sizeof(call->params));
+  LowerHeads(c, rotary_dim, call);
+  ROPEWALK_TRY(LowerPositions(c, call));
+  ROPEWALK_TRY(LowerAngles(c, call));
   if (a.norm == ROPEWALK_NORM_RMS || a.q_weight) {
     v.norm = 1;
     if (a.q_weight) v.weight = a.zero_centered_weight ? kRopeZeroCenteredWeight : kRopeWeight;
     v.weight_dtype = Constant(a.q_weight);
   }
+  if (a.slots) ROPEWALK_TRY(LowerStore(c, call));
 
-  if (a.slots) {
-    const Strides& slots = strides_of(Index("slots"));
-    p.slots_batch = slots[Dim::kBatch];
-    p.slots_token = slots[Dim::kTokens];
-    v.slots_dtype = Constant(a.slots);
-    const DLTensor* cache = a.k_cache ? a.k_cache : a.v_cache;
-    v.cache_dtype = Constant(cache);
-    p.page_size = sizes[Dim::kPageSize];
-    p.slots = p.page_size * (cache->ndim == 4 ? cache->shape[0] : 1);
-    if (a.k_cache && a.v_cache && a.k_cache->ndim != a.v_cache->ndim) {
-      return Invalid("v_cache must have ", a.k_cache->ndim, " dimensions like k_cache, but has ", a.v_cache->ndim);
-    }
-    const auto cache_strides = [&](size_t i) {
-      return rope_strides{strides_of(i)[Dim::kPages], strides_of(i)[Dim::kPageSize], strides_of(i)[Dim::kKHeads]};
-    };
-    p.k_cache = cache_strides(Index("k_cache"));
-    p.v_cache = cache_strides(Index("v_cache"));
-    p.v = HeadStrides(strides_of(Index("v")), Dim::kKHeads);
-    p.v_dim = a.v ? static_cast<rw_i32>(sizes[Dim::kVDim]) : 0;
-    p.k_heads = static_cast<rw_i32>(sizes[Dim::kKHeads]);
-    v.store_k = a.k_store_only ? kRopeStoreOnly : a.k_cache ? kRopeStore : kRopeNoStore;
-    v.store_v = a.v_cache != nullptr;
-    const auto scale = [&](const DLTensor* tensor, size_t i, float* value, rw_i32* stride) -> Status {
-      if (!tensor) return {};
-      const char* name = kArgs[i].name;
-      const int64_t step = strides_of(i)[Dim::kKHeads];
-      if (step > INT32_MAX || step < INT32_MIN)
-        return Invalid(name, " must have a stride below 2^31, but its stride is ", step);
-      if (const int64_t bad = HoldsHostScales(kArgs[i], *tensor) ? FirstBadScale(*tensor) : -1; bad >= 0) {
-        const float found = ScaleAt(*tensor, bad);
-        const std::string place = IsHostValue(kArgs[i], *tensor) ? "" : Text("[", bad, "]");
-        if (found > 0.0f && found < kLeastScale)
-          return Invalid(name, place, " must be at least ", kLeastScale, ", but is ", found);
-        return Invalid(name, place, " must be a finite number > 0, but is ", found);
-      }
-      if (IsHostValue(kArgs[i], *tensor)) {
-        *value = *static_cast<const float*>(DataOf(*tensor));
-      } else {
-        *stride = static_cast<rw_i32>(step);
-      }
-      return {};
-    };
-    ROPEWALK_TRY(scale(a.k_scale, Index("k_scale"), &p.k_scale, &p.k_scale_head));
-    ROPEWALK_TRY(scale(a.v_scale, Index("v_scale"), &p.v_scale, &p.v_scale_head));
-  }
   SetTensors(a, call);
   const RopeTensors& t = call->tensors;
   v.out_of_place = t.q_out != t.q || (t.k_out && t.k_out != t.k);

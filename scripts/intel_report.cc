@@ -30,7 +30,7 @@
 #include "backends/spirv/plan.h"
 #include "base/files.h"
 #include "base/text.h"
-#include "conformance/backward.h"
+#include "conformance/cases.h"
 #include "conformance/variants.h"
 #include "scripts/report.h"
 

@@ -12,7 +12,7 @@ check() {
 }
 tracked() { git ls-files --cached --others --exclude-standard "$@"; }
 
-# Every header compiles alone. Parts of kernels (-inl.h, .cuh), which want flags of their own, do in tests/headers.
+# Every header compiles alone. Parts of kernels (-inl.h, .cuh), which want flags of their own, do in ctest -L headers.
 headers() {
   local header held=0
   for header in $(tracked '*.h' '*.hpp' | grep -v -e '-inl\.h$' -e '^tests/'); do

@@ -3,13 +3,12 @@
 #pragma once
 
 #include <cstdio>
-#include <fstream>
-#include <iterator>
 #include <sstream>
 #include <string>
 #include <vector>
 
 #include "conformance/cases.h"
+#include "conformance/models.h"
 #include "models/model_config.h"
 
 namespace ropewalk {
@@ -43,12 +42,12 @@ inline bool ParseOptions(int count, char** arguments, const std::string& target,
 }
 
 inline Status AddModelCases(const std::vector<std::string>& models, std::vector<RopeCase>* cases) {
-  for (const std::string& path : models) {
-    std::ifstream file(path);
-    const std::string json(std::istreambuf_iterator<char>(file), {});
+  std::vector<ConfigText> configs;
+  for (const std::string& path : models) ROPEWALK_TRY(ReadConfigs(path, &configs));
+  for (const ConfigText& config : configs) {
     ModelConfig model;
-    ROPEWALK_TRY(ReadModelConfig(json, path, &model));
-    for (RopeCase& c : CasesOfModel(model, json, 16, kBF16)) cases->push_back(std::move(c));
+    ROPEWALK_TRY(ReadModelConfig(config.json, config.place, &model));
+    for (RopeCase& c : CasesOfModel(model, config.json, 16, kBF16)) cases->push_back(std::move(c));
   }
   return {};
 }

@@ -72,8 +72,8 @@ case $mode in
       python -m pytest -q tests/python/test_{rope,border,bad_input,import}.py
     part "ropewalk check (the installed command)" ropewalk check
     if command -v ocloc >/dev/null && command -v iga64 >/dev/null && command -v spirv-opt >/dev/null; then
-      part "Intel's compiler on the SPIR-V kernel" scripts/intel_report.sh
-      part "the report of Intel's compiler is of this kernel" scripts/intel_report.sh verify
+      part "Intel's compiler on the SPIR-V kernel" scripts/report.sh intel
+      part "the report of Intel's compiler is of this kernel" scripts/report.sh intel verify
     else
       say "Intel's compiler: not here (apt-get install intel-opencl-icd libigc-tools spirv-tools)"
     fi

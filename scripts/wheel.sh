@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # scripts/wheel.sh [MACHINE..]: a source distribution in dist/, and from it a wheel for each kind of machine (this one's,
-# and on x86-64 aarch64 too), for glibc 2.28 and later (RHEL 8, Debian 10, Ubuntu 18.10): linked against that version
-# (scripts/old_glibc.sh). auditwheel reads from the symbols on what it loads, and refuses another tag. Then a program in
-# C and some of the conformance cases run on what is in the wheel, under qemu where it is for another machine.
+# and on x86-64 aarch64 too), for glibc 2.28 and later (RHEL 8, Debian 10, Ubuntu 18.10): linked against that version.
+# auditwheel reads from the symbols on what it loads, and refuses another tag. Then a program in C and some of the
+# conformance cases run on what is in the wheel, under qemu where it is for another machine.
 # SPDX-License-Identifier: Apache-2.0
 source "$(dirname "$0")/common.sh"
 choose_compiler
@@ -12,6 +12,35 @@ if ((!$#)); then
   machines=("$host")
   [[ $host == x86_64 ]] && machines+=(aarch64)
 fi
+
+# old_glibc FOLDER VERSION MACHINE: into FOLDER what links programs for glibc VERSION on MACHINE, whatever glibc this system
+# has: zig (requirements/pins.txt) makes libraries with the symbols of that version, and the start files that go with
+# them. For the compiler's -B and the linker's -L.
+old_glibc() (
+  folder=$1 version=$2 machine=$3
+  compiler=${CC:-cc} archiver=ar
+  if [[ $machine != "$(uname -m)" ]]; then compiler=$machine-linux-gnu-gcc archiver=$machine-linux-gnu-ar; fi
+  work=$(mktemp -d)
+  trap 'rm -rf "$work"' EXIT
+  mkdir -p "$folder"
+  cat >"$work/program.c" <<'C'
+#include <dlfcn.h>
+#include <math.h>
+#include <pthread.h>
+int main(int count, char** names) { return (int)pow(count, 2.5) + (dlopen(names[0], RTLD_NOW) != 0) + (int)pthread_self(); }
+C
+  for kind in -pie -no-pie; do
+    ZIG_GLOBAL_CACHE_DIR=$work/cache ZIG_LOCAL_CACHE_DIR=$work/local python -m ziglang cc "$kind" \
+      -target "$machine-linux-gnu.$version" "$work/program.c" -o "$work/program" -lm -lpthread -ldl
+  done
+  find "$work/cache" \( -name '*.so.*' -o -name libc_nonshared.a -o -name '*crt1.o' \) -exec cp {} "$folder/" \;
+  # libstdc++.a of a newer system asks glibc 2.32 whether there are threads: there may be.
+  echo '__attribute__((visibility("hidden"))) char __libc_single_threaded = 0;' >"$work/newer.c"
+  "$compiler" -O2 -fPIC -c "$work/newer.c" -o "$work/newer.o"
+  "$archiver" rcs "$folder/libnewer.a" "$work/newer.o"
+  for name in m pthread dl rt; do ln -sf "$(basename "$folder/lib$name.so."*)" "$folder/lib$name.so"; done
+  echo "GROUP ( libc.so.6 libc_nonshared.a libnewer.a AS_NEEDED ( libld.so.2 libpthread.so.0 libdl.so.2 ) )" >"$folder/libc.so"
+)
 
 # cross_options MACHINE: sets `cross` to what builds for a machine that is not this one: its compiler, and its
 # libtvm_ffi.so, of the version pinned and with the hashes of requirements/lock/base.txt.
@@ -59,7 +88,7 @@ for machine in "${machines[@]}"; do
   [[ $machine == "$host" ]] || cross_options "$machine"
   if [[ ! -e $libraries/libc.so ]]; then
     say "wheel: the libraries of glibc $glibc for $machine"
-    scripts/old_glibc.sh "$libraries" "$glibc" "$machine"
+    old_glibc "$libraries" "$glibc" "$machine"
   fi
   say "wheel: building it from that, for $machine"
   rm -rf build/dist

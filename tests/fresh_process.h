@@ -1,5 +1,5 @@
-// A process for a scenario: a driver is opened once in a process and reads its settings then. And the stand-ins for
-// drivers, and a directory for what they write.
+// A process for a scenario: a driver is opened once in a process and reads its settings then. And which OpenCL driver
+// serves, the stand-ins for drivers, and a directory for what they write.
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
@@ -61,6 +61,14 @@ inline void InChild(const std::function<void()>& body) {
   EXPECT_FALSE(WIFSIGNALED(status)) << "the process ended with signal " << WTERMSIG(status);
   if (WIFEXITED(status) && WEXITSTATUS(status) == kSkipped) GTEST_SKIP() << "see above";
   EXPECT_EQ(status, 0) << "see above";
+}
+
+// Intel's run-time of OpenCL for CPUs, wherever the loader looks else: Debian's loader and Intel's own have each their
+// variable. Before anything opens the loader.
+inline void UseIntelRuntime(const char* driver) {
+  if (getenv("OCL_ICD_VENDORS") || access(driver, R_OK) != 0) return;
+  setenv("OCL_ICD_VENDORS", driver, 1);
+  setenv("OCL_ICD_FILENAMES", driver, 1);
 }
 
 // What a stand-in lets a test see: by its function `symbol`, in the process where it stands for the driver.

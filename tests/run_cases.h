@@ -1,5 +1,5 @@
 // What tests do with cases: make one ready to run, for tests that look closer than the runner does; expect that all
-// passed; tell the summary of scripts/test.sh what ran where.
+// passed; tell the summary of scripts/test.sh what ran where. And the models that come with Ropewalk.
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
@@ -14,8 +14,8 @@
 #include <vector>
 
 #include "base/text.h"
-#include "conformance/backward.h"
 #include "conformance/case_call.h"
+#include "conformance/models.h"
 #include "conformance/runner.h"
 
 namespace ropewalk {
@@ -46,6 +46,21 @@ inline void ExpectPassed(const RunSummary& summary, size_t count) {
     ADD_FAILURE() << failure.name << "\n  " << failure.message << "\n  alone: " << failure.rerun;
   }
   EXPECT_LE(summary.worst, 1.0) << summary.worst_case;
+}
+
+// The configurations of models/models.json.
+inline std::vector<ConfigText> OurModels() {
+  std::vector<ConfigText> models;
+  const Status status = ReadConfigs(ROPEWALK_MODELS_DIR "/models.json", &models);
+  EXPECT_TRUE(status.ok()) << status.text();
+  return models;
+}
+// That of one; "" if there is none of this name.
+inline std::string OurModel(const std::string& name) {
+  for (const ConfigText& model : OurModels()) {
+    if (model.name == name) return model.json;
+  }
+  return "";
 }
 
 inline void Report(const std::string& line) {

@@ -1,6 +1,5 @@
+// The CPU backend: always there, the fastest target chosen at run time.
 // SPDX-License-Identifier: Apache-2.0
-#include "backends/cpu/cpu.h"
-
 #include <algorithm>
 #include <array>
 #include <atomic>
@@ -11,6 +10,7 @@
 #include "backends/cpu/row_plan.h"
 #include "backends/cpu/scratch.h"
 #include "backends/cpu/thread_pool.h"
+#include "backends/registry.h"
 #include "base/environment.h"
 #include "base/fork.h"
 #include "base/text.h"

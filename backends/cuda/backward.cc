@@ -1,8 +1,9 @@
+// How the gradient is cut on an NVIDIA GPU.
 // SPDX-License-Identifier: Apache-2.0
-#include "backends/cuda/backward.h"
-
 #include <algorithm>
 
+#include "backends/cuda/kernel/backward_args.h"
+#include "backends/cuda/plan.h"
 #include "backends/cuda/shapes.h"
 #include "base/text.h"
 #include "rope/access.h"

@@ -3,7 +3,7 @@
 
 #include <algorithm>
 
-#include "backends/context_lists.h"
+#include "backends/contexts.h"
 #include "base/fork.h"
 #include "base/text.h"
 #include "rope/fault_text.h"

@@ -1,6 +1,5 @@
+// The CUDA backend: finds the driver when first asked, compiles the exact variant, launches it on the caller's stream.
 // SPDX-License-Identifier: Apache-2.0
-#include "backends/cuda/cuda.h"
-
 #include <array>
 #include <atomic>
 #include <cstddef>
@@ -8,15 +7,15 @@
 #include <string_view>
 
 #include "backends/contexts.h"
-#include "backends/cuda/backward.h"
 #include "backends/cuda/bundle.h"
 #include "backends/cuda/cache.h"
 #include "backends/cuda/context.h"
 #include "backends/cuda/driver.h"
 #include "backends/cuda/kernel/backward_args.h"
 #include "backends/cuda/nvrtc.h"
-#include "backends/cuda/plan.h"
+#include "backends/cuda/shapes.h"
 #include "backends/known_pages.h"
+#include "backends/registry.h"
 #include "base/environment.h"
 #include "base/text.h"
 
@@ -352,16 +351,11 @@ Status LaunchBackward(const RopeBackwardCall& call) {
   attribute.id = cu::kProgrammaticStreamSerialization;
   attribute.value.number = 1;
   const auto launch = [&](const CudaKernel* kernel, unsigned grid, unsigned threads) -> Status {
-    const cu::LaunchConfig config = {grid,
-                                     1,
-                                     1,
-                                     threads,
-                                     1,
-                                     1,
-                                     0,
-                                     static_cast<cu::Stream>(turn.stream),
-                                     &attribute,
-                                     plan.key.dependent_launch ? 1u : 0u};
+    const cu::LaunchConfig config = {grid,       1,
+                                     1,          threads,
+                                     1,          1,
+                                     0,          static_cast<cu::Stream>(turn.stream),
+                                     &attribute, plan.key.dependent_launch ? 1u : 0u};
     void* parameters[] = {&args};
     const cu::Result result = driver.LaunchKernelEx(&config, kernel->function, parameters, nullptr);
     if (result != cu::kSuccess) return LaunchFailed(context, turn, result);

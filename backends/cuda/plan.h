@@ -1,5 +1,5 @@
-// From a call to the exact CUDA kernel: which compile-time choices, which grid. Pure functions of the call and the
-// device's properties; backends/cuda compiles, caches and launches.
+// From a call, or its gradient, to the exact CUDA kernel: which compile-time choices, which grid. Pure functions of the
+// call and the device's properties; backends/cuda compiles, caches and launches.
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
@@ -12,6 +12,7 @@
 #include "backends/cuda/kernel/shape.h"
 #include "base/status.h"
 #include "rope/access.h"
+#include "rope/backward.h"
 #include "rope/call.h"
 
 namespace ropewalk {
@@ -187,6 +188,20 @@ uint8_t TableVector(const RopeCall& call, int vector, bool flat);
 // Proves a plan of a call: each head of q, k and v of each token has exactly one owner, no access leaves its tensor,
 // vectors are aligned, block and shared memory fit, and what the key says of strides, addresses and the grid is so.
 Status CheckRopeCudaPlan(const RopeCall& call, const CudaDevice& device, const RopeCudaPlan& plan);
+
+// Of the sums in a workspace, which is a little larger for it.
+constexpr int kSumsAlignment = 32;
+
+// How the gradient is cut: the variants of its two kernels and their grids.
+struct RopeCudaBackwardPlan {
+  RopeCudaKey key, sums_key;
+  int32_t q_blocks = 0, k_blocks = 0;  // both 0: there is no work
+  uint32_t sums_blocks = 0;            // of the second kernel; 0: no weight's gradient is wanted
+  int64_t workspace = 0;               // floats
+};
+
+// Of a call with a norm.
+Status PlanRopeCudaBackward(const RopeBackwardCall& call, const CudaDevice& device, RopeCudaBackwardPlan* plan);
 
 // The text to compile: includes "backends/cuda/kernel/rope.cuh", or backward.cuh, and names one kernel, extern "C".
 std::string RopeCudaSource(const RopeCudaKey& key);

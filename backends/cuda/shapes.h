@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <vector>
 
 #include "backends/cuda/plan.h"
@@ -31,6 +32,9 @@ bool RopeCudaShapeSuits(const RopeCall& call, const CudaDevice& device, const Ro
 // from it in what matters most. `near`: instead those that differ from that shape in one thing.
 std::vector<RopeCudaShape> RopeCudaCandidates(const RopeCall& call, const CudaDevice& device,
                                               const RopeCudaShape* near = nullptr);
+
+// What this thread's next calls are laid out by (cuda.cc), for a search to try; none: as it is chosen.
+void TryRopeCudaShape(const std::optional<RopeCudaShape>& shape);
 
 // Heads of a token: of q and k, and with those of v that are stored.
 struct HeadCount {

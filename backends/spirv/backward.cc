@@ -1,11 +1,11 @@
+// How the gradient is cut for the SPIR-V kernels. backends/opencl and backends/intel launch them.
 // SPDX-License-Identifier: Apache-2.0
-#include "backends/spirv/backward.h"
-
 #include <algorithm>
 #include <array>
 #include <cstring>
 
 #include "backends/spirv/kernel/index.h"
+#include "backends/spirv/plan.h"
 #include "base/text.h"
 #include "rope/access.h"
 

@@ -12,7 +12,6 @@
 #include <vector>
 
 #include "backends/kernel_table.h"
-#include "backends/spirv/backward.h"
 #include "backends/spirv/plan.h"
 #include "base/status.h"
 

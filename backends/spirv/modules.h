@@ -1,5 +1,5 @@
-// What cmake/spirv.cmake embeds: the SPIR-V modules and the kernels' text, cut into chunks that lie side by side
-// (cmake/interleave.sh), so that they compress well. modules.cc puts them together again.
+// What cmake/spirv.cmake embeds: the SPIR-V modules and the kernels' text, cut into chunks that lie side by side, so
+// that they compress well. modules.cc puts them together again.
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 

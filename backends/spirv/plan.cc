@@ -23,7 +23,7 @@ bool TableVector(const RopeCall& call, int vector) {
          Alignment(run, call.tensors.sin, bytes, {p.sin_batch, p.sin_row}) == run;
 }
 
-// What spills nowhere, as Intel's compiler has it (scripts/intel_report.sh --all): bytes of an access, and units that a
+// What spills nowhere, as Intel's compiler has it (scripts/report.sh intel --all): bytes of an access, and units that a
 // lane keeps in registers. With registers of 32 bytes there is half the room; rounding in between takes more of it.
 int AccessBytes(const RopeVariant& v, int register_bytes) {
   const bool fp8 = v.cache_dtype == kRopeE4M3 || v.cache_dtype == kRopeE5M2;

@@ -1,5 +1,5 @@
-// From a call to the exact SPIR-V kernel: which module, which specialisation constants, which grid, which arguments.
-// Pure functions of the call and the device's properties; backends/opencl, backends/level_zero and backends/sycl build,
+// From a call, or its gradient, to the exact SPIR-V kernel: which module, which specialisation constants, which grid,
+// which arguments. Pure functions of the call and the device's properties; backends/opencl and backends/intel build,
 // keep and launch.
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
@@ -13,6 +13,7 @@
 
 #include "backends/spirv/kernel/args.h"
 #include "base/status.h"
+#include "rope/backward.h"
 #include "rope/call.h"
 
 namespace ropewalk {
@@ -124,5 +125,26 @@ static_assert(int{kRopeBackwardPointers} <= int{kRopeSpirvPointers} &&
 // the device, a rope_fault.
 void FillRopeSpirvArgs(const RopeCall& call, const RopeSpirvPlan& plan, const void* frequencies, void* fault,
                        RopeSpirvArgs* args);
+
+// How the gradient is cut: the variants of its two kernels, their grids, what they are launched with.
+struct RopeSpirvBackwardPlan {
+  RopeSpirvPlan rows;                  // work-groups in the first dimension alone: those of q, then those of k
+  int32_t q_groups = 0, k_groups = 0;  // both 0: there is no work
+  RopeSpirvKey sums_key;
+  SpirvGrid sums;         // of the second kernel; empty: no weight's gradient is wanted
+  int64_t workspace = 0;  // floats
+};
+
+// Of a call with a norm.
+Status PlanRopeSpirvBackward(const RopeBackwardCall& call, const SpirvDevice& device, RopeSpirvBackwardPlan* plan);
+
+// As RopeSpirvPlanFault: "" if the plan holds what the kernels take for granted.
+std::string RopeSpirvBackwardPlanFault(const RopeBackwardCall& call, const SpirvDevice& device,
+                                       const RopeSpirvBackwardPlan& plan);
+
+// Of the first kernel and of the second; `frequencies` and `fault` as of FillRopeSpirvArgs.
+void FillRopeSpirvBackwardArgs(const RopeBackwardCall& call, const RopeSpirvBackwardPlan& plan, const void* frequencies,
+                               void* fault, RopeSpirvArgs* args);
+void FillRopeSpirvSumsArgs(const RopeBackwardCall& call, const RopeSpirvBackwardPlan& plan, RopeSpirvArgs* args);
 
 }  // namespace ropewalk

@@ -6,7 +6,6 @@
 #include <bit>
 #include <vector>
 
-#include "backends/spirv/backward.h"
 #include "backends/spirv/kernel/index.h"
 #include "backends/spirv/plan.h"
 #include "base/text.h"

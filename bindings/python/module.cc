@@ -2,8 +2,6 @@
 // over its description, so that a new argument needs nothing here. Errors become ValueError (the caller's) or
 // RuntimeError.
 // SPDX-License-Identifier: Apache-2.0
-#include <dlfcn.h>
-#include <pthread.h>
 #include <ropewalk/ropewalk.h>
 #include <tvm/ffi/c_api.h>
 #include <tvm/ffi/extra/c_env_api.h>
@@ -18,6 +16,7 @@
 
 #include "base/fork.h"
 #include "base/text.h"
+#include "bindings/python/torch_library.h"
 #include "frequencies/frequencies.h"
 #include "rope/backward.h"
 #include "rope/call.h"
@@ -44,8 +43,7 @@ int Raise(int code) {
   return Raise(code == ROPEWALK_INVALID_ARGUMENT ? "ValueError" : "RuntimeError", ropewalk_last_error());
 }
 
-// ---- values out
-// ------------------------------------------------------------------------------------------------------
+// ---- values out -----------------------------------------------------------------------------------------------------
 
 int Return(TVMFFIAny* result, int64_t value, int32_t type_index = kTVMFFIInt) {
   *result = {};
@@ -66,8 +64,7 @@ int ReturnBytes(TVMFFIAny* result, const void* data, size_t size) {
   return TVMFFIBytesFromByteArray(&bytes, result);
 }
 
-// ---- values in; false if the value is of another type
-// -----------------------------------------------------------------
+// ---- values in; false: of another type ------------------------------------------------------------------------------
 
 bool IsInt(const TVMFFIAny& value) { return value.type_index == kTVMFFIInt || value.type_index == kTVMFFIBool; }
 bool IsNone(const TVMFFIAny& value) { return value.type_index == kTVMFFINone; }
@@ -109,8 +106,7 @@ bool GetBytes(const TVMFFIAny& value, std::string_view* out) {
   return *out = {bytes->data, bytes->size}, true;
 }
 
-// ---- the operation
-// ----------------------------------------------------------------------------------------------------
+// ---- the operation --------------------------------------------------------------------------------------------------
 
 // Python's function from the index of an Intel GPU to the address of its current SYCL queue.
 TVMFFIObjectHandle find_sycl_queue = nullptr;
@@ -210,67 +206,7 @@ struct RopeArgs {
   }
 };
 
-// ---- torch's threads
-// --------------------------------------------------------------------------------------------------
-
-// torch_parallel_for of torch >= 2.10, found in the library that Python has loaded.
-using TorchParallelFor = int32_t (*)(int64_t begin, int64_t end, int64_t grain, void (*body)(int64_t, int64_t, void*),
-                                     void* context);
-TorchParallelFor torch_parallel_for = nullptr;
-// OpenMP's threads do not survive fork(), and a parallel region would hang: a child works alone.
-std::atomic<bool> is_forked_child = false;
-
-void ParallelForByTorch(int64_t begin, int64_t end, int64_t grain, void (*body)(int64_t, int64_t, const void*),
-                        const void* body_context, void*) {
-  struct Task {
-    void (*body)(int64_t, int64_t, const void*);
-    const void* context;
-  } task{body, body_context};
-  const auto run = [](int64_t first, int64_t last, void* context) {
-    const auto* t = static_cast<const Task*>(context);
-    t->body(first, last, t->context);
-  };
-  if (is_forked_child.load(std::memory_order_relaxed) || torch_parallel_for(begin, end, grain, run, &task) != 0) {
-    body(begin, end, body_context);
-  }
-}
-
-bool UseTorchThreads() {
-  if (torch_parallel_for) return ropewalk_set_parallel_for(ParallelForByTorch, nullptr) == ROPEWALK_OK;
-  void* library = dlopen("libtorch_cpu.so", RTLD_NOW | RTLD_NOLOAD);
-  if (!library) return false;
-  torch_parallel_for = reinterpret_cast<TorchParallelFor>(dlsym(library, "torch_parallel_for"));
-  if (!torch_parallel_for) return false;
-  pthread_atfork(nullptr, nullptr, [] { is_forked_child.store(true, std::memory_order_relaxed); });
-  return ropewalk_set_parallel_for(ParallelForByTorch, nullptr) == ROPEWALK_OK;
-}
-
-// ---- who watches torch's operators
-// -------------------------------------------------------------------------------------
-
-// c10::impl::tls_is_dispatch_key_included(DispatchKey) and at::impl::torch_function_mode_enabled(): a few instructions
-// each, where Python's own ways to ask take 40 ns a question. Null: not found, and Python asks itself.
-bool (*key_is_included)(uint16_t key) = nullptr;
-bool (*function_mode_is_enabled)() = nullptr;
-std::array<uint16_t, 4> watching_keys{};  // while one of them is included, somebody watches
-
-// Modes, torch.jit.trace and torch.func would not see a call that goes past torch's operators.
-bool SomebodyWatches() {
-  if (!key_is_included) return false;
-  for (const uint16_t key : watching_keys) {
-    if (key_is_included(key)) return true;
-  }
-  return function_mode_is_enabled();
-}
-
-template <class Function>
-Function Find(const char* library, const char* symbol) {
-  void* handle = dlopen(library, RTLD_NOW | RTLD_NOLOAD);
-  return handle ? reinterpret_cast<Function>(dlsym(handle, symbol)) : nullptr;
-}
-
-// ---- frequencies
-// ------------------------------------------------------------------------------------------------------
+// ---- frequencies ----------------------------------------------------------------------------------------------------
 
 // Null for anything but an address.
 ropewalk_frequencies* Handle(const TVMFFIAny& value) {
@@ -333,17 +269,14 @@ EXPORT(rope, 1) {
 }
 // As rope, but a TypeError, and nothing written, where that would go past somebody who watches torch's operators.
 EXPORT(rope_unwatched, 1) {
-  if (SomebodyWatches()) return Raise("TypeError", "rope: torch's operators are watched");
+  if (ropewalk::SomebodyWatchesTorch()) return Raise("TypeError", "rope: torch's operators are watched");
   return rope(args, count, result);
 }
 // (keys..): torch's dispatch keys that are included in a thread where somebody watches. Whether torch can be asked.
 EXPORT(set_watching_keys, 4) {
-  for (size_t i = 0; i < watching_keys.size(); ++i) watching_keys[i] = static_cast<uint16_t>(args[i].v_int64);
-  function_mode_is_enabled = Find<bool (*)()>("libtorch_cpu.so", "_ZN2at4impl27torch_function_mode_enabledEv");
-  const auto found =
-      Find<bool (*)(uint16_t)>("libc10.so", "_ZN3c104impl28tls_is_dispatch_key_includedENS_11DispatchKeyE");
-  if (function_mode_is_enabled) key_is_included = found;
-  return Return(result, key_is_included != nullptr, kTVMFFIBool);
+  std::array<uint16_t, 4> keys;
+  for (size_t i = 0; i < keys.size(); ++i) keys[i] = static_cast<uint16_t>(args[i].v_int64);
+  return Return(result, ropewalk::WatchTorch(keys), kTVMFFIBool);
 }
 // The gradient's own arguments, then those of the call.
 EXPORT(rope_backward, 1) {
@@ -378,7 +311,7 @@ EXPORT(calls_in_flight, 0) { return Return(result, in_flight_count.load()); }
 EXPORT(version, 0) { return ReturnText(result, ropewalk_version()); }
 EXPORT(description, 0) { return ReturnText(result, ropewalk_description()); }
 EXPORT(torch_schema, 0) { return ReturnText(result, ropewalk_torch_schema()); }
-EXPORT(use_torch_threads, 0) { return Return(result, UseTorchThreads(), kTVMFFIBool); }
+EXPORT(use_torch_threads, 0) { return Return(result, ropewalk::UseTorchThreads(), kTVMFFIBool); }
 EXPORT(set_threads, 1) {
   int64_t threads;
   if (GetInt("set_threads: threads", args[0], INT32_MIN, INT32_MAX, &threads)) return -1;

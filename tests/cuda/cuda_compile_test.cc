@@ -16,11 +16,9 @@
 #include <string_view>
 #include <vector>
 
-#include "backends/cuda/backward.h"
 #include "backends/cuda/bundle.h"
 #include "backends/cuda/nvrtc.h"
 #include "base/text.h"
-#include "conformance/backward.h"
 #include "conformance/case_call.h"
 #include "conformance/cases.h"
 #include "conformance/variants.h"

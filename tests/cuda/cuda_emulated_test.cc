@@ -14,10 +14,10 @@
 #include <string>
 #include <vector>
 
-#include "backends/cuda/cuda.h"
+#include "backends/cuda/shapes.h"
 #include "base/text.h"
-#include "conformance/backward.h"
 #include "conformance/cases.h"
+#include "conformance/runner.h"
 #include "tests/fresh_process.h"
 #include "tests/run_cases.h"
 

@@ -1,6 +1,6 @@
 """Liger's and flash-attn's rotary functions, from their wheels, beside those of `ropewalk.compat` on the CPU, forward
 and backward: their Triton kernels run in Triton's interpreter. Prints the largest distances as JSON. Run by
-test_gradients.py.
+test_wheels.py.
 """
 
 # SPDX-License-Identifier: Apache-2.0

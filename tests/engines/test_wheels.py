@@ -1,6 +1,6 @@
 """The plugins in the engines' own code: the Python of their wheels, of the newest and the oldest versions that they
 serve, as `make test-engines` unpacks it. What the walks stand in for is named there; the operators of vLLM, in C++, are
-declared anew."""
+declared anew. And the gradients of `ropewalk.compat` beside those of Liger's and flash-attn's own code."""
 
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
@@ -139,3 +139,13 @@ def test_signatures_are_those_that_are_recorded() -> None:
     assert len(found) >= 25
     for name, each in found.items():
         assert each["parameters"] == recorded[name]["parameters"], (name, each["version"])
+
+
+def test_gradients_are_those_of_the_originals() -> None:
+    path = os.pathsep.join([str(ENGINES / "vllm"), str(ENGINES / "packages"), os.environ.get("PYTHONPATH", "")])
+    program = [sys.executable, str(WALKS / "gradients_walk.py")]
+    ran = subprocess.run(program, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": path})
+    assert ran.returncode == 0, ran.stderr
+    found = json.loads(ran.stdout.splitlines()[-1])
+    assert len(found) == 15
+    assert {name: errors for name, errors in found.items() if not max(errors) <= 2e-6} == {}

@@ -18,7 +18,6 @@
 #include <vector>
 
 #include "backends/intel/level_zero/context.h"
-#include "backends/spirv/backward.h"
 #include "backends/spirv/plan.h"
 #include "base/text.h"
 #include "conformance/case_call.h"
@@ -27,8 +26,7 @@
 #include "rope/arguments.h"
 #include "tests/fresh_process.h"
 #include "tests/run_cases.h"
-#include "tests/stand_ins/fake_libze.h"
-#include "tests/stand_ins/fake_sycl_shim.h"
+#include "tests/stand_ins/fake_intel.h"
 #if __has_include(<level_zero/ze_api.h>)
 #include <level_zero/ze_api.h>
 #endif

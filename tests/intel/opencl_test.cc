@@ -23,13 +23,11 @@
 #include "backends/opencl/library.h"
 #include "backends/spirv/plan.h"
 #include "base/text.h"
-#include "conformance/backward.h"
 #include "conformance/case_call.h"
 #include "conformance/runner.h"
 #include "conformance/variants.h"
 #include "measure/place.h"
 #include "tests/fresh_process.h"
-#include "tests/intel/opencl_runtime.h"
 #include "tests/run_cases.h"
 
 namespace ropewalk {
@@ -40,7 +38,7 @@ namespace {
 
 void InFreshProcess(const Environment& changes, const std::function<void()>& body) {
   InChild([&] {
-    UseIntelRuntime();
+    UseIntelRuntime(ROPEWALK_INTEL_OPENCL);
     ChangeEnvironment({"ROPEWALK_LIBOPENCL", "ROPEWALK_OPENCL_DEVICE", "ROPEWALK_OPENCL_OPTIONS",
                        "ROPEWALK_OPENCL_SOURCE", "ROPEWALK_OPENCL_GENERAL", "FAKE_CL"},
                       changes);

@@ -9,7 +9,6 @@
 #include <string>
 #include <vector>
 
-#include "backends/spirv/backward.h"
 #include "backends/spirv/plan.h"
 #include "base/text.h"
 #include "tests/plan_space.h"

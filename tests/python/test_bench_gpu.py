@@ -18,8 +18,11 @@ import pytest
 torch = pytest.importorskip("torch")
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "bench"))
 import gpu_compare as compare  # noqa: E402
+import gpu_contenders as makers  # noqa: E402
 import gpu_floor  # noqa: E402
+import gpu_problem as problems  # noqa: E402
 import gpu_sweep as sweep  # noqa: E402
+import gpu_timing as timing  # noqa: E402
 import ropewalk  # noqa: E402
 
 
@@ -100,9 +103,9 @@ def host(monkeypatch: pytest.MonkeyPatch) -> None:
         "get_device_capability": lambda: (9, 0),
     }.items():  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, value)
-    monkeypatch.setattr(compare, "DEVICE", "cpu")
-    monkeypatch.setattr(compare, "COLD_FROM", 16)
-    monkeypatch.setattr(compare, "COLD_BYTES", 60_000)
+    monkeypatch.setattr(problems, "DEVICE", "cpu")
+    monkeypatch.setattr(problems, "COLD_FROM", 16)
+    monkeypatch.setattr(problems, "COLD_BYTES", 60_000)
     monkeypatch.setattr(compare, "gpu_name", lambda: {"name": "Host"})
     monkeypatch.setattr(gpu_floor, "Floor", HostFloor)
     monkeypatch.setattr(HostFloor, "wrong", False)
@@ -113,8 +116,8 @@ def host(monkeypatch: pytest.MonkeyPatch) -> None:
             calls[i % len(calls)]()
         return Graph(2.0 * total)
 
-    monkeypatch.setattr(compare, "capture", capture)
-    monkeypatch.setattr(compare, "once", lambda graph: graph.us)
+    monkeypatch.setattr(timing, "capture", capture)
+    monkeypatch.setattr(timing, "once", lambda graph: graph.us)
 
 
 def _want(self: gpu_floor.Compiler, rows: gpu_floor.Rows) -> Any:
@@ -133,7 +136,7 @@ def test_a_sweep(monkeypatch, tmp_path):
     code, data, page = run(monkeypatch, tmp_path / "sweep", "--heads", "4/2x64,3/1x80", "--tokens", "1,7,33",
                            "--random", "1", "--modes", "rope,norm+rope,store,k-only")  # fmt: skip
     rows = data["results"]
-    modes = 8 + len(compare.STORES)
+    modes = 8 + len(problems.STORES)
     assert code == 0, [row for row in rows if "failure" in row]
     assert len(rows) == 7 * modes and data["left"] == 0
     # All take two microseconds here.
@@ -154,20 +157,20 @@ def test_a_wrong_result_is_a_dash(monkeypatch, tmp_path):
     code, data, page = run(monkeypatch, tmp_path / "sweep", "--heads", "4/2x64", "--tokens", "3")
     failed = {(row["op"], row["failure"]) for row in data["results"] if "failure" in row}
     assert code == 1
-    assert failed == {(op, "wrong: a slot that was not named was written") for op in sweep.compare.STORES
+    assert failed == {(op, "wrong: a slot that was not named was written") for op in problems.STORES
                       if "k only" not in op}  # fmt: skip
     assert "| 4/2x64 | - |" in page and "norm+rope+kv fp8, frequencies, neox: wrong: a slot" in page
 
 
 def test_a_shape_that_fails_is_left_behind(monkeypatch, tmp_path):
-    real = compare.Problem.fill
+    real = problems.Problem.fill
 
     def fill(problem: Any) -> None:
         if problem.shape.tokens == 2:
             raise RuntimeError("out of memory\nand more")
         real(problem)
 
-    monkeypatch.setattr(compare.Problem, "fill", fill)
+    monkeypatch.setattr(problems.Problem, "fill", fill)
     code, data, _ = run(monkeypatch, tmp_path / "sweep", "--heads", "4/2x64", "--tokens", "2,3", "--modes", "rope")
     assert code == 1
     assert [row.get("failure", "") for row in data["results"]] == ["RuntimeError: out of memory"] * 4 + [""] * 4
@@ -239,14 +242,14 @@ def test_refusals(monkeypatch, tmp_path, capsys):
 
 
 def test_one_shape_beside_its_peers(monkeypatch):
-    monkeypatch.setattr(compare, "PEERS", {"broken": ("broken", lambda problem: 1 / 0)})
-    shape = compare.Shape("decode_4", 4, 4, 2, 2, 64, 32)
+    monkeypatch.setattr(makers, "PEERS", {"broken": ("broken", lambda problem: 1 / 0)})
+    shape = problems.Shape("decode_4", 4, 4, 2, 2, 64, 32)
     options = type("Options", (), {"quick": True})
-    monkeypatch.setattr(compare, "WITH_STORE", ["decode_4"])
+    monkeypatch.setattr(problems, "WITH_STORE", ["decode_4"])
     rows = compare.compare(shape, options, {"broken": "1.0"}, False, gpu_floor.Compiler("sm_90a", 2))
     assert not [row for row in rows if "failure" in row]
     ours = [row for row in rows if row["contender"] == "ropewalk"]
-    assert len(ours) == 8 + 2 * len(compare.STORES) and all("of_floor" in row for row in ours)
+    assert len(ours) == 8 + 2 * len(problems.STORES) and all("of_floor" in row for row in ours)
     floors = {row["op"]: row["bytes"] for row in rows if row["contender"] == "floor"}
     # Part of each head by rope, whole heads by norm + rope, v and the caches besides.
     assert floors["rope"] == 2 * 4 * 6 * 32 * 2
@@ -268,7 +271,7 @@ def append(s: Any, qkv: Any, table: Any, lengths: Any, indptr: Any, pages: Any, 
             cos, sin = table[position].double().chunk(2)
             angles = torch.atan2(sin, cos)[None]
             for x, weight, out in ((q, weights[0], q_out), (k, weights[1], None)):
-                done = compare.reference(x[row : row + 1], angles, "neox", weight)[0]
+                done = problems.reference(x[row : row + 1], angles, "neox", weight)[0]
                 if out is not None:
                     out[row] = done.to(out.dtype)
                 else:
@@ -280,8 +283,8 @@ def append(s: Any, qkv: Any, table: Any, lengths: Any, indptr: Any, pages: Any, 
 
 @pytest.mark.parametrize("tokens", [8, 320])
 def test_cake_is_given_its_positions_and_pages(monkeypatch, tokens):
-    shape = compare.Shape("cake", tokens, 8, 1, 1, 128, 128)
-    problem = compare.Problem(shape, buffers=2)
+    shape = problems.Shape("cake", tokens, 8, 1, 1, 128, 128)
+    problem = problems.Problem(shape, buffers=2)
 
     def bf16(qkv, table, lengths, indptr, pages, k_cache, v_cache, *, out_q, q_norm_weight, k_norm_weight, **options):
         assert options["clear_unused_last_page_rows"] is False and options["qk_norm_policy"] == 2
@@ -302,29 +305,29 @@ def test_cake_is_given_its_positions_and_pages(monkeypatch, tokens):
     for name, members in modules.items():
         monkeypatch.setitem(sys.modules, f"flashinfer.{name}", type(name, (), members))
     monkeypatch.setitem(sys.modules, "flashinfer", type("flashinfer", (), {}))
-    contenders = compare.cake(problem)
+    contenders = makers.cake(problem)
     assert [c.op for c in contenders] == ["norm+rope+kv bf16, k only", "norm+rope+kv fp8, q fp8"]
     for contender in contenders:
-        compare.check(problem, contender, {})
+        timing.check(problem, contender, {})
         assert not contender.failure, contender.failure
-    assert compare.cake(compare.Problem(compare.Shape("other", 8, 8, 2, 2, 128, 128), buffers=2)) == []
+    assert makers.cake(problems.Problem(problems.Shape("other", 8, 8, 2, 2, 128, 128), buffers=2)) == []
 
 
 def test_a_workload_of_sol_as_it_is_defined(monkeypatch):
-    monkeypatch.setattr(compare, "PEERS", {})
-    monkeypatch.setattr(compare, "SOL_CACHE", 40)
-    monkeypatch.setattr(compare, "SOL_WORKLOADS", [(2, 5, 3)])
-    shape = compare.Shape("sol", 10, 4, 2, 2, 64, 64)
-    monkeypatch.setattr(compare, "SOL", {"sol": shape})
+    monkeypatch.setattr(makers, "PEERS", {})
+    monkeypatch.setattr(problems, "SOL_CACHE", 40)
+    monkeypatch.setattr(problems, "SOL_WORKLOADS", [(2, 5, 3)])
+    shape = problems.Shape("sol", 10, 4, 2, 2, 64, 64)
+    monkeypatch.setattr(problems, "SOL", {"sol": shape})
     options = type("Options", (), {"quick": True})
     rows = compare.compare(shape, options, {}, False, gpu_floor.Compiler("sm_90a", 2))
     assert not [row for row in rows if "failure" in row]
-    (ours,) = (row for row in rows if row["op"] == compare.SOL_OP and row["contender"] == "ropewalk")
-    (floor,) = (row for row in rows if row["op"] == compare.SOL_OP and row["contender"] == "floor")
+    (ours,) = (row for row in rows if row["op"] == problems.SOL_OP and row["contender"] == "ropewalk")
+    (floor,) = (row for row in rows if row["op"] == problems.SOL_OP and row["contender"] == "floor")
     assert ours["of_floor"] == pytest.approx(1) and ours["bytes"] == floor["bytes"]
 
-    problem = compare.Problem(shape)
-    problem.sol = compare.Sol(problem)
+    problem = problems.Problem(shape)
+    problem.sol = makers.Sol(problem)
     contender = problem.sol.ours()
     make = contender.make
     for where, text in (("caches", "the caches do not hold"), ("packed", "was changed"), ("outs", "relative error")):
@@ -338,5 +341,5 @@ def test_a_workload_of_sol_as_it_is_defined(monkeypatch):
             return call
 
         contender.make = wrong
-        compare.check(problem, contender, {})
+        timing.check(problem, contender, {})
         assert text in contender.failure, where

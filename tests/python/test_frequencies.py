@@ -19,7 +19,7 @@ mpmath = pytest.importorskip("mpmath")
 
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS  # noqa: E402
 
-MODELS = pathlib.Path(__file__).resolve().parents[2] / "models"
+MODELS = json.loads((pathlib.Path(__file__).resolve().parents[2] / "models/models.json").read_text(encoding="utf-8"))
 
 # transformers computes in float32, and is itself off by this much; in yarn's and llama3's blends by more, because there
 # it subtracts near 1. The exactness of ours is shown by mpmath, below.
@@ -253,32 +253,33 @@ def test_table(which, rule, theta, head_dim):
 # Configurations
 
 
-@pytest.mark.parametrize("path", sorted(MODELS.glob("*.json")), ids=lambda path: path.stem)
-def test_models(path):
-    """Each of models/ against transformers reading the same file."""
-    document = json.loads(path.read_text(encoding="utf-8"))
+@pytest.mark.parametrize("name", MODELS)
+def test_models(name):
+    """Each of models/ against transformers reading the same configuration."""
+    document = MODELS[name]
     if "_class_name" in document:
-        ours = ropewalk.Frequencies.from_config(path)
+        ours = ropewalk.Frequencies.from_config(document)
         expected = np.concatenate([1e4 ** (-np.arange(0, dim, 2) / dim) for dim in document["axes_dims_rope"]])
         assert np.allclose(ours.inv_freq, expected, rtol=1e-14, atol=0)
         assert np.array_equal(ours.axes, np.repeat([0, 1, 2], [dim // 2 for dim in document["axes_dims_rope"]]))
         return
     config = transformers.AutoConfig.for_model(**document).get_text_config()
     if document["model_type"] == "gptj":
-        assert np.array_equal(ropewalk.Frequencies.from_config(path).inv_freq, ropewalk.Frequencies(1e4, 64).inv_freq)
+        ours = ropewalk.Frequencies.from_config(document)
+        assert np.array_equal(ours.inv_freq, ropewalk.Frequencies(1e4, 64).inv_freq)
         return
     config_class = type(config)
     modeling = importlib.import_module(config_class.__module__.replace("configuration_", "modeling_"))
     classes = [
         cls
-        for name, cls in inspect.getmembers(modeling, inspect.isclass)
-        if hasattr(cls, "compute_default_rope_parameters") and "Vision" not in name
+        for member, cls in inspect.getmembers(modeling, inspect.isclass)
+        if hasattr(cls, "compute_default_rope_parameters") and "Vision" not in member
     ]
     assert classes
     module = classes[0](config)
     for layer_type in [None] if hasattr(module, "inv_freq") else ["full_attention", "sliding_attention"]:
         prefix = f"{layer_type}_" if layer_type else ""
-        ours = ropewalk.Frequencies.from_config(path, layer_type=layer_type)
+        ours = ropewalk.Frequencies.from_config(document, layer_type=layer_type)
         assert relative_difference(ours.inv_freq, getattr(module, prefix + "inv_freq")) <= 4.2e-7
         assert ours.attention_scaling == getattr(module, prefix + "attention_scaling")
         again = ropewalk.Frequencies.from_config(config, layer_type=layer_type)  # as transformers serialises it
@@ -303,17 +304,17 @@ ROPE_FIELDS = {"rope_theta", "rope_scaling", "rope_local_base_freq", "partial_ro
                "rotary_emb_base"}  # fmt: skip
 
 
-@pytest.mark.parametrize("stem", CLASS_DEFAULTS)
-def test_models_have_the_published_numbers(stem):
+@pytest.mark.parametrize("model", CLASS_DEFAULTS)
+def test_models_have_the_published_numbers(model):
     """The numbers of models/ against the defaults of transformers' class, both as transformers understands them."""
-    document = json.loads((MODELS / f"{stem}.json").read_text(encoding="utf-8"))
+    document = MODELS[model]
     ours = transformers.AutoConfig.for_model(**document).get_text_config()
     published = transformers.AutoConfig.for_model(document["model_type"]).get_text_config()
     fields = {**document, **document.get("text_config", {})}.keys() - {"_name_or_path", "_source", "text_config"}
     differ = {name for name in fields - ROPE_FIELDS if getattr(ours, name, None) != getattr(published, name, None)}
     if getattr(ours, "rope_parameters", None) != getattr(published, "rope_parameters", None):
         differ.add("rope")
-    assert differ == CLASS_DEFAULTS[stem]
+    assert differ == CLASS_DEFAULTS[model]
     assert len(fields - ROPE_FIELDS) >= 5
 
 
@@ -323,7 +324,7 @@ def test_smollm2_has_the_numbers_of_its_weights():
         pytest.skip("the weights are not installed (scripts/setup.sh run)")
     (path,) = pathlib.Path(package.origin).parent.glob("*.gguf")
     fields = gguf.GGUFReader(path).fields
-    document = json.loads((MODELS / "smollm2-135m.json").read_text(encoding="utf-8"))
+    document = MODELS["smollm2-135m"]
     for ours, theirs in (
         ("hidden_size", "embedding_length"),
         ("num_attention_heads", "attention.head_count"),
@@ -336,9 +337,10 @@ def test_smollm2_has_the_numbers_of_its_weights():
     assert document["hidden_size"] // document["num_attention_heads"] == fields["llama.rope.dimension_count"].contents()
 
 
-def test_longrope_goes_by_the_length():
-    path = MODELS / "phi-3-mini-128k.json"
-    scaling = json.loads(path.read_text(encoding="utf-8"))["rope_scaling"]
+def test_longrope_goes_by_the_length(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(MODELS["phi-3-mini-128k"]))
+    scaling = MODELS["phi-3-mini-128k"]["rope_scaling"]
     plain = ropewalk.Frequencies(1e4, 96).inv_freq
     for length, key in ((None, "short_factor"), (4096, "short_factor"), (4097, "long_factor")):
         ours = ropewalk.Frequencies.from_config(path, sequence_length=length)
@@ -347,8 +349,8 @@ def test_longrope_goes_by_the_length():
 
 def test_mrope_axes():
     """Which row a pair takes, asked of transformers: frequencies of one row each, told apart by their values."""
-    for name, stem in (("qwen2_5_vl", "qwen2.5-vl-7b"), ("qwen3_vl", "qwen3-vl-8b")):
-        document = json.loads((MODELS / f"{stem}.json").read_text(encoding="utf-8"))
+    for name, model in (("qwen2_5_vl", "qwen2.5-vl-7b"), ("qwen3_vl", "qwen3-vl-8b")):
+        document = MODELS[model]
         config = transformers.AutoConfig.for_model(**document).get_text_config()
         modeling = importlib.import_module(f"transformers.models.{name}.modeling_{name}")
         (cls,) = (
@@ -376,7 +378,7 @@ def test_errors_name_the_field_and_the_file(tmp_path):
     with pytest.raises(ValueError, match="rotary_dim must be an even number from 2 to 8192, but is 63"):
         ropewalk.Frequencies(1e4, 63)
     with pytest.raises(ValueError, match=r'layer_type is missing, but .*"full_attention" or "sliding_attention"'):
-        ropewalk.Frequencies.from_config(MODELS / "gemma-3-4b.json")
+        ropewalk.Frequencies.from_config(MODELS["gemma-3-4b"])
     with pytest.raises(
         ValueError, match=r"config\.json: rope_theta is missing, and model_type \"new\" is not one that Rope"
     ):

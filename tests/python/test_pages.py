@@ -128,10 +128,10 @@ def made_by(script: str):
 
 
 def test_the_site_leads_to_every_page_once() -> None:
-    navigation = made_by("scripts/site/navigation.py")
-    entries = [entry for pages in navigation.sections().values() for entry in pages]
+    site = made_by("scripts/site/conf.py")
+    entries = [entry for pages in site.sections().values() for entry in pages]
     read = [page for page in PAGES if ".github" not in page.parts]
-    pages = [title(page.with_suffix("")) for page in read if title(page) != f"{navigation.FRONT}.md"]
+    pages = [title(page.with_suffix("")) for page in read if title(page) != f"{site.FRONT}.md"]
     assert sorted(entries) == sorted(pages)
     assert [title(page) for page in read if not page.read_text().startswith("# ")] == []  # its name there
 

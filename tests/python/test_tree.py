@@ -28,7 +28,7 @@ ROOMS: dict[str, set[str]] = {
     # A queue of SYCL may be one of OpenCL: then its kernels are built as OpenCL's are.
     "backends/intel": {"backends/spirv", "backends/opencl", "backends", "base"},
     "backends": {"base", "frequencies", "rope"},  # but for registry.cc
-    "api": {"backends", "backends/cpu", "base", "models", "rope"},
+    "api": {"backends", "base", "frequencies", "models", "rope"},
     "bindings": {"base", "frequencies", "rope"},
     "conformance": {"backends", "base", "frequencies", "models", "rope"},
     "measure": {"conformance", "backends", "base", "frequencies", "models", "rope"},
@@ -38,7 +38,7 @@ ROOMS: dict[str, set[str]] = {
 WHOLE_BACKENDS = ("conformance", "measure", "cli", "bench")
 SOURCES = {".cc", ".h", ".cuh", ".cl", ".clh"}
 # Tracked: who looks for something reads this many names. 595 before what is read together was put together.
-MOST_FILES = 520
+MOST_FILES = 480
 INCLUDE = re.compile(r'^\s*#\s*include "([^"]+)"', re.MULTILINE)
 
 

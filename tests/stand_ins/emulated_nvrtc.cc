@@ -1,4 +1,4 @@
-// Behind the calls of NVRTC (fake_nvrtc.cc), compiles a kernel for the processor, by the C++ compiler: a "cubin"
+// Behind the calls of NVRTC (fake_nvrtc.h), compiles a kernel for the processor, by the C++ compiler: a "cubin"
 // is a shared object, which fake_libcuda.cc with emulated_gpu.cc runs. Statements of inline PTX become calls. Undefined
 // behaviour (an index outside an array, a shift too far, ..) ends the process with an illegal instruction.
 // Environment: EMULATED_REPLACE and EMULATED_BY (a text in the kernel's headers, and another one in its place: what a

@@ -1,6 +1,6 @@
-// A stand-in for libze_loader: host memory for device memory, nothing executed, everything recorded (fake_libze.h).
+// A stand-in for libze_loader: host memory for device memory, nothing executed, everything recorded (fake_intel.h).
 // SPDX-License-Identifier: Apache-2.0
-#include "tests/stand_ins/fake_libze.h"
+#include "tests/stand_ins/fake_intel.h"
 
 #include <algorithm>
 #include <cstdlib>

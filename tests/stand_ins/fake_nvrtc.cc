@@ -1,50 +1,40 @@
-// A library that stands in for NVRTC: its calls, but for what compiles (fake_nvrtc.h).
-// Environment: FAKE_NVRTC_VERSION (default "13.0").
+// A library that stands in for NVRTC where only the host's side is tested: a "cubin" is a header and the source's text.
+// Environment: FAKE_NVRTC_LOG (a file that gets a line for each compilation), FAKE_NVRTC_FAIL=1 (every compilation
+// fails), FAKE_NVRTC_DELAY_MS.
 // SPDX-License-Identifier: Apache-2.0
-#include "tests/stand_ins/fake_nvrtc.h"
-
+#include <chrono>
 #include <cstdio>
 #include <cstdlib>
-#include <cstring>
+#include <string>
+#include <thread>
+#include <vector>
 
-#define FAKE_API extern "C" __attribute__((visibility("default")))
+#include "tests/stand_ins/fake_nvrtc.h"
 
 namespace {
-constexpr int kArchs[] = {75, 80, 86, 89, 90, 100, 103, 120};
+
+std::string Environment(const char* name, const char* otherwise) {
+  const char* value = std::getenv(name);
+  return value ? value : otherwise;
+}
+
 }  // namespace
 
-FAKE_API const char* nvrtcGetErrorString(int result) { return result == 6 ? "NVRTC_ERROR_COMPILATION" : "NVRTC_ERROR"; }
-FAKE_API int nvrtcVersion(int* major, int* minor) {
-  const char* version = std::getenv("FAKE_NVRTC_VERSION");
-  std::sscanf(version ? version : "13.0", "%d.%d", major, minor);
-  return 0;
-}
-FAKE_API int nvrtcGetNumSupportedArchs(int* count) { return *count = static_cast<int>(std::size(kArchs)), 0; }
-FAKE_API int nvrtcGetSupportedArchs(int* archs) {
-  std::memcpy(archs, kArchs, sizeof(kArchs));
-  return 0;
-}
-FAKE_API int nvrtcCreateProgram(FakeProgram** program, const char* source, const char*, int count,
-                                const char* const* texts, const char* const* names) {
-  *program = new FakeProgram{source, "", "", {}};
-  for (int i = 0; i < count; ++i) (*program)->headers.emplace_back(names[i], texts[i]);
-  return 0;
-}
-FAKE_API int nvrtcDestroyProgram(FakeProgram** program) {
-  delete *program;
-  *program = nullptr;
-  return 0;
-}
-FAKE_API int nvrtcCompileProgram(FakeProgram* program, int count, const char* const* options) {
-  return Compile(program, {options, options + count});
-}
-FAKE_API int nvrtcGetProgramLogSize(FakeProgram* program, size_t* size) { return *size = program->log.size() + 1, 0; }
-FAKE_API int nvrtcGetProgramLog(FakeProgram* program, char* log) {
-  std::memcpy(log, program->log.c_str(), program->log.size() + 1);
-  return 0;
-}
-FAKE_API int nvrtcGetCUBINSize(FakeProgram* program, size_t* size) { return *size = program->cubin.size(), 0; }
-FAKE_API int nvrtcGetCUBIN(FakeProgram* program, char* cubin) {
-  std::memcpy(cubin, program->cubin.data(), program->cubin.size());
-  return 0;
+int Compile(FakeProgram* program, const std::vector<std::string>& options) {
+  std::this_thread::sleep_for(std::chrono::milliseconds(std::atoi(Environment("FAKE_NVRTC_DELAY_MS", "0").c_str())));
+  if (const std::string path = Environment("FAKE_NVRTC_LOG", ""); !path.empty()) {
+    if (FILE* file = std::fopen(path.c_str(), "a")) {
+      std::fputs("compiled\n", file);
+      std::fclose(file);
+    }
+  }
+  program->cubin =
+      "\x7f"
+      "ELF fake";
+  for (const std::string& option : options) program->cubin += " " + option;
+  program->cubin += "\n" + program->source;
+  program->cubin.push_back('\0');
+  if (Environment("FAKE_NVRTC_FAIL", "0") != "1") return 0;
+  program->log = "rope_kernel.cu(1): error: a fake error";
+  return 6;
 }

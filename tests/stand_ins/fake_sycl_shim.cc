@@ -1,7 +1,7 @@
 // A stand-in for libropewalk_sycl*.so: queues are the tests' own structs, memory is the host's, nothing is executed,
-// launches are recorded (fake_sycl_shim.h).
+// launches are recorded (fake_intel.h).
 // SPDX-License-Identifier: Apache-2.0
-#include "tests/stand_ins/fake_sycl_shim.h"
+#include "tests/stand_ins/fake_intel.h"
 
 #include <cstdio>
 #include <cstdlib>

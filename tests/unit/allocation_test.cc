@@ -11,7 +11,6 @@
 #include <cerrno>
 #include <cstddef>
 #include <cstdlib>
-#include <fstream>
 #include <functional>
 #include <iterator>
 #include <memory>
@@ -24,7 +23,7 @@
 #include "backends/opencl/library.h"
 #include "conformance/case_call.h"
 #include "conformance/runner.h"
-#include "tests/intel/opencl_runtime.h"
+#include "tests/fresh_process.h"
 #include "tests/intel/sycl_memory.h"
 #include "tests/run_cases.h"
 
@@ -161,10 +160,7 @@ std::vector<Attempt> Attempts() {
   static ropewalk_rope_args refused;
   refused = good->args();
   refused.eps = -1;
-  static const std::string config = [] {
-    std::ifstream file(std::string(ROPEWALK_MODELS_DIR) + "/llama-3.1-8b.json");
-    return std::string((std::istreambuf_iterator<char>(file)), {});
-  }();
+  static const std::string config = OurModel("llama-3.1-8b");
   static const std::string broken = config.substr(0, config.size() / 2);
   const auto made = [](int code, ropewalk_frequencies* frequencies) {
     ropewalk_frequencies_release(frequencies);
@@ -317,7 +313,7 @@ int ExpectNoneOfOurs(DeviceMemory& memory, const Which& which) {
 }
 
 TEST_F(Allocation, NoneOfOursOnOpenCl) {
-  UseIntelRuntime();
+  UseIntelRuntime(ROPEWALK_INTEL_OPENCL);
   const OpenClLibrary& library = GetOpenCl();
   if (!library.status.ok()) {
     const char* required = std::getenv("ROPEWALK_TEST_OPENCL");

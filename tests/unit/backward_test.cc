@@ -13,9 +13,9 @@
 
 #include "backends/cpu/dispatch.h"
 #include "base/text.h"
-#include "conformance/backward.h"
 #include "conformance/case_call.h"
 #include "conformance/cases.h"
+#include "conformance/runner.h"
 #include "rope/backward.h"
 #include "tests/run_cases.h"
 

@@ -225,6 +225,13 @@ TEST_F(Cli, ModelsHaveTheNamesThatAreSeen) {
     const Ended ended = Command(Text("run --tokens 1 --seconds 0.001 --model ", name));
     EXPECT_EQ(ended.code, 0) << name << ": " << ended.said;
   }
+  // A file of many by name, and what is wrong in one.
+  const Ended all = Command(Text("explain --model ", ROPEWALK_MODELS_DIR, "/models.json"));
+  EXPECT_EQ(all.code, 0) << all.said;
+  for (const char* name : {"c4ai-command-r-v01", "SmolLM2-135M"}) EXPECT_NE(all.said.find(name), std::string::npos);
+  const Ended broken = Shell(Text("d=$(mktemp -d) && echo '{\"tiny\": {}}' >$d/models.json && (exec '",
+                                  ROPEWALK_COMMAND, "' explain --model $d/models.json) 2>&1; rm -r $d"));
+  EXPECT_NE(broken.said.find("models.json: tiny: "), std::string::npos) << broken.said;
   const Ended hub = Command("run --model Qwen/Qwen2-7B");
   EXPECT_EQ(hub.code, 2);
   EXPECT_NE(hub.said.find("download its config.json"), std::string::npos) << hub.said;

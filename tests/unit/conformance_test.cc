@@ -9,8 +9,6 @@
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
-#include <filesystem>
-#include <fstream>
 #include <functional>
 #include <iterator>
 #include <memory>
@@ -119,15 +117,12 @@ INSTANTIATE_TEST_SUITE_P(, Conformance, testing::ValuesIn(HostBackends()), TestN
 
 TEST(Models, EachConfiguration) {
   int models = 0;
-  for (const auto& entry : std::filesystem::directory_iterator(ROPEWALK_MODELS_DIR)) {
-    if (entry.path().extension() != ".json") continue;
-    std::ifstream stream(entry.path());
-    const std::string json{std::istreambuf_iterator<char>(stream), {}};
+  for (const ConfigText& config : OurModels()) {
     ModelConfig model;
-    const Status status = ReadModelConfig(json, entry.path().string(), &model);
+    const Status status = ReadModelConfig(config.json, config.place, &model);
     ASSERT_TRUE(status.ok()) << status.text();
-    const std::vector<RopeCase> cases = CasesOfModel(model, json, 4, kBF16);
-    EXPECT_FALSE(cases.empty()) << entry.path();
+    const std::vector<RopeCase> cases = CasesOfModel(model, config.json, 4, kBF16);
+    EXPECT_FALSE(cases.empty()) << config.place;
     ExpectAllPass(cases, "cpu");
     ++models;
   }
@@ -153,12 +148,9 @@ TEST(Models, HeadsAreWholeAndNamedOnce) {
 // Those whose config.json comes with Ropewalk.
 TEST(Models, HeadsAreThoseOfTheConfigurations) {
   int compared = 0;
-  for (const auto& entry : std::filesystem::directory_iterator(ROPEWALK_MODELS_DIR)) {
-    if (entry.path().extension() != ".json") continue;
-    std::ifstream stream(entry.path());
-    const std::string json{std::istreambuf_iterator<char>(stream), {}};
+  for (const auto& [name, place, json] : OurModels()) {
     ModelConfig config;
-    ASSERT_TRUE(ReadModelConfig(json, entry.path().string(), &config).ok());
+    ASSERT_TRUE(ReadModelConfig(json, place, &config).ok());
     for (const ModelHeads& model : AllModelHeads()) {
       if (nlohmann::json::parse(json).value("_name_or_path", "") != model.source) continue;
       if (std::string(model.name).find("vision") != std::string::npos) continue;

@@ -7,16 +7,14 @@
 
 #include <cmath>
 #include <cstring>
-#include <filesystem>
-#include <fstream>
 #include <functional>
-#include <iterator>
 #include <limits>
 #include <memory>
 #include <string>
 #include <vector>
 
 #include "models/model_config.h"
+#include "tests/run_cases.h"
 
 namespace ropewalk {
 namespace {
@@ -55,11 +53,6 @@ std::string ConfigError(std::string_view json, std::string_view layer_type = {})
   EXPECT_EQ(made, nullptr);
   delete made;
   return status.text();
-}
-
-std::string ReadFile(const std::filesystem::path& path) {
-  std::ifstream stream(path, std::ios::binary);
-  return {std::istreambuf_iterator<char>(stream), {}};
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -769,7 +762,7 @@ TEST(FrequenciesErrors, HostileJson) {
                 .size(),
             200u);
   // Truncated anywhere, and with any one byte changed: a sentence or frequencies, never a crash.
-  const std::string whole = ReadFile(std::filesystem::path(ROPEWALK_MODELS_DIR) / "deepseek-v3.json");
+  const std::string whole = OurModel("deepseek-v3");
   ASSERT_FALSE(whole.empty());
   for (size_t i = 0; i < whole.size(); ++i) {
     for (std::string text :
@@ -1194,7 +1187,7 @@ TEST(Frequencies, IgnoredWithAWarning) {
 
 TEST(ModelConfigTest, EveryModel) {
   struct Expected {
-    const char* file;
+    const char* name;
     int64_t q_heads, k_heads, head_dim, rotary_dim, rotary_offset;
     bool interleaved, norm, zero_centered_weight;
     int axes;
@@ -1220,36 +1213,31 @@ TEST(ModelConfigTest, EveryModel) {
       {"qwen3-vl-8b", 32, 8, 128, 128, 0, false, true, false, 3, 0},
       {"smollm2-135m", 9, 3, 64, 64, 0, false, false, false, 1, 0},
   };
-  size_t files = 0;
-  for (const auto& entry : std::filesystem::directory_iterator(ROPEWALK_MODELS_DIR)) {
-    files += entry.path().extension() == ".json" ? 1 : 0;
-  }
-  EXPECT_EQ(files, std::size(models)) << "a model without an expectation here";
+  EXPECT_EQ(OurModels().size(), std::size(models)) << "a model without an expectation here";
   for (const Expected& expected : models) {
-    const std::string path = std::string(ROPEWALK_MODELS_DIR) + "/" + expected.file + ".json";
-    const std::string text = ReadFile(path);
+    const std::string name = expected.name, text = OurModel(name);
     ModelConfig model;
-    const Status status = ReadModelConfig(text, path, &model);
+    const Status status = ReadModelConfig(text, name, &model);
     ASSERT_TRUE(status.ok()) << status.text();
-    EXPECT_NE(model.name.find('/'), std::string::npos) << path;
-    EXPECT_NE(text.find("\"_source\""), std::string::npos) << path;
-    EXPECT_EQ(model.q_heads, expected.q_heads) << path;
-    EXPECT_EQ(model.k_heads, expected.k_heads) << path;
-    EXPECT_EQ(model.head_dim, expected.head_dim) << path;
-    EXPECT_EQ(model.rule.rotary_dim, expected.rotary_dim) << path;
-    EXPECT_EQ(model.rotary_offset, expected.rotary_offset) << path;
-    EXPECT_EQ(model.interleaved, expected.interleaved) << path;
-    EXPECT_EQ(model.norm, expected.norm) << path;
-    EXPECT_EQ(model.zero_centered_weight, expected.zero_centered_weight) << path;
-    EXPECT_EQ(model.axes, expected.axes) << path;
-    EXPECT_EQ(model.layer_types.size(), expected.layer_types) << path;
+    EXPECT_NE(model.name.find('/'), std::string::npos) << name;
+    EXPECT_NE(text.find("\"_source\""), std::string::npos) << name;
+    EXPECT_EQ(model.q_heads, expected.q_heads) << name;
+    EXPECT_EQ(model.k_heads, expected.k_heads) << name;
+    EXPECT_EQ(model.head_dim, expected.head_dim) << name;
+    EXPECT_EQ(model.rule.rotary_dim, expected.rotary_dim) << name;
+    EXPECT_EQ(model.rotary_offset, expected.rotary_offset) << name;
+    EXPECT_EQ(model.interleaved, expected.interleaved) << name;
+    EXPECT_EQ(model.norm, expected.norm) << name;
+    EXPECT_EQ(model.zero_centered_weight, expected.zero_centered_weight) << name;
+    EXPECT_EQ(model.axes, expected.axes) << name;
+    EXPECT_EQ(model.layer_types.size(), expected.layer_types) << name;
     std::vector<std::string> layer_types = model.layer_types;
     if (layer_types.empty()) layer_types.emplace_back();
     for (const std::string& layer_type : layer_types) {
       const Handle made = FromConfig(text, layer_type);
-      ASSERT_NE(made, nullptr) << path;
-      EXPECT_EQ(made->rotary_dim, model.rule.rotary_dim) << path;
-      EXPECT_EQ(made->axes.empty(), model.axes == 1) << path;
+      ASSERT_NE(made, nullptr) << name;
+      EXPECT_EQ(made->rotary_dim, model.rule.rotary_dim) << name;
+      EXPECT_EQ(made->axes.empty(), model.axes == 1) << name;
     }
   }
 }

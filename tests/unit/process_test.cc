@@ -164,8 +164,7 @@ TEST(SmallStacks, EveryTargetServes) {
 }
 
 TEST(SmallStacks, EveryOtherFunctionServes) {
-  std::ifstream file(std::string(ROPEWALK_MODELS_DIR) + "/llama-3.1-8b.json");
-  const std::string config((std::istreambuf_iterator<char>(file)), {});
+  const std::string config = OurModel("llama-3.1-8b");
   ASSERT_FALSE(config.empty());
   const auto call = MakeCall(Splittable());
   std::vector<float> table(2 * 64 * 64);

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "backends/intel/level_zero/context.h"
 
-#include "backends/context_lists.h"
+#include "backends/contexts.h"
 #include "base/fork.h"
 #include "base/text.h"
 #include "base/wide_stack.h"

@@ -83,19 +83,16 @@ def float_cache(function: str, cos_sin_cache: Any) -> None:
 # By a table
 
 
-def rotate(
-    function: str,
-    names: Mapping[str, str],
-    q: Any,
-    k: Any,
-    cos_sin_cache: Any,
-    positions: Any,
-    is_neox: bool,
-    rope_dim: int = 0,
-    **options: Any,
-) -> None:
-    """q and k by a table, in place. Those of different dtypes or head sizes take a pass each."""
-    options.update(by_table(function, cos_sin_cache, positions, is_neox, rope_dim))
+def by_table(function: str, cos_sin_cache: Any, positions: Any, is_neox: bool, rope_dim: int = 0) -> dict[str, Any]:
+    """The options of `ropewalk.rope_` for a rotation by a table."""
+    tensors(function, cos_sin_cache=cos_sin_cache, positions=positions)
+    return {"positions": positions, "cos_sin": cos_sin_cache, "pairing": pairing(is_neox),
+            "rotary_dim": rope_dim or None}  # fmt: skip
+
+
+def rotate(function: str, names: Mapping[str, str], q: Any, k: Any, **options: Any) -> None:
+    """q and k in place, by the options of `by_table` and others. Those of different dtypes or head sizes take a pass
+    each."""
     if one_pass(q, k):
         rope(function, names, q, k, **options)
         return
@@ -115,30 +112,13 @@ def heads_apart(function: str, q: Any) -> None:
         raise ValueError(f"{function}: q must be [tokens, heads, head_dim], but is {list(q.shape)}")
 
 
-def rotate_new(
-    function: str,
-    names: Mapping[str, str],
-    q: Any,
-    k: Any,
-    cos_sin_cache: Any,
-    positions: Any,
-    is_neox: bool,
-    rope_dim: int = 0,
-    **options: Any,
-) -> tuple[Any, Any]:
+def rotate_new(function: str, names: Mapping[str, str], q: Any, k: Any, **options: Any) -> tuple[Any, Any]:
     """As `rotate`, into new tensors; autograd goes through it."""
-    options.update(by_table(function, cos_sin_cache, positions, is_neox, rope_dim))
     tensors(function, **{names.get("q", "q"): q}, **({} if k is None else {names.get("k", "k"): k}))
     if one_pass(q, k):
         return differentiable(function, names, q, k, **options)
     for_k = {**names, "q": names.get("k", "k")}
     return tuple(differentiable(function, called, x, None, **options)[0] for called, x in ((names, q), (for_k, k)))
-
-
-def by_table(function: str, cos_sin_cache: Any, positions: Any, is_neox: bool, rope_dim: int) -> dict[str, Any]:
-    tensors(function, cos_sin_cache=cos_sin_cache, positions=positions)
-    return {"positions": positions, "cos_sin": cos_sin_cache, "pairing": pairing(is_neox),
-            "rotary_dim": rope_dim or None}  # fmt: skip
 
 
 def one_pass(q: Any, k: Any) -> bool:
@@ -161,7 +141,7 @@ def rotate_3d(
     """As `rotate`, for functions that know no batch."""
     heads_apart(function, q)
     names = {**PARTIAL, **(names or {})}
-    rotate(function, names, q, k, cos_sin_cache, positions, is_neox, rope_dim, **options)
+    rotate(function, names, q, k, **by_table(function, cos_sin_cache, positions, is_neox, rope_dim), **options)
 
 
 def rotate_flat(
@@ -180,8 +160,8 @@ def rotate_flat(
     """As `rotate`, for query and key as `heads` takes them. `options` go to `ropewalk.rope_` as they are."""
     q, k = heads(function, positions, head_size, query=query, key=key)
     store = {} if buffers is None else stored(function, k, buffers)
-    rotate(function, {**FLAT, **BUFFERS}, q, k, cos_sin_cache, positions, is_neox, rope_dim, offsets=offsets, **store,
-           **options)  # fmt: skip
+    table = by_table(function, cos_sin_cache, positions, is_neox, rope_dim)
+    rotate(function, {**FLAT, **BUFFERS}, q, k, offsets=offsets, **table, **store, **options)
 
 
 def rotate_flat_new(
@@ -189,7 +169,7 @@ def rotate_flat_new(
 ) -> tuple[Any, Any]:
     """As `rotate_flat`, into new tensors; autograd goes through it."""
     q, k = heads(function, positions, head_size, query=query, key=key)
-    new = rotate_new(function, FLAT, q, k, cos_sin_cache, positions, is_neox)
+    new = rotate_new(function, FLAT, q, k, **by_table(function, cos_sin_cache, positions, is_neox))
     return new[0].reshape(query.shape), None if key is None else new[1].reshape(key.shape)
 
 

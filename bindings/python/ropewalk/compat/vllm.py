@@ -238,5 +238,5 @@ def deepseek_scaling_rope(
     """
     function = "deepseek_scaling_rope"
     _common.tensors(function, positions=positions, query=query, key=key, cos_sin_cache=cos_sin_cache)
-    return _common.rotate_new(function, {"q": "query", "k": "key"}, query, key, cos_sin_cache, positions, is_neox,
-                              rotary_dim, offsets=offsets)  # fmt: skip
+    table = _common.by_table(function, cos_sin_cache, positions, is_neox, rotary_dim)
+    return _common.rotate_new(function, {"q": "query", "k": "key"}, query, key, offsets=offsets, **table)
