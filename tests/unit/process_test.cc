@@ -174,7 +174,9 @@ TEST(SmallStacks, EveryOtherFunctionServes) {
     EXPECT_NE(ropewalk_description(), nullptr);
     EXPECT_NE(ropewalk_torch_schema(), nullptr);
     EXPECT_NE(ropewalk_counters(), nullptr);
-    EXPECT_NE(ropewalk_backends(), nullptr);  // the drivers that are installed look for devices
+#ifndef ROPEWALK_SANITIZED  // whose stack is not small, and which the drivers that look for devices here do not go with
+    EXPECT_NE(ropewalk_backends(), nullptr);
+#endif
     ropewalk_frequencies* frequencies = nullptr;
     ASSERT_EQ(ropewalk_frequencies_from_config(config.c_str(), "config.json", nullptr, 0, &frequencies), ROPEWALK_OK)
         << ropewalk_last_error();
