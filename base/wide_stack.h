@@ -17,9 +17,10 @@ inline size_t StackLeft(size_t otherwise) {
   size_t size = 0;
   const bool known = pthread_attr_getstack(&attributes, &lowest, &size) == 0;
   pthread_attr_destroy(&attributes);
-  const char here = 0;
+  // Not the address of a variable, which sanitizers may keep elsewhere.
+  const auto* const here = static_cast<const char*>(__builtin_frame_address(0));
   const auto* const bottom = static_cast<const char*>(lowest);
-  return known && &here > bottom && &here <= bottom + size ? static_cast<size_t>(&here - bottom) : otherwise;
+  return known && here > bottom && here <= bottom + size ? static_cast<size_t>(here - bottom) : otherwise;
 }
 
 // Runs `work` here, or, if this thread has a small stack, on a thread of its own and waits for it. Not always there:
@@ -49,7 +50,10 @@ void OnWideStack(const Work& work) {
       pthread_attr_setstacksize(&attributes, kWide) == 0 && pthread_create(&thread, &attributes, run, &job) == 0;
   pthread_attr_destroy(&attributes);
   if (!runs) return work();
+  int state = 0;
+  pthread_setcancelstate(PTHREAD_CANCEL_DISABLE, &state);  // the other thread writes to this one's stack
   pthread_join(thread, nullptr);
+  pthread_setcancelstate(state, nullptr);
   if (job.thrown) std::rethrow_exception(job.thrown);
 }
 

@@ -204,6 +204,8 @@ Model LoadModel(const ConfigText& config) {
 std::vector<fs::path> ConfigsIn(const fs::path& directory) {
   // A model's own directory, as Hugging Face lays it out.
   if (fs::exists(directory / "config.json")) return {directory / "config.json"};
+  // Ours, beside which an older installation may have left others.
+  if (fs::exists(directory / "models.json")) return {directory / "models.json"};
   std::vector<fs::path> paths;
   for (const auto& entry : fs::directory_iterator(directory)) {
     if (entry.path().extension() == ".json") paths.push_back(entry.path());
@@ -250,7 +252,11 @@ std::string ModelsDirectory(std::vector<std::string>* tried) {
     return variable;
   }
   std::error_code error;
-  if (fs::exists("models/models.json", error)) places.emplace_back("models");
+  std::vector<ConfigText> found;
+  if (fs::exists("models/models.json", error) && ReadConfigs("models/models.json", &found).ok() &&
+      std::ranges::find(found, "qwen3-8b", &ConfigText::name) != found.end()) {
+    places.emplace_back("models");
+  }
   const fs::path program = fs::read_symlink("/proc/self/exe", error);
   if (!error) places.push_back(program.parent_path().parent_path() / "share/ropewalk/models");
   for (const fs::path& packages : PythonPackages()) places.push_back(packages / "ropewalk/models");

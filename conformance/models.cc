@@ -6,7 +6,6 @@
 #include <algorithm>
 #include <filesystem>
 #include <fstream>
-#include <nlohmann/json.hpp>
 
 #include "base/text.h"
 #include "models/json_fields.h"
@@ -147,8 +146,8 @@ Status ReadConfigs(const std::string& path, std::vector<ConfigText>* out) {
     out->push_back({name.stem().string(), path, std::move(text)});
     return {};
   }
-  const auto models = nlohmann::ordered_json::parse(text, nullptr, /*allow_exceptions=*/false);
-  if (!models.is_object()) return Status::Invalid(Text(path, ": must be an object of configurations by name"));
+  OwnedJson models;
+  ROPEWALK_TRY(ParseJsonObject(text, path, &models));
   for (const auto& [key, model] : models.items()) out->push_back({key, Text(path, ": ", key), model.dump(2)});
   return {};
 }

@@ -50,7 +50,7 @@ elseif(CHECK STREQUAL "consumer")
   run("running the consumer" ${CMAKE_CTEST_COMMAND} --test-dir ${WORK}/build --output-on-failure --no-tests=error)
 
   # The command line and the models came along, and the command line finds them from anywhere.
-  foreach(file ${BIN}/ropewalk ${DATA}/ropewalk/models)
+  foreach(file ${BIN}/ropewalk ${DATA}/ropewalk/models/models.json)
     if(NOT EXISTS ${prefix}/${file})
       message(FATAL_ERROR "cmake --install left out ${file}")
     endif()

@@ -23,6 +23,18 @@ constexpr int kSharedBytes = 48 * 1024;  // of a block that asks for nothing
 // of q and of k end.
 constexpr int64_t kAnglesOfTurn = 60;
 
+// The shared memory of a multiprocessor, of which a block takes 1 KB more than it asks for: by compute capability, from
+// the CUDA C++ programming guide.
+int64_t SharedMemory(const CudaDevice& device) {
+  const int capability = 10 * device.major + device.minor;
+  const int kilobytes = capability < 75                        ? 96
+                        : capability < 80                      ? 64
+                        : capability == 80 || capability == 87 ? 164
+                        : capability < 90 || capability >= 120 ? 100
+                                                               : 228;
+  return int64_t{kilobytes} * 1024;
+}
+
 // The work of a warp for the heads of a token, in hundredths of a turn.
 int64_t WorkOf(int64_t heads, int64_t groups) {
   if (heads == 0) return 0;
@@ -91,11 +103,14 @@ Status PlanRopeCudaBackward(const RopeBackwardCall& call, const CudaDevice& devi
 
   if (rows > 0 && p.q_heads + p.k_heads > 0) {
     // As many blocks as run at once, dealt to q and k by their work, so that all end together.
-    const int64_t blocks = int64_t{std::max(device.sm_count, 1)} * at_once;
+    const int weight_sums = call.q_weight_grad || call.k_weight_grad ? kSumBytes : 0;
+    const int64_t fit = SharedMemory(device) / (weight_sums + stages * stage_bytes + 1024);
+    const int64_t blocks = std::max(device.sm_count, 1) * std::clamp<int64_t>(fit, 1, at_once);
     const int64_t work_of_q = WorkOf(p.q_heads, groups), all = work_of_q + WorkOf(p.k_heads, groups);
     const int64_t of_q = (blocks * work_of_q + all / 2) / all;
     const auto dealt = [&](int64_t heads, int64_t share) {
-      const int64_t turns = (rows * heads + groups - 1) / groups, most = (turns + threads / 32 - 1) / (threads / 32);
+      const int64_t of_piece = int64_t{kRopePieceTurns} * groups, pieces = (rows * heads + of_piece - 1) / of_piece;
+      const int64_t most = (pieces + threads / 32 - 1) / (threads / 32);
       return static_cast<int32_t>(heads > 0 ? std::clamp<int64_t>(share, 1, most) : 0);
     };
     plan->q_blocks = dealt(p.q_heads, of_q);
@@ -108,7 +123,8 @@ Status PlanRopeCudaBackward(const RopeBackwardCall& call, const CudaDevice& devi
   plan->sums_key.backward = kCudaSums;
   plan->sums_key.threads = kRopeSumsThreads;
   plan->sums_blocks = static_cast<uint32_t>(weights * (row / kRopeSumsElements));
-  plan->workspace = (int64_t{plan->q_blocks} + plan->k_blocks) * 2 * row + kSumsAlignment / 4 - 1;
+  const int64_t blocks = int64_t{plan->q_blocks} + plan->k_blocks;
+  if (blocks > 0) plan->workspace = blocks * 2 * row + kSumsAlignment / 4 - 1;
   return {};
 }
 

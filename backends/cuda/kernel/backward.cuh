@@ -137,7 +137,9 @@ __device__ __forceinline__ void BackwardBody(const rope_backward_cuda_args& b) {
     at.new_token = tokens != 0;
     at.token += tokens;
     if (K::kBatched && at.token >= p.tokens) {
-      while (at.token >= p.tokens) at.token -= static_cast<int>(p.tokens), ++at.batch;
+      const int batches = at.token / static_cast<int>(p.tokens);
+      at.batch += batches;
+      at.token -= batches * static_cast<int>(p.tokens);
       place(at);
       return;
     }

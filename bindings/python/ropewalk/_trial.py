@@ -166,9 +166,16 @@ class Recording:
         if not isinstance(tables, tuple) or len(tables) != 2:
             return None
         for module, call in self.rotary_calls:
-            if isinstance(call.result, tuple) and all(x is y for x, y in zip(tables, call.result, strict=False)):
+            if isinstance(call.result, tuple) and all(map(_is_or_was, tables, call.result)):
                 return module, call
         return None
+
+
+def _is_or_was(table: Any, made: Any) -> bool:
+    """Whether it is that tensor, or a copy of it on the device of another part of the model."""
+    if table is made or not (isinstance(table, torch.Tensor) and isinstance(made, torch.Tensor)):
+        return table is made
+    return table.device != made.device and table.shape == made.shape and torch.equal(table.cpu(), made.cpu())
 
 
 def _whole(result: Any) -> Any:

@@ -306,8 +306,10 @@ class _Trial:
             if attention not in served and source and source[0] is module:
                 raise ValueError(f"patch: {type(attention).__name__}, which stays stock, takes its cosines and sines")
         for attention in served:
-            _, call = self.recording.source(self.recording.calls[attention].tables(attention))
+            tables = self.recording.calls[attention].tables(attention)
+            _, call = self.recording.source(tables)
             positions, layer_type = _asked(module, call)
+            positions = positions.to(tables[0].device)  # the layer's, where a model is spread over several
             angles = Angles(positions, rotary.frequencies(layer_type, positions), module, layer_type)
             self._serve_layer(attention, (angles, angles))
         rotary.watch(module)
@@ -544,7 +546,7 @@ def _find_norm(module: Any, head_dim: int | None) -> Norm | None:
         return None
     if getattr(module, "bias", None) is not None or (weight is not None and weight.shape != (head_dim,)):
         return None
-    like = weight if weight is not None else torch.empty(0)
+    like = weight if weight is not None else torch.empty(0, device="cpu")
     x = torch.randn((2, 3, head_dim), generator=torch.Generator().manual_seed(7), device="cpu").to(like)
     try:
         want = module(x).float()
