@@ -23,18 +23,6 @@ constexpr int kSharedBytes = 48 * 1024;  // of a block that asks for nothing
 // of q and of k end.
 constexpr int64_t kAnglesOfTurn = 60;
 
-// The shared memory of a multiprocessor, of which a block takes 1 KB more than it asks for: by compute capability, from
-// the CUDA C++ programming guide.
-int64_t SharedMemory(const CudaDevice& device) {
-  const int capability = 10 * device.major + device.minor;
-  const int kilobytes = capability < 75                        ? 96
-                        : capability < 80                      ? 64
-                        : capability == 80 || capability == 87 ? 164
-                        : capability < 90 || capability >= 120 ? 100
-                                                               : 228;
-  return int64_t{kilobytes} * 1024;
-}
-
 // The work of a warp for the heads of a token, in hundredths of a turn.
 int64_t WorkOf(int64_t heads, int64_t groups) {
   if (heads == 0) return 0;
@@ -104,7 +92,7 @@ Status PlanRopeCudaBackward(const RopeBackwardCall& call, const CudaDevice& devi
   if (rows > 0 && p.q_heads + p.k_heads > 0) {
     // As many blocks as run at once, dealt to q and k by their work, so that all end together.
     const int weight_sums = call.q_weight_grad || call.k_weight_grad ? kSumBytes : 0;
-    const int64_t fit = SharedMemory(device) / (weight_sums + stages * stage_bytes + 1024);
+    const int64_t fit = CudaSharedBytes(device) / (weight_sums + stages * stage_bytes + kCudaBlockBytes);
     const int64_t blocks = std::max(device.sm_count, 1) * std::clamp<int64_t>(fit, 1, at_once);
     const int64_t work_of_q = WorkOf(p.q_heads, groups), all = work_of_q + WorkOf(p.k_heads, groups);
     const int64_t of_q = (blocks * work_of_q + all / 2) / all;
@@ -124,7 +112,7 @@ Status PlanRopeCudaBackward(const RopeBackwardCall& call, const CudaDevice& devi
   plan->sums_key.threads = kRopeSumsThreads;
   plan->sums_blocks = static_cast<uint32_t>(weights * (row / kRopeSumsElements));
   const int64_t blocks = int64_t{plan->q_blocks} + plan->k_blocks;
-  if (blocks > 0) plan->workspace = blocks * 2 * row + kSumsAlignment / 4 - 1;
+  if (blocks > 0) plan->workspace = blocks * 2 * row + kRopeSumsElements - 1;
   return {};
 }
 

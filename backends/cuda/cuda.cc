@@ -341,8 +341,9 @@ Status LaunchBackward(const RopeBackwardCall& call) {
   args.k = call.k;
   args.q_strides = call.q_strides;
   args.k_strides = call.k_strides;
-  args.sums = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(call.workspace) + kSumsAlignment - 1) /
-                                       kSumsAlignment * kSumsAlignment);
+  // From a whole row of 32 bytes on: the workspace is larger by what that may take.
+  constexpr uintptr_t kLine = kRopeSumsElements * sizeof(float);
+  args.sums = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(call.workspace) + kLine - 1) / kLine * kLine);
   args.q_weight_grad = call.q_weight_grad;
   args.k_weight_grad = call.k_weight_grad;
   args.q_blocks = plan.q_blocks;

@@ -15,6 +15,11 @@ int MostCudaBlocks(const CudaDevice& device) {
   return arch == 86 || arch == 87 ? 16 : arch == 89 || device.major >= 12 ? 24 : 32;
 }
 
+int CudaSharedBytes(const CudaDevice& device) {
+  const int arch = 10 * device.major + device.minor;
+  return 1024 * (arch == 80 || arch == 87 ? 164 : arch < 90 || device.major >= 12 ? 100 : 228);
+}
+
 namespace {
 
 constexpr int64_t kSharedBytes = 48 * 1024, kMostGridY = 65535;

@@ -29,6 +29,9 @@ struct CudaDevice {
 // What a multiprocessor holds at most; to ask for more is an error.
 int MostCudaBlocks(const CudaDevice& device);
 inline constexpr int kMostCudaWarps = 64;
+// Its shared memory, of which a block takes so much more than it asks for.
+int CudaSharedBytes(const CudaDevice& device);
+inline constexpr int kCudaBlockBytes = 1024;
 
 inline constexpr uint16_t kFlatPages = 64;
 
@@ -188,9 +191,6 @@ uint8_t TableVector(const RopeCall& call, int vector, bool flat);
 // Proves a plan of a call: each head of q, k and v of each token has exactly one owner, no access leaves its tensor,
 // vectors are aligned, block and shared memory fit, and what the key says of strides, addresses and the grid is so.
 Status CheckRopeCudaPlan(const RopeCall& call, const CudaDevice& device, const RopeCudaPlan& plan);
-
-// Of the sums in a workspace, which is a little larger for it.
-constexpr int kSumsAlignment = 32;
 
 // How the gradient is cut: the variants of its two kernels and their grids.
 struct RopeCudaBackwardPlan {
