@@ -4,8 +4,9 @@
 
 A search is what `ropewalk tune --all --json` writes: a call, and the shapes tried with their microseconds. `trust` is
 how much it counts: 1; less where rows had no v or positions were random, which is not how they are compared with the
-floor; 0 for a call that only a sweep timed, with the faster of its shapes. `swept` has shapes that sweeps timed
-(bench/gpu_sweep.py): they count instead of the search's, scaled so that their mean agrees. --add takes new searches in
+floor; 0 for a call that only a sweep timed, with the faster of its shapes. Times are those of the slower dtype of
+positions, as both share a shape; what was timed before 2026-11-30, 21:00, had one dtype only. `swept` has shapes that
+sweeps timed (bench/gpu_sweep.py): of a search's time and a sweep's the longer one counts. --add takes new searches in
 first, --swept the times of a sweep. Written are
 
 - `shapes_candidates.inc`: so many shapes that some of them serves each call well, the most useful first;
@@ -13,7 +14,8 @@ first, --swept the times of a sweep. Written are
   trained so that the shape which it holds to be the fastest is a fast one. Its inputs are those of
   `backends/cuda/cost.h`, by `build/dev/bench/cuda_inputs`;
 - `shapes_table.inc`: calls of full trust where the model's choice is worse than the best by more than `TOLERANCE`, with
-  their best shape, and calls that a sweep found fast with another one than the model's.
+  their best shape, and calls that a sweep found fast with another one than the model's: of shapes within `TOLERANCE`
+  the one that a sweep timed.
 
 --check leaves each fifth of the calls out in turn and tells how a model of the others serves it; it writes nothing.
 """
@@ -45,6 +47,7 @@ EPOCHS = 160
 RARER, OTHER_START, FAR = 0.003, 0.01, 0.1  # as in backends/cuda/shapes.cc
 # What a call is known by.
 KEY = ("tokens", "q_heads", "k_heads", "head_dim", "rotary_dim", "norm", "table", "cache")
+ENOUGH = 4  # shapes of a search, to choose from them alone
 WORST = 2.2  # times the best: a shape that is worse is as bad
 
 Shape = tuple[int, ...]
@@ -61,17 +64,27 @@ class Call:
         self.listable = head % 4 == 0 and rotary % 4 == 0
         self.key = (self.tokens, head // 4, rotary // 4, int(found["q_heads"]), int(found["k_heads"]), stages)
         self.table = bool(found["table"])
-        self.shapes = [self.started(plain(shape)) for shape, _ in found["tried"]]
+        tried = [(plain(shape), us) for shape, us in found["tried"]]
+        # Searches of before a shape had a start: the compiler chose one, and it is not known which.
+        chosen = [(shape, us) for shape, us in tried if shape[-1]]
+        if len(chosen) >= ENOUGH:
+            tried = chosen
+        self.shapes = [self.started(shape) for shape, _ in tried]
         times: dict[Shape, float] = {}
-        for shape, (_, us) in zip(self.shapes, found["tried"], strict=True):
+        for shape, (_, us) in zip(self.shapes, tried, strict=True):
             times[shape] = min(us, times.get(shape, us))
-        swept = {self.started(plain(shape)): us for shape, us in found.get("swept", ())}
-        both = [times[shape] / us for shape, us in swept.items() if shape in times]
-        if both:
-            scale = math.exp(sum(map(math.log, both)) / len(both))
-            self.shapes += [shape for shape in swept if shape not in times]
-            times |= {shape: us * scale for shape, us in swept.items()}
+        # A search and a sweep go round the same buffers. Where they disagree, the next kernel's blocks come to other
+        # places in one of them, and that may happen to anyone.
+        for shape, us in found.get("swept", ()):
+            started = self.started(plain(shape))
+            if started not in times:
+                self.shapes.append(started)
+            times[started] = max(us, times.get(started, us))
         self.best = min(times, key=lambda shape: times[shape])
+        self.swept = None  # the shape that a sweep timed, where it is as good as the best
+        for shape in sorted((self.started(plain(shape)) for shape, _ in found.get("swept", ())), key=times.__getitem__):
+            if self.swept is None and times[shape] <= TOLERANCE * times[self.best]:
+                self.swept = shape
         self.over = {shape: us / times[self.best] for shape, us in times.items()}
         self.trust = float(found["trust"])
         self.over_base: dict[Shape, float] = {}  # of shapes without their start: with the best one
@@ -217,6 +230,7 @@ def added(lines: list[str], searches: list[str]) -> list[str]:
     for line in searches:
         found = json.loads(line)
         best = min(us for _, us in found["tried"])
+        found["tried"].append([found["before"], found["before_us"]])
         tried = [[plain(shape), round(us, 3)] for shape, us in found["tried"] if us <= WORST * best]
         new[key(found)] = {name: found[name] for name in (*KEY, "before_us")} | {"trust": 1, "tried": tried}
     old = []
@@ -225,9 +239,7 @@ def added(lines: list[str], searches: list[str]) -> list[str]:
         found = new.get(key(before))
         if found is None:
             old.append(line)
-        elif before["trust"] == 1:  # what sweeps timed, and what else was tried, in the time of the new search
-            if "swept" in before:
-                found["swept"] = before["swept"]
+        elif before["trust"] == 1:  # what else was tried, in the time of the new search, which counts more than a sweep
             now = {plain(shape): us for shape, us in found["tried"]}
             then = {plain(shape): us for shape, us in before["tried"]}
             both = [now[shape] / us for shape, us in then.items() if shape in now]
@@ -342,10 +354,18 @@ def main() -> None:
     losses = torch.zeros_like(trust)
     for i, (call, shape) in enumerate(zip(calls, chosen(model, lines, candidates), strict=True)):
         losses[i] = call.over.get(shape, WORST)
-        if call.trust == 1 and losses[i] > TOLERANCE:
+        if call.trust == 1 and call.swept is not None:  # ships as it was timed
+            if shape != call.swept:
+                call.best = call.swept
+                entries.append(call)
+        elif call.trust == 1 and losses[i] > TOLERANCE:
             entries.append(call)
         # A sweep found it fast with another shape: kept, unless an older search found the model's as good.
-        elif call.trust == 0 and shape != call.best and older.get(call.key, {}).get(shape, WORST) > TOLERANCE:
+        # Below 3 tokens rules choose, which have the start of the next kernel right; a sweep timed one start alone.
+        elif (
+            call.trust == 0 and call.tokens >= 3 and shape != call.best
+            and older.get(call.key, {}).get(shape, WORST) > TOLERANCE
+        ):  # fmt: skip
             entries.append(call)
     report("the model's choice, where it was timed", losses[(trust == 1) & (losses < WORST)])
     head = f"// By bench/cuda_table.py from {options.searches.name}"

@@ -57,11 +57,11 @@ class Contender:
 
 
 def our_arguments(
-    problem: Problem, op: str, pairing: str, angles: str, index: int = 0
+    problem: Problem, op: str, pairing: str, angles: str, index: int = 0, positions: torch.dtype = torch.int32
 ) -> tuple[tuple[torch.Tensor, torch.Tensor], dict[str, Any]]:
     """q and k and the options of `ropewalk.rope_`."""
     q, k, v = problem.heads(problem.packed[index])
-    options: dict[str, Any] = {"positions": problem.positions, "pairing": pairing}
+    options: dict[str, Any] = {"positions": problem.positions_of(positions), "pairing": pairing}
     if angles == "frequencies":
         options["frequencies"] = problem.frequencies
     else:
@@ -78,9 +78,9 @@ def our_arguments(
     return (q, k), options
 
 
-def ours(problem: Problem, op: str, pairing: str, angles: str) -> Contender:
+def ours(problem: Problem, op: str, pairing: str, angles: str, positions: torch.dtype = torch.int32) -> Contender:
     def make(index: int) -> Callable[[], Any]:
-        (q, k), options = our_arguments(problem, op, pairing, angles, index)
+        (q, k), options = our_arguments(problem, op, pairing, angles, index, positions)
 
         def call() -> None:
             ropewalk.rope_(q, k, **options)
@@ -89,7 +89,7 @@ def ours(problem: Problem, op: str, pairing: str, angles: str) -> Contender:
 
     told: dict[str, str] = {}
     try:
-        tensors, options = our_arguments(problem, op, pairing, angles)
+        tensors, options = our_arguments(problem, op, pairing, angles, positions=positions)
         told = ropewalk.explain(*tensors, **options)
     except (RuntimeError, ValueError) as error:
         told["kernel"] = str(error)

@@ -108,6 +108,7 @@ class Problem:
         self.first = torch.randn(shape.tokens, shape.width, generator=generator, device=device).to(torch.bfloat16)
         self.fill()
         self.positions = torch.arange(shape.tokens, dtype=torch.int32, device=device)
+        self.wide_positions = self.positions.long()
         self.weights = [
             (1 + torch.randn(shape.head_dim, generator=generator, device=device) / 16).to(torch.bfloat16)
             for _ in range(2)
@@ -122,6 +123,9 @@ class Problem:
         self.caches: dict[Any, list[tuple[torch.Tensor, torch.Tensor]]] = {}
         page = torch.randperm(shape.slots // 16, generator=generator, device=device)
         self.slots = page[self.positions.long() // 16] * 16 + self.positions.long() % 16
+
+    def positions_of(self, dtype: torch.dtype) -> torch.Tensor:
+        return self.wide_positions if dtype == torch.int64 else self.positions
 
     def fill(self) -> None:
         self.packed.copy_(self.first[None].expand_as(self.packed))

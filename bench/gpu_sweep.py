@@ -3,6 +3,7 @@
     python bench/gpu_sweep.py --out sweep [--seconds 560] [--random 20 --seed 1] [--heads 8/1x128,..] [--tokens 1,8,..]
 
 Timing, checks and floor are those of bench/gpu_compare.py; all modes of a shape and their floors take turns in one run.
+Each mode is called with positions of 32 and of 64 bits, and its figure is that of the slower one.
 `sweep.json` grows with every shape, `sweep.md` has the tables: figures above the aim are bold, `-` is a wrong result or
 a failure, an empty place was not reached in time. --random draws shapes besides. Needs torch and Ropewalk, no network:
 with the package in a folder of its own (pip install --no-deps --target FOLDER ropewalk-*.whl apache-tvm-ffi),
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import datetime
+import itertools
 import json
 import math
 import os
@@ -44,6 +46,7 @@ STORES = [(op, "frequencies", "neox") for op in gpu_problem.STORES]
 GROUPS = {"rope": [m for m in PLAIN if m[0] == "rope"], "norm+rope": [m for m in PLAIN if m[0] == "norm+rope"],
           "store": [m for m in STORES if "k only" not in m[0]],
           "k-only": [m for m in STORES if "k only" in m[0]]}  # fmt: skip
+POSITIONS = (torch.int32, torch.int64)
 ROUNDS = 7
 RESERVE = 15.0  # seconds to leave for the summary
 
@@ -81,8 +84,8 @@ def prepare(shapes: list[Shape], modes: list[tuple[str, str, str]], workers: int
         failures, what = [], "its tensors"
         try:
             problem = Problem(shape, torch.float32, buffers=1)
-            for what, angles, pairing in modes:
-                tensors, options = our_arguments(problem, what, pairing, angles)
+            for (what, angles, pairing), dtype in itertools.product(modes, POSITIONS):
+                tensors, options = our_arguments(problem, what, pairing, angles, positions=dtype)
                 ropewalk.prepare(*tensors, **options)
         except Exception as error:  # told again when the shape is timed
             failures.append(f"{shape.name} @ {shape.tokens}, {what}: {error}")
@@ -101,7 +104,8 @@ def time_shape(
 ) -> list[dict[str, Any]]:
     """A row for each mode of one shape."""
     problem = Problem(shape, torch.float32)
-    contenders = [ours(problem, op, pairing, angles) for op, angles, pairing in modes]
+    contenders = [ours(problem, op, pairing, angles, dtype)
+                  for (op, angles, pairing), dtype in itertools.product(modes, POSITIONS)]  # fmt: skip
     wanted: dict[tuple[str, str], Any] = {}
     for contender in contenders:
         timing.check(problem, contender, wanted)
@@ -121,11 +125,14 @@ def time_shape(
     timing.measure(best + contenders, ROUNDS)
     floor = timing.lowest(best, served)
     rows = []
-    for contender in contenders:
+    for i in range(0, len(contenders), len(POSITIONS)):
+        both = contenders[i : i + len(POSITIONS)]
+        # A failure of one is the row's; else the slower one is.
+        contender = max(both, key=lambda c: (bool(c.failure), c.us or 0.0))
         row: dict[str, Any] = {
             "heads": shape.name, "tokens": shape.tokens, "op": contender.op, "angles": contender.angles,
             "pairing": contender.pairing, "us": contender.us, "aim": compare.general_aim(contender.op, shape.tokens),
-            "kernel": contender.detail, "shape": contender.shape,
+            "us_by_positions": [c.us for c in both], "kernel": contender.detail, "shape": contender.shape,
         }  # fmt: skip
         lowest = floor.get(contender.op)
         if contender.failure:
@@ -162,7 +169,7 @@ def summary(out: dict[str, Any]) -> str:
         f"# Time over the floor: {out['gpu'].get('name', '?')}, {out['date'][:10]}",
         "",
         f"Ropewalk {out['ropewalk']}; bfloat16, packed rows, graph replay, cold L2 from {gpu_problem.COLD_FROM} tokens "
-        "on; each result checked first. `bench/gpu_sweep.py`.",
+        "on; each result checked first; of positions of 32 and 64 bits the slower ones. `bench/gpu_sweep.py`.",
         "",
         f"{len(timed)} figures, {len(above)} above their aim (bold), {len(failed)} wrong or failed (-), "
         f"{out['left']} of {out['shapes']} shapes not reached. Aims: rope and norm + rope 1.10, from 4,096 tokens on "

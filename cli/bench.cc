@@ -20,7 +20,7 @@
 namespace ropewalk::cli {
 namespace {
 
-struct Options {
+struct BenchOptions {
   std::vector<std::string> models, shapes;
   std::vector<int64_t> tokens;
   std::vector<std::string> dtypes = {"bf16", "f16", "f32"};
@@ -40,7 +40,7 @@ struct Item {
 };
 
 // A shape with every op and pairing asked for.
-void AddVariants(const Options& options, const bench::Place& place, RopeCase c, std::vector<Item>* items,
+void AddVariants(const BenchOptions& options, const bench::Place& place, RopeCase c, std::vector<Item>* items,
                  int32_t threads) {
   for (const std::string& op : options.ops) {
     for (const std::string& pairing : options.pairings) {
@@ -52,7 +52,7 @@ void AddVariants(const Options& options, const bench::Place& place, RopeCase c, 
   }
 }
 
-std::vector<Item> Items(const Options& options, const bench::Place& place) {
+std::vector<Item> Items(const BenchOptions& options, const bench::Place& place) {
   std::vector<Item> items;
   std::vector<int32_t> threads = options.threads;
   if (!place.threaded()) {
@@ -155,7 +155,7 @@ Json MachineOf(const bench::Place& place) {
 
 namespace {
 
-int Bench(const Options& options) {
+int Bench(const BenchOptions& options) {
   if (options.sweep) {
     if (!options.models.empty() || !options.shapes.empty() || !options.threads.empty() || options.tokens.size() > 1) {
       throw Failure(
@@ -246,7 +246,7 @@ int Bench(const Options& options) {
 }  // namespace
 
 void AddBench(CLI::App* app, int* exit_code) {
-  auto options = std::make_shared<Options>();
+  auto options = std::make_shared<BenchOptions>();
   CLI::App* command =
       app->add_subcommand("bench", "ours against the floor of the same bytes: medians, GB/s, time over the floor");
   AddModelOption(command, &options->models);

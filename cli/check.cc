@@ -12,7 +12,7 @@
 namespace ropewalk::cli {
 namespace {
 
-struct Options {
+struct CheckOptions {
   std::string backend = "cpu", pattern;
   std::vector<std::string> models;
   int64_t max_failures = 0, random = 0;
@@ -23,7 +23,7 @@ struct Options {
 };
 
 // The cases of the list, those of the models named, of all models as engines call them, or random ones.
-std::vector<RopeCase> Cases(const Options& options) {
+std::vector<RopeCase> Cases(const CheckOptions& options) {
   if (options.gradients) return options.random ? RandomBackwardCases(options.seed, options.random) : BackwardCases(1);
   if (options.random) return RandomRopeCases(options.seed, options.random);
   if (options.engines) return EngineCases(true);
@@ -41,7 +41,7 @@ std::vector<RopeCase> Cases(const Options& options) {
 }
 
 // What a rerun must say besides the backend and the case.
-std::string Source(const Options& options) {
+std::string Source(const CheckOptions& options) {
   std::string words;
   for (const std::string& model : options.models) words += fmt::format(" --model '{}'", model);
   if (options.random) words += fmt::format(" --random {} --seed {}", options.random, options.seed);
@@ -51,7 +51,7 @@ std::string Source(const Options& options) {
   return words.empty() ? words : words.substr(1);
 }
 
-Json ToJson(const RunSummary& summary, int64_t asked, const Options& options) {
+Json ToJson(const RunSummary& summary, int64_t asked, const CheckOptions& options) {
   const auto counts = [](const std::map<std::string, RunSummary::Count>& of) {
     Json out = Json::object();
     for (const auto& [name, count] : of) out[name] = {{"run", count.run}, {"failed", count.failed}};
@@ -119,7 +119,7 @@ void TakeShard(const std::string& shard, std::vector<RopeCase>* cases) {
   *cases = std::move(taken);
 }
 
-int Check(const Options& options) {
+int Check(const CheckOptions& options) {
   std::vector<RopeCase> cases = Cases(options);
   TakeShard(options.shard, &cases);
   if (options.list) {
@@ -181,7 +181,7 @@ int Check(const Options& options) {
 }  // namespace
 
 void AddCheck(CLI::App* app, int* exit_code) {
-  auto options = std::make_shared<Options>();
+  auto options = std::make_shared<CheckOptions>();
   CLI::App* command =
       app->add_subcommand("check", "conformance: every case against the reference; how to rerun a failure");
   command->add_option("--backend", options->backend, "what to force: a backend, or one CPU target as in cpu:avx2")

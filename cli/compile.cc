@@ -14,7 +14,7 @@
 namespace ropewalk::cli {
 namespace {
 
-struct Options {
+struct CompileOptions {
   std::vector<std::string> models, archs, dtypes = {"bf16"};
   std::string directory = "ropewalk-bundles";
   int64_t tokens = 16384;
@@ -50,7 +50,8 @@ std::vector<RopeCase> Ways(const RopeCase& base) {
 }
 
 // The variants that the models need on the devices of one architecture.
-std::vector<RopeCudaKey> Keys(const Options& options, const std::vector<Model>& models, const std::string& arch) {
+std::vector<RopeCudaKey> Keys(const CompileOptions& options, const std::vector<Model>& models,
+                              const std::string& arch) {
   constexpr int64_t kCaseTokens = 16;  // of the calls whose strides and alignments are taken; any number above one
   std::vector<CudaDevice> devices;
   if (const Status status = BundleDevices(arch, &devices); !status.ok()) throw Failure(status.text());
@@ -72,7 +73,7 @@ std::vector<RopeCudaKey> Keys(const Options& options, const std::vector<Model>& 
   return keys;
 }
 
-int Compile(const Options& options) {
+int Compile(const CompileOptions& options) {
   const std::vector<Model> models = LoadModels(options.models);
   const std::vector<std::string> archs = options.archs.empty() ? BundleArchs() : options.archs;
   Table table({"arch", ">kernels", ">MB", ">CPU s", "file"});
@@ -99,7 +100,7 @@ int Compile(const Options& options) {
 }  // namespace
 
 void AddCompile(CLI::App* app, int* exit_code) {
-  auto options = std::make_shared<Options>();
+  auto options = std::make_shared<CompileOptions>();
   CLI::App* command = app->add_subcommand("compile", "bundles of CUDA kernels for machines without a compiler");
   command->add_option("--arch", options->archs, "architectures, such as sm_90a,sm_100a (default: all that are known)")
       ->delimiter(',')

@@ -11,7 +11,7 @@
 namespace ropewalk::cli {
 namespace {
 
-struct Options {
+struct DescribeOptions {
   bool json = false, schema = false, markdown = false, models = false, python = false;
 };
 
@@ -143,7 +143,7 @@ std::string Models() {
   return out;
 }
 
-int Describe(const Options& options) {
+int Describe(const DescribeOptions& options) {
   if (options.models) {
     fmt::print("{}", Models());
     return kHeld;
@@ -166,7 +166,7 @@ int Describe(const Options& options) {
 }  // namespace
 
 void AddDescribe(CLI::App* app, int* exit_code) {
-  auto options = std::make_shared<Options>();
+  auto options = std::make_shared<DescribeOptions>();
   CLI::App* command =
       app->add_subcommand("describe", "the operation's arguments: Markdown, JSON, Python or torch schema; model types");
   auto* json = command->add_flag("--json", options->json, "the description as JSON");

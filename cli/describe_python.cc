@@ -65,7 +65,7 @@ std::vector<PythonArg> Args(const Json& description) {
 }
 
 // Words in lines of at most kWidth, the first behind `first`, the others behind `indent` spaces.
-std::string Wrapped(const std::string& first, size_t indent, const std::vector<std::string>& words) {
+std::string FilledLines(const std::string& first, size_t indent, const std::vector<std::string>& words) {
   std::string out, line = first;
   for (const std::string& word : words) {
     const bool fresh = line.empty() || line.back() == ' ' || line.back() == '(';
@@ -102,7 +102,7 @@ std::string Handed(const PythonArg& arg) {
 std::string Call(const std::string& head, const std::vector<PythonArg>& args, size_t end) {
   std::vector<std::string> words;
   for (size_t i = 0; i < end; ++i) words.push_back(Handed(args[i]) + (i + 1 < end ? "," : ")"));
-  return Wrapped(head, head.size(), words) + "  # fmt: skip\n";
+  return FilledLines(head, head.size(), words) + "  # fmt: skip\n";
 }
 
 // "a is b is None" and "and c is False" and so on, for those that have their defaults.
@@ -183,13 +183,13 @@ std::string PythonFace(const Json& description) {
     if (i >= first) keywords += fmt::format("        {}: {}\n", arg.name, arg.type);
     if (i == first) signature += "    *,\n";
     signature += fmt::format("    {}: {}{},\n", arg.name, arg.type, i == 0 ? "" : " = " + arg.default_text);
-    documented += Wrapped(fmt::format("        {}: ", arg.name), 12, Words(arg.text)) + "\n";
+    documented += FilledLines(fmt::format("        {}: ", arg.name), 12, Words(arg.text)) + "\n";
   }
   std::vector<std::string> pairs;
   for (size_t i = 0; i < count; ++i) {
     pairs.push_back(fmt::format("\"{0}\": {0},", args[i].name));
   }
-  by_name = Wrapped("        ", 8, pairs);
+  by_name = FilledLines("        ", 8, pairs);
 
   std::string out =
       R"("""`rope_` and its keywords. Made by `ropewalk describe --python` from the description of the operation: do not edit."""

@@ -20,7 +20,7 @@
 namespace ropewalk::cli {
 namespace {
 
-struct Options {
+struct DoctorOptions {
   bool json = false;
 };
 
@@ -164,7 +164,7 @@ std::string Kib(const Json& bytes) {
   return value >= 1 << 20 ? fmt::format("{} MB", value >> 20) : fmt::format("{} KB", value >> 10);
 }
 
-int Doctor(const Options& options) {
+int Doctor(const DoctorOptions& options) {
   const Json found = Examine();
   const bool held = found["self_test"]["failed"] == 0;
   if (options.json) {
@@ -236,7 +236,7 @@ int Doctor(const Options& options) {
 }  // namespace
 
 void AddDoctor(CLI::App* app, int* exit_code) {
-  auto options = std::make_shared<Options>();
+  auto options = std::make_shared<DoctorOptions>();
   CLI::App* command =
       app->add_subcommand("doctor", "what serves here: backends, drivers, compilers, caches; why not; the remedy");
   command->add_flag("--json", options->json, "print JSON");

@@ -12,7 +12,7 @@
 namespace ropewalk::cli {
 namespace {
 
-struct Options {
+struct ExplainOptions {
   std::vector<std::string> models;
   std::string dtype = "bf16", backend;
   int64_t tokens = 1;
@@ -53,7 +53,7 @@ std::vector<Stages> Combinations(const RopeCase& base) {
   return out;
 }
 
-int Explain(const Options& options) {
+int Explain(const ExplainOptions& options) {
   if (!options.backend.empty()) Require(ropewalk_force_backend(options.backend.c_str()));
   Json results = Json::array();
   for (const Model& model : LoadModels(options.models)) {
@@ -127,7 +127,7 @@ int Explain(const Options& options) {
 }  // namespace
 
 void AddExplain(CLI::App* app, int* exit_code) {
-  auto options = std::make_shared<Options>();
+  auto options = std::make_shared<ExplainOptions>();
   CLI::App* command =
       app->add_subcommand("explain", "backend, kernel, source, why: for each model and combination of stages");
   AddModelOption(command, &options->models);

@@ -11,7 +11,7 @@
 namespace ropewalk::cli {
 namespace {
 
-struct Options {
+struct FloorOptions {
   int64_t tokens = 1, head_dim = 128, rotary_dim = 0, slots = 0;
   std::vector<int64_t> heads = {32, 8, 8};
   std::string dtype = "bf16", cache, arch, output;
@@ -23,7 +23,7 @@ unsigned char* Address(uintptr_t number) {
   return reinterpret_cast<unsigned char*>((number + 1) << 44);  // NOLINT(performance-no-int-to-ptr)
 }
 
-Status RowsOfOptions(const Options& options, bench::CudaFloorRows* rows) {
+Status RowsOfOptions(const FloorOptions& options, bench::CudaFloorRows* rows) {
   const int64_t item = DtypeBytes(ParseDtype(options.dtype));
   const int64_t head = options.head_dim * item;
   const bool stores = !options.cache.empty();
@@ -53,7 +53,7 @@ Status RowsOfOptions(const Options& options, bench::CudaFloorRows* rows) {
   return bench::RowsOf(tensors, options.few, rows);
 }
 
-int Floor(const Options& options) {
+int Floor(const FloorOptions& options) {
   if (options.heads.size() != 3) throw Failure("--heads must be q,k,v heads, such as 32,8,8");
   if (options.few == options.many)
     throw Failure("give one of --few and --many: with a position and a weight, or without");
@@ -103,7 +103,7 @@ int Floor(const Options& options) {
 }  // namespace
 
 void AddFloor(CLI::App* app, int* exit_code) {
-  auto options = std::make_shared<Options>();
+  auto options = std::make_shared<FloorOptions>();
   CLI::App* command = app->add_subcommand("floor", "the CUDA kernels of the floor for one shape, as JSON");
   command->add_option("--tokens", options->tokens, "rows")->check(Above0())->capture_default_str();
   command->add_option("--heads", options->heads, "of q, k and v (default: 32,8,8); k and v may be 0")

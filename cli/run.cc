@@ -13,7 +13,7 @@
 namespace ropewalk::cli {
 namespace {
 
-struct Options {
+struct RunOptions {
   std::vector<std::string> models;
   std::string dtype = "bf16", backend;
   std::vector<int64_t> tokens;
@@ -23,13 +23,13 @@ struct Options {
 };
 
 // One model's layer type at one number of tokens.
-struct Item {
+struct ModelItem {
   const Model* model;
   RopeCase test_case;
 };
 
 // Decode, a small batch and prefill; prefill is cut so that many models stay a matter of seconds.
-std::vector<int64_t> TokensFor(const Options& options, const ModelConfig& config, size_t models) {
+std::vector<int64_t> TokensFor(const RunOptions& options, const ModelConfig& config, size_t models) {
   if (!options.tokens.empty()) return options.tokens;
   constexpr int64_t kManyModelsElements = int64_t{12} << 20;
   int64_t prefill = 2048;
@@ -44,7 +44,7 @@ std::string Checked(const bench::TimedCase& timed) {
   return fmt::format("{} ({} tokens)", verdict, timed.checked_tokens);
 }
 
-Json ToJson(const Item& item, const bench::TimedCase& timed) {
+Json ToJson(const ModelItem& item, const bench::TimedCase& timed) {
   const RopeCase& c = item.test_case;
   return {{"model", item.model->config.name},
           {"layer_type", c.layer_type},
@@ -72,13 +72,13 @@ Json ToJson(const Item& item, const bench::TimedCase& timed) {
           {"kernel", timed.kernel}};
 }
 
-int Run(const Options& options) {
+int Run(const RunOptions& options) {
   bench::Place& place = PlaceOf(options.backend);
   if (!place.threaded()) RequireNoThreads(options.threads != 0, options.backend);
   const int32_t threads = place.threaded() ? std::max(options.threads, 1) : 0;
   WarnOfThreads(threads);
   const std::vector<Model> models = LoadModels(options.models);
-  std::vector<Item> items;
+  std::vector<ModelItem> items;
   for (const Model& model : models) {
     for (const int64_t tokens : TokensFor(options, model.config, models.size())) {
       for (const RopeCase& c : ModelCases(model, tokens, ParseDtype(options.dtype))) items.push_back({&model, c});
@@ -102,7 +102,7 @@ int Run(const Options& options) {
   {
     Progress progress("run", static_cast<int64_t>(items.size()));
     CatchInterrupt();
-    for (const Item& item : items) {
+    for (const ModelItem& item : items) {
       if (Interrupted()) break;
       const RopeCase& c = item.test_case;
       const std::string label = ModelLabel(*item.model, c);
@@ -171,7 +171,7 @@ int Run(const Options& options) {
 }  // namespace
 
 void AddRun(CLI::App* app, int* exit_code) {
-  auto options = std::make_shared<Options>();
+  auto options = std::make_shared<RunOptions>();
   CLI::App* command = app->add_subcommand("run", "real models' shapes: checked, timed against the floor, explained");
   AddModelOption(command, &options->models);
   AddDtypeOption(command, &options->dtype);

@@ -17,7 +17,7 @@
 namespace ropewalk::cli {
 namespace {
 
-struct Options {
+struct TuneOptions {
   std::vector<std::string> models, shapes;
   std::vector<int64_t> tokens;
   std::string dtype = "bf16", json;
@@ -29,7 +29,7 @@ struct Options {
 };
 
 // A shape with every op, pairing and angle source asked for.
-void AddVariants(const Options& options, RopeCase c, std::vector<RopeCase>* cases) {
+void AddVariants(const TuneOptions& options, RopeCase c, std::vector<RopeCase>* cases) {
   for (const std::string& op : options.ops) {
     for (const std::string& pairing : options.pairings) {
       for (const std::string& angles : options.angles) {
@@ -51,7 +51,7 @@ void AddVariants(const Options& options, RopeCase c, std::vector<RopeCase>* case
   }
 }
 
-std::vector<RopeCase> Cases(const Options& options) {
+std::vector<RopeCase> Cases(const TuneOptions& options) {
   std::vector<int64_t> tokens = options.tokens;
   std::vector<RopeCase> cases;
   const uint32_t dtype = ParseDtype(options.dtype);
@@ -104,7 +104,7 @@ std::string ShapeText(const RopeCudaShape& s) {
          kStarts[std::min<size_t>(s.start, 3)];
 }
 
-int Tune(const Options& options) {
+int Tune(const TuneOptions& options) {
   const std::vector<RopeCase> cases = Cases(options);
   std::unique_ptr<bench::CudaTuner> tuner;
   if (const Status status = bench::CudaTuner::Make(&tuner); !status.ok()) throw Failure(status.text());
@@ -163,6 +163,7 @@ int Tune(const Options& options) {
                               : c.cache_dtype & kFp8  ? 2
                                                       : 1},
                     {"before_us", tuned.before * 1e6},
+                    {"before", tuned.before_shape.numbers()},
                     {"tried", tried}}
                    .dump() +
                "\n";
@@ -188,7 +189,7 @@ int Tune(const Options& options) {
 }  // namespace
 
 void AddTune(CLI::App* app, int* exit_code) {
-  auto options = std::make_shared<Options>();
+  auto options = std::make_shared<TuneOptions>();
   CLI::App* command = app->add_subcommand("tune", "searches the fastest CUDA kernels for models or shapes on this GPU");
   AddModelOption(command, &options->models);
   command->add_option("--shape", options->shapes, "a shape of your own instead of models; may be repeated")

@@ -46,8 +46,13 @@ if(ROPEWALK_FUZZ)
   add_compile_options(-fsanitize=fuzzer-no-link)  # coverage of the library too
 endif()
 
-# For what waits on others, where libraries made of headers are most of the code: the command's files compile in 7 s each
-# instead of 14.
+# Compiles all files of a target as one: libraries made of headers (JSON, formatting, the command line's parser) are most of
+# what is compiled, and are read and compiled once. The command's 15 files took 170 s of a core, and take 25.
+function(ropewalk_one_unit target)
+  set_target_properties(${target} PROPERTIES UNITY_BUILD ${ROPEWALK_ONE_UNIT} UNITY_BUILD_BATCH_SIZE 0)
+endfunction()
+
+# For what waits on others.
 function(ropewalk_little_optimised target)
   target_compile_options(${target} PRIVATE $<$<CONFIG:Release>:-O1>)
 endfunction()

@@ -15,16 +15,11 @@
 #include "rope/call.h"
 
 namespace ropewalk {
-namespace {
-
-// A NaN in float16 and fp8, a huge number in float32 and bfloat16: what reads it shows.
-constexpr uint8_t kCanary = 0xFE;
-constexpr int64_t kListedPositions[] = {0, 1, 2047, 32767, 131071, (1 << 20) - 1, (1 << 24) + 1, 2147483647};
 
 // The same numbers for the same name on every machine.
-class Random {
+class NamedRandom {
  public:
-  explicit Random(std::string_view name) {
+  explicit NamedRandom(std::string_view name) {
     for (const char c : name) state_ = (state_ ^ static_cast<uint8_t>(c)) * 0x100000001B3u;
   }
   uint64_t Next() {
@@ -46,6 +41,12 @@ class Random {
  private:
   uint64_t state_ = 0xCBF29CE484222325u;
 };
+
+namespace {
+
+// A NaN in float16 and fp8, a huge number in float32 and bfloat16: what reads it shows.
+constexpr uint8_t kCanary = 0xFE;
+constexpr int64_t kListedPositions[] = {0, 1, 2047, 32767, 131071, (1 << 20) - 1, (1 << 24) + 1, 2147483647};
 
 DLDataType TypeFor(uint32_t dtype) {
   switch (dtype) {
@@ -80,7 +81,7 @@ std::vector<int64_t> Contiguous(const std::vector<int64_t>& shape) {
 struct CaseCall::Builder {
   CaseCall& call;
   const RopeCase& c;
-  Random random;
+  NamedRandom random;
 
   // ---- memory
 
@@ -576,7 +577,7 @@ Status CaseCall::Make(const RopeCase& c, DeviceMemory& memory, bool backward, st
   std::unique_ptr<CaseCall> call(new CaseCall(c, memory, backward));
   if (call->case_.rotary_dim == 0) call->case_.rotary_dim = c.head_dim;
   if ((c.cache != Cache::kNone || c.v_behind) && c.v_dim == 0) call->case_.v_dim = c.head_dim;
-  Builder builder{*call, call->case_, Random(c.name)};
+  Builder builder{*call, call->case_, NamedRandom(c.name)};
   ROPEWALK_TRY(builder.Make());
   *out = std::move(call);
   return {};
@@ -595,7 +596,7 @@ Status CaseCall::MakeWorkspace(std::string_view name) {
   const int64_t needed = ropewalk_rope_backward_workspace(&args_, &gradients_);
   if (needed < 0) return Status::Invalid(ropewalk_last_error());
   if (needed == 0) return {};
-  Builder builder{*this, case_, Random(name)};
+  Builder builder{*this, case_, NamedRandom(name)};
   const int64_t first = static_cast<int64_t>(case_.tokens % 8);
   Tensor* tensor = builder.NewTensor(std::string(name), builder.NewBuffer(std::string(name), 4 * (first + needed)),
                                      kF32, {needed}, {1}, first);

@@ -21,7 +21,7 @@ namespace {
 
 constexpr double kGraphSeconds = 2e-3;  // a graph shall take about so long
 constexpr int64_t kMaxGraphCalls = 1600;
-constexpr size_t kFinalists = 3;  // floors that are timed beside ours
+constexpr size_t kBestFloors = 3;  // floors that are timed beside ours
 
 // Ours or a floor, in a graph.
 struct Contender {
@@ -202,7 +202,7 @@ class Cuda final : public Place {
       best.emplace_back(*std::ranges::min_element(contender.seconds), i);
     }
     std::ranges::sort(best);
-    best.resize(std::min(best.size(), kFinalists));
+    best.resize(std::min(best.size(), kBestFloors));
     for (const auto& [seconds, i] : best) {
       bool right = false;
       ROPEWALK_TRY(race.copies.Restore());

@@ -25,6 +25,8 @@ constexpr double kHopeless = 1.25;  // times the best: not timed again
 constexpr size_t kVaried = 2;       // the best of the first round, whose neighbours are tried
 constexpr size_t kFinalists = 4;    // that are timed in turns with the one chosen before
 constexpr int kSamples = 3, kRounds = 7;
+constexpr double kGain = 1.015;    // is looked at again
+constexpr int kConfirmations = 4;  // even, so that with the first there is one in the middle
 
 // Memory that is not asked for while a stream is captured: the driver would give the capture up.
 class LockedMemory final : public DeviceMemory {
@@ -123,7 +125,13 @@ ReadyCase MakeReady(const RopeCase& c, const TuneOptions& options, const CudaDev
 class Search {
  public:
   Search(const CudaDevice& device, CudaGraphs& graphs, LockedMemory& memory, ReadyCase* ready, TunedCase* out)
-      : device_(device), graphs_(graphs), memory_(memory), ready_(*ready), copies_(memory, graphs), out_(*out) {}
+      : device_(device),
+        graphs_(graphs),
+        memory_(memory),
+        ready_(*ready),
+        copies_(memory, graphs),
+        narrow_data_(memory),
+        out_(*out) {}
 
   Status Make(const RopeCase& c, const TuneOptions& options, int64_t l2_bytes) {
     options_ = options;
@@ -131,13 +139,14 @@ class Search {
     const int64_t count = CopyCount(c, l2_bytes, options.cold_bytes);
     ROPEWALK_TRY(copies_.Make(*ready_.call, count));
     calls_in_graph_ = RunsCold(c, l2_bytes) ? std::max<int64_t>(count, 32) : 20 * count;
-    return {};
+    return MakeNarrow();
   }
 
   Status Run() {
     RopeCudaPlan plan;
     ROPEWALK_TRY(PlanRopeCuda(out_.call, device_, {.dependent_launch = true}, &plan));
     out_.origin = OriginName(plan.origin);
+    out_.before_shape = plan.shape;
     ROPEWALK_TRY(Try(FirstShapes(out_.call, device_, options_)));
     for (int round = 0; round < (options_.near ? 2 : 1); ++round) {
       const std::vector<TriedShape> best = Best(kVaried);
@@ -172,8 +181,48 @@ class Search {
     return {};
   }
 
-  Status Call(size_t copy) {
-    if (ropewalk_rope(&copies_.calls()[copy].args, graphs_.stream()) == ROPEWALK_OK) return {};
+  // The positions in 32 bits, which engines have as well as 64. A shape serves both dtypes, and one of them may take
+  // half as long again: blocks of the next kernel of the stream come to their places a little earlier or later.
+  Status MakeNarrow() {
+    const DLTensor* wide = copies_.calls()[0].args.positions;
+    if (!wide || wide->dtype.bits != 64) return {};
+    int64_t count = 1;
+    for (int32_t i = wide->ndim; i-- > 0;) {
+      if (wide->strides && wide->shape[i] > 1 && wide->strides[i] != count) return {};
+      count *= wide->shape[i];
+    }
+    std::vector<int64_t> values(static_cast<size_t>(count));
+    ROPEWALK_TRY(memory_.CopyOut(values.data(), static_cast<const char*>(wide->data) + wide->byte_offset,
+                                 values.size() * sizeof(int64_t)));
+    std::vector<int32_t> narrow(values.size());
+    std::ranges::transform(values, narrow.begin(), [](int64_t value) { return static_cast<int32_t>(value); });
+    ROPEWALK_TRY(narrow_data_.Allocate(narrow.size() * sizeof(int32_t)));
+    ROPEWALK_TRY(memory_.CopyIn(narrow_data_.data(), narrow.data(), narrow.size() * sizeof(int32_t)));
+    narrow_ = *wide;
+    narrow_.data = narrow_data_.data();
+    narrow_.byte_offset = 0;
+    narrow_.dtype.bits = 32;
+    return {};
+  }
+
+  Status CompileNarrow(const std::vector<std::optional<RopeCudaShape>>& shapes) {
+    ropewalk_rope_args args = copies_.calls()[0].args;
+    args.positions = &narrow_;
+    RopeCall call;
+    ROPEWALK_TRY(LowerRope(args, nullptr, &call));
+    std::vector<RopeCudaKey> keys;
+    for (const std::optional<RopeCudaShape>& shape : shapes) {
+      RopeCudaPlan plan;
+      ROPEWALK_TRY(PlanRopeCuda(call, device_, {.dependent_launch = true, .shape = shape ? &*shape : nullptr}, &plan));
+      keys.push_back(plan.key);
+    }
+    return Compile(keys, device_, keys.size());
+  }
+
+  Status Call(size_t copy, bool narrow = false) {
+    ropewalk_rope_args args = copies_.calls()[copy].args;
+    if (narrow) args.positions = &narrow_;
+    if (ropewalk_rope(&args, graphs_.stream()) == ROPEWALK_OK) return {};
     return Status::Internal(Text("tune: a call fails: ", ropewalk_last_error()));
   }
 
@@ -197,12 +246,12 @@ class Search {
     return {};
   }
 
-  Status Capture(CudaGraph* graph) {
+  Status Capture(CudaGraph* graph, bool narrow = false) {
     const std::lock_guard lock(memory_.mutex());
     return graphs_.Capture(
         [&]() -> Status {
           for (int64_t i = 0; i < calls_in_graph_; ++i) {
-            ROPEWALK_TRY(Call(static_cast<size_t>(i) % copies_.calls().size()));
+            ROPEWALK_TRY(Call(static_cast<size_t>(i) % copies_.calls().size(), narrow));
           }
           return {};
         },
@@ -224,25 +273,52 @@ class Search {
     return {out_.tried.begin(), out_.tried.begin() + static_cast<std::ptrdiff_t>(std::min(count, out_.tried.size()))};
   }
 
-  // The best few and the one chosen before, in turns.
-  Status Compare() {
-    std::vector<TriedShape> finalists = Best(kFinalists);
-    std::vector<CudaGraph> graphs(finalists.size() + 1);
+  // The medians of shapes that take turns, each with the dtype of positions that is slower; nothing stands for the one
+  // chosen before. In graphs of their own.
+  Status InTurns(const std::vector<std::optional<RopeCudaShape>>& shapes, std::vector<double>* medians) {
+    const size_t dtypes = narrow_.data ? 2 : 1;
+    if (narrow_.data) ROPEWALK_TRY(CompileNarrow(shapes));
+    std::vector<CudaGraph> graphs(shapes.size() * dtypes);
     for (size_t i = 0; i < graphs.size(); ++i) {
-      TryRopeCudaShape(i < finalists.size() ? std::optional(finalists[i].shape) : std::nullopt);
-      ROPEWALK_TRY(Capture(&graphs[i]));
+      TryRopeCudaShape(shapes[i / dtypes]);
+      ROPEWALK_TRY(Call(0, i % dtypes));  // loads the kernel, which a capture does not
+      ROPEWALK_TRY(Capture(&graphs[i], i % dtypes));
     }
     ROPEWALK_TRY(copies_.Restore());
     std::vector<std::vector<double>> seconds(graphs.size());
     for (int round = 0; round < kRounds; ++round) {
       for (size_t i = 0; i < graphs.size(); ++i) ROPEWALK_TRY(Sample(graphs[i], &seconds[i]));
     }
-    for (size_t i = 0; i < finalists.size(); ++i) {
-      out_.tried[i].seconds = Median(seconds[i]);
+    for (size_t i = 0; i < graphs.size(); i += dtypes) {
+      medians->push_back(std::max(Median(seconds[i]), Median(seconds[i + dtypes - 1])));
+    }
+    return {};
+  }
+
+  // The best few and the one chosen before. What seems a gain is timed again, in new graphs.
+  Status Compare() {
+    std::vector<std::optional<RopeCudaShape>> shapes;
+    for (const TriedShape& finalist : Best(kFinalists)) shapes.emplace_back(finalist.shape);
+    shapes.emplace_back();
+    std::vector<double> medians;
+    ROPEWALK_TRY(InTurns(shapes, &medians));
+    for (size_t i = 0; i + 1 < medians.size(); ++i) {
+      out_.tried[i].seconds = medians[i];
       out_.tried[i].compared = true;
     }
-    out_.before = Median(seconds.back());
+    out_.before = medians.back();
     Best(0);
+    if (!out_.tried.empty() && out_.before > kGain * out_.tried[0].seconds) {
+      std::vector<double> best = {out_.tried[0].seconds}, before = {out_.before};
+      for (int i = 0; i < kConfirmations; ++i) {
+        medians.clear();
+        ROPEWALK_TRY(InTurns({std::nullopt, out_.tried[0].shape}, &medians));
+        before.push_back(medians[0]);
+        best.push_back(medians[1]);
+      }
+      out_.before = Median(before);
+      out_.tried[0].seconds = Median(best);
+    }
     out_.tried.insert(out_.tried.end(), wrong_.begin(), wrong_.end());
     return {};
   }
@@ -253,6 +329,8 @@ class Search {
   LockedMemory& memory_;
   ReadyCase& ready_;
   Copies copies_;
+  Block narrow_data_;
+  DLTensor narrow_ = {};
   TunedCase& out_;
   std::set<std::string> known_;  // plans
   std::vector<TriedShape> wrong_;

@@ -20,14 +20,16 @@ namespace ropewalk::bench {
 
 struct TriedShape {
   RopeCudaShape shape;
-  double seconds = 0;     // of a call, the median
+  double seconds =
+      0;  // of a call, the median; if compared, of the dtype of positions, 32 or 64 bits, that takes longer
   bool compared = false;  // in the last round, beside the shape that was chosen before
   std::string wrong;      // why it was not timed: its result differs from the reference
 };
 
 struct TunedCase {
-  RopeCall call;                  // lowered; its tensors are gone
-  double before = 0;              // seconds with the shape that was chosen before
+  RopeCall call;      // lowered; its tensors are gone
+  double before = 0;  // seconds with the shape that was chosen before
+  RopeCudaShape before_shape;
   std::string origin;             // where that came from
   std::vector<TriedShape> tried;  // the fastest first
 };

@@ -114,7 +114,7 @@ std::span<const Shape> Shapes() {
 }
 
 // Joins runs into rows, and rows into one run, where nothing lies between them.
-FloorRegion Joined(FloorRegion region) {
+FloorRegion JoinedRuns(FloorRegion region) {
   if (region.runs == 1 || region.run_stride == region.bytes) {
     region.bytes *= region.runs;
     region.runs = 1;
@@ -143,7 +143,7 @@ void FloorRows(int shape, std::span<const FloorRegion> regions, int64_t begin, i
 }
 
 Floor::Floor(std::vector<FloorRegion> regions, ropewalk_parallel_for parallel_for) : parallel_for_(parallel_for) {
-  std::ranges::transform(regions, std::back_inserter(regions_), Joined);
+  std::ranges::transform(regions, std::back_inserter(regions_), JoinedRuns);
   // As the CPU backend does: no part below 32 KB.
   int64_t row_bytes = 1;
   for (const FloorRegion& region : regions_) row_bytes += region.runs * region.bytes;

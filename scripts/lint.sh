@@ -28,7 +28,7 @@ headers() {
 tidy() {
   export database=$root/build/lint held=$root/build/tidy
   local compiled files shared
-  cmake --preset dev -B "$database" -DROPEWALK_PYTHON=ON -DPython_EXECUTABLE="$venv/bin/python" >/dev/null
+  cmake --preset dev -B "$database" -DROPEWALK_ONE_UNIT=OFF -DROPEWALK_PYTHON=ON -DPython_EXECUTABLE="$venv/bin/python" >/dev/null
   mapfile -t compiled < <(sed -n "s|^ *\"file\": \"$root/\(.*\.cc\)\".*|\1|p" "$database/compile_commands.json" |
     grep -v '^build/' | sort -u)
   if (($#)); then

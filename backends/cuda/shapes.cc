@@ -54,6 +54,9 @@ RopeCudaShape FewShape(const RopeVariant& v, int64_t bytes_per_multiprocessor) {
     s.vector = static_cast<uint8_t>(std::max(1, access_bytes / RopeDtypeBytes(v.dtype)));
     s.cut = static_cast<uint8_t>(warps);
     s.in_flight = static_cast<uint8_t>(heads);
+    // Where the position comes before all else, as for a table, the next kernel starts when it has come; else when the
+    // loads are issued. The other way round takes 5 to 17 % longer at one token.
+    s.start = v.table_dtype != kRopeNoDtype || Stores(v) ? 2 : 3;
     return s;
   };
   if (bytes_per_multiprocessor <= 512) return shape(4, 4, 1);
