@@ -122,6 +122,11 @@ EXPORT(set_threads, 1) {
 }
 // (function): what finds the queue of calls on Intel GPUs that name none.
 EXPORT(set_find_sycl_queue, 1) { return find_sycl_queue.Set("set_find_sycl_queue", args[0]); }
+// (function): from what graphs hold of frequencies to their address, which stays theirs.
+EXPORT(set_find_frequencies, 1) { return ropewalk::find_frequencies.Set("set_find_frequencies", args[0]); }
+// Whether torch's operators that write, whose schemas are defined, are served by the module from here on.
+EXPORT(serve_torch, 0) { return Return(result, ropewalk::ServeTorch(), kTVMFFIBool); }
+EXPORT(leave_torch, 0) { return ropewalk::LeaveTorch(), 0; }
 EXPORT(default_threads, 0) { return Raise(ropewalk_set_parallel_for(nullptr, nullptr)); }
 EXPORT(force_backend, 1) {
   OptionalText name;
