@@ -70,10 +70,20 @@ EXPORT(rope, 1) {
   if (const int error = rope_args.Fill(args, count)) return error;
   return Raise(ropewalk_rope(&rope_args.args, rope_args.stream));
 }
-// As rope, but a TypeError, and nothing written, where that would go past somebody who watches torch's operators.
-EXPORT(rope_unwatched, 1) {
+// (addresses of the c10::TensorImpl of q and k where torch's are rotated in place, else 0; what rope takes): as rope,
+// but a TypeError, and nothing written, where that would go past autograd or somebody who watches torch's operators.
+EXPORT(rope_unwatched, 3) {
   if (ropewalk::SomebodyWatchesTorch()) return Raise("TypeError", "rope: torch's operators are watched");
-  return rope(args, count, result);
+  const std::array written = {reinterpret_cast<const void*>(args[0].v_int64),
+                              reinterpret_cast<const void*>(args[1].v_int64)};
+  for (const void* impl : written) {
+    if (impl && !ropewalk::MayBeOverwritten(impl)) return Raise("TypeError", "rope: autograd is to see it");
+  }
+  if (const int error = rope(args + 2, count - 2, result)) return error;
+  for (const void* const& impl : written) {
+    if (impl) ropewalk::WroteTorch(&impl);
+  }
+  return 0;
 }
 // (keys..): torch's dispatch keys that are included in a thread where somebody watches. Whether torch can be asked.
 EXPORT(set_watching_keys, 4) {

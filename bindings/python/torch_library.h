@@ -58,41 +58,69 @@ inline bool UseTorchThreads() {
 }
 
 template <class Function>
-Function FindInTorch(const char* library, const char* symbol) {
-  void* handle = dlopen(library, RTLD_NOW | RTLD_NOLOAD);
-  return handle ? reinterpret_cast<Function>(dlsym(handle, symbol)) : nullptr;
+bool FindIn(void* library, const std::string& symbol, Function* out) {
+  return (*out = reinterpret_cast<Function>(dlsym(library, symbol.c_str()))) != nullptr;
 }
 
-// c10::impl::tls_is_dispatch_key_included(DispatchKey) and at::impl::torch_function_mode_enabled(): a few instructions
-// each, where Python's own ways to ask take 40 ns a question. Null: not found, and Python asks itself.
-inline bool (*key_is_included)(uint16_t key) = nullptr;
-inline bool (*function_mode_is_enabled)() = nullptr;
+using TorchTensor = const void*;  // the address of an at::Tensor, as a reference is, which is that of a c10::TensorImpl
+
+// What eager calls ask torch, and tell autograd: a few instructions each, where Python's own ways take 40 to 90 ns.
+// Null: not found, and Python asks itself.
+struct TorchQuestions {
+  bool (*key_is_included)(uint16_t key) = nullptr;
+  bool (*function_mode_is_enabled)() = nullptr;
+  bool (*grad_mode_is_enabled)() = nullptr;
+  bool (*requires_grad)(const void* impl) = nullptr;
+  bool (*is_negated)(TorchTensor) = nullptr;
+  bool (*is_inference)(TorchTensor) = nullptr;
+  void (*bump_version)(TorchTensor) = nullptr;
+
+  bool Find() {
+    void* library = dlopen("libtorch_cpu.so", RTLD_NOW | RTLD_NOLOAD);  // its symbols are those that it needs, too
+    return library &&
+           FindIn(library, "_ZN3c104impl28tls_is_dispatch_key_includedENS_11DispatchKeyE", &key_is_included) &&
+           FindIn(library, "_ZN2at4impl27torch_function_mode_enabledEv", &function_mode_is_enabled) &&
+           FindIn(library, "aoti_torch_grad_mode_is_enabled", &grad_mode_is_enabled) &&
+           FindIn(library, "_ZNK3c1010TensorImpl13requires_gradEv", &requires_grad) &&
+           FindIn(library, "_ZN2at6native6is_negERKNS_6TensorE", &is_negated) &&
+           FindIn(library, "_ZN2at6native12is_inferenceERKNS_6TensorE", &is_inference) &&
+           (FindIn(library, "_ZN5torch8autograd4impl12bump_versionERKN2at6TensorE", &bump_version) ||
+            FindIn(library, "_ZN5torch8autograd4impl12bump_versionERKN2at10TensorBaseE", &bump_version));
+  }
+};
+inline TorchQuestions ask_torch;
+inline bool torch_answers = false;
 inline std::array<uint16_t, 4> watching_keys{};  // while one of them is included, somebody watches
 
 // Modes, torch.jit.trace and torch.func would not see a call that goes past torch's operators.
 inline bool SomebodyWatchesTorch() {
-  if (!key_is_included) return false;
+  if (!torch_answers) return false;
   for (const uint16_t key : watching_keys) {
-    if (key_is_included(key)) return true;
+    if (ask_torch.key_is_included(key)) return true;
   }
-  return function_mode_is_enabled();
+  return ask_torch.function_mode_is_enabled();
 }
 
 // `keys`: torch's dispatch keys that are included in a thread where somebody watches. Whether torch can be asked.
 inline bool WatchTorch(const std::array<uint16_t, 4>& keys) {
   watching_keys = keys;
-  function_mode_is_enabled = FindInTorch<bool (*)()>("libtorch_cpu.so", "_ZN2at4impl27torch_function_mode_enabledEv");
-  const auto found =
-      FindInTorch<bool (*)(uint16_t)>("libc10.so", "_ZN3c104impl28tls_is_dispatch_key_includedENS_11DispatchKeyE");
-  if (function_mode_is_enabled) key_is_included = found;
-  return key_is_included != nullptr;
+  return torch_answers = ask_torch.Find();
+}
+
+// Whether a c10::TensorImpl's memory is what the tensor says, and no gradient goes through it.
+inline bool MayBeOverwritten(const void* impl) {
+  return !ask_torch.is_negated(&impl) && !(ask_torch.grad_mode_is_enabled() && ask_torch.requires_grad(impl));
+}
+
+// Has autograd notice that a tensor was written. Inference tensors have no version, and autograd saves none of them.
+inline void WroteTorch(TorchTensor tensor) {
+  if (!ask_torch.is_inference(tensor)) ask_torch.bump_version(tensor);
 }
 
 // ---- torch.ops.ropewalk.rope_, rope_out and their short forms -------------------------------------------------------
 // Python defines them; here is what they do. torch's stable ABI (torch/csrc/stable/c/shim.h) as it was in 2.10, of
 // which the functions are found in the library: torch is no more needed to build the module than to use it.
 
-using TorchTensor = void*;    // AtenTensorHandle: the address of an at::Tensor
 using TorchValue = uint64_t;  // StableIValue
 using TorchFunction = void (*)(TorchValue* stack, uint64_t inputs, uint64_t outputs);
 inline constexpr uint64_t kTorch210 = (2ull << 56) | (10ull << 48);
@@ -124,9 +152,6 @@ struct TorchFunctions {
 #undef X
   int (*delete_boxed)(TorchValue*) = nullptr;  // from 2.13 on; before, the memory was the caller's to delete
   int (*current_cuda_stream)(int32_t device, void** stream) = nullptr;
-  // What the ABI lacks. References are addresses.
-  bool (*is_inference)(TorchTensor) = nullptr;
-  void (*bump_version)(TorchTensor) = nullptr;
   // torch's own errors, and its own run-time library of C++: a wheel has another one inside, which would not count what
   // flies in this one. The place is c10::SourceLocation.
   struct Place {
@@ -153,11 +178,6 @@ struct TorchFunctions {
   bool FindNumbers(void* library);
 };
 inline TorchFunctions torch;
-
-template <class Function>
-bool FindIn(void* library, const std::string& symbol, Function* out) {
-  return (*out = reinterpret_cast<Function>(dlsym(library, symbol.c_str()))) != nullptr;
-}
 
 inline bool TorchFunctions::FindErrors(void* library) {
   // A library's symbols are looked for in those that it needs, too.
@@ -218,10 +238,7 @@ inline bool TorchFunctions::Find() {
   if (void* cuda = dlopen("libtorch_cuda.so", RTLD_NOW | RTLD_NOLOAD)) {
     if (!FindIn(cuda, "aoti_torch_get_current_cuda_stream", &current_cuda_stream)) return false;
   }
-  return FindIn(library, "_ZN2at6native12is_inferenceERKNS_6TensorE", &is_inference) &&
-         (FindIn(library, "_ZN5torch8autograd4impl12bump_versionERKN2at6TensorE", &bump_version) ||
-          FindIn(library, "_ZN5torch8autograd4impl12bump_versionERKN2at10TensorBaseE", &bump_version)) &&
-         FindErrors(library) && FindNumbers(library);
+  return FindErrors(library) && FindNumbers(library);
 }
 
 // From what graphs hold of frequencies to the address of the core's object. Python is asked once for each.
@@ -328,9 +345,7 @@ class TorchArguments {
 
   // Has autograd notice that it was written: one of the tensors above, or null.
   static void Wrote(const DLTensor* written) {
-    if (!written) return;
-    TorchTensor tensor = reinterpret_cast<const Tensor*>(written)->tensor;
-    if (!torch.is_inference(tensor)) torch.bump_version(tensor);  // inference tensors have no version
+    if (written) WroteTorch(reinterpret_cast<const Tensor*>(written)->tensor);
   }
 
  private:
@@ -472,7 +487,7 @@ inline void LeaveTorch() {
 inline bool ServeTorch() {
   if (torch_registration) return true;
   if (RopeDescription().size() > TorchArguments::kMost || !find_frequencies.function) return false;
-  if (!torch.Find() || !torch_places.Find()) return false;
+  if (!torch_answers || !torch.Find() || !torch_places.Find()) return false;
   constexpr const char* kKey = "CompositeExplicitAutograd";
   if (torch.aoti_torch_library_init_impl("ropewalk", kKey, "ropewalk", 0, &torch_registration) != 0) return false;
   for (const char* name : {"rope_", "rope_out", "rope_short_", "rope_short_out"}) {

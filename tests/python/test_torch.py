@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import ropewalk
 import torch
-from ropewalk import _torch
+from ropewalk import _face, _torch
 
 F = ropewalk.Frequencies(theta=1e4, rotary_dim=64)
 
@@ -409,7 +409,7 @@ class Module:
         return function
 tvm_ffi.load_module = Module
 import ropewalk
-from ropewalk import _torch
+from ropewalk import _face, _torch
 f = ropewalk.Frequencies(1e4, 64)
 q, k = torch.randn(5, 4, 64), torch.randn(5, 2, 64)
 want = ropewalk.rope(q, k, frequencies=f)
@@ -435,3 +435,35 @@ def test_python_serves_where_the_module_cannot(why):
     left = "left\n" if why == "wrong" and _torch.served_by_module else ""
     want = f"{left}rope: k has 4 tokens, but q has 5\nFalse\n"
     assert (done.returncode, done.stdout) == (0, want), done.stderr
+
+
+@pytest.mark.parametrize("asked", ["by the module", "by Python"])
+def test_a_call_asks_torch_and_tells_autograd(asked, monkeypatch):
+    if asked == "by Python":  # where the module does not find in torch what it asks
+        monkeypatch.setattr(_face, "launch", _torch._asked_here)
+    q, k = draw(5, 4, 64), draw(5, 2, 64)
+    want = ropewalk.rope(q, k, frequencies=F)
+    ropewalk.rope_(q, k, frequencies=F)
+    assert torch.equal(q, want[0]) and torch.equal(k, want[1]) and q._version == k._version == 1
+    ropewalk.rope_(q, frequencies=F, q_weight=torch.ones(64))
+    assert (q._version, k._version) == (2, 1)
+    with pytest.raises(ValueError, match="k has 4 tokens"):
+        ropewalk.rope_(q, k[:4], frequencies=F)
+    with pytest.raises(ValueError, match="k is a lazily negated view"):
+        ropewalk.rope_(q, torch._neg_view(k), frequencies=F)
+    leaf = draw(5, 4, 64).requires_grad_()
+    with pytest.raises(ValueError, match="q requires grad and is a leaf"):
+        ropewalk.rope_(leaf, k, frequencies=F)
+    assert (q._version, k._version, leaf._version) == (2, 1, 0)
+    with torch.no_grad():
+        ropewalk.rope_(leaf, k, frequencies=F)
+    assert (leaf._version, k._version) == (1, 2)
+    x = draw(5, 4, 64).requires_grad_()
+    turned = x * 1
+    ropewalk.rope_(turned, frequencies=F)  # autograd goes through it
+    (turned**2).sum().backward()
+    torch.testing.assert_close(x.grad, 2 * x.detach(), rtol=1e-5, atol=1e-5)
+    with torch.inference_mode():
+        inference = draw(5, 4, 64)
+    ropewalk.rope_(inference, frequencies=F)
+    assert torch.equal(inference, ropewalk.rope(draw(5, 4, 64), frequencies=F)[0])

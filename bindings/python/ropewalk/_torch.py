@@ -61,13 +61,18 @@ def _modes() -> bool:
     return traced or c._len_torch_dispatch_stack() > 0 or c._len_torch_function_stack() > 0
 
 
-def _asked_here(*values: Any) -> None:
+def _asked_here(q_own: int, k_own: int, *values: Any) -> None:
     if _modes() or torch._C._functorch.peek_interpreter_stack() is not None:
         raise TypeError("rope: torch's operators are watched")
+    written = [x for x in values[: 2 if q_own else 0] if x is not None]
+    if any(x.is_neg() or (x.requires_grad and torch.is_grad_enabled()) for x in written):
+        raise TypeError("rope: autograd is to see it")
     _call(*values)
+    wrote(*written)
 
 
-# The module's call, but a TypeError where somebody watches.
+# The module's call, but a TypeError where somebody watches. Before its arguments q's and k's `_cdata`, if they are
+# rotated in place, else 0: then it asks whether autograd lets them be overwritten, and tells it that they were.
 _KEYS = ("Python", "Tracer", "FuncTorchDynamicLayerFrontMode", "Functionalize")
 _asks_torch = _module.function("set_watching_keys")(*(int(torch._C._dispatch_key_parse(key)) for key in _KEYS))
 rope_unwatched = _module.function("rope_unwatched") if _asks_torch else _asked_here
