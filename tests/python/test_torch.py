@@ -396,6 +396,14 @@ def test_the_operator_keeps_nothing():
     assert memory() - before < 4 << 20
 
 
+@pytest.mark.parametrize("around", ["torch.set_default_dtype(torch.float64)", "torch.set_default_device('meta')",
+                                    "torch.inference_mode().__enter__()"])  # fmt: skip
+def test_the_module_serves_wherever_it_is_imported(around):
+    code = f"import torch; {around}; from ropewalk import _torch; print(_torch.served_by_module)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stdout) == (0, f"{_torch.served_by_module}\n"), done.stderr
+
+
 FALLBACK = """
 import sys, torch, tvm_ffi
 load = tvm_ffi.load_module

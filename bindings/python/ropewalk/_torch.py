@@ -174,7 +174,7 @@ def _holds() -> bool:
         return True  # whoever watches is not to see it
     quarter = (1.0).hex() + " " + base64.b64encode((1 << 62).to_bytes(8, sys.byteorder)).decode()
     with torch.inference_mode(False), torch.no_grad():
-        q = torch.tensor([[[1.0, 0.0]], [[1.0, 0.0]]])
+        q = torch.tensor([[[1.0, 0.0]], [[1.0, 0.0]]], dtype=torch.float32)
         out = torch.zeros_like(q)
         try:
             torch.ops.ropewalk.rope_short_out(q, frequencies=quarter, q_out=out)
