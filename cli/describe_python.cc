@@ -100,9 +100,10 @@ std::string Handed(const PythonArg& arg) {
 
 // `head` + the arguments up to `end`, by position, as lines.
 std::string Call(const std::string& head, const std::vector<PythonArg>& args, size_t end) {
-  std::vector<std::string> words;
+  std::vector<std::string> words = {"q_own,", "k_own,"};
   for (size_t i = 0; i < end; ++i) words.push_back(Handed(args[i]) + (i + 1 < end ? "," : ")"));
-  return FilledLines(head, head.size(), words) + "  # fmt: skip\n";
+  const std::string call = FilledLines(head, head.size(), words);
+  return call + (call.find('\n') != std::string::npos ? "  # fmt: skip\n" : "\n");
 }
 
 // "a is b is None" and "and c is False" and so on, for those that have their defaults.
@@ -264,7 +265,7 @@ if TYPE_CHECKING:
 )";
   out += Defaults(args, out_begin, count, "                ");
   out += "            )\n            plain = " + Names(args, first + 1, out_begin, " is ") + " is None\n";
-  out += R"(            is_torch = type(q) is Tensor
+  out += R"(            is_torch, q_own, k_own = type(q) is Tensor, 0, 0
             if not is_torch:
                 for array in (q, k, q_out, k_out, k_cache, v_cache):  # what is written must be known to be writeable
                     if array is not None and type(array) is not NumpyArray:
@@ -272,10 +273,13 @@ if TYPE_CHECKING:
             else:
                 if (
                     dual._current_level >= 0
-                    or q.is_neg()
-                    or (k is not None and (type(k) is not Tensor or k.is_neg()))
+                    or (k is not None and type(k) is not Tensor)
                     or (positions is not None and type(positions) is not Tensor)
                 ):
+                    raise TypeError
+                if inplace:  # then the module asks torch about q and k, in less time
+                    q_own, k_own = q._cdata, 0 if k is None else k._cdata
+                elif q.is_neg() or (k is not None and k.is_neg()):
                     raise TypeError
                 if not plain and (
 )";
@@ -285,18 +289,19 @@ if TYPE_CHECKING:
   out += Plain(args, out_begin, count, deep);
   out += R"(                ):
                     raise TypeError
-                if grad_enabled() and (
-                    q.requires_grad
-                    or (k is not None and k.requires_grad)
-                    or not plain
-                    and (
+                if not (plain and inplace) and grad_enabled():
+                    if not plain and (
 )";
   out += WithGradient(args, first + 1, out_begin, deeper);
-  out += "                    )\n                    or not inplace\n                    and (\n";
-  out += WithGradient(args, out_begin, count, deeper);
-  out += R"(                    )
-                ):
-                    raise TypeError
+  out += R"(                    ):
+                        raise TypeError
+                    if not inplace and (
+                        q.requires_grad
+                        or (k is not None and k.requires_grad)
+                        or )";
+  out += WithGradient(args, out_begin, count, deeper).substr(deeper.size());
+  out += R"(                    ):
+                        raise TypeError
             handle = None if frequencies is None else handle_of(frequencies)
             if inplace:
                 new_q, new_k = q, k
@@ -316,9 +321,9 @@ if TYPE_CHECKING:
             # of the arguments, and get messages that name the argument.
             failure = error if isinstance(error, (RuntimeError, ValueError)) else None
         else:
-            if is_torch:
+            if is_torch and not inplace:
                 try:  # autograd is to notice
-                    if inplace or (k_cache is None and v_cache is None):
+                    if k_cache is None and v_cache is None:
                         increment_version((new_q,) if new_k is None else (new_q, new_k))
                     else:
                         _call.wrote(new_q, new_k, k_cache, v_cache)

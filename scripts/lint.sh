@@ -14,9 +14,9 @@ tracked() { git ls-files --cached --others --exclude-standard "$@"; }
 
 # Every header compiles alone. Parts of kernels (-inl.h, .cuh), which want flags of their own, do in ctest -L headers.
 headers() {
-  local header held=0
+  local header held=0 ffi=("$venv"/lib/python3*/site-packages/tvm_ffi/include)
   for header in $(tracked '*.h' '*.hpp' | grep -v -e '-inl\.h$' -e '^tests/'); do
-    "$CXX" -std=c++20 -fsyntax-only -Wall -Wextra -Iinclude -I. -x c++ - <<<"#include \"$header\"" ||
+    "$CXX" -std=c++20 -fsyntax-only -Wall -Wextra -Iinclude -I. -isystem "${ffi[0]}" -x c++ - <<<"#include \"$header\"" ||
       { echo "$header does not compile alone"; held=1; }
   done
   return $held

@@ -243,16 +243,23 @@ def test_the_backend_is_proved():
 # ---- streams and graphs
 
 
-def test_the_current_stream_is_used():
+@pytest.mark.parametrize("rotate", ["call", "operator", "short operator"])
+def test_the_current_stream_is_used(rotate):
     source = draw(1000, 8, 64)
     want = ropewalk.rope(source, frequencies=FREQUENCIES)[0]
+    of, content = torch.ops.ropewalk, FREQUENCIES._content
+    served = {
+        "call": lambda q: ropewalk.rope_(q, frequencies=FREQUENCIES),
+        "operator": lambda q: of.rope_(q, frequencies=content),
+        "short operator": lambda q: of.rope_short_(q, frequencies=content),
+    }
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         q = torch.zeros_like(source)
         torch.cuda._sleep(20_000_000)
         q.copy_(source)  # on the default stream the call would not see this
-        ropewalk.rope_(q, frequencies=FREQUENCIES)
+        served[rotate](q)
         result = q.clone()
     stream.synchronize()
     assert torch.equal(result, want)

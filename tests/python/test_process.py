@@ -139,6 +139,21 @@ def test_fork_after_use(own_pool):
         torch.set_num_threads(before)
 
 
+def test_torchs_operator_in_a_forked_child():
+    q = draw(3)
+    torch.ops.ropewalk.rope_(q, frequencies=F._content)
+    other = ropewalk.Frequencies(theta=3e4, rotary_dim=64)
+    want = ropewalk.rope(q, frequencies=other)[0]
+
+    def again():  # frequencies that nobody has asked for yet
+        torch.ops.ropewalk.rope_(q, frequencies=other._content)
+        return torch.equal(q, want)
+
+    assert in_child(again) == 0
+    assert in_child(lambda: in_child(again) == 0) == 0
+    assert again()
+
+
 @pytest.mark.parametrize("own_pool", [False, True])
 def test_callers_at_once(own_pool):
     q = draw(500)

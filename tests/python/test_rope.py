@@ -354,9 +354,9 @@ def test_order_of_the_description():
     calls = [part.split(")")[0] for part in source.split(" launch(")[1:4]]
     for name in ("PAIRING", "NORM", "ROUNDING"):
         calls = [call.replace(f"{name}[", "").replace("]", "") for call in calls]
-    shortest, short, whole = (
-        [part.strip() for part in call.replace("handle", "frequencies").split(",")] for call in calls
-    )
+    handed = [[part.strip() for part in call.replace("handle", "frequencies").split(",")] for call in calls]
+    assert all(parts[:2] == ["q_own", "k_own"] for parts in handed)
+    shortest, short, whole = (parts[2:] for parts in handed)
     assert whole == names
     for shorter in (shortest, short):  # without what is left out at the end
         assert shorter == names[: len(shorter)]

@@ -1,11 +1,18 @@
-"""torch: compiling, views, inference mode, threads."""
+"""torch: compiling, views, inference mode, threads; its operators, as the module serves them."""
 
 # SPDX-License-Identifier: Apache-2.0
+import ctypes
 import gc
+import subprocess
+import sys
+import threading
+import weakref
+from pathlib import Path
 
 import pytest
 import ropewalk
 import torch
+from ropewalk import _face, _torch
 
 F = ropewalk.Frequencies(theta=1e4, rotary_dim=64)
 
@@ -115,6 +122,8 @@ def test_operator_is_registered_well():
     torch.library.opcheck(torch.ops.ropewalk.rope_.default, (q, k), {"frequencies": F._content})
     out = torch.empty_like(q)
     torch.library.opcheck(torch.ops.ropewalk.rope_out.default, (q,), {"frequencies": F._content, "q_out": out})
+    torch.library.opcheck(torch.ops.ropewalk.rope_short_.default, (q, k), {"frequencies": F._content, "pairing": 1})
+    torch.library.opcheck(torch.ops.ropewalk.rope_short_out.default, (q,), {"frequencies": F._content, "q_out": out})
 
 
 def test_errors_cross_the_operator():
@@ -170,3 +179,299 @@ def test_own_pool():
             assert torch.equal(ropewalk.rope(q, frequencies=F)[0], want)
     finally:
         ropewalk.set_threads(None)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# torch.ops.ropewalk, which the module serves itself from torch 2.10 on
+
+
+def test_the_module_serves_the_operators():
+    assert _torch.served_by_module == (tuple(int(x) for x in torch.__version__.split(".")[:2]) >= (2, 10))
+
+
+def calls():
+    """Arguments of the operators by name, but for q, k and the positions."""
+    cos, sin = F.table(3000, torch.float32)
+    weight = torch.linspace(0.5, 1.5, 64, dtype=torch.bfloat16)
+    fp8 = torch.zeros(8, 2, 64).to(torch.float8_e4m3fn)
+    store = {
+        "v": draw(5, 2, 64, seed=2),
+        "k_cache": fp8,
+        "v_cache": fp8.clone(),
+        "slots": torch.tensor([3, 0, -1, 7, 5]),
+    }
+    return {
+        "plain": {"frequencies": F},
+        "short": {"cos_sin": torch.cat((cos, sin), -1), "pairing": 1, "offsets": torch.arange(5) - 1},
+        "choices": {"frequencies": F, "pairing": 1, "inverse": 1, "rounding": 1, "offsets": torch.arange(5)},
+        "table": {"cos": cos, "sin": sin, "rotary_offset": 0, "rotary_dim": 64},
+        "norm": {"frequencies": F, "q_weight": weight, "k_weight": weight, "zero_centered_weight": 1, "eps": 0.25},
+        "store": {"frequencies": F, **store, "k_scale": torch.tensor(0.5), "v_scale": torch.tensor([0.25, 2.0])},
+        "only stored": {"frequencies": F, **store, "k_scale": torch.tensor(0.5), "k_store_only": 1},
+        "parameters": {"frequencies": F, **{f"{x}_weight": torch.nn.Parameter(torch.ones(64)) for x in "qk"}},
+    }
+
+
+def run_both(name, served, dtype=torch.float32, **others):
+    """What the operator and the core make of the same arguments; those of the operator."""
+    q, k, positions = draw(5, 4, 64).to(dtype), draw(5, 2, 64, seed=1).to(dtype), torch.tensor([0, 7, 2989, 1, 5])
+    given = {**calls()[name], **others}
+    kinds = {arg["name"]: arg for arg in ropewalk._module.description()}
+    clones = [
+        {x: y.detach().clone() if isinstance(y, torch.Tensor) else y
+         for x, y in {"q": q, "k": k, "positions": positions + 1, **given}.items()}
+        for _ in range(2)
+    ]  # fmt: skip
+    named = {x: kinds[x]["choices"][y] if kinds[x]["kind"] == "choice" else bool(y) if kinds[x]["kind"] == "bool" else y
+             for x, y in clones[1].items()}  # fmt: skip
+    if "v" in named and dtype != torch.float32:
+        clones[0]["v"] = named["v"] = named["v"].to(dtype)
+    ropewalk.rope_(**named)
+    clones[0]["frequencies"] = F._content if "frequencies" in given else ""
+    assert served(**clones[0]) is None
+    for x, y in clones[0].items():
+        if isinstance(y, torch.Tensor):
+            assert torch.equal(y.float(), named[x].float()), x
+    return clones[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", calls())
+def test_the_operator_is_the_call(name, dtype):
+    written = {"q", "k"} - ({"k"} if name == "only stored" else set())
+    written |= {"k_cache", "v_cache"} if "store" in name else set()
+    given = run_both(name, torch.ops.ropewalk.rope_, dtype)
+    assert {x for x, y in given.items() if isinstance(y, torch.Tensor) and y._version} == written
+    outputs = {"q_out": torch.zeros(5, 4, 64, dtype=dtype)}
+    if name != "only stored":
+        outputs["k_out"] = torch.zeros(5, 2, 64, dtype=dtype)
+    given = run_both(name, torch.ops.ropewalk.rope_out, dtype, **outputs)
+    versions = {x for x, y in given.items() if isinstance(y, torch.Tensor) and y._version}
+    assert versions == written - {"q", "k"} | set(outputs)
+    if name in ("plain", "short"):
+        given = run_both(name, torch.ops.ropewalk.rope_short_, dtype)
+        assert {x for x, y in given.items() if isinstance(y, torch.Tensor) and y._version} == {"q", "k"}
+        given = run_both(name, torch.ops.ropewalk.rope_short_out, dtype, **outputs)
+        assert {x for x, y in given.items() if isinstance(y, torch.Tensor) and y._version} == set(outputs)
+
+
+BAD = {
+    "shape": lambda: ((draw(5, 4, 64), draw(4, 2, 64), None, None, F._content), {}),
+    "no frequencies": lambda: ((draw(5, 4, 64),), {}),
+    "beyond 32 bits": lambda: ((draw(5, 4, 64), None, None, None, F._content), {"rotary_dim": 2**40}),
+    "choice": lambda: ((draw(5, 4, 64), None, None, None, F._content), {"pairing": 7}),
+    "number": lambda: ((draw(5, 4, 64), None, None, None, F._content), {"eps": -1.0, "norm": 1}),
+    "q's dtype": lambda: ((draw(5, 4, 64).double(), None, None, None, F._content), {}),
+    "8 bits": lambda: ((draw(5, 4, 64).to(torch.float8_e5m2fnuz), None, None, None, F._content), {}),
+    "complex": lambda: ((draw(5, 4, 64).to(torch.complex64), None, None, None, F._content), {}),
+    "bool": lambda: ((draw(5, 4, 64) > 0, None, None, None, F._content), {}),
+    "positions' dtype": lambda: ((draw(5, 4, 64), None, torch.zeros(5), None, F._content), {}),
+    "strides": lambda: ((draw(5, 4, 128)[..., ::2], None, None, None, F._content), {}),
+    "overlap": lambda: ((draw(5, 1, 64).expand(5, 4, 64), None, None, None, F._content), {}),
+    "dimensions": lambda: ((draw(*[1] * 66), None, None, None, F._content), {}),
+    "scalar": lambda: ((torch.tensor(1.0), None, None, None, F._content), {}),
+    "queue": lambda: ((draw(5, 4, 64), None, None, None, F._content), {"sycl_queue": 5}),
+    "scale": lambda: ((draw(5, 4, 64), draw(5, 2, 64), None, None, F._content), {"k_scale": torch.tensor(0.5)}),
+    "frequencies": lambda: ((draw(5, 4, 64), None, None, None, "x\0y é"), {}),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_the_operator_refuses_in_the_same_words(name):
+    args, options = BAD[name]()
+    defaults = {
+        argument.name: argument.default_value for argument in torch.ops.ropewalk.rope_.default._schema.arguments
+    }
+    values = [*args, *({**defaults, **options}[x] for x in list(defaults)[len(args) :])]
+    with pytest.raises(ValueError, match="rope: ") as want:
+        _torch._run(*values)
+    of = torch.ops.ropewalk
+    operators = [of.rope_, of.rope_out, *((of.rope_short_, of.rope_short_out) if options.keys() <= {"pairing"} else ())]
+    for operator in operators:
+        before = [(x, x._version) for x in values if isinstance(x, torch.Tensor)]
+        with pytest.raises(ValueError) as got:
+            operator(*args, **options)
+        assert str(got.value) == str(want.value) and type(got.value) is ValueError
+        assert before == [(x, x._version) for x, _ in before]
+
+
+@pytest.mark.skipif(not _torch.served_by_module, reason="by Python, whose conversion refuses them in torch's words")
+def test_what_is_no_array_is_refused_by_name():
+    sparse, quantized = draw(5, 4, 64).to_sparse(), torch.quantize_per_tensor(draw(5, 4, 64), 0.1, 0, torch.qint8)
+    with pytest.raises(ValueError, match="rope: k must be a strided tensor, but has another layout"):
+        torch.ops.ropewalk.rope_(draw(5, 4, 64), sparse, frequencies=F._content)
+    with pytest.raises(
+        ValueError, match="rope: q must be float32, float16 or bfloat16, but is dtype of an unknown kind"
+    ):
+        torch.ops.ropewalk.rope_(quantized, frequencies=F._content)
+
+
+def test_no_exception_is_counted_for_ever():
+    runtime = ctypes.CDLL("libstdc++.so.6")
+    runtime._ZSt18uncaught_exceptionv.restype = ctypes.c_bool
+    for _ in range(3):
+        with pytest.raises(ValueError, match="k has 4 tokens"):
+            torch.ops.ropewalk.rope_(draw(5, 4, 64), draw(4, 2, 64), frequencies=F._content)
+        assert not runtime._ZSt18uncaught_exceptionv()
+        with pytest.raises(ValueError, match="inv_freq"):  # one that our own code throws and catches, if any
+            ropewalk.Frequencies.from_array([float("nan")])
+
+
+def test_the_operator_takes_inference_tensors():
+    with torch.inference_mode():
+        q, k = draw(5, 4, 64), draw(5, 2, 64)
+    weight = draw(5, 4, 64)
+    want = ropewalk.rope(weight, frequencies=F)[0]
+    for mode in (True, False):
+        with torch.inference_mode(mode):
+            mine = weight.clone()
+            torch.ops.ropewalk.rope_(q.copy_(weight) if mode else q, k, frequencies=F._content)
+            torch.ops.ropewalk.rope_(mine, k, frequencies=F._content)
+        assert torch.equal(mine, want)
+    normal = weight.clone()
+    torch.ops.ropewalk.rope_(normal, k, frequencies=F._content)  # one of each
+    assert normal._version == 1
+
+
+@pytest.mark.skipif(not _torch.served_by_module, reason="Python's conversion refuses them")
+def test_the_operator_turns_a_lazily_negated_view():
+    x = draw(5, 4, 64)
+    want = ropewalk.rope(-x, frequencies=F)[0]
+    view = torch._neg_view(x)
+    torch.ops.ropewalk.rope_(view, frequencies=F._content)
+    assert torch.equal(view.resolve_neg(), want)
+
+
+def test_many_threads_with_frequencies_of_their_own():
+    q = draw(64, 4, 64)
+    wrong = []
+
+    def caller(index):
+        for i in range(40):
+            theta = 1e4 + (index % 3) * 41 + i  # three at once have each
+            f = ropewalk.Frequencies(theta, 64)
+            want, content = ropewalk.rope(q, frequencies=f)[0], f._content
+            for _ in range(3):
+                mine = q.clone()
+                torch.ops.ropewalk.rope_(mine, frequencies=content)
+                if not torch.equal(mine, want):
+                    wrong.append((index, theta))
+            try:
+                torch.ops.ropewalk.rope_(mine, mine[:1], frequencies=content)
+            except ValueError as error:
+                if "k has 1 tokens, but q has 64" not in str(error):
+                    wrong.append(str(error))
+
+    threads = [threading.Thread(target=caller, args=(i,)) for i in range(9)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+def test_the_operator_keeps_nothing():
+    def once():
+        q, k, weight, positions = draw(2, 4, 64), draw(2, 2, 64), torch.ones(64), torch.arange(2)
+        options = {"positions": positions, "frequencies": F._content, "q_weight": weight}
+        torch.ops.ropewalk.rope_(q, k, **options, k_weight=weight, q_out=torch.empty_like(q))
+        with pytest.raises(ValueError, match="k_weight is missing"):
+            torch.ops.ropewalk.rope_(q, k, **options)
+        with pytest.raises(ValueError, match="must be what a graph holds"):
+            torch.ops.ropewalk.rope_(q, k, **{**options, "frequencies": "no content"})
+        return [weakref.ref(x) for x in (q, k, weight, positions)]
+
+    assert [ref() for ref in once()] == [None] * 4
+    q, k = draw(1, 1, 64), draw(1, 1, 64)
+    operator, content = torch.ops.ropewalk.rope_.default, F._content
+
+    def memory():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+    for _ in range(1000):
+        operator(q, k, None, None, content)
+    before = memory()
+    for _ in range(100_000):  # of which each hands over two tensors, a box and a text
+        operator(q, k, None, None, content)
+    assert memory() - before < 4 << 20
+
+
+@pytest.mark.parametrize("around", ["torch.set_default_dtype(torch.float64)", "torch.set_default_device('meta')",
+                                    "torch.inference_mode().__enter__()"])  # fmt: skip
+def test_the_module_serves_wherever_it_is_imported(around):
+    code = f"import torch; {around}; import ropewalk as r; print(r._torch.served_by_module, r.counters())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stdout) == (0, f"{_torch.served_by_module} {{}}\n"), done.stderr
+
+
+FALLBACK = """
+import sys, torch, tvm_ffi
+load = tvm_ffi.load_module
+class Module:
+    def __init__(self, *args): self.module = load(*args)
+    def get_function(self, name):
+        function = self.module.get_function(name)
+        if name == "serve_torch" and sys.argv[1] == "not served": return lambda: False
+        if name == "set_find_frequencies" and sys.argv[1] == "wrong": return lambda f: function(lambda content: 0)
+        if name == "leave_torch": return lambda: (print("left"), function())[0]
+        return function
+tvm_ffi.load_module = Module
+import ropewalk
+from ropewalk import _face, _torch
+f = ropewalk.Frequencies(1e4, 64)
+q, k = torch.randn(5, 4, 64), torch.randn(5, 2, 64)
+want = ropewalk.rope(q, k, frequencies=f)
+torch.ops.ropewalk.rope_(q, k, frequencies=f._content)
+assert torch.equal(q, want[0]) and torch.equal(k, want[1]) and q._version == k._version == 1
+for out in (torch.ops.ropewalk.rope_out, torch.ops.ropewalk.rope_short_out):
+    new = torch.empty(5, 4, 64)
+    out(q, frequencies=f._content, q_out=new)
+    assert q._version == 1 and new._version == 1 and torch.equal(new, ropewalk.rope(q, frequencies=f)[0])
+torch.ops.ropewalk.rope_short_(q, k, frequencies=f._content)
+assert q._version == k._version == 2
+try: torch.ops.ropewalk.rope_(q, k[:4], frequencies=f._content)
+except ValueError as error: print(error)
+print(_torch.served_by_module)
+"""
+
+
+@pytest.mark.parametrize("why", ["not served", "wrong"])
+def test_python_serves_where_the_module_cannot(why):
+    done = subprocess.run(
+        [sys.executable, "-c", FALLBACK, why], capture_output=True, text=True, timeout=120, check=False
+    )
+    left = "left\n" if why == "wrong" and _torch.served_by_module else ""
+    want = f"{left}rope: k has 4 tokens, but q has 5\nFalse\n"
+    assert (done.returncode, done.stdout) == (0, want), done.stderr
+
+
+@pytest.mark.parametrize("asked", ["by the module", "by Python"])
+def test_a_call_asks_torch_and_tells_autograd(asked, monkeypatch):
+    if asked == "by Python":  # where the module does not find in torch what it asks
+        monkeypatch.setattr(_face, "launch", _torch._asked_here)
+    q, k = draw(5, 4, 64), draw(5, 2, 64)
+    want = ropewalk.rope(q, k, frequencies=F)
+    ropewalk.rope_(q, k, frequencies=F)
+    assert torch.equal(q, want[0]) and torch.equal(k, want[1]) and q._version == k._version == 1
+    ropewalk.rope_(q, frequencies=F, q_weight=torch.ones(64))
+    assert (q._version, k._version) == (2, 1)
+    with pytest.raises(ValueError, match="k has 4 tokens"):
+        ropewalk.rope_(q, k[:4], frequencies=F)
+    with pytest.raises(ValueError, match="k is a lazily negated view"):
+        ropewalk.rope_(q, torch._neg_view(k), frequencies=F)
+    leaf = draw(5, 4, 64).requires_grad_()
+    with pytest.raises(ValueError, match="q requires grad and is a leaf"):
+        ropewalk.rope_(leaf, k, frequencies=F)
+    assert (q._version, k._version, leaf._version) == (2, 1, 0)
+    with torch.no_grad():
+        ropewalk.rope_(leaf, k, frequencies=F)
+    assert (leaf._version, k._version) == (1, 2)
+    x = draw(5, 4, 64).requires_grad_()
+    turned = x * 1
+    ropewalk.rope_(turned, frequencies=F)  # autograd goes through it
+    (turned**2).sum().backward()
+    torch.testing.assert_close(x.grad, 2 * x.detach(), rtol=1e-5, atol=1e-5)
+    with torch.inference_mode():
+        inference = draw(5, 4, 64)
+    ropewalk.rope_(inference, frequencies=F)
+    assert torch.equal(inference, ropewalk.rope(draw(5, 4, 64), frequencies=F)[0])

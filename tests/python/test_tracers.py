@@ -184,8 +184,8 @@ def test_modes_see_the_operator(function, mode):
     want = ropewalk.rope(q, k, frequencies=F)
     with mode() as seen:
         got = function(q, k, frequencies=F)
-    name = "ropewalk.rope_.default" if function is ropewalk.rope_ else "ropewalk.rope_out.default"
-    assert any(name.removesuffix(".default") in x for x in seen.names)
+    name = "ropewalk.rope_short_" if function is ropewalk.rope_ else "ropewalk.rope_short_out"
+    assert any(name in x for x in seen.names)
     assert all(torch.equal(x, y) for x, y in zip(got, want, strict=True))
 
 
@@ -216,7 +216,7 @@ def test_make_fx():
     q, k = draw(5, 4, 64), draw(5, 2, 64, seed=1)
     graph = make_fx(step)(q.clone(), k.clone())
     targets = [str(node.target) for node in graph.graph.nodes]
-    assert "ropewalk.rope_.default" in targets and "ropewalk.rope_out.default" in targets
+    assert "ropewalk.rope_short_.default" in targets and "ropewalk.rope_short_out.default" in targets
     k_graph, k_eager = k.clone(), k.clone()
     assert torch.equal(graph(q, k_graph), step(q, k_eager)) and torch.equal(k_graph, k_eager)
 
@@ -292,7 +292,8 @@ def test_an_operator_is_said_to_write_what_it_writes(names, reads_alone):
     given = {name: given[name] for name in names.split()}
     with Seen() as seen:
         ropewalk.rope_(**given, frequencies=F)
-    assert seen.names == [f"ropewalk.rope_{'out' if reads_alone else ''}.default"]
+    short = "short_" if names in ("q k q_out k_out", "q q_out", "q k") else ""
+    assert seen.names == [f"ropewalk.rope_{short}{'out' if reads_alone else ''}.default"]
 
 
 # ---- torch.func and dual numbers

@@ -8,7 +8,8 @@ from typing import Any
 from . import _arrays, _module
 from ._frequencies import Frequencies
 
-_launch = launch = _module.function("rope")
+_launch = _module.function("rope")
+launch = _module.function("rope_unwatched")
 # Of nothing but a Frequencies; as quick as the attribute itself.
 handle_of: Any = Frequencies._handle.__get__  # type: ignore[attr-defined]
 PAIRING = _arrays.CHOICES["pairing"]

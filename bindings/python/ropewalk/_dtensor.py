@@ -238,7 +238,8 @@ def register(library: torch.library.Library, wrote: Callable[..., None]) -> None
         call, _ = _run(operator, given, written)
         wrote(*(x for name, x in call.tensors.items() if name in written))
 
-    for name, served in {"rope_": writing, "rope_out": writing, "rope": _pure, "rope_backward": _backward}.items():
+    of = dict.fromkeys(("rope_", "rope_out", "rope_short_", "rope_short_out"), writing)
+    for name, served in {**of, "rope": _pure, "rope_backward": _backward}.items():
 
         def rule(
             cls: Any, operator: Any, types: Any, args: Any, kwargs: Any = None, served: Callable[..., Any] = served

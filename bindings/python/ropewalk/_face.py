@@ -167,7 +167,7 @@ def rope_(
                 and disable_pdl is k_store_only is False
             )
             plain = offsets is cos is sin is cos_sin is axes is q_weight is k_weight is None
-            is_torch = type(q) is Tensor
+            is_torch, q_own, k_own = type(q) is Tensor, 0, 0
             if not is_torch:
                 for array in (q, k, q_out, k_out, k_cache, v_cache):  # what is written must be known to be writeable
                     if array is not None and type(array) is not NumpyArray:
@@ -175,10 +175,13 @@ def rope_(
             else:
                 if (
                     dual._current_level >= 0
-                    or q.is_neg()
-                    or (k is not None and (type(k) is not Tensor or k.is_neg()))
+                    or (k is not None and type(k) is not Tensor)
                     or (positions is not None and type(positions) is not Tensor)
                 ):
+                    raise TypeError
+                if inplace:  # then the module asks torch about q and k, in less time
+                    q_own, k_own = q._cdata, 0 if k is None else k._cdata
+                elif q.is_neg() or (k is not None and k.is_neg()):
                     raise TypeError
                 if not plain and (
                     (offsets is not None and type(offsets) is not Tensor)
@@ -209,29 +212,27 @@ def rope_(
                     )
                 ):
                     raise TypeError
-                if grad_enabled() and (
-                    q.requires_grad
-                    or (k is not None and k.requires_grad)
-                    or not plain
-                    and (
+                if not (plain and inplace) and grad_enabled():
+                    if not plain and (
                         (cos is not None and cos.requires_grad)
                         or (sin is not None and sin.requires_grad)
                         or (cos_sin is not None and cos_sin.requires_grad)
                         or (q_weight is not None and q_weight.requires_grad)
                         or (k_weight is not None and k_weight.requires_grad)
-                    )
-                    or not inplace
-                    and (
-                        (q_out is not None and q_out.requires_grad)
+                    ):
+                        raise TypeError
+                    if not inplace and (
+                        q.requires_grad
+                        or (k is not None and k.requires_grad)
+                        or (q_out is not None and q_out.requires_grad)
                         or (k_out is not None and k_out.requires_grad)
                         or (v is not None and v.requires_grad)
                         or (k_cache is not None and k_cache.requires_grad)
                         or (v_cache is not None and v_cache.requires_grad)
                         or (k_scale is not None and type(k_scale) is not float and k_scale.requires_grad)
                         or (v_scale is not None and type(v_scale) is not float and v_scale.requires_grad)
-                    )
-                ):
-                    raise TypeError
+                    ):
+                        raise TypeError
             handle = None if frequencies is None else handle_of(frequencies)
             if inplace:
                 new_q, new_k = q, k
@@ -243,15 +244,15 @@ def rope_(
                     and eps == 1e-6
                     and rounding == "fused"
                 ):
-                    launch(q, k, positions, offsets, handle, cos, sin, cos_sin, axes, PAIRING[pairing])  # fmt: skip
+                    launch(q_own, k_own, q, k, positions, offsets, handle, cos, sin, cos_sin, axes, PAIRING[pairing])
                 else:
-                    launch(q, k, positions, offsets, handle, cos, sin, cos_sin, axes, PAIRING[pairing], rotary_dim,
-                           rotary_offset, inverse, NORM[norm], q_weight, k_weight, zero_centered_weight, eps,
-                           ROUNDING[rounding])  # fmt: skip
+                    launch(q_own, k_own, q, k, positions, offsets, handle, cos, sin, cos_sin, axes, PAIRING[pairing],
+                           rotary_dim, rotary_offset, inverse, NORM[norm], q_weight, k_weight, zero_centered_weight,
+                           eps, ROUNDING[rounding])  # fmt: skip
             else:
                 new_q, new_k = q if q_out is None else q_out, None if k_store_only else k if k_out is None else k_out
-                launch(q, k, positions, offsets, handle, cos, sin, cos_sin, axes, PAIRING[pairing], rotary_dim,
-                       rotary_offset, inverse, NORM[norm], q_weight, k_weight, zero_centered_weight, eps,
+                launch(q_own, k_own, q, k, positions, offsets, handle, cos, sin, cos_sin, axes, PAIRING[pairing],
+                       rotary_dim, rotary_offset, inverse, NORM[norm], q_weight, k_weight, zero_centered_weight, eps,
                        ROUNDING[rounding], q_out, k_out, v, k_cache, v_cache, slots, k_scale, v_scale, sycl_queue,
                        disable_pdl, k_store_only)  # fmt: skip
         except (TypeError, KeyError, AttributeError, BufferError, OverflowError, RuntimeError, ValueError) as error:
@@ -259,9 +260,9 @@ def rope_(
             # of the arguments, and get messages that name the argument.
             failure = error if isinstance(error, (RuntimeError, ValueError)) else None
         else:
-            if is_torch:
+            if is_torch and not inplace:
                 try:  # autograd is to notice
-                    if inplace or (k_cache is None and v_cache is None):
+                    if k_cache is None and v_cache is None:
                         increment_version((new_q,) if new_k is None else (new_q, new_k))
                     else:
                         _call.wrote(new_q, new_k, k_cache, v_cache)

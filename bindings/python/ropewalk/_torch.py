@@ -8,6 +8,7 @@ shape function does nothing but refuse.
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import base64
 import sys
 from typing import Any
 
@@ -32,6 +33,23 @@ _out_schema = (
     .replace("Tensor(a!) q", "Tensor q")
     .replace("Tensor(b!)? k=", "Tensor? k=")
 )
+# torch takes 60 ns for each argument that an operator has, given or not, and graphs give them all. So calls that need
+# only the first ones have operators without the rest.
+_FEW = _names.index("pairing") + 1
+_OUTPUTS = ("q_out", "k_out")
+
+
+def _short(schema: str, name: str, names: Any) -> str:
+    parts = {part.partition("=")[0].split(" ")[1]: part for part in schema[schema.index("(") + 1 : -7].split(", ")}
+    return f"{name}({', '.join(parts[each] for each in names)}) -> ()"
+
+
+_WRITING = {  # by definition, the names of the arguments
+    _schema: _names,
+    _out_schema: _names,
+    _short(_schema, "rope_short_", _names[:_FEW]): _names[:_FEW],
+    _short(_out_schema, "rope_short_out", (*_names[:_FEW], *_OUTPUTS)): [*_names[:_FEW], *_OUTPUTS],
+}
 increment_version = torch._C._increment_version
 PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
 
@@ -43,13 +61,18 @@ def _modes() -> bool:
     return traced or c._len_torch_dispatch_stack() > 0 or c._len_torch_function_stack() > 0
 
 
-def _asked_here(*values: Any) -> None:
+def _asked_here(q_own: int, k_own: int, *values: Any) -> None:
     if _modes() or torch._C._functorch.peek_interpreter_stack() is not None:
         raise TypeError("rope: torch's operators are watched")
+    written = [x for x in values[: 2 if q_own else 0] if x is not None]
+    if any(x.is_neg() or (x.requires_grad and torch.is_grad_enabled()) for x in written):
+        raise TypeError("rope: autograd is to see it")
     _call(*values)
+    wrote(*written)
 
 
-# The module's call, but a TypeError where somebody watches.
+# The module's call, but a TypeError where somebody watches. Before its arguments q's and k's `_cdata`, if they are
+# rotated in place, else 0: then it asks whether autograd lets them be overwritten, and tells it that they were.
 _KEYS = ("Python", "Tracer", "FuncTorchDynamicLayerFrontMode", "Functionalize")
 _asks_torch = _module.function("set_watching_keys")(*(int(torch._C._dispatch_key_parse(key)) for key in _KEYS))
 rope_unwatched = _module.function("rope_unwatched") if _asks_torch else _asked_here
@@ -83,7 +106,8 @@ def _run(
     _call(q, k, positions, offsets, _handles[frequencies], *others)
     if len(others) > _FIRST_OUTPUT:
         q_out, k_out, _, *caches = (*others[_FIRST_OUTPUT : _FIRST_OUTPUT + 5], None, None, None, None)[:5]
-        wrote(q if q_out is None else q_out, k if k_out is None else k_out, *caches)
+        only_stored = len(others) > _STORE_ONLY and others[_STORE_ONLY]
+        wrote(q if q_out is None else q_out, None if only_stored else k if k_out is None else k_out, *caches)
         return
     try:
         increment_version((q,) if k is None else (q, k))
@@ -91,23 +115,32 @@ def _run(
         wrote(q, k)
 
 
-_FIRST_OUTPUT = _names.index("q_out") - 5
+_FIRST_OUTPUT, _STORE_ONLY = _names.index("q_out") - 5, _names.index("k_store_only") - 5
 assert _names[_FIRST_OUTPUT + 5 :][:5] == ["q_out", "k_out", "v", "k_cache", "v_cache"]
 
 
+def _run_short_out(*values: Any) -> None:
+    first = [*values[:_FEW], *(None for _ in range(_FEW - len(values)))]
+    _run(*first[:4], first[4] or "", *first[5:], *(None for _ in range(_FIRST_OUTPUT + 5 - _FEW)), *values[_FEW:])
+
+
 def _shape(*values: Any) -> None:
+    _shape_of(_names, values)
+
+
+def _shape_of(names: list[str], values: Any) -> None:
     """For tensors without data: those that stand for others while a graph is made, and those on "meta", which would
     leave the others as they are."""
-    for name, value in zip(_names, values, strict=False):
+    for name, value in zip(names, values, strict=False):
         if isinstance(value, torch.Tensor) and value.device.type == "meta":
             raise ValueError(f"rope: {name} must hold data, but is on the meta device")
 
 
-def _rule_of_vmap(operator: Any, written: list[str]) -> Any:
+def _rule_of_vmap(operator: Any, names: list[str], written: list[str]) -> Any:
     """One call for each of vmap's."""
 
     def rule(info: Any, in_dims: Any, *values: Any) -> tuple[None, None]:
-        for name, value, dim in zip(_names, values, in_dims, strict=False):
+        for name, value, dim in zip(names, values, in_dims, strict=False):
             if name in written and value is not None and dim is None:
                 raise ValueError(
                     f"rope: {name} would be written by each of the {info.batch_size} calls of vmap, but is one for "
@@ -121,17 +154,53 @@ def _rule_of_vmap(operator: Any, written: list[str]) -> Any:
 
 
 _library = torch.library.Library("ropewalk", "DEF")
-for _definition in (_schema, _out_schema):
+for _definition, _its_names in _WRITING.items():
     _name = _definition.partition("(")[0]
     _library.define(_definition, tags=[torch.Tag.pt2_compliant_tag])
-    _library.impl(_name, _run, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"ropewalk::{_name}", _shape, lib=_library)
+    torch.library.register_fake(
+        f"ropewalk::{_name}", lambda *values, names=_its_names: _shape_of(names, values), lib=_library
+    )
     torch.library.register_vmap(
         f"ropewalk::{_name}",
-        _rule_of_vmap(getattr(torch.ops.ropewalk, _name).default,
-                      [name for name in _written if _name == "rope_" or name not in ("q", "k")]),
+        _rule_of_vmap(getattr(torch.ops.ropewalk, _name).default, _its_names,
+                      [name for name in _written if _name.endswith("_") or name not in ("q", "k")]),
         lib=_library,
     )  # fmt: skip
+
+
+def _holds() -> bool:
+    """Whether the operators, tried once, read what they are given, refuse as Python does, and have autograd notice what
+    they write. Without a token, so that no call is counted."""
+    if _modes() or in_func():
+        return True  # whoever watches is not to see it
+    quarter = (1.0).hex() + " " + base64.b64encode((1 << 62).to_bytes(8, sys.byteorder)).decode()
+    with torch.inference_mode(False), torch.no_grad():
+        q, k, out = (torch.empty((n, 1, 2), dtype=torch.float32, device="cpu") for n in (0, 3, 0))
+        try:
+            torch.ops.ropewalk.rope_short_out(q, frequencies=quarter, q_out=out)
+            versions = [q._version, out._version]
+            torch.ops.ropewalk.rope_(q, frequencies=quarter)
+            versions.append(q._version)
+            torch.ops.ropewalk.rope_(q, k, frequencies=quarter)
+        except ValueError as error:
+            return str(error) == "rope: k has 3 tokens, but q has 0" and versions == [0, 1, 1]
+        except Exception:  # of torch's, whatever it is: then Python serves
+            return False
+    return False
+
+
+def _serve() -> bool:
+    """Has the module serve the operators itself, which saves 1.3 us of a call. Whether it can, by the functions that it
+    found in torch, from 2.10 on; else they are Python's."""
+    _module.function("set_find_frequencies")(lambda content: _handles[str(content)])
+    if _module.function("serve_torch")():
+        if _holds():
+            return True
+        _module.function("leave_torch")()
+    for definition in _WRITING:
+        name = definition.partition("(")[0]
+        _library.impl(name, _run_short_out if name == "rope_short_out" else _run, "CompositeExplicitAutograd")
+    return False
 
 
 def _serves_dtensors() -> bool:
@@ -189,6 +258,9 @@ def in_func() -> bool:
 
 
 in_func._dynamo_marked_constant = True  # type: ignore[attr-defined]  # its transforms are entered while it traces, too
+
+
+served_by_module = _serve()
 
 
 def levels(x: torch.Tensor) -> list[torch.Tensor]:
@@ -597,8 +669,17 @@ def rope_(arguments: dict[str, Any]) -> None:
     _check({name: arguments[name] for name in _tensors})
     writes_k = arguments["k"] is not None and arguments["k_out"] is None and not arguments["k_store_only"]
     in_place = arguments["q_out"] is None or writes_k
+    values = {name: _TORCH_VALUES[kind](name, arguments[name]) for name, kind in _kinds}
+    rest = [name for name in _names[_FEW:] if in_place or name not in _OUTPUTS]
+    kinds = dict(_kinds)
+    if all(
+        values[name] is None if kinds[name] == "tensor" else values[name] == _DEFAULTS[kinds[name]] for name in rest
+    ):
+        operator = torch.ops.ropewalk.rope_short_ if in_place else torch.ops.ropewalk.rope_short_out
+        operator(*[values[name] for name in (*_names[:_FEW], *(() if in_place else _OUTPUTS))])
+        return
     operator = torch.ops.ropewalk.rope_ if in_place else torch.ops.ropewalk.rope_out
-    operator(*[_TORCH_VALUES[kind](name, arguments[name]) for name, kind in _kinds])
+    operator(*values.values())
 
 
 def _check_output(name: str, written: Any, shape: Any, dtype: Any) -> None:
