@@ -280,7 +280,7 @@ std::string RopeCudaSource(const RopeCudaKey& key) {
                                   "(const __grid_constant__ ", backward ? "rope_backward_cuda_args" : "rope_cuda_args",
                                   " args) {\n  ropewalk::");
   if (key.backward == kCudaSums)
-    return Text("#include \"backends/cuda/kernel/backward.cuh\"\n", kernel, "SumsBody(args);\n}\n");
+    return Text("#include \"backends/cuda/kernel/sums.cuh\"\n", kernel, "SumsBody(args);\n}\n");
   const RopeVariant& v = key.variant;
   const std::pair<const char*, int> constants[] = {
       {"Dtype", v.dtype},
