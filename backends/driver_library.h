@@ -1,4 +1,5 @@
-// A driver's library: opened when it is first wanted, once in a process, and kept to its end.
+// A driver's library: opened when it is first wanted, once in a process, and kept to its end. What runs but then is
+// cold, which compiles it for size.
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
@@ -18,8 +19,8 @@ namespace ropewalk {
 
 // The handle of the library that `variable` of the environment names, or else of `name`, one that is loaded already
 // before the system's, or of `other` (a path, or null); null with the reason in `why`.
-inline void* OpenLibrary(const char* variable, const char* name, const char* other, std::string* path,
-                         std::string* why) {
+[[gnu::cold]] inline void* OpenLibrary(const char* variable, const char* name, const char* other, std::string* path,
+                                       std::string* why) {
   if (const char* named = EnvironmentVariable(variable); named && *named) {
     *path = named;
     void* library = dlopen(named, RTLD_NOW | RTLD_LOCAL);
@@ -45,7 +46,7 @@ inline void* OpenLibrary(const char* variable, const char* name, const char* oth
 // The one `Library` of the process, opened when it is first wanted. `kLoad` opens it and says whether it can be used.
 template <class Library, Status (*kLoad)(Library*)>
 class Once {
-  static const Library* Load() {
+  [[gnu::cold]] static const Library* Load() {
     auto* loaded = new Library;
     OnWideStack([loaded] { loaded->status = kLoad(loaded); });
     return loaded;

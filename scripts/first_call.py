@@ -1,9 +1,9 @@
 """Which of our C++ files a first call from C enters: scripts/first_call.py [--verify] [cpu|cuda [CASE]].
 
 One case of `ropewalk check` of build/dev runs under valgrind's callgrind, from ropewalk_rope on. A function counts for
-the file that it was compiled from, so that headers count for the files that include them. --verify: fails unless the
-row of the backend in docs/design.md names the same files. For CUDA without a GPU set the variables at the end of
-docs/cuda.md, with an empty ROPEWALK_CACHE_DIR.
+the file that it was compiled from, so that headers count for the files that include them; what is not ours, such as a
+template of the standard library, for none. --verify: fails unless the row of the backend in docs/design.md names the
+same files. For CUDA without a GPU set the variables at the end of docs/cuda.md, with an empty ROPEWALK_CACHE_DIR.
 
 SPDX-License-Identifier: Apache-2.0
 """
@@ -24,7 +24,7 @@ case = words[1] if words[1:] else "rope.bf16.neox.d128.freq.rms.packed.pos-arang
 sources: dict[str, set[str]] = {}
 for path in OBJECTS.rglob("*.o"):
     listed = subprocess.run(["nm", "--defined-only", str(path)], capture_output=True, text=True, check=True).stdout
-    for name in re.findall(r"^\S+ [tTwW] (\S+)$", listed, re.MULTILINE):
+    for name in re.findall(r"^\S+ [tTwW] (\S*ropewalk\S*)$", listed, re.MULTILINE):
         sources.setdefault(name, set()).add(str(path.relative_to(OBJECTS))[:-2])
 
 with tempfile.NamedTemporaryFile() as out:

@@ -17,7 +17,7 @@ constexpr int kMostThreads = 128;        // of a block
 constexpr int kStages = 2;               // heads on their way, of a group
 constexpr int kWarpsAtOnce = 12;         // of a multiprocessor, where a thread has kFewElements at most
 constexpr int kFewElements = 16;         // of a thread
-constexpr int kSumBytes = 16 * 1024;     // Sums in kernel/backward.cuh
+constexpr int kSumBytes = 16 * 1024;     // Sums in kernel/sums.cuh
 constexpr int kSharedBytes = 48 * 1024;  // of a block that asks for nothing
 // What the angles of a token cost in a turn that begins one, in hundredths of a turn. Seen by the times at which blocks
 // of q and of k end.

@@ -1,5 +1,5 @@
 // libcuda, opened when first needed, with our own declarations of what we call: building needs no toolkit, and the
-// library loads where there is no driver.
+// library loads where there is no driver. What is declared at the end is in context.cc.
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 

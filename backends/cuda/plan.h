@@ -36,7 +36,7 @@ inline constexpr int kCudaBlockBytes = 1024;
 inline constexpr uint16_t kFlatPages = 64;
 
 // The operation; its gradient, without and with sums for those of the weights; what adds these up
-// (kernel/backward.cuh).
+// (kernel/backward.cuh, sums.cuh).
 enum : uint8_t { kCudaForward = 0, kCudaBackward = 1, kCudaBackwardAndSums = 2, kCudaSums = 3 };
 
 // Everything a kernel is specialised for. Plain bytes without padding, so that it can be hashed and compared as such.
@@ -203,7 +203,8 @@ struct RopeCudaBackwardPlan {
 // Of a call with a norm.
 Status PlanRopeCudaBackward(const RopeBackwardCall& call, const CudaDevice& device, RopeCudaBackwardPlan* plan);
 
-// The text to compile: includes "backends/cuda/kernel/rope.cuh", or backward.cuh, and names one kernel, extern "C".
+// The text to compile: includes "backends/cuda/kernel/rope.cuh", backward.cuh or sums.cuh, and names one kernel, extern
+// "C".
 std::string RopeCudaSource(const RopeCudaKey& key);
 // What that is called: `rope_kernel`, of the gradient `rope_backward_kernel`.
 const char* RopeCudaFunction(const RopeCudaKey& key);

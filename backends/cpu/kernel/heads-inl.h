@@ -71,11 +71,6 @@ struct Group {
   template <class D, int kWidth = 1>
   static constexpr int kSecond = T::kEvenOdd || hn::MaxLanes(D()) == kLanes ? kWidth* kLanes : kLanes / 2;
 
-  // What vectors x and y of pairs are rotated with: cosines and sines; with the norm, these times weights.
-  template <class D>
-  struct Angles {
-    hn::Vec<D> x_cos, y_sin, y_cos, x_sin;
-  };
   template <class D>
   HWY_INLINE Angles<D> LoadAngles(D d, int at) const {  // of the at-th pair
     if constexpr (kFolded) {
@@ -332,9 +327,8 @@ struct Group {
       Prefetch(in + begin + later);
       VF v = T::Load(span, in + begin, 0);
       if (kFolded && ahead) {
-        VF squares = T::Load(span, in + begin + ahead, 0);
-        squares = hn::Mul(squares, squares);
-        V sum = Widened(squares);
+        const VF next = T::Load(span, in + begin + ahead, 0);
+        V sum = Widened(hn::Mul(next, next));
         if (at > 0) sum = hn::Add(sum, hn::Load(df, sums));
         hn::Store(sum, df, sums);
       }
@@ -415,21 +409,6 @@ struct Group {
     }
   }
 };
-
-// The heads of a token.
-template <class C, bool kStore, bool kNative>
-HWY_NOINLINE void DoHeads(const Heads<typename C::T>& heads) {
-  if constexpr (C::kNorm && !C::kReference) {
-    FoldWeights<C::kInterleaved>(*heads.parts, heads.cos, heads.sin, heads.weight, heads.folded);
-  }
-  for (int64_t begin = 0; begin < heads.count; begin += heads.at_once) {
-    const int64_t count = std::min(heads.at_once, heads.count - begin);
-    if constexpr (C::kNorm) {
-      if (begin > 0) Rstds<C, kNative>(heads, heads.in + begin * heads.in_head, count);
-    }
-    Group<C, kStore, kNative>{heads, *heads.parts, begin, count}.All();
-  }
-}
 
 }  // namespace HWY_NAMESPACE
 }  // namespace ropewalk

@@ -60,6 +60,21 @@ void FillToken(const void* in, void* out, const rope_strides& from, const rope_s
   }
 }
 
+// The heads of a token: as many at a time as `at_once` says.
+template <class C, bool kStore, bool kNative>
+HWY_NOINLINE void DoHeads(const Heads<typename C::T>& heads) {
+  if constexpr (C::kNorm && !C::kReference) {
+    FoldWeights<C::kInterleaved>(*heads.parts, heads.cos, heads.sin, heads.weight, heads.folded);
+  }
+  for (int64_t begin = 0; begin < heads.count; begin += heads.at_once) {
+    const int64_t count = std::min(heads.at_once, heads.count - begin);
+    if constexpr (C::kNorm) {
+      if (begin > 0) Rstds<C, kNative>(heads, heads.in + begin * heads.in_head, count);
+    }
+    Group<C, kStore, kNative>{heads, *heads.parts, begin, count}.All();
+  }
+}
+
 template <class C, bool kNative>
 HWY_NOINLINE void RopeRows(const RopeCall& call, int64_t begin, int64_t end, FirstFault* first_fault,
                            void* scratch_memory) {

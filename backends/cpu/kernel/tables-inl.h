@@ -307,6 +307,12 @@ HWY_NOINLINE void FillWeights(const RopeCall& call, const Parts& parts, const vo
   }
 }
 
+// What vectors x and y of pairs are rotated with: cosines and sines; with the norm, these times weights.
+template <class D>
+struct Angles {
+  hn::Vec<D> x_cos, y_sin, y_cos, x_sin;
+};
+
 // The elements that those of a vector are rotated with.
 template <bool kInterleaved, class D>
 struct Partners {

@@ -40,6 +40,12 @@ __device__ __forceinline__ void RotateUnit(float (&x)[K::kVector], float (&y)[K:
   }
 }
 
+// A variant whose products are not rounded: reference rounding rounds cosines and sines alone in the gradient.
+template <class K>
+struct Unrounded : K {
+  static constexpr int kRounding = kRopeRoundFused;
+};
+
 // The weights for a vector, as loaded.
 template <class K>
 using WeightWords = Words<K::kWeight == kRopeNoWeight ? 4 : kBytes<K::kWeightDtype> * K::kVector>;

@@ -10,7 +10,7 @@
 //   row[head] = v, cache[slot][head] = v               the stores               (place.cuh)
 //
 // Each stage is on or off, and every dtype and size is known, when a variant is compiled: they are the constants of
-// `K`, which backends/cuda/variant.cc writes. Comments are not part of the text that is compiled (cmake/embed.cmake).
+// `K`, which backends/cuda/plan.cc writes. Comments are not part of the text that is compiled (cmake/embed.cmake).
 //
 // Who owns what of a head. A *group* of lanes works on one head at a time. A lane owns the same elements of every head,
 // so it keeps their cosines and sines in registers for all heads of a token. It owns whole *units*: two vectors, x and

@@ -66,10 +66,7 @@ def rope(q: SupportsDLPack, k: SupportsDLPack | None = None, **options: Unpack[R
         The new q and k, like their own (torch, numpy, cupy, or jax on the CPU); None for no k, or with k_store_only.
     """
     if isinstance(q, _call.Tensor) and _call.wants_gradient((q, k, *options.values())):
-        for name in options:
-            if name not in _DEFAULTS:
-                raise TypeError(f"rope() got an unexpected keyword argument {_arrays._shown(name)}")
-        return _call.differentiable({**_DEFAULTS, **options, "q": q, "k": k})
+        return _call.differentiable({**_DEFAULTS, **_arrays.known("rope", options, _DEFAULTS), "q": q, "k": k})
     q_out = _arrays.empty_like("q", q)
     k_out = None if k is None or options.get("k_store_only") else _arrays.empty_like("k", k)
     new = rope_(q, k, q_out=q_out, k_out=k_out, **options)
@@ -80,14 +77,14 @@ def prepare(q: SupportsDLPack, k: SupportsDLPack | None = None, **options: Unpac
     """Makes all that a later `rope_` with such arguments needs (kernels, device copies), so that it neither compiles
     nor allocates and may be captured in a graph. Takes the arguments of `rope_`; reads and writes no tensor's data.
     """
-    _prepare(*_arrays.values({"q": q, "k": k, **_known("prepare", options)}))
+    _prepare(*_arrays.values({"q": q, "k": k, **_arrays.known("prepare", options, _DEFAULTS)}))
 
 
 def can_use(q: SupportsDLPack, k: SupportsDLPack | None = None, **options: Unpack[RopeOptions]) -> bool:
     """Whether `rope_` would serve such a call here: True if `prepare` succeeds, which it then has.
 
     Raises nothing but a TypeError for a keyword that `rope_` does not have."""
-    _known("can_use", options)
+    _arrays.known("can_use", options, _DEFAULTS)
     try:
         prepare(q, k, **options)
     except Exception:  # it promises an answer
@@ -97,15 +94,7 @@ def can_use(q: SupportsDLPack, k: SupportsDLPack | None = None, **options: Unpac
 
 def explain(q: SupportsDLPack, k: SupportsDLPack | None = None, **options: Unpack[RopeOptions]) -> dict[str, str]:
     """Which backend, kernel and source would serve such a call of `rope_`, and why. Writes nothing."""
-    return json.loads(_explain(*_arrays.values({"q": q, "k": k, **_known("explain", options)})))
-
-
-def _known(function: str, options: Any) -> dict[str, Any]:
-    names = {arg["name"] for arg in _module.description()}
-    for name in options:
-        if name not in names:
-            raise TypeError(f"{function}() got an unexpected keyword argument {_arrays._shown(name)}")
-    return dict(options)
+    return json.loads(_explain(*_arrays.values({"q": q, "k": k, **_arrays.known("explain", options, _DEFAULTS)})))
 
 
 # What a keyword is that was not given.
@@ -150,11 +139,6 @@ def counters() -> dict[str, int]:
 def set_threads(threads: int | None) -> None:
     """How many threads the CPU backend uses: a pool of its own, the caller's thread included. None: torch's threads if
     torch is installed (the default then, see `torch.set_num_threads`), else one."""
-    if threads is None:
-        _set_threads(1)
-        if _arrays.torch is None or not _use_torch_threads():
-            _default_threads()
-        return
-    count = _arrays.integer("set_threads: threads", threads)
-    _set_threads(count)
-    _default_threads()
+    _set_threads(1 if threads is None else _arrays.integer("set_threads: threads", threads))
+    if threads is not None or _arrays.torch is None or not _use_torch_threads():
+        _default_threads()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 import sys
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import tvm_ffi
@@ -72,6 +72,14 @@ def _shown(value: Any) -> str:
     if (torch is not None and is_a(value, torch.dtype)) or (numpy is not None and is_a(value, numpy.dtype)):
         return str(value)[:60]
     return f"a {_type_name(value)}"
+
+
+def known(function: str, options: Any, names: Container[str]) -> dict[str, Any]:
+    """The keywords that the function was given, which are all among `names`."""
+    for name in options:
+        if name not in names:
+            raise TypeError(f"{function}() got an unexpected keyword argument {_shown(name)}")
+    return options
 
 
 def integer(name: str, value: Any, low: int = -(2**63), high: int = 2**63 - 1) -> int:

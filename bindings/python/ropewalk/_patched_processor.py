@@ -220,28 +220,42 @@ def _attend(processor: Any, query: Any, key: Any, value: Any, mask: Any) -> Any:
     return out.flatten(2, 3).to(query.dtype)
 
 
-def flux(
-    self: Any,
-    attn: Any,
-    hidden_states: Any,
-    encoder_hidden_states: Any = None,
-    attention_mask: Any = None,
-    image_rotary_emb: Any = None,
-) -> Any:
-    return _serve(self, _flux, image_rotary_emb, attn, hidden_states, encoder_hidden_states, attention_mask,
-                  image_rotary_emb)  # fmt: skip
+def _attend_by_torch(query: Any, key: Any, value: Any, mask: Any, scale: Any = None) -> Any:
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    out = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+    return out.transpose(1, 2).flatten(2)
 
 
-def flux2(
-    self: Any,
-    attn: Any,
-    hidden_states: Any,
-    encoder_hidden_states: Any = None,
-    attention_mask: Any = None,
-    image_rotary_emb: Any = None,
-) -> Any:
-    return _serve(self, _flux2, image_rotary_emb, attn, hidden_states, encoder_hidden_states, attention_mask,
-                  image_rotary_emb)  # fmt: skip
+def _mask_of_heads(attn: Any, hidden_states: Any, attention_mask: Any) -> Any:
+    if attention_mask is None:
+        return None
+    batch, tokens, _ = hidden_states.shape
+    attention_mask = attn.prepare_attention_mask(attention_mask, tokens, batch)
+    return attention_mask.view(batch, attn.heads, -1, attention_mask.shape[-1])
+
+
+def _turned_as_one(state: State, attn: Any, query: Any, key: Any, tables: tuple[Any, Any]) -> tuple[Any, Any]:
+    """All heads are one row, of pairs that are neighbours: norm and rotation are over it."""
+    query, key = turned(state, Stream(query.unsqueeze(2), key.unsqueeze(2), (attn.norm_q, attn.norm_k), tables))
+    query, key = (x.squeeze(2).unflatten(2, (attn.heads, -1)) for x in (query, key))
+    return query, key
+
+
+def _call_of(body: Callable[..., Any], served: Callable[[Any], bool] | None = None) -> Callable[..., Any]:
+    """The call of a class whose stock one has these arguments. served: whether it is, by the other stream of tokens."""
+
+    def call(
+        self: Any,
+        attn: Any,
+        hidden_states: Any,
+        encoder_hidden_states: Any = None,
+        attention_mask: Any = None,
+        image_rotary_emb: Any = None,
+    ) -> Any:
+        tables = image_rotary_emb if served is None or served(encoder_hidden_states) else None
+        return _serve(self, body, tables, attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
+
+    return call
 
 
 def _heads_of_flux(state: State, attn: Any, projections: Any, tables: Any) -> tuple[Any, Any, Any]:
@@ -280,6 +294,9 @@ def _flux(
     return hidden_states, attn.to_add_out(encoder_hidden_states.contiguous())
 
 
+flux = _call_of(_flux)
+
+
 def _flux2(
     self: Any,
     state: State,
@@ -298,6 +315,9 @@ def _flux2(
     encoder_hidden_states, hidden_states = hidden_states[:, :text], hidden_states[:, text:]
     encoder_hidden_states = attn.to_add_out(encoder_hidden_states)
     return attn.to_out[1](attn.to_out[0](hidden_states)), encoder_hidden_states
+
+
+flux2 = _call_of(_flux2)
 
 
 def flux2_parallel(
@@ -429,33 +449,16 @@ def _wan(
     rotary_emb: Any,
 ) -> Any:
     query, key, value = of_wan._get_qkv_projections(attn, hidden_states, encoder_hidden_states)
-    norms = attn.norm_q, attn.norm_k
     cos, sin = rotary_emb
-    wide = _is_wide(cos, attn)
-    if wide:  # norms over all heads: those are one, whose pairs are neighbours
-        tables = cos[0].flatten(1), sin[0].flatten(1)
-        query, key = turned(state, Stream(query.unsqueeze(2), key.unsqueeze(2), norms, tables))
-        query, key = (x.squeeze(2).unflatten(2, (attn.heads, -1)) for x in (query, key))
+    if _is_wide(cos, attn):
+        query, key = _turned_as_one(state, attn, query, key, (cos[0].flatten(1), sin[0].flatten(1)))
     else:
         tables = _plain(cos[0, :, 0, 0::2]), _plain(sin[0, :, 0, 1::2])
-        query, key = (norm(x).unflatten(2, (attn.heads, -1)) for norm, x in zip(norms, (query, key), strict=True))
+        query, key = (x.unflatten(2, (attn.heads, -1)) for x in (attn.norm_q(query), attn.norm_k(key)))
         query, key = turned(state, Stream(query, key, (None, None), tables))
     value = value.unflatten(2, (attn.heads, -1))
     hidden_states = _attend(self, query, key, value, attention_mask)
     return attn.to_out[1](attn.to_out[0](hidden_states))
-
-
-def ltx(
-    self: Any,
-    attn: Any,
-    hidden_states: Any,
-    encoder_hidden_states: Any = None,
-    attention_mask: Any = None,
-    image_rotary_emb: Any = None,
-) -> Any:
-    served = encoder_hidden_states is None
-    return _serve(self, _ltx, image_rotary_emb if served else None, attn, hidden_states, encoder_hidden_states,
-                  attention_mask, image_rotary_emb)  # fmt: skip
 
 
 def _ltx(
@@ -467,30 +470,16 @@ def _ltx(
     attention_mask: Any,
     image_rotary_emb: Any,
 ) -> Any:
-    batch, tokens, _ = hidden_states.shape
-    if attention_mask is not None:
-        attention_mask = attn.prepare_attention_mask(attention_mask, tokens, batch)
-        attention_mask = attention_mask.view(batch, attn.heads, -1, attention_mask.shape[-1])
+    attention_mask = _mask_of_heads(attn, hidden_states, attention_mask)
     query, key, value = (each(hidden_states) for each in (attn.to_q, attn.to_k, attn.to_v))
-    # All heads are one row, of pairs that are neighbours: norm and rotation are over it.
     tables = of_neighbours(image_rotary_emb, query)
     tables = (tables[0][0], tables[1][0]) if tables[0].shape[0] == 1 else tables
-    query, key = turned(state, Stream(query.unsqueeze(2), key.unsqueeze(2), (attn.norm_q, attn.norm_k), tables))
-    query, key = (x.squeeze(2).unflatten(2, (attn.heads, -1)) for x in (query, key))
+    query, key = _turned_as_one(state, attn, query, key, tables)
     hidden_states = _attend(self, query, key, value.unflatten(2, (attn.heads, -1)), attention_mask)
     return attn.to_out[1](attn.to_out[0](hidden_states))
 
 
-def hunyuan_video(
-    self: Any,
-    attn: Any,
-    hidden_states: Any,
-    encoder_hidden_states: Any = None,
-    attention_mask: Any = None,
-    image_rotary_emb: Any = None,
-) -> Any:
-    return _serve(self, _hunyuan_video, image_rotary_emb, attn, hidden_states, encoder_hidden_states, attention_mask,
-                  image_rotary_emb)  # fmt: skip
+ltx = _call_of(_ltx, served=lambda encoder_hidden_states: encoder_hidden_states is None)
 
 
 def _hunyuan_video(
@@ -541,6 +530,9 @@ def _hunyuan_video(
     return hidden_states, encoder_hidden_states
 
 
+hunyuan_video = _call_of(_hunyuan_video)
+
+
 def cogvideox(
     self: Any,
     attn: Any,
@@ -565,10 +557,7 @@ def _cogvideox(
 ) -> Any:
     text = encoder_hidden_states.shape[1]
     hidden_states = torch.cat([encoder_hidden_states, hidden_states], dim=1)
-    batch, tokens, _ = hidden_states.shape
-    if attention_mask is not None:
-        attention_mask = attn.prepare_attention_mask(attention_mask, tokens, batch)
-        attention_mask = attention_mask.view(batch, attn.heads, -1, attention_mask.shape[-1])
+    attention_mask = _mask_of_heads(attn, hidden_states, attention_mask)
     projections = attn.to_q, attn.to_k, attn.to_v
     query, key, value = (each(hidden_states).unflatten(-1, (attn.heads, -1)) for each in projections)
     # The norms are LayerNorms, and the model's own.
@@ -579,9 +568,7 @@ def _cogvideox(
         query, key = (torch.cat([x[:, :text], y], dim=1) for x, y in zip((query, key), image, strict=True))
     else:
         turned(state, Stream(query[:, text:], key[:, text:], (None, None), tables))
-    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-    hidden_states = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask)
-    hidden_states = hidden_states.transpose(1, 2).flatten(2)
+    hidden_states = _attend_by_torch(query, key, value, attention_mask)
     hidden_states = attn.to_out[1](attn.to_out[0](hidden_states))
     return hidden_states[:, text:], hidden_states[:, :text]
 
@@ -624,11 +611,7 @@ def _lumina2(
         key, value = (x.unsqueeze(3).repeat(1, 1, 1, repeats, 1).flatten(2, 3) for x in (key, value))
     if attention_mask is not None:
         attention_mask = attention_mask.bool().view(batch, 1, 1, -1)
-    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-    hidden_states = torch.nn.functional.scaled_dot_product_attention(
-        query, key, value, attn_mask=attention_mask, scale=scale
-    )
-    hidden_states = hidden_states.transpose(1, 2).flatten(2).type_as(query)
+    hidden_states = _attend_by_torch(query, key, value, attention_mask, scale).type_as(query)
     return attn.to_out[1](attn.to_out[0](hidden_states))
 
 
