@@ -481,7 +481,7 @@ TEST_F(CudaHost, OnlyFilesOfItsOwnAreLoaded) {
       EXPECT_EQ(Compilations(), ++expected) << why;
     }
   };
-  for (const mode_t wrong : {0777, 0770, 0702, 01777}) {
+  for (const mode_t wrong : {0777u, 0770u, 0702u, 01777u}) {
     chmod(cache.c_str(), wrong);
     unused("others may write it");
   }
@@ -663,7 +663,7 @@ TEST_F(CudaHost, BundlesAreRefusedWithTheReason) {
   put(Sealed("RWBUNDL1", identity, payload.substr(0, payload.size() - 3)));
   refused("it is damaged");
   put(good);
-  for (const mode_t mode : {0664, 0646}) {
+  for (const mode_t mode : {0664u, 0646u}) {
     chmod(file.c_str(), mode);
     refused("others may write it (chmod go-w)");
   }
