@@ -40,6 +40,7 @@ class Shape(NamedTuple):
     k_heads: int
     head_dim: int
     pairing: str = "neox"
+    dtype: torch.dtype = torch.bfloat16
 
 
 SHAPES = [
@@ -52,6 +53,16 @@ SHAPES = [
     Shape("d256 4k", 4096, 16, 8, 256),
     Shape("interleaved 8k", 8192, 32, 8, 128, "interleaved"),
 ]
+# SOL-ExecBench L1_068, fused_rope_application_backward: heads of q and k, batch x tokens, in float32. Its gradients of
+# cos and sin are not ours. L1_014 is the gradient of such tables alone.
+SOL = [
+    Shape(f"sol_068 {q}/{k} {batch}x{tokens}", batch * tokens, q, k, 128, dtype=torch.float32)
+    for q, k, batch, tokens in (
+        (32, 8, 1, 256), (32, 8, 1, 293), (32, 8, 1, 997), (32, 8, 1, 2053), (32, 8, 2, 128), (32, 8, 2, 541),
+        (32, 8, 2, 1024), (32, 8, 2, 2048), (32, 8, 4, 1571), (32, 8, 16, 128), (32, 8, 32, 128), (32, 32, 1, 1024),
+        (64, 8, 1, 512), (64, 8, 1, 1024), (64, 8, 1, 2048), (64, 8, 2, 512),
+    )
+]  # fmt: skip
 
 
 class Buffers:
@@ -61,7 +72,9 @@ class Buffers:
         generator = torch.Generator("cuda").manual_seed(seed)
 
         def new(heads: int) -> torch.Tensor:
-            return torch.randn((shape.tokens, heads, shape.head_dim), generator=generator, device="cuda").bfloat16()
+            return torch.randn((shape.tokens, heads, shape.head_dim), generator=generator, device="cuda").to(
+                shape.dtype
+            )
 
         self.q, self.k = new(shape.q_heads), new(shape.k_heads)
         self.dq, self.dk = new(shape.q_heads), new(shape.k_heads)
@@ -69,7 +82,7 @@ class Buffers:
         self.sums = torch.empty((2, shape.head_dim), device="cuda")
 
     def bytes(self) -> int:
-        return 3 * 2 * (self.q.numel() + self.k.numel())
+        return 3 * self.q.element_size() * (self.q.numel() + self.k.numel())
 
 
 class Case:
@@ -77,7 +90,7 @@ class Case:
         self.shape = shape
         self.frequencies = ropewalk.Frequencies(theta=THETA, rotary_dim=shape.head_dim)
         self.positions = torch.arange(shape.tokens, device="cuda")
-        self.weights = torch.linspace(0.5, 1.5, 2 * shape.head_dim, device="cuda").view(2, -1).bfloat16()
+        self.weights = torch.linspace(0.5, 1.5, 2 * shape.head_dim, device="cuda").view(2, -1).to(shape.dtype)
         first = Buffers(shape, 0)
         self.buffers = [first, *(Buffers(shape, i) for i in range(1, max(2, COLD_BYTES // first.bytes())))]
         angle = self.positions.double()[:, None] * torch.from_numpy(self.frequencies.inv_freq).cuda()
@@ -131,7 +144,8 @@ class Case:
         for name, x, grad, out, weight, got in (("q", b.q, b.dq, b.q_out, self.weights[0], b.sums[0]),
                                                 ("k", b.k, b.dk, b.k_out, self.weights[1], b.sums[1])):  # fmt: skip
             want, largest, dw, magnitude = self.exact(x, grad, weight)
-            error = (out.double() - want).abs() - 2.0**-8 * 1.001 * want.abs() - 2.0**-18 * largest
+            half_unit = torch.finfo(out.dtype).eps / 2 * 1.001
+            error = (out.double() - want).abs() - half_unit * want.abs() - 2.0**-18 * largest
             if not (error <= 0).all():
                 return f"dX of {name} is off by {error.max().item():.2e} more than it may be"
             worst = ((got.double() - dw).abs() / magnitude).max().item()
@@ -163,7 +177,7 @@ def timed(graph: torch.cuda.CUDAGraph, calls: int) -> float:
 
 def compiled(case: Case, norm: bool) -> Callable[[Buffers], None]:
     """The gradient alone of the compiled chain: its forward runs once, and its graph is kept."""
-    tables = case.cos.bfloat16(), case.sin.bfloat16()
+    tables = case.cos.to(case.shape.dtype), case.sin.to(case.shape.dtype)
     body = torch.compile(lambda q, k, w, v: (case.chain(q, w, *tables, norm), case.chain(k, v, *tables, norm)),
                          dynamic=False, fullgraph=True)  # fmt: skip
     kept: dict[int, Any] = {}
@@ -185,7 +199,7 @@ def axolotl(case: Case) -> Callable[[Buffers], None]:
     spec = importlib.util.spec_from_file_location("axolotl_rope", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    cos, sin = (torch.cat((x[:, 0], x[:, 0]), -1).bfloat16()[None] for x in (case.cos, case.sin))
+    cos, sin = (torch.cat((x[:, 0], x[:, 0]), -1).to(case.shape.dtype)[None] for x in (case.cos, case.sin))
     kept: dict[int, Any] = {}
     for b in case.buffers:
         leaves = [x.detach().requires_grad_() for x in (b.q, b.k, *case.weights)]
@@ -204,7 +218,7 @@ def axolotl(case: Case) -> Callable[[Buffers], None]:
 def liger(case: Case) -> Callable[[Buffers], None]:
     from liger_kernel.ops.rope import rope_backward  # noqa: PLC0415
 
-    cos, sin = (torch.cat((x[:, 0], x[:, 0]), -1).bfloat16()[None] for x in (case.cos, case.sin))
+    cos, sin = (torch.cat((x[:, 0], x[:, 0]), -1).to(case.shape.dtype)[None] for x in (case.cos, case.sin))
 
     def call(b: Buffers) -> None:
         rope_backward(b.dq[None].transpose(1, 2), b.dk[None].transpose(1, 2), cos, sin)
@@ -234,23 +248,24 @@ def main() -> int:
     parser.add_argument("--shapes", default="")
     parser.add_argument("--no-compile", action="store_true")
     parser.add_argument("--compile-all", action="store_true", help="torch.compile beside every shape, not two")
+    parser.add_argument("--sol", action="store_true", help="the shapes of SOL-ExecBench L1_068 instead, in float32")
     parser.add_argument("--seconds", type=float, default=80.0, help="begin no shape after so long")
     options = parser.parse_args()
     began, results, failed = time.monotonic(), [], 0
     wanted = [name for name in options.shapes.split(",") if name]
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, ropewalk {ropewalk.__version__}")
     print(f"{'shape':<16} {'':<9} {'floor':>8} {'ours':>8} {'of floor':>8} {'GB/s':>6}  peers")
-    for shape in SHAPES:
+    for shape in SOL if options.sol else SHAPES:
         if wanted and shape.name not in wanted:
             continue
         if time.monotonic() - began > options.seconds:
-            print(f"{shape.name:<16} left out: {options.seconds:.0f} seconds are over")
+            print(f"{shape.name:<22} left out: {options.seconds:.0f} seconds are over")
             continue
         case = Case(shape)
         wrong = case.check()
         if wrong:
             failed += 1
-            print(f"{shape.name:<16} WRONG: {wrong}")
+            print(f"{shape.name:<22} WRONG: {wrong}")
             continue
         for norm in (True, False):
             contenders: dict[str, Callable[[Buffers], None]] = {
@@ -272,10 +287,10 @@ def main() -> int:
             ours, floor = us.get("ours", float("nan")), us.get("floor", float("nan"))
             others = ", ".join(f"{name} {us[name]:.2f}" for name in us if name not in ("ours", "floor"))
             rate = case.buffers[0].bytes() / ours / 1e3
-            print(f"{shape.name:<16} {'norm+rope' if norm else 'rope':<9} {floor:8.2f} {ours:8.2f} {ours / floor:8.3f} "
+            print(f"{shape.name:<22} {'norm+rope' if norm else 'rope':<9} {floor:8.2f} {ours:8.2f} {ours / floor:8.3f} "
                   f"{rate:6.0f}  {others}", flush=True)  # fmt: skip
-            results.append({**shape._asdict(), "norm": norm, "us": us, "of_floor": ours / floor,
-                            "bytes": case.buffers[0].bytes()})  # fmt: skip
+            results.append({**shape._asdict(), "dtype": str(shape.dtype), "norm": norm, "us": us,
+                            "of_floor": ours / floor, "bytes": case.buffers[0].bytes()})  # fmt: skip
         del case
         torch.cuda.empty_cache()
     if options.json:
