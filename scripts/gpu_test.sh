@@ -4,8 +4,10 @@
 # with a driver and NVRTC and without a network:
 #   scripts/gpu_test.sh REPORT.md [conformance] [random] [gradients] [sanitizer] [python]     the parts named, else all
 # random:K/N is the K-th of N parts of the random calls, K from 0 on, each with a seed of its own, for a machine that gives a
-# command so much time only: their kernels take the time, about 6,000 of them. engines (not among all): every model of
-# conformance/models.cc as tensor-parallel ranks have it, in every mode.
+# command so much time only: their kernels take the time, about 6,000 of them. Not among all: models, every model of
+# conformance/models.cc as tensor-parallel ranks have it, in every mode; engines, the plugins in the Python code of SGLang
+# and vLLM on CUDA tensors, eager and in graphs. For that .venv/engines is needed, or for another machine's Python
+# build/engines.tar.xz (scripts/setup.sh engines, engines-archive).
 # ROPEWALK: the command (build/dev/bin/ropewalk); PYTHONPATH: where the package is; SEED: another than the day's.
 # SPDX-License-Identifier: Apache-2.0
 set -uo pipefail
@@ -15,7 +17,7 @@ report=${1:?usage: scripts/gpu_test.sh REPORT.md [conformance] [random] [gradien
 shift
 parts=" ${*:-conformance random gradients sanitizer python} "
 for part in $parts; do
-  [[ $part =~ ^(conformance|random|random:[0-9]+/[1-9][0-9]*|engines|gradients|sanitizer|python)$ ]] || { echo "gpu_test: no part $part" >&2; exit 2; }
+  [[ $part =~ ^(conformance|random|random:[0-9]+/[1-9][0-9]*|engines|models|gradients|sanitizer|python)$ ]] || { echo "gpu_test: no part $part" >&2; exit 2; }
 done
 ropewalk=${ROPEWALK:-build/dev/bin/ropewalk}
 jobs=$(env -u OMP_NUM_THREADS nproc)
@@ -65,6 +67,29 @@ python_tests() {
   done | head -200
 }
 
+# plugins: tests/engines on CUDA tensors, in the engines' code that is here.
+plugins() {
+  local engines=.venv/engines
+  if [[ ! -d $engines && -f build/engines.tar.xz ]]; then
+    engines=$work/engines
+    mkdir "$engines"
+    tar xf build/engines.tar.xz -C "$engines" || touch "$work/failed"
+  fi
+  if [[ ! -d $engines ]]; then
+    echo "not run: neither .venv/engines nor build/engines.tar.xz is here"
+    return
+  fi
+  python3 -c 'import sys, torch; print("Python %d.%d.%d, torch" % sys.version_info[:3], torch.__version__)'
+  ROPEWALK_TEST_ENGINES=$(realpath "$engines") ROPEWALK_TEST_COUNTS=$work/counts OMP_NUM_THREADS=2 \
+    python3 -m pytest -q -p no:cacheprovider -k cuda tests/engines >"$work/engines.txt" 2>&1 || touch "$work/failed"
+  [[ ! -f $work/counts ]] || cat "$work/counts"
+  tail -n 1 "$work/engines.txt"
+  if ! grep -qE '^[0-9]+ passed' "$work/engines.txt"; then
+    touch "$work/failed"
+    grep -E '^(E  |FAILED|ERROR)' "$work/engines.txt" | head -120
+  fi
+}
+
 {
   echo "# Tests on a GPU"
   echo
@@ -107,7 +132,7 @@ python_tests() {
     done
     echo '```'
   fi
-  if [[ $parts == *" engines "* ]]; then
+  if [[ $parts == *" models "* ]]; then
     echo "## The heads of real models, as ranks have them: \`ropewalk check --engines\`"
     echo '```'
     printf '%-9s ' cuda
@@ -129,6 +154,12 @@ python_tests() {
     echo '```'
     python_tests tests/python/test_cuda.py tests/python/test_compat.py tests/python/test_compat_tables.py \
       tests/python/test_compat_peers.py tests/python/test_first_hour.py
+    echo '```'
+  fi
+  if [[ $parts == *" engines "* ]]; then
+    echo "## The plugins in SGLang's and vLLM's own layers, on CUDA tensors"
+    echo '```'
+    plugins
     echo '```'
   fi
   if [[ -e $work/failed ]]; then echo 'Result: FAILED'; else echo 'Result: held'; fi

@@ -11,6 +11,7 @@
 #            older SYCL for the tests of its shim (sycl8-runtime), 60 MB; the oldest tvm-ffi that serves (tvm-ffi-oldest)
 #   engines  the Python code of SGLang and vLLM, the newest and the oldest that the plugins serve, and what it imports,
 #            for `make test-engines` (engines-newest, engines-oldest, engines-packages): 750 MB downloaded, 350 MB kept
+#   engines-archive  the same for Python 3.12 of another machine, without a network: build/engines.tar.xz, 36 MB
 #   dev      formatters and checkers (dev)
 #   docs     what makes the documentation's site, in .venv/docs (docs), 70 MB
 #   zig      the C library of an older Linux, to link a wheel for other machines against (zig)
@@ -220,6 +221,20 @@ stage_engines() {
     mark "engines-$end" "$key"
   done
 }
+# For scripts/gpu_test.sh. Files of the two ends lie side by side in it, as most are the same.
+stage_engines_archive() {
+  local folder platform=() version
+  folder=$(mktemp -d)
+  for version in 2_35 2_34 2_28 2_27 2_17; do platform+=(--platform "manylinux_${version}_$(uname -m)"); done
+  python -m pip install --quiet --no-deps --no-compile --only-binary=:all: --python-version 3.12 --implementation cp \
+    "${platform[@]}" --target "$folder/packages" --require-hashes -r "$(lock_of engines-packages)"
+  ln -s "$venv"/engines/{newest,oldest} "$folder/"
+  mkdir -p build
+  (cd "$folder" && find -L newest oldest packages -type f ! -name '*.pyc' | awk -F/ '{ print substr($0, length($1) + 2) "\t" $0 }' |
+    LC_ALL=C sort | cut -f2 | tar chf - -T -) | xz -T2 -4 >build/engines.tar.xz
+  rm -rf "$folder"
+  say "engines-archive: build/engines.tar.xz"
+}
 
 # Out of .venv's own lib, whose packages go by other versions of what these need.
 stage_docs() {
@@ -282,6 +297,7 @@ stages=" $* "
 stages=${stages/ wheel full / wheel_and_full }
 stages=${stages/ wheel run / wheel_and_run }
 for stage in $stages; do
+  stage=${stage//-/_}
   declare -F "stage_$stage" >/dev/null || fail "no stage '$stage'; see the head of $0"
   "stage_$stage"
 done

@@ -103,7 +103,7 @@ case $mode in
     choose_compiler
     part "build/dev" build dev
     part "the heads of every model on the CPU" build/dev/bin/ropewalk check --engines
-    part "the same with the CUDA kernel run on the processor (build/models.md)" on_emulated_gpu build/models.md engines
+    part "the same with the CUDA kernel run on the processor (build/models.md)" on_emulated_gpu build/models.md models
     ;;
   engines)
     part "the engines' own loaders and layers (tests/engines)" env ROPEWALK_TEST_ENGINES="$venv/engines" \

@@ -1,12 +1,13 @@
-"""Walks SGLang's rotary layers and Qwen3's attention in a process in which its own loader has put Ropewalk, on the CPU:
-each against the engine's own forward. Prints what it found as JSON. Run by tests/python/test_engines.py with the stubs,
-and by test_wheels.py with the wheels.
+"""Walks SGLang's rotary layers, functions and Qwen3's attention in a process in which its own loader has put Ropewalk,
+on the CPU or a GPU: each against the engine's own forward. Prints what it found as JSON. Run by
+tests/python/test_engines.py with the stubs, and by test_wheels.py with the wheels.
 """
 
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import json
 import sys
@@ -18,9 +19,9 @@ from unittest import mock
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from stand_in import stand_in
+from shared import CUDA, DEVICE, error, run, stand_in, stands_in, walked
 
-stand_in("IPython", "aiohttp", "einops", "partial_json_parser", "sgl_kernel")
+stand_in("IPython", "aiohttp", "einops", "flashinfer", "partial_json_parser", "sgl_kernel")
 
 with contextlib.suppress(ImportError):  # transformers looks into torchvision, which what stands in for it is not up to
     from transformers import AutoProcessor  # noqa: F401
@@ -30,7 +31,6 @@ from sglang.srt.plugins import load_plugins
 
 load_plugins()
 
-import ropewalk
 from ropewalk import engines
 from sglang.srt.layers.rotary_embedding import base, factory, mrope, rope_variant
 
@@ -62,26 +62,25 @@ LAYERS: dict[str, tuple[int, int, bool, dict[str, Any] | None]] = {
 TOKENS, MOST = 33, 256
 
 
-def error(got: torch.Tensor, want: torch.Tensor) -> float:
-    want = want.double().reshape(got.shape)
-    return float((got.double() - want).norm() / want.norm())
-
-
 def inputs(head: int, dtype: torch.dtype, axes: bool, longest: int = MOST) -> tuple[Any, ...]:
     g = torch.Generator().manual_seed(7)
-    row = torch.randn((TOKENS, 7 * head), generator=g).to(dtype)  # packed: 4, 2 and 1 heads
-    positions = torch.randint(0, longest, (3, TOKENS) if axes else (TOKENS,), generator=g)
-    return row, positions
+    row = torch.randn((TOKENS, 7 * head), generator=g, device="cpu").to(DEVICE, dtype)  # packed: 4, 2 and 1 heads
+    positions = torch.randint(0, longest, (3, TOKENS) if axes else (TOKENS,), generator=g, device="cpu")
+    return row, positions.to(DEVICE)
+
+
+def shuffled(slots: int) -> torch.Tensor:
+    return torch.randperm(slots, generator=torch.Generator().manual_seed(3), device="cpu").to(DEVICE)
 
 
 def forward_of(layer: Any) -> Any:
-    """The layer's forward on a device of its own kind, of which this machine has none."""
-    own = type(layer).__name__ in ("BailingMRotaryEmbedding", "DualChunkRotaryEmbedding")
+    """On a GPU the layer's forward, which finds the one for it; else the one for GPUs, where there is one."""
+    own = CUDA or type(layer).__name__ in ("BailingMRotaryEmbedding", "DualChunkRotaryEmbedding")
     return layer.forward if own else getattr(layer, "forward_cuda", layer.forward)
 
 
-def served() -> int:
-    return sum(engines.counters()["sglang"].values())
+def only(served: dict[str, int]) -> int:
+    return sum(served.values())
 
 
 def against_native(
@@ -101,11 +100,12 @@ def against_native(
     stock = native(layer, positions, q.clone(), k.clone())
     for name, x in kept.items():  # some forwards round the table to the dtype of q
         setattr(layer, name, x)
-    before = served()
-    new_q, new_k = forward_of(layer)(positions, q, k)
+    ran = run("sglang", lambda: forward_of(layer)(positions, q, k), row, positions)
+    new_q, new_k = ran.result
     assert new_q.shape == stock[0].reshape(new_q.shape).shape and new_k.shape == k.shape
     return {
-        "served": served() - before,
+        "served": only(ran.served),
+        "launches": ran.launches,
         "error": max(error(new_q, want[0]), error(new_k, want[1])),
         "stock": max(error(a, b) for a, b in zip(stock, want, strict=True)),
         "in place": bool(new_q.data_ptr() == q.data_ptr()),
@@ -121,15 +121,16 @@ def store(layer: Any) -> dict:
     v = torch.cat((v, v), 1)
     want = layer.forward_native(positions, q.clone(), k.clone())
     k_buffer, v_buffer = torch.zeros(64, 2 * head).bfloat16(), torch.zeros(64, 2 * head).bfloat16()
-    slots = torch.randperm(64)[:TOKENS]
+    slots = shuffled(64)[:TOKENS]
     slots[5] = -1
     argument = types.SimpleNamespace(value=v, k_buffer=k_buffer, v_buffer=v_buffer, cache_loc=slots)
-    before = served()
-    forward_of(layer)(positions, q, k, fused_set_kv_buffer_arg=argument)
+    given = row, v, positions, slots, k_buffer, v_buffer
+    ran = run("sglang", lambda: forward_of(layer)(positions, q, k, fused_set_kv_buffer_arg=argument), *given)
     held = [i for i in range(64) if i not in slots.tolist()]
     keep = slots >= 0
     return {
-        "served": served() - before,
+        "served": only(ran.served),
+        "launches": ran.launches,
         "error": max(error(q, want[0]), error(k_buffer[slots[keep]], want[1][keep])),
         "stored": bool(torch.equal(k_buffer[slots[keep]], k[keep]) and torch.equal(v_buffer[slots[keep]], v[keep])),
         "others": float(k_buffer[held].abs().max() + v_buffer[held].abs().max()),
@@ -147,6 +148,8 @@ def bailing(layer: Any, dtype: torch.dtype, axes: bool) -> dict:
 
 
 def dual_chunk() -> Any:
+    if CUDA:
+        return rope_variant.DualChunkRotaryEmbedding(64, 64, MOST, 10000, True, torch.float32, 48, 16)
     with (
         mock.patch.object(torch.cuda, "current_device", lambda: 0),
         mock.patch.object(torch, "device", lambda x: "cpu"),
@@ -178,7 +181,7 @@ def qwen3(rope: Any, axes: bool, stores: bool, dtype: torch.dtype = torch.bfloat
     layer.q_norm, layer.k_norm = module.RMSNorm(head, eps=1e-6), module.RMSNorm(head, eps=1e-6)
     g = torch.Generator().manual_seed(1)
     for norm in (layer.q_norm, layer.k_norm):
-        norm.weight.data = (torch.rand(head, generator=g) + 0.5).to(dtype)
+        norm.weight.data = (torch.rand(head, generator=g, device="cpu") + 0.5).to(DEVICE, dtype)
     layer.rotary_emb = rope
     layer.use_fused_qk_norm_mrope = False  # of AMD's kernels
     if "self.use_fused_qk_norm_rope = " in inspect.getsource(module):  # from 0.5.23 on
@@ -196,27 +199,22 @@ def qwen3(rope: Any, axes: bool, stores: bool, dtype: torch.dtype = torch.bfloat
             return q
 
     layer.__dict__["attn"] = Attention()
-    slots = torch.randperm(64)[:TOKENS]
+    slots = shuffled(64)[:TOKENS]
     buffers = torch.zeros(64, 2, head, dtype=dtype), torch.zeros(64, 2, head, dtype=dtype)
     utils.enable_fused_set_kv_buffer = lambda batch: stores
     utils.create_fused_set_kv_buffer_arg = lambda value, layer, forward_batch: types.SimpleNamespace(
         value=value, k_buffer=buffers[0].view(64, -1), v_buffer=buffers[1].view(64, -1), cache_loc=slots
     )
 
-    def normed(x: torch.Tensor, norm: Any) -> torch.Tensor:
-        x = x.double().unflatten(-1, (-1, head))
-        return (x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * norm.weight.double()).flatten(1)
-
     q, k, v = row.split([4 * head, 2 * head, 2 * head], -1)
-    want = rope.forward_native(positions, normed(q, layer.q_norm).float(), normed(k, layer.k_norm).float())
-    before = dict(engines.counters()["sglang"])
-    launches = sum(ropewalk.counters().values())
+    want = rope.forward_native(positions, normed(q, layer.q_norm.weight), normed(k, layer.k_norm.weight))
+    hidden = torch.zeros(1).to(dtype)
     with deterministic():
-        layer.forward(positions, hidden_states=torch.zeros(1).to(dtype), forward_batch=None)
-    after = engines.counters()["sglang"]
+        ran = run("sglang", lambda: layer.forward(positions, hidden_states=hidden, forward_batch=None),
+                  row, positions, slots, *buffers)  # fmt: skip
     found = {
-        "served": {name: after[name] - before.get(name, 0) for name in after if after[name] != before.get(name, 0)},
-        "launches": sum(ropewalk.counters().values()) - launches,
+        "served": ran.served,
+        "launches": ran.launches,
         "error": max(error(seen["q"], want[0]), error(seen["k"], want[1])),
         "v": bool(torch.equal(seen["v"], v)),
         "save": seen["save"],
@@ -225,6 +223,51 @@ def qwen3(rope: Any, axes: bool, stores: bool, dtype: torch.dtype = torch.bfloat
         found["stored"] = bool(
             torch.equal(buffers[0][slots].flatten(1), seen["k"]) and torch.equal(buffers[1][slots].flatten(1), v)
         )
+    return found
+
+
+def normed(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    x = x.double().unflatten(-1, (-1, weight.shape[0]))
+    return (x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight.double()).flatten(1).float()
+
+
+def functions(layer: Any, dtype: torch.dtype) -> dict[str, dict]:
+    """The functions of `sglang.kernels` that rotate by the table, with a store too, and that norm and rotate."""
+    from ropewalk.compat import sglang_jit
+    from sglang.kernels.ops.attention import fused_qknorm_rope, rope
+
+    head, found = layer.head_size, {}
+    for name in ("apply_rope_with_cos_sin_cache_inplace", "the same stores", "rotary_embedding", "fused_qk_norm_rope"):
+        row, positions = inputs(head, dtype, False)
+        row = torch.cat((row, row[:, :head]), 1)
+        q, k, v = row.split([4 * head, 2 * head, 2 * head], -1)
+        weights = [(torch.arange(head) % n / n + 0.5).to(dtype) for n in (5, 7)]
+        norms = name == "fused_qk_norm_rope"
+        xs = [normed(x, w) for x, w in zip((q, k), weights, strict=True)] if norms else (q.float(), k.float())
+        want, old_v = layer.forward_native(positions, *xs), v.clone()
+        heads = [x.unflatten(-1, (-1, head)) for x in (q, k)]
+        slots = shuffled(64)[:TOKENS]
+        buffers = [torch.zeros(64, 2 * head, dtype=dtype) for _ in range(2)]
+        argument = sglang_jit.FusedSetKVBufferArg(value=v, k_buffer=buffers[0], v_buffer=buffers[1], cache_loc=slots)
+        table = layer.cos_sin_cache
+        if norms:
+            call = functools.partial(fused_qknorm_rope.fused_qk_norm_rope, row, 4, 2, 2, head, 1e-6, *weights, 10000.0,
+                                     True, positions, 1.0, 1.0, 1.0, 1.0)  # fmt: skip
+        elif name == "rotary_embedding":
+            call = functools.partial(rope.rotary_embedding, positions, *heads, head, table, True)
+        else:
+            more = {"fused_args": argument} if "stores" in name else {}
+            call = functools.partial(rope.apply_rope_with_cos_sin_cache_inplace, *heads, table, positions, is_neox=True,
+                                     **more)  # fmt: skip
+        ran = run("sglang", call, row, positions, slots, *buffers)
+        stored = "stores" not in name or (torch.equal(buffers[0][slots], k) and torch.equal(buffers[1][slots], v))
+        found[f"{name} {str(dtype)[6:]}"] = {
+            "served": only(ran.served),
+            "launches": ran.launches,
+            "error": max(error(q, want[0]), error(k, want[1])),
+            "v": bool(torch.equal(v, old_v)),
+            "stored": bool(stored),
+        }
     return found
 
 
@@ -241,9 +284,8 @@ def deterministic() -> Any:
     runtime_context.get_exec, module.get_exec = old
 
 
-def main() -> None:
-    torch.set_grad_enabled(False)
-    found: dict[str, Any] = {"layers": {}, "stores": {}, "qwen3": {}}
+def walk() -> dict[str, Any]:
+    found: dict[str, Any] = {"layers": {}, "stores": {}, "qwen3": {}, "functions": {}}
     made = {}
     for name, (head, width, neox, scaling) in LAYERS.items():
         layer = made[name] = factory.get_rope(head, width, MOST, 10000, neox, scaling, torch.float32)
@@ -270,7 +312,17 @@ def main() -> None:
         axes = name == "mrope"
         found["qwen3"][name] = qwen3(made[name], axes, False)
         found["qwen3"][f"{name} stores"] = qwen3(made[name], axes, True)
-    found["refused"] = refusals(made["default"])
+    for dtype in (torch.float32, torch.bfloat16):
+        found["functions"].update(functions(made["default"], dtype))
+    return found
+
+
+def main() -> None:
+    torch.set_grad_enabled(False)
+    torch.set_default_device(DEVICE)
+    found = walked(walk)
+    found["stands in"] = sorted(stands_in)
+    found["refused"] = refusals(factory.get_rope(128, 128, MOST, 10000, True, None, torch.float32))
     found["counters"] = engines.counters()["sglang"]
     found["stays_stock"] = engines.stays_stock()["sglang"]
     print(json.dumps(found))

@@ -1,12 +1,13 @@
-"""Calls vLLM's rotary layers and operators in a process in which its own loader has put Ropewalk, on the CPU: each
-against the layer's own forward. Prints what it found as JSON. Run by tests/python/test_engines.py with the stubs, and
-by test_wheels.py with the wheels.
+"""Calls vLLM's rotary layers and operators in a process in which its own loader has put Ropewalk, on the CPU or a
+GPU: each against the layer's own forward. Prints what it found as JSON. Run by tests/python/test_engines.py with the
+stubs, and by test_wheels.py with the wheels.
 """
 
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import sys
 import types
@@ -16,9 +17,11 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from stand_in import stand_in
+from shared import CUDA, DEVICE, error, run, stand_in, stands_in, walked
 
 stand_in("aiohttp", "cpuinfo", "xgrammar", "partial_json_parser", "llguidance", "einops")
+# vLLM's libraries of kernels, which it imports on a GPU.
+stand_in("vllm._C_stable_libtorch", "vllm.vllm_flash_attn._vllm_fa2_C", "vllm.vllm_flash_attn._vllm_fa3_C")
 
 SCHEMAS = (  # of the operators whose kernels are not here
     "rotary_embedding(Tensor positions, Tensor! query, Tensor!? key, int head_size, Tensor cos_sin_cache, "
@@ -42,7 +45,8 @@ def operators() -> list[torch.library.Library]:
         for schema in SCHEMAS:
             name = schema.partition("(")[0]
             library.define(schema)
-            library.impl(name, lambda *args, name=name: stock_calls.append(name), "CPU")
+            for key in ("CPU", "CUDA"):
+                library.impl(name, lambda *args, name=name: stock_calls.append(name), key)
         return [library, stock_calls_of]  # type: ignore[list-item]
     return [stock_calls_of]  # type: ignore[list-item]
 
@@ -70,19 +74,10 @@ LAYERS: dict[str, tuple[int, bool, dict[str, Any]]] = {
 TOKENS, MOST = 33, 256
 
 
-def error(got: torch.Tensor, want: torch.Tensor) -> float:
-    want = want.double().reshape(got.shape)
-    return float((got.double() - want).norm() / want.norm())
-
-
 def inputs(head: int, dtype: torch.dtype, axes: bool) -> tuple[Any, ...]:
     g = torch.Generator().manual_seed(7)
-    row = torch.randn((TOKENS, 8 * head), generator=g).to(dtype)  # packed: 4, 2 and 2 heads
-    return row, torch.randint(0, MOST, (3, TOKENS) if axes else (TOKENS,), generator=g)
-
-
-def served(name: str) -> int:
-    return engines.counters()["vllm"].get(name, 0)
+    row = torch.randn((TOKENS, 8 * head), generator=g, device="cpu").to(DEVICE, dtype)  # packed: 4, 2 and 2 heads
+    return row, torch.randint(0, MOST, (3, TOKENS) if axes else (TOKENS,), generator=g, device="cpu").to(DEVICE)
 
 
 def layer_of(name: str, dtype: torch.dtype) -> Any:
@@ -97,9 +92,14 @@ def layer_against_native(name: str, dtype: torch.dtype, axes: bool) -> dict:
     q, k = row[:, : 4 * head], row[:, 4 * head : 6 * head]
     want = layer.forward_native(positions, q.clone(), k.clone())
     operator = "vllm::mrope" if axes else "_C::rotary_embedding"
-    before = served(operator)
-    new_q, new_k = layer.forward_cuda(positions, q, k)
-    return {"served": served(operator) - before, "error": max(error(new_q, want[0]), error(new_k, want[1]))}
+    forward = layer.forward if CUDA else layer.forward_cuda
+    ran = run("vllm", lambda: forward(positions, q, k), row, positions)
+    new_q, new_k = ran.result
+    return {
+        "served": ran.served.get(operator, 0),
+        "launches": ran.launches,
+        "error": max(error(new_q, want[0]), error(new_k, want[1])),
+    }
 
 
 def normed(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -109,7 +109,7 @@ def normed(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 def weights(head: int, dtype: torch.dtype) -> list[torch.Tensor]:
     g = torch.Generator().manual_seed(1)
-    return [(torch.rand(head, generator=g) + 0.5).to(dtype) for _ in range(2)]
+    return [(torch.rand(head, generator=g, device="cpu") + 0.5).to(DEVICE, dtype) for _ in range(2)]
 
 
 def norm_rope(name: str, dtype: torch.dtype) -> dict:
@@ -120,11 +120,15 @@ def norm_rope(name: str, dtype: torch.dtype) -> dict:
     q, k, v = row.split([4 * head, 2 * head, 2 * head], -1)
     want = layer.forward_native(positions, normed(q, q_weight), normed(k, k_weight))
     kept_v = v.clone()
-    before = served("_C::fused_qk_norm_rope")
-    torch.ops._C.fused_qk_norm_rope(row, 4, 2, 2, head, 1e-6, q_weight, k_weight, layer.cos_sin_cache,
-                                    layer.is_neox_style, positions)  # fmt: skip
+
+    def call() -> None:
+        torch.ops._C.fused_qk_norm_rope(row, 4, 2, 2, head, 1e-6, q_weight, k_weight, layer.cos_sin_cache,
+                                        layer.is_neox_style, positions)  # fmt: skip
+
+    ran = run("vllm", call, row, positions)
     return {
-        "served": served("_C::fused_qk_norm_rope") - before,
+        "served": ran.served.get("_C::fused_qk_norm_rope", 0),
+        "launches": ran.launches,
         "error": max(error(q, want[0]), error(k, want[1])),
         "v": bool(torch.equal(v, kept_v)),
     }
@@ -148,27 +152,25 @@ def store(kind: str, dtype: torch.dtype, cache_dtype: str = "auto") -> dict:
     fp8 = cache_dtype != "auto"
     scales = types.SimpleNamespace(_k_scale=torch.tensor(0.25), _v_scale=torch.tensor(0.5))
     cache = torch.zeros(8, 2, 16, 2 * head, dtype=torch.uint8 if fp8 else dtype)  # blocks, heads, block_size, k and v
-    slots = torch.randperm(128)[: TOKENS - 2]  # two rows of padding
+    shuffled = torch.randperm(128, generator=torch.Generator().manual_seed(3), device="cpu").to(DEVICE)
+    slots = shuffled[: TOKENS - 2]  # two rows of padding
     q_out, k_out = torch.empty(TOKENS, 4, head, dtype=dtype), torch.empty(TOKENS, 2, head, dtype=dtype)
-    before = dict(engines.counters()["vllm"])
     table, neox = layer.cos_sin_cache, layer.is_neox_style
     more = cache, slots
     if kind == "norm":
         asked = impl.fused_qk_norm_rope_kvcache_supported()
-        impl.do_qk_norm_rope_kvcache_update(
-            scales, row, q_out, k_out, positions, q_weight, k_weight, 1e-6, table, neox, *more
-        )
+        call = functools.partial(impl.do_qk_norm_rope_kvcache_update, scales, row, q_out, k_out, positions, q_weight,
+                                 k_weight, 1e-6, table, neox, *more)  # fmt: skip
     elif kind == "mrope":
         asked = impl.fused_qk_norm_mrope_kvcache_supported()
-        impl.do_qk_norm_mrope_kvcache_update(
-            scales, row, q_out, positions, q_weight[None], k_weight[None], 1e-6, table, neox,
-            tuple(layer.mrope_section), False, layer.rotary_dim, *more,
-        )  # fmt: skip
+        call = functools.partial(impl.do_qk_norm_mrope_kvcache_update, scales, row, q_out, positions, q_weight[None],
+                                 k_weight[None], 1e-6, table, neox, tuple(layer.mrope_section), False,
+                                 layer.rotary_dim, *more)  # fmt: skip
     else:
         asked = impl.fused_rope_kvcache_supported()
-        impl.do_rope_and_kv_cache_update(scales, q, k, v, positions, table, neox, *more)
+        call = functools.partial(impl.do_rope_and_kv_cache_update, scales, q, k, v, positions, table, neox, *more)
         q_out = q
-    after = engines.counters()["vllm"]
+    ran = run("vllm", call, row, positions, slots, cache)
     held = cache.view(torch.float8_e4m3fn) if fp8 else cache
     rows = held.float().transpose(1, 2).flatten(0, 1)[slots]  # [tokens, heads, 2 * head]
     keys, values = rows.split(head, -1)
@@ -178,7 +180,8 @@ def store(kind: str, dtype: torch.dtype, cache_dtype: str = "auto") -> dict:
     others = torch.ones(128, dtype=torch.bool).index_fill(0, slots, False)
     return {
         "asked": bool(asked),
-        "served": sum(after.values()) - sum(before.values()),
+        "served": sum(ran.served.values()),
+        "launches": ran.launches,
         "error": error(q_out, want[0]),
         "keys": error(keys, want[1][:known]),
         "values": error(values, v[:known]),
@@ -189,16 +192,26 @@ def store(kind: str, dtype: torch.dtype, cache_dtype: str = "auto") -> dict:
 def configured() -> Any:
     """The settings without which a layer of the wheel cannot be made."""
     try:
-        from vllm.config import DeviceConfig, VllmConfig, set_current_vllm_config
+        from vllm.config import CompilationConfig, DeviceConfig, VllmConfig, set_current_vllm_config
     except ImportError:
         return contextlib.nullcontext()
-    return set_current_vllm_config(VllmConfig(device_config=DeviceConfig("cpu")))
+    more = {"compilation_config": CompilationConfig(custom_ops=["+rotary_embedding"])} if CUDA else {}
+    return set_current_vllm_config(VllmConfig(device_config=DeviceConfig(DEVICE.type), **more))
 
 
 def main() -> None:
     torch.set_grad_enabled(False)
+    torch.set_default_device(DEVICE)
     with configured():
-        print(json.dumps(walk()))
+        found = walked(walk)
+    found["stock before"] = len(stock_calls)
+    q = torch.zeros(3, 128, dtype=torch.float64)  # which Ropewalk refuses
+    torch.ops._C.rotary_embedding(torch.arange(3), q, q, 64, torch.zeros(4, 64, dtype=torch.float64), True)
+    found["stock after"] = len(stock_calls)
+    found["stands in"] = sorted(stands_in)
+    found["counters"] = engines.counters()["vllm"]
+    found["stays_stock"] = engines.stays_stock()["vllm"]
+    print(json.dumps(found))
 
 
 def walk() -> dict[str, Any]:
@@ -213,12 +226,6 @@ def walk() -> dict[str, Any]:
             found["stores"][f"{kind} {short}"] = store(kind, dtype)
     for kind in ("norm", "mrope", "rope"):
         found["stores"][f"{kind} fp8"] = store(kind, torch.bfloat16, "fp8")
-    found["stock before"] = len(stock_calls)
-    q = torch.zeros(3, 128, dtype=torch.float64)  # which Ropewalk refuses
-    torch.ops._C.rotary_embedding(torch.arange(3), q, q, 64, torch.zeros(4, 64, dtype=torch.float64), True)
-    found["stock after"] = len(stock_calls)
-    found["counters"] = engines.counters()["vllm"]
-    found["stays_stock"] = engines.stays_stock()["vllm"]
     return found
 
 

@@ -100,6 +100,14 @@ def test_sglang_qwen3_is_one_launch(walked: Any) -> None:
         assert one.get("stored", True), name
 
 
+def test_sglang_functions_are_served(walked: Any) -> None:
+    found = walked("sglang")[0]["functions"]
+    assert len(found) == 8
+    for name, one in found.items():
+        assert (one["served"], one["launches"], one["v"], one["stored"]) == (1, 1, True, True), name
+        assert one["error"] <= tolerance(name), name
+
+
 def test_sglang_refused_calls_go_the_engines_way(walked: Any) -> None:
     found, log = walked("sglang")
     assert found["refused"]["calls"] == found["refused"]["counted"] == 5
