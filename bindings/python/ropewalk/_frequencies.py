@@ -219,6 +219,12 @@ class Frequencies:
         self._recipe = ("_of_content", (content,))
         return self
 
+    def _give_away(self) -> int:
+        """The address of the core's object, which from here on nobody releases."""
+        handle = self._handle
+        del self._handle
+        return handle
+
     def __del__(self, release: Any = _release) -> None:
         if hasattr(self, "_handle"):
             release(self._handle)

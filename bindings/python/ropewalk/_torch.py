@@ -79,16 +79,15 @@ rope_unwatched = _module.function("rope_unwatched") if _asks_torch else _asked_h
 
 
 class _Handles(dict[str, "int | None"]):
-    """Addresses of the core's objects, by what graphs hold. Kept for ever, as graphs are not known to end."""
+    """Addresses of the core's objects, by what graphs hold. Kept for ever, even where this file is loaded once more:
+    graphs are not known to end, and the module keeps the addresses, too."""
 
     def __init__(self) -> None:
         super().__init__({"": None})
-        self._kept: list[Frequencies] = []
 
     def __missing__(self, content: str) -> int:
-        self._kept.append(Frequencies._of_content(content))
-        self[content] = self._kept[-1]._handle
-        return self[content]
+        # In one expression: other threads may be here for other contents.
+        return self.setdefault(content, Frequencies._of_content(content)._give_away())  # type: ignore[return-value]
 
 
 _handles = _Handles()
@@ -153,6 +152,20 @@ def _rule_of_vmap(operator: Any, names: list[str], written: list[str]) -> Any:
     return rule
 
 
+def _past_lazy_views(operator: Any, names: list[str], written: list[str]) -> Any:
+    """For lazily negated and conjugated views, instead of torch's own way with them: it looks for what was written
+    among the results, and where an operator has none, reads and releases what lies behind the end of its stack."""
+
+    def rule(*values: Any) -> None:
+        for name, x in zip(names, values, strict=False):
+            if name in written and isinstance(x, torch.Tensor) and (x.is_neg() or x.is_conj()):
+                lazily, resolve = ("negated", "resolve_neg") if x.is_neg() else ("conjugated", "resolve_conj")
+                raise ValueError(f"rope: {name} is a lazily {lazily} view: call {name}.{resolve}() first")
+        operator(*(x.resolve_conj().resolve_neg() if isinstance(x, torch.Tensor) else x for x in values))
+
+    return rule
+
+
 _library = torch.library.Library("ropewalk", "DEF")
 for _definition, _its_names in _WRITING.items():
     _name = _definition.partition("(")[0]
@@ -160,12 +173,11 @@ for _definition, _its_names in _WRITING.items():
     torch.library.register_fake(
         f"ropewalk::{_name}", lambda *values, names=_its_names: _shape_of(names, values), lib=_library
     )
-    torch.library.register_vmap(
-        f"ropewalk::{_name}",
-        _rule_of_vmap(getattr(torch.ops.ropewalk, _name).default, _its_names,
-                      [name for name in _written if _name.endswith("_") or name not in ("q", "k")]),
-        lib=_library,
-    )  # fmt: skip
+    _operator = getattr(torch.ops.ropewalk, _name).default
+    _its_written = [name for name in _written if _name.endswith("_") or name not in ("q", "k")]
+    torch.library.register_vmap(f"ropewalk::{_name}", _rule_of_vmap(_operator, _its_names, _its_written), lib=_library)
+    for _key in ("Negative", "Conjugate"):
+        _library.impl(_name, _past_lazy_views(_operator, _its_names, _its_written), _key)
 
 
 def _holds() -> bool:
