@@ -20,7 +20,7 @@ plan() {
   fi
   [[ -f $stamps/weights ]] || add "the weights of SmolLM2-135M" 95 100
   [[ -d build/wheel ]] || add "what is built" 0 200
-  say "make run: two minutes to look at, about five of two cores at the first time"
+  say "make run: two minutes to look at, about three of two cores at the first time"
   if ((${#lines[@]})); then
     printf '%s\n' "${lines[@]}"
     printf '  %-44s %5d MB to fetch, %5d MB on disk; the time to fetch comes on top\n' "in all" "$fetch" "$disk"

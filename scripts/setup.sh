@@ -259,7 +259,7 @@ wheel_key() {
 }
 wheel_is_due() { ! fresh wheel "$1" || [[ ! -x $venv/bin/ropewalk ]]; }
 build_wheel() {
-  say "wheel: building Ropewalk (about four minutes of two cores)"
+  say "wheel: building Ropewalk (about two minutes of two cores)"
   rm -rf build/dist
   python -m pip wheel . --no-build-isolation --no-deps --wheel-dir build/dist \
     --config-settings=cmake.define.ROPEWALK_WERROR=ON -v 2>&1 | build_progress

@@ -4,6 +4,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -56,6 +57,6 @@ FAKE_API int nvrtcGetProgramLog(FakeProgram* program, char* log) {
 }
 FAKE_API int nvrtcGetCUBINSize(FakeProgram* program, size_t* size) { return *size = program->cubin.size(), 0; }
 FAKE_API int nvrtcGetCUBIN(FakeProgram* program, char* cubin) {
-  std::memcpy(cubin, program->cubin.data(), program->cubin.size());
+  std::ranges::copy(program->cubin, cubin);
   return 0;
 }

@@ -185,7 +185,8 @@ void CheckEmbedding(uint32_t dtype, const Layout& layout, bool is_neox, bool wit
   SCOPED_TRACE(testing::Message() << "dtype " << dtype << " batch " << layout.batch << " heads " << layout.heads
                                   << " flat tokens " << layout.flat_tokens << " neox " << is_neox << " offsets "
                                   << with_offsets << " out of place " << out_of_place);
-  for (const auto& [head_size, rotary_dim] : {std::pair<int64_t, int64_t>{64, 64}, {128, 64}, {80, 80}, {10, 4}}) {
+  for (const auto& sizes : {std::pair<int64_t, int64_t>{64, 64}, {128, 64}, {80, 80}, {10, 4}}) {
+    const int64_t head_size = sizes.first, rotary_dim = sizes.second;
     const int64_t q_heads = 4, k_heads = 1, padding = layout.heads ? 0 : 8;
     const auto make = [&](int64_t heads) { return Tensor(dtype, layout.tensor(heads, head_size), padding); };
     Tensor query = make(q_heads), key = make(k_heads), old_query = make(q_heads), old_key = make(k_heads);

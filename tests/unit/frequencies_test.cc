@@ -227,7 +227,7 @@ TEST(Frequencies, Llama3) {
   int kept = 0, blended = 0, divided = 0;
   ExpectFrequencies(*made, [&](int64_t i) -> Quad {
     const Quad w = Plain(500000, 128, i), wavelength = 2 * kPi / w;
-    if (wavelength < 8192 / 4) return ++kept, w;
+    if (wavelength < 2048) return ++kept, w;
     if (wavelength > 8192) return ++divided, w / 8;
     const Quad smooth = (8192 / wavelength - 1) / 3;
     return ++blended, (1 - smooth) * w / 8 + smooth * w;
@@ -1148,7 +1148,7 @@ TEST(Frequencies, Llama3WithoutBlend) {
   const Handle crossed = Make(500000, 128, rule + R"("low_freq_factor": 4.0, "high_freq_factor": 1.0})");
   ExpectFrequencies(*crossed, [&](int64_t i) -> Quad {
     const Quad w = Plain(500000, 128, i);
-    return 2 * kPi / w > 8192 / 4 ? w / 16 : w;
+    return 2 * kPi / w > 2048 ? w / 16 : w;
   });
   EXPECT_EQ(crossed->warnings, "scaling.high_freq_factor should be at least low_freq_factor, 4, but is 1");
 }

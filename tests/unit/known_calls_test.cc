@@ -111,7 +111,8 @@ std::vector<Change> ChangesOf(const OwnArgs& original) {
         });
       }
       changes.push_back({Text("no ", arg.name), [&arg](OwnArgs* o) { o->Set(arg, static_cast<DLTensor*>(nullptr)); }});
-      for (const auto& [other, unused] : original.tensors) {
+      for (const auto& named : original.tensors) {
+        const std::string& other = named.first;
         if (other == arg.name || read) continue;
         changes.push_back({Text(arg.name, " where ", other, " is"), [name = std::string(arg.name), other](OwnArgs* o) {
                              const DLTensor& there = o->tensors.at(other)->tensor;
