@@ -51,9 +51,10 @@ int Return(Status status) {
   if (status.ok()) return ROPEWALK_OK;
   ThreadState* const state = OwnState();
   if (!state || status.text().empty()) return Failed(status.code(), kNoMemory);
+  const ropewalk_code code = status.code();
   state->error = std::move(status).text();
   state->last_error = state->error.c_str();
-  return status.code();
+  return code;
 }
 
 Status Thrown() noexcept {

@@ -39,6 +39,7 @@ if compgen -G "dist/ropewalk-*_$(uname -m).whl" >/dev/null; then
   cp dist/ropewalk-*_"$(uname -m)".whl "$tree/dist/"
 fi
 # The lines of README's first block of commands, by what they begin with.
+# shellcheck disable=SC2016  # backquotes of Markdown
 command_of() { sed -n '/^```$/,/^```$/p' README.md | sed -n "s/^\\($1.*\\)/\\1/p" | sed 's/ *#.*//' | head -n 1; }
 # inside COMMANDS: in the chroot, in the tree, with as little of this environment as may be.
 inside() {

@@ -51,7 +51,7 @@ tidy_file() {
   local fewer=()
   # Tests may copy as they like; what stands in for a library has that library's names.
   [[ $1 != tests/* ]] || fewer=(--checks=-performance-*)
-  [[ $1 != tests/stand_ins/* ]] || fewer=(--checks=-performance-*,-readability-identifier-naming)
+  [[ $1 != tests/stand_ins/* ]] || fewer=("--checks=-performance-*,-readability-identifier-naming")
   clang-tidy-14 "${fewer[@]}" -p "$database" --quiet --warnings-as-errors='*' --extra-arg=-Wno-unknown-warning-option \
     --extra-arg=-Wno-ignored-optimization-argument "$1" &&
     printf '%s\n' "$key" >"$stamp"

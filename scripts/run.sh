@@ -8,7 +8,7 @@ source "$(dirname "$0")/common.sh"
 
 # As counted on a fresh Debian 12 (scripts/fresh_debian.sh): MB to fetch, MB on disk.
 plan() {
-  local fetch=0 disk=0 lines=() stage
+  local fetch=0 disk=0 lines=()
   add() { lines+=("$(printf '  %-44s %5d MB to fetch, %5d MB on disk' "$1" "$2" "$3")"); fetch=$((fetch + $2)) disk=$((disk + $3)); }
   if command -v apt-get >/dev/null && ! dpkg-query -W -f='${db:Status-Status}' libhwy-dev clang g++ 2>/dev/null | grep -qx "\(installed\)\{3\}"; then
     add "the system's packages: compilers, drivers" 240 1200
