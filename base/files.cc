@@ -55,7 +55,7 @@ std::string ReadFile(const std::string& path, Trust trust, size_t most, std::str
   int opened = AT_FDCWD;
   std::string name = path;
   if (trust == Trust::kOwn) {
-    const std::string why = OpenDirectory(DirectoryOf(path), &opened);
+    std::string why = OpenDirectory(DirectoryOf(path), &opened);
     if (!why.empty()) {
       if (opened >= 0) close(opened);
       return why;
