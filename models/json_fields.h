@@ -20,7 +20,7 @@ using Json = nlohmann::json;
 
 // A value with all that it holds. The library's own destructor allocates, and ends the process if it cannot.
 struct OwnedJson : Json {
-  OwnedJson() = default;
+  OwnedJson() = default;  // NOLINT(bugprone-exception-escape): null allocates nothing
   OwnedJson(const OwnedJson&) = delete;
   OwnedJson& operator=(const OwnedJson&) = delete;
   ~OwnedJson();

@@ -389,7 +389,7 @@ void SetTensors(const ropewalk_rope_args& a, RopeCall* call) {
   const rope_params& p = call->params;
   RopeTensors& t = call->tensors;
   const auto data = [](const DLTensor* tensor) { return tensor ? DataOf(*tensor) : nullptr; };
-#define X(name, type) t.name = static_cast<type*>(data(a.name));
+#define X(name, type) t.name = static_cast<type*>(data(a.name));  // NOLINT(bugprone-macro-parentheses): a type has none
   ROPE_TENSORS(X)
 #undef X
   if (a.cos_sin) {
