@@ -129,7 +129,7 @@ class Builder final : public nlohmann::json_sax<Json> {
 
 }  // namespace
 
-OwnedJson::~OwnedJson() { Clear(this); }
+OwnedJson::~OwnedJson() { Clear(this); }  // NOLINT(bugprone-exception-escape): as the header says
 
 Status ParseJsonObject(std::string_view text, std::string_view name, OwnedJson* out) {
   const std::string file(name);
