@@ -28,6 +28,10 @@ headers() {
 tidy() {
   export database=$root/build/lint held=$root/build/tidy
   local compiled files shared
+  if ! command -v clang-tidy-14 >/dev/null; then
+    echo "clang-tidy-14 was not found, and not every release has it: Debian 12 does"
+    return 1
+  fi
   cmake --preset dev -B "$database" -DROPEWALK_ONE_UNIT=OFF -DROPEWALK_PYTHON=ON -DPython_EXECUTABLE="$venv/bin/python" >/dev/null
   mapfile -t compiled < <(sed -n "s|^ *\"file\": \"$root/\(.*\.cc\)\".*|\1|p" "$database/compile_commands.json" |
     grep -v '^build/' | sort -u)

@@ -243,7 +243,12 @@ stage_docs() {
 }
 stage_zig() { pip_stage zig "zig, whose libraries of an older glibc the wheel is linked against, 410 MB"; }
 stage_dev() {
-  install_system dev clang-tidy-14
+  # For `make lint` alone, and not in every release; `make wheel` has the rest of this stage.
+  local tidy
+  if command -v apt-get >/dev/null; then
+    mapfile -t tidy < <(known_packages clang-tidy-14)
+    install_system dev "${tidy[@]}"
+  fi
   pip_stage dev "formatters and checkers"
 }
 
