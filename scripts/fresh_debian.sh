@@ -60,7 +60,7 @@ for part in "${parts[@]}"; do
     source) inside "$(command_of 'make setup')" ;;
     pip)
       install=$(command_of 'make wheel')
-      if [[ -d $tree/dist ]]; then install=${install#*&& }; fi
+      if compgen -G "$tree/dist/ropewalk-*_$(uname -m).whl" >/dev/null; then install=${install#*&& }; fi
       inside "apt-get install -y -qq --no-install-recommends python3-venv >/dev/null; rm -rf /root/env
         python3 -m venv /root/env; PATH=/root/env/bin:\$PATH
         $install

@@ -34,8 +34,30 @@ C
       -target "$machine-linux-gnu.$version" "$work/program.c" -o "$work/program" -lm -lpthread -ldl
   done
   find "$work/cache" \( -name '*.so.*' -o -name libc_nonshared.a -o -name '*crt1.o' \) -exec cp {} "$folder/" \;
-  # libstdc++.a of a newer system asks glibc 2.32 whether there are threads: there may be.
-  echo '__attribute__((visibility("hidden"))) char __libc_single_threaded = 0;' >"$work/newer.c"
+  # libstdc++.a of a newer system asks glibc 2.32 whether there are threads: there may be. The headers of glibc 2.38 and
+  # later have other names for what reads numbers, which differ in binary literals alone.
+  cat >"$work/newer.c" <<'C'
+#include <stdarg.h>
+#define HIDDEN __attribute__((visibility("hidden")))
+#define NUMBER(type, name)                                              \
+  type old_##name(const char*, char**, int) __asm__(#name);             \
+  HIDDEN type __isoc23_##name(const char* text, char** end, int base) { \
+    return old_##name(text, end, base);                                 \
+  }
+HIDDEN char __libc_single_threaded = 0;
+NUMBER(long, strtol)
+NUMBER(unsigned long, strtoul)
+NUMBER(long long, strtoll)
+NUMBER(unsigned long long, strtoull)
+int __isoc99_vsscanf(const char*, const char*, va_list);
+HIDDEN int __isoc23_sscanf(const char* text, const char* format, ...) {
+  va_list values;
+  va_start(values, format);
+  const int found = __isoc99_vsscanf(text, format, values);
+  va_end(values);
+  return found;
+}
+C
   "$compiler" -O2 -fPIC -c "$work/newer.c" -o "$work/newer.o"
   "$archiver" rcs "$folder/libnewer.a" "$work/newer.o"
   for name in m pthread dl rt; do ln -sf "$(basename "$folder/lib$name.so."*)" "$folder/lib$name.so"; done
