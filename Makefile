@@ -85,7 +85,7 @@ format:  ## format C++ and Python in place
 	@scripts/lint.sh --fix
 
 lint:  ## formatting, ruff, shellcheck, versions, headers, clang-tidy
-	@$(setup) system base dev
+	@$(setup) system base dev tidy
 	@scripts/lint.sh
 
 docs:  ## make the generated pages and Python's rope_ anew from their tables, and the site in build/site-html

@@ -81,10 +81,9 @@ class Call:
                 self.shapes.append(started)
             times[started] = max(us, times.get(started, us))
         self.best = min(times, key=lambda shape: times[shape])
-        self.swept = None  # the shape that a sweep timed, where it is as good as the best
-        for shape in sorted((self.started(plain(shape)) for shape, _ in found.get("swept", ())), key=times.__getitem__):
-            if self.swept is None and times[shape] <= TOLERANCE * times[self.best]:
-                self.swept = shape
+        # The fastest shape that a sweep timed, where it is as good as the best.
+        swept = min((self.started(plain(shape)) for shape, _ in found.get("swept", ())), key=times.get, default=None)
+        self.swept = swept if swept and times[swept] <= TOLERANCE * times[self.best] else None
         self.over = {shape: us / times[self.best] for shape, us in times.items()}
         self.trust = float(found["trust"])
         self.over_base: dict[Shape, float] = {}  # of shapes without their start: with the best one

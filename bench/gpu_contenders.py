@@ -390,7 +390,7 @@ def sgl_kernel(problem: Problem) -> list[Contender]:
 
         def rope(index: int, neox: bool = neox) -> Callable[[], Any]:
             q, k, _ = (x.flatten(1) for x in problem.heads(problem.packed[index]))
-            positions = problem.positions.long()
+            positions = problem.wide_positions
             return lambda: module.apply_rope_with_cos_sin_cache_inplace(
                 positions, q, k, s.head_dim, problem.cos_sin, is_neox=neox)  # fmt: skip
 
@@ -401,7 +401,7 @@ def sgl_kernel(problem: Problem) -> list[Contender]:
 
 def vllm(problem: Problem) -> list[Contender]:
     operators, found, s = importlib.import_module("vllm._custom_ops"), [], problem.shape
-    cache, positions = problem.cos_sin.to(torch.bfloat16), problem.positions.long()
+    cache, positions = problem.cos_sin.to(torch.bfloat16), problem.wide_positions
     for pairing in PAIRINGS:
 
         def make(index: int, pairing: str = pairing) -> Callable[[], Any]:
@@ -437,7 +437,7 @@ def cake(problem: Problem) -> list[Contender]:
             .expand(-1, requests)
             .contiguous()
         )
-        slots = problem.positions.long() * 16 + 15
+        slots = problem.wide_positions * 16 + 15
     weights = [weight.float() for weight in problem.weights]
     norm: dict[str, Any] = {"qk_norm_policy": 2, "q_norm_weight": weights[0], "k_norm_weight": weights[1], "eps": EPS}
     one, found = torch.ones(1, device=gpu_problem.DEVICE), []

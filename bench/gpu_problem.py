@@ -122,7 +122,7 @@ class Problem:
         self.sol: Any = None  # where the shape is one of those
         self.caches: dict[Any, list[tuple[torch.Tensor, torch.Tensor]]] = {}
         page = torch.randperm(shape.slots // 16, generator=generator, device=device)
-        self.slots = page[self.positions.long() // 16] * 16 + self.positions.long() % 16
+        self.slots = page[self.wide_positions // 16] * 16 + self.wide_positions % 16
 
     def positions_of(self, dtype: torch.dtype) -> torch.Tensor:
         return self.wide_positions if dtype == torch.int64 else self.positions

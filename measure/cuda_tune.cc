@@ -202,26 +202,28 @@ class Search {
     narrow_.data = narrow_data_.data();
     narrow_.byte_offset = 0;
     narrow_.dtype.bits = 32;
-    return {};
+    return LowerRope(ArgsOf(0, /*narrow=*/true), nullptr, &narrow_call_);
   }
 
   Status CompileNarrow(const std::vector<std::optional<RopeCudaShape>>& shapes) {
-    ropewalk_rope_args args = copies_.calls()[0].args;
-    args.positions = &narrow_;
-    RopeCall call;
-    ROPEWALK_TRY(LowerRope(args, nullptr, &call));
     std::vector<RopeCudaKey> keys;
     for (const std::optional<RopeCudaShape>& shape : shapes) {
       RopeCudaPlan plan;
-      ROPEWALK_TRY(PlanRopeCuda(call, device_, {.dependent_launch = true, .shape = shape ? &*shape : nullptr}, &plan));
+      ROPEWALK_TRY(
+          PlanRopeCuda(narrow_call_, device_, {.dependent_launch = true, .shape = shape ? &*shape : nullptr}, &plan));
       keys.push_back(plan.key);
     }
     return Compile(keys, device_, keys.size());
   }
 
-  Status Call(size_t copy, bool narrow = false) {
+  ropewalk_rope_args ArgsOf(size_t copy, bool narrow) {
     ropewalk_rope_args args = copies_.calls()[copy].args;
     if (narrow) args.positions = &narrow_;
+    return args;
+  }
+
+  Status Call(size_t copy, bool narrow = false) {
+    const ropewalk_rope_args args = ArgsOf(copy, narrow);
     if (ropewalk_rope(&args, graphs_.stream()) == ROPEWALK_OK) return {};
     return Status::Internal(Text("tune: a call fails: ", ropewalk_last_error()));
   }
@@ -331,6 +333,7 @@ class Search {
   Copies copies_;
   Block narrow_data_;
   DLTensor narrow_ = {};
+  RopeCall narrow_call_;
   TunedCase& out_;
   std::set<std::string> known_;  // plans
   std::vector<TriedShape> wrong_;

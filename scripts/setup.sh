@@ -13,6 +13,7 @@
 #            for `make test-engines` (engines-newest, engines-oldest, engines-packages): 750 MB downloaded, 350 MB kept
 #   engines-archive  the same for Python 3.12 of another machine, without a network: build/engines.tar.xz, 36 MB
 #   dev      formatters and checkers (dev)
+#   tidy     clang-tidy 14, which not every release of the system has, for `make lint`
 #   docs     what makes the documentation's site, in .venv/docs (docs), 70 MB
 #   zig      the C library of an older Linux, to link a wheel for other machines against (zig)
 # A stage whose inputs have not changed is skipped, so that a second run takes under a second.
@@ -243,14 +244,9 @@ stage_docs() {
 }
 stage_zig() { pip_stage zig "zig, whose libraries of an older glibc the wheel is linked against, 410 MB"; }
 stage_dev() {
-  # For `make lint` alone, and not in every release; `make wheel` has the rest of this stage.
-  local tidy
-  if command -v apt-get >/dev/null; then
-    mapfile -t tidy < <(known_packages clang-tidy-14)
-    install_system dev "${tidy[@]}"
-  fi
   pip_stage dev "formatters and checkers"
 }
+stage_tidy() { install_system tidy clang-tidy-14; }
 
 # wheel_is_due KEY: whether the wheel of these sources is not the one installed; build_wheel: into build/dist;
 # install_wheel KEY: that one, into .venv.
