@@ -137,7 +137,7 @@ class Quantised(torch.nn.Module):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", ["llama", "qwen3"])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "olmo2"])
 @torch.no_grad()
 def test_layers_of_eight_bits(name: str, dtype: Any) -> None:
     model = model_of(name, head_dim=16).to(dtype)

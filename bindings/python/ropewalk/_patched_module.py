@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from . import Frequencies, rope, rope_
+from .compat import _common
 
 APPLY = "apply_rotary_pos_emb"
 TABLES = "position_embeddings"  # the argument that hands the cosines and sines to a layer
@@ -71,6 +72,21 @@ class Norm:
 
     eps: float
     zero_centered: bool
+
+
+@dataclass(frozen=True)
+class Wide:
+    """An RMSNorm over all heads, which Ropewalk does as that of one wide head. In a call of its own: pairs lie within
+    heads, of which the norm knows nothing. Where the layer calls its norm, not with the rotation: a layer may clamp in
+    between (OLMoE), or not rotate at all (OLMo Hybrid)."""
+
+    zero_centered: bool
+    rounding: str
+    in_place: bool
+
+
+def eps_of(norm: Any) -> Any:
+    return getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
 
 
 def halves(table: Any) -> Any:
@@ -322,6 +338,31 @@ def _norm_forward(base: Any) -> Any:
     return forward
 
 
+# What turns by no angle where a call is to turn nothing. As few elements as fill GPUs' accesses of 16 bytes, since each
+# pair has its angle calculated: 4,096 take 4 times as long on the CPU if all of them turn so.
+_STILL = 16
+
+
+def _wide_norm_forward(base: Any) -> Any:
+    @functools.wraps(base.forward)
+    def forward(self: Any, x: Any) -> Any:
+        wide = getattr(self, STATE, None)
+        if wide is None or x.dim() not in (2, 3, 4):
+            return base.forward(self, x)
+        x = x if x.stride(-1) == 1 else x.contiguous()
+        heads = x if x.dim() == 4 else x.unsqueeze(-2)
+        options: dict[str, Any] = {
+            "norm": "rms", "eps": eps_of(self), "q_weight": self.weight, "rounding": wide.rounding,
+            "zero_centered_weight": wide.zero_centered, "frequencies": _common.still(min(x.shape[-1], _STILL)),
+        }  # fmt: skip
+        if torch.is_grad_enabled() or not wide.in_place:
+            return rope(heads, **options)[0].reshape(x.shape)
+        rope_(heads, **options)
+        return x
+
+    return forward
+
+
 def _recorded_forward(base: Any) -> Any:
     @functools.wraps(base.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -334,6 +375,7 @@ _FORWARDS = {
     "attention": _attention_forward,
     "rotary": _rotary_forward,
     "norm": _norm_forward,
+    "wide norm": _wide_norm_forward,
     "recorded": _recorded_forward,
 }
 
@@ -399,7 +441,7 @@ def _rebind(module: Any, old: Any, new: Any) -> None:
 
 
 def put(module: Any, kind: str, state: Any) -> None:
-    """Makes a module one of its class with the forward of that kind: "attention", "rotary", "norm" or "recorded"."""
+    """Makes a module one of its class with the forward of that kind, one of _FORWARDS."""
     base = type(module)
     module.__class__ = _class(base, kind)
     module.__dict__[STATE] = state

@@ -50,14 +50,22 @@ class Call:
         self.rotations: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
 
     def again(self, module: Any, tables: Any = None) -> Any:
-        """What the module gives now, as `first` has it; with other tables, if they are given."""
+        """What the module gives now, as `first` has it; with other tables, if they are given.
+
+        Raises:
+            ValueError: it has overwritten a tensor that it was given, which its caller may need.
+        """
         place = list(inspect.signature(type(module).forward).parameters).index(TABLES) - 1 if tables else 0
         args, kwargs = tuple(map(_copied, self.args)), {name: _copied(value) for name, value in self.kwargs.items()}
         if tables and place < len(args):
             args = (*args[:place], tables, *args[place + 1 :])
         elif tables:
             kwargs[TABLES] = tables
-        return first(module(*args, **kwargs))
+        result = first(module(*args, **kwargs))
+        for now, before in zip((*args, *kwargs.values()), (*self.args, *self.kwargs.values()), strict=False):
+            if isinstance(now, torch.Tensor) and isinstance(before, torch.Tensor) and not torch.equal(now, before):
+                raise ValueError("a tensor that the layer is given is overwritten")
+        return result
 
     def tables(self, module: Any) -> Any:
         """The cosines and sines that the layer was handed, or None."""

@@ -13,6 +13,7 @@ kept, so that an unknown variant is refused.
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import collections
 import inspect
 import re
 from collections.abc import Iterable
@@ -32,7 +33,9 @@ from ._patched_module import (
     Fusing,
     Norm,
     Plan,
+    Wide,
     call_rotary,
+    eps_of,
     put,
     take_off,
     whole,
@@ -61,7 +64,7 @@ class Patch:
     def __init__(self, model: torch.nn.Module) -> None:
         self.model = model
         self.layers = 0  # attention layers that Ropewalk serves
-        self.fused_norms = 0  # of these, with the norm of q and k fused in
+        self.fused_norms = 0  # of these, with the norm of q and k by Ropewalk, too
         # Classes of layers that rotate and were left alone, with the reason; and "q_norm and k_norm of" a class that is
         # served, where that norm stays the model's own.
         self.skipped: dict[str, str] = {}
@@ -90,7 +93,7 @@ class Patch:
     def _count(self, model: torch.nn.Module, refusals: dict[str, ValueError], norms: dict[str, str]) -> None:
         attentions = [m for m in model.modules() if rotations_of(m) and STATE in m.__dict__]
         self.layers = len(attentions)
-        self.fused_norms = sum(m.__dict__[STATE].fuses_norm for m in attentions)
+        self.fused_norms = sum(any(STATE in norm.__dict__ for norm in _norms_of(m)) for m in attentions)
         self.skipped = {name: str(error).removeprefix("patch: ") for name, error in refusals.items()}
         self.skipped.update({f"q_norm and k_norm of {name}": why for name, why in norms.items()})
         for module in model.modules():
@@ -119,12 +122,14 @@ def patch(model: torch.nn.Module, *, angles: str = "exact", rounding: str = "fus
             where the model turns by others, from the model's own, and a warning says so. "table" uses the model's own
             cosines and sines, for parity.
         rounding: as in `ropewalk.rope_`.
-        fuse_norm: do the per-head RMSNorm of q and k in the same pass where the model has one.
+        fuse_norm: do the RMSNorm of q and k where the model has one: that of each head in the same pass, one over all
+            heads (OLMo 2, MiniMax M2) in a pass of its own.
 
     Returns:
         A Patch, also a context manager. Its `skipped` names the layers that rotate and were left as they are, with the
         reason: a vision tower beside a text model that is served, for example. It also names the norms of q and k that
-        stay the model's own where only the rotation is served, such as those over all heads (OLMo 2).
+        stay the model's own where only the rotation is served, such as those of a model that rotates one tensor a call
+        (Gemma 4).
 
     Raises:
         ValueError: the model has no such attention, is patched already, is offloaded, or all that rotates in it
@@ -186,6 +191,7 @@ class _Trial:
         self.exact: dict[Any, _Rotary] = {}  # by rotary module
         self.why_table: dict[Any, str] = {}  # likewise, if it cannot be exact
         self.norms_left: dict[str, str] = {}  # classes of layers whose norms stay their own, with the reason
+        self.uses = collections.Counter(norm for each in attentions for norm in _norms_of(each))
 
     def record(self, exact: bool) -> None:
         """Runs the model, and what of it was not reached alone."""
@@ -324,30 +330,38 @@ class _Trial:
             raise ValueError(f"patch: {base.__name__} rotates nothing in a first pass")
         dtype = next((x.dtype for x in (*call.args, *call.kwargs.values()) if isinstance(x, torch.Tensor)), None)
         handed = isinstance(tables or call.tables(attention), tuple)
-        norm, why = _find_norms(attention, forms) if self.fuse_norm else (None, "")
-        if norm and not handed:
-            norm, why = None, "the layer is not handed cosines and sines"
-        for fused in (norm, None) if norm else (None,):
+        found, why = _find_norms(attention, forms) if self.fuse_norm else (None, "")
+        if found and any(self.uses[norm] > 1 for norm in _norms_of(attention)):
+            found, why = None, "one of them is used elsewhere, too"
+        if isinstance(found, Norm) and not handed:
+            found, why = None, "the layer is not handed cosines and sines"
+        for norm in (found, None) if found else (None,):
             for in_place in (True, False):
+                fused = norm if isinstance(norm, Norm) else None
                 key = base, forms, self.rounding, fused, in_place
                 plan = self.plans.setdefault(key, Plan(*key))
-                norms = (attention.q_norm, attention.k_norm) if fused else ()
+                norms = (attention.q_norm, attention.k_norm) if norm else ()
                 self.result._set(attention, "attention", plan)
                 if fused:
                     attention.__dict__[FUSING] = fusing = Fusing(attention, fused)
                     for each in norms:
                         self.result._set(each, "norm", fusing)
+                elif norm:
+                    for each, of_it in zip(norms, norm, strict=True):
+                        once = self.rounding == "reference" and _rounds_once(each)
+                        state = Wide(of_it.zero_centered, "fused" if once else self.rounding, in_place)
+                        self.result._set(each, "wide norm", state)
                 try:
                     with in_eval(attention):
                         if same(call.again(attention, tables), call.result, dtype):
-                            if why and not fused:
+                            if why and not norm:
                                 self.norms_left[base.__name__] = f"{why}: they stay the model's own"
                             return
                     reason = f"gives another result than with its own {forms[0][0]}"
                 except (AttributeError, TypeError, ValueError, RuntimeError) as error:  # e.g. it does more with tables
                     reason = f"ends in {type(error).__name__}: {error}{_if_sharded(attention)}"
                 self.result._unset(attention, *norms)
-            why = f"with them in the same pass the layer {reason}" if fused else why
+            why = f"with them by Ropewalk the layer {reason}" if norm else why
         raise ValueError(f"patch: with Ropewalk {base.__name__} {reason}")
 
 
@@ -514,50 +528,78 @@ def _run_alone(name: str, attention: Any, hidden: Any, position_embeddings: tupl
         raise ValueError(f"patch: {name} alone ends in {type(error).__name__}: {str(error)[:200]}") from None
 
 
-def _find_norms(attention: Any, forms: tuple[tuple[str, Form], ...]) -> tuple[Norm | None, str]:
-    """The norm of q and k, if they have RMSNorms of one head each, both alike, that come before the rotation; if not,
-    why not, and "" where they have no norms."""
+def _norms_of(attention: Any) -> list[Any]:
+    """Those that the code of a layer names."""
     names = names_of(attention)
-    modules = [getattr(attention, name, None) if name in names else None for name in ("q_norm", "k_norm")]
-    if any(not isinstance(module, torch.nn.Module) or isinstance(module, torch.nn.Identity) for module in modules):
+    found = [getattr(attention, name, None) if name in names else None for name in ("q_norm", "k_norm")]
+    return [each for each in found if isinstance(each, torch.nn.Module) and not isinstance(each, torch.nn.Identity)]
+
+
+def _find_norms(attention: Any, forms: tuple[tuple[str, Form], ...]) -> tuple[Norm | tuple[Norm, Norm] | None, str]:
+    """The norm of q and k, if they have RMSNorms of one head each, both alike, that come before the rotation; RMSNorms
+    over another width, such as that of all heads. If none, why not, and "" where the layer has no norms."""
+    names, modules = names_of(attention), _norms_of(attention)
+    if len(modules) != 2:
         return None, ""
+    if any("forward" in module.__dict__ for module in modules):
+        return None, "others have put something round them"
+    head_dim = getattr(attention, "head_dim", None)
+    widths = [module.weight.numel() for module in modules if getattr(module, "weight", None) is not None]
+    if head_dim is not None and any(width != head_dim for width in widths):
+        found = [_find_norm(module, width) for module, width in zip(modules, widths, strict=False)]
+        if len(found) == 2 and found[0] and found[1]:
+            return (found[0], found[1]), ""
+        text = " and ".join(map(str, dict.fromkeys(widths)))
+        return None, f"they are norms over {text} elements, but no RMSNorms ({type(modules[0]).__name__})"
     if len(forms) != 1 or not forms[0][1].pair:
         return None, "the layer rotates q and k one by one"
     if forms[0][1].pairing == "split":
         return None, "the rotation reads neighbours and writes halves"
     if not all(names.index(name) < names.index(forms[0][0]) for name in ("q_norm", "k_norm")):
         return None, "they come after the rotation"
-    head_dim = getattr(attention, "head_dim", None)
-    widths = [module.weight.numel() for module in modules if getattr(module, "weight", None) is not None]
-    if head_dim is not None and any(width != head_dim for width in widths):
-        text = " and ".join(map(str, dict.fromkeys(widths)))
-        return None, f"they are norms over {text} elements, not over a head of {head_dim}"
     norm, other = (_find_norm(module, head_dim) for module in modules)
-    if norm is None or norm != other or modules[0] is modules[1]:
+    if norm is None or norm != other:
         return None, f"they are no two RMSNorms of a head that are alike ({type(modules[0]).__name__})"
     weights = [getattr(module, "weight", None) is None for module in modules]
     return (norm, "") if weights[0] == weights[1] else (None, "only one of them has a weight")
 
 
-def _find_norm(module: Any, head_dim: int | None) -> Norm | None:
-    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+def _find_norm(module: Any, width: int | None) -> Norm | None:
+    eps = eps_of(module)
     weight = getattr(module, "weight", None)
-    if head_dim is None or not isinstance(eps, float) or "forward" in module.__dict__:
+    if width is None or not isinstance(eps, float):
         return None
-    if getattr(module, "bias", None) is not None or (weight is not None and weight.shape != (head_dim,)):
+    if getattr(module, "bias", None) is not None or (weight is not None and weight.shape != (width,)):
         return None
     like = weight if weight is not None else torch.empty(0, device="cpu")
-    x = torch.randn((2, 3, head_dim), generator=torch.Generator().manual_seed(7), device="cpu").to(like)
+    x = torch.randn((2, 3, width), generator=torch.Generator().manual_seed(7), device="cpu").to(like)
     try:
         want = module(x).float()
     except Exception:  # an unknown norm: left as it is
         return None
-    plain = x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + eps)
+    plain = _normalised(x, eps)
     for zero_centered in (False, True):
         factor = 1.0 if weight is None else weight.float() + zero_centered
         if torch.allclose(plain * factor, want, atol=0.0, rtol=TOLERANCE.get(x.dtype, 1e-4)):
             return Norm(eps, zero_centered and weight is not None)
     return None
+
+
+def _normalised(x: Any, eps: float) -> Any:
+    return x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + eps)
+
+
+def _rounds_once(module: Any) -> bool:
+    """Whether an RMSNorm rounds behind its weight alone (OLMo 2), and not before it, too (Llama, OLMoE): tried in
+    bfloat16, whatever the model is in now."""
+    shape = (5, *module.weight.shape)
+    drawn = torch.randn(shape, generator=torch.Generator().manual_seed(7), device="cpu")
+    drawn = drawn.to(module.weight.device, torch.bfloat16)
+    x, weight = drawn[:4], drawn[4]
+    got = torch.func.functional_call(module, {"weight": weight}, (x,))
+    plain = _normalised(x, eps_of(module))
+    once, twice = (plain * weight.float()).bfloat16(), plain.bfloat16() * weight
+    return bool((got == once).sum() > (got == twice).sum())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
