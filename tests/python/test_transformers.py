@@ -157,7 +157,7 @@ def test_left_padding():
 
 
 @pytest.mark.parametrize("angles", ["table", "exact"])
-@pytest.mark.parametrize("name", ["qwen3", "gemma3_text", "phi3", "gpt_neox"])
+@pytest.mark.parametrize("name", ["qwen3", "gemma3_text", "phi3", "gpt_neox", "olmo2"])
 def test_another_default_device(name, angles):
     """As torch.set_default_device("cuda") has it while the model is elsewhere."""
     model, prompt = make(name), ids()
