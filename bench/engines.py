@@ -3,7 +3,7 @@
     python bench/engines.py [--seconds 180] [--models NAME,..] [--modes eager,graph,compile] [--json F] [--markdown F]
     python bench/engines.py --device cpu --tiny        the same in small, to try the program
 
-Layers of the shapes of Qwen3-8B, Llama-3.1-8B and Phi-4 (four, random weights, bfloat16): a decode step of 1, 16, 64
+Layers of the shapes of Qwen3-8B, Llama-3.1-8B, Phi-4 and OLMo 2 7B (four, random weights, bfloat16): a decode step of 1, 16, 64
 and 256 sequences, each with 1,024 tokens in its cache, and a prefill of 4,096 tokens. They are transformers' own, if it
 can be imported, else the same in plain torch, written here; the results say which. Attention blocks like Flux's (512
 tokens of text, 4,096 of image) and Wan's (32,760 and 75,600 tokens) are always written here.
@@ -64,6 +64,7 @@ SHAPES = [
     Shape("Qwen3-8B", 4096, 12288, 32, 8, 128, True, 1e6, "Qwen3"),
     Shape("Llama-3.1-8B", 4096, 14336, 32, 8, 128, False, 5e5, "Llama"),
     Shape("Phi-4", 5120, 17920, 40, 10, 128, False, 2.5e5, "Phi3"),
+    Shape("OLMo-2-7B", 4096, 11008, 32, 32, 128, True, 5e5, "Olmo2"),  # its norms are over all heads
 ]
 
 
@@ -263,6 +264,8 @@ def leave_out(attention: Any, norm: bool) -> None:
 def language_models(sizes: Sizes, shapes: list[Shape], like: dict[str, Any]) -> Iterator[Case]:
     source = f"transformers {transformers.__version__}" if transformers else "plain torch"
     for shape in shapes:
+        if shape.kind == "Olmo2" and not transformers:
+            continue  # plain torch's layer has norms of heads
         contenders = (of_transformers if transformers else of_plain_torch)(shape, sizes, like)
         for sequences in (*sizes.sequences, 0):
             tokens = 1 if sequences else sizes.prefill

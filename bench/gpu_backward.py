@@ -178,6 +178,7 @@ def timed(graph: torch.cuda.CUDAGraph, calls: int) -> float:
 def compiled(case: Case, norm: bool) -> Callable[[Buffers], None]:
     """The gradient alone of the compiled chain: its forward runs once, and its graph is kept."""
     tables = case.cos.to(case.shape.dtype), case.sin.to(case.shape.dtype)
+    torch._dynamo.reset()  # else it compiles for eight shapes and then no more
     body = torch.compile(lambda q, k, w, v: (case.chain(q, w, *tables, norm), case.chain(k, v, *tables, norm)),
                          dynamic=False, fullgraph=True)  # fmt: skip
     kept: dict[int, Any] = {}

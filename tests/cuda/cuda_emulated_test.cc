@@ -144,6 +144,36 @@ TEST(CudaEmulated, Gradients) {
 TEST(CudaEmulated, RandomGradients) {
   OnEmulatedGpu("random_gradients", {}, [] { ExpectGradients(RandomBackwardCases(7, 60), "random ones"); });
 }
+// On one multiprocessor each warp takes many pieces, in turns that begin and end anywhere in a token; of all sizes and
+// layouts of heads, also those whose groups leave lanes idle.
+TEST(CudaEmulated, GradientsOnOneMultiprocessor) {
+  OnEmulatedGpu("small_gpu", {{"FAKE_CUDA_SMS", "1"}}, [] {
+    std::vector<RopeCase> cases = RandomBackwardCases(8, 24);
+    for (const int64_t head_dim : {72, 80, 96, 104, 112, 128, 208}) {
+      for (const uint32_t dtype : {kBF16, kF32}) {
+        RopeCase c;
+        c.dtype = dtype;
+        c.head_dim = head_dim;
+        c.tokens = 150 + head_dim;
+        c.q_heads = head_dim % 3 ? 7 : 12;
+        c.k_heads = head_dim % 3 ? 1 : 4;
+        c.norm = true;
+        c.weight = Weight::kZeroCentered;
+        c.weight_dtype = dtype;
+        c.out_of_place = head_dim % 16 != 0;
+        if (head_dim % 5 == 0 || head_dim == 112) c.batch = 3;
+        if (head_dim == 80 || head_dim == 112 || head_dim == 96) {
+          c.angles = Angles::kTable;
+          c.positions = Positions::kRandom;
+          c.bad = Bad::kPosition;
+        }
+        c.name = CaseName(c);
+        cases.push_back(c);
+      }
+    }
+    ExpectGradients(cases, "on one multiprocessor");
+  });
+}
 // More tokens than the warps of all blocks take at once; the same bits each time.
 TEST(CudaEmulated, GradientsOfManyTokens) {
   OnEmulatedGpu("long_gradients", {}, [] {

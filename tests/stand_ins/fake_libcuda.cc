@@ -217,7 +217,8 @@ FAKE_API int cuDeviceGetName(char* name, int size, int) {
 FAKE_API int cuDeviceGetAttribute(int* value, int attribute, int device) {
   ENTER();
   const int capability = state().capabilities[static_cast<size_t>(device)];
-  *value = attribute == cu::kMultiprocessorCount      ? 132
+  const char* multiprocessors = std::getenv("FAKE_CUDA_SMS");
+  *value = attribute == cu::kMultiprocessorCount      ? (multiprocessors ? std::atoi(multiprocessors) : 132)
            : attribute == cu::kComputeCapabilityMajor ? capability / 10
            : attribute == cu::kComputeCapabilityMinor ? capability % 10
            : attribute == kL2CacheBytes               ? 50 << 20

@@ -7,6 +7,9 @@
 // of k, are dealt to the warps in pieces of a few turns, in the order of memory: what all warps read at a time lies
 // together. In a turn each group of a warp takes a head. Who owns what of a head, rope.cuh draws. No sum depends on which
 // block is first.
+//
+// In the layout `flat` the lanes of a warp fetch and write a turn's heads side by side, 16 bytes each, whichever lane owns
+// them: an access stays whole where the half of a head fills no sectors of 32 bytes, as in heads of 80.
 // SPDX-License-Identifier: Apache-2.0
 #ifndef ROPEWALK_BACKENDS_CUDA_KERNEL_BACKWARD_CUH_
 #define ROPEWALK_BACKENDS_CUDA_KERNEL_BACKWARD_CUH_
@@ -16,7 +19,15 @@
 
 namespace ropewalk {
 
-// Where a group is: its head, and where x, dY and dX of it lie.
+// A head on its way.
+struct HeadOnWay {
+  int batch, token;
+  bool new_token;     // the head before was another token's
+  rw_i64 left_bytes;  // flat: of the tensor, from its turn's first head on
+  char* out;          // else: where its dX goes
+};
+
+// The next head to be fetched by a group, and where x, dY and dX of it lie.
 struct HeadCursor {
   int batch, token, head;
   int left;        // turns of its piece, with this one
@@ -29,8 +40,10 @@ template <class K>
 __device__ __forceinline__ void BackwardBody(const rope_backward_cuda_args& b) {
   using S = Shape<K>;
   static_assert(Deals(S::kGrid) && S::kWarpTokens == 1 && TokenWarps(S::kGrid) == 1, "a warp has all its groups");
-  static_assert(!S::kFlat && K::kQHeads == 0, "a thread fetches what it owns by itself, and strides are not constants");
+  static_assert(K::kQHeads == 0, "strides are not constants");
+  static_assert(!S::kFlat || S::kSpan == K::kHeadDim, "whole heads are fetched");
   constexpr int kSize = kBytes<K::kDtype>, kWarps = K::kThreads / 32, kGroups = 32 / K::kLanes;
+  constexpr int kHeadBytes = K::kHeadDim * kSize, kTurnCopies = kGroups * kHeadBytes / 16;
   const rope_cuda_args& a = b.turn;
   const rope_params& p = a.params;
   const bool of_k = static_cast<int>(blockIdx.x) >= b.q_blocks;
@@ -40,7 +53,7 @@ __device__ __forceinline__ void BackwardBody(const rope_backward_cuda_args& b) {
   const bool idle = Idle(S::kGrid, thread);
 
   // The heads of all tokens are dealt to the warps, kGroups of them a turn and kPiece turns at a time.
-  constexpr int kPiece = kRopePieceTurns;
+  constexpr int kPiece = RopePieceTurns(K::kFlat);
   const rw_i64 all = p.batch * p.tokens * heads, all_turns = (all + kGroups - 1) / kGroups;
   const rw_i64 pieces = (all_turns + kPiece - 1) / kPiece;
   const rw_i64 warps = rw_i64{of_k ? b.k_blocks : b.q_blocks} * kWarps;
@@ -65,13 +78,15 @@ __device__ __forceinline__ void BackwardBody(const rope_backward_cuda_args& b) {
     at.out = const_cast<char*>(of(of_k ? a.k_out : a.q_out, out_strides));
   };
   // To the next turn: the one beside it, or the first one of the warp's next piece. Each token that is passed adds the
-  // way from behind its last head to the next token's first.
+  // way from behind its last head to the next token's first. In flat there is no way between. Returns how many heads
+  // on that is.
   const auto jump = static_cast<int>((warps - 1) * (kPiece * kGroups) + kGroups);
   const int jump_tokens = jump / heads;
   const auto wrap_of = [&](const rope_strides& s) { return (s.token - s.head * heads) * kSize; };
   const rw_i64 x_wrap = wrap_of(x_strides), grad_wrap = wrap_of(grad_strides), out_wrap = wrap_of(out_strides);
   const auto go_on = [&](HeadCursor& at) {
     const bool jumps = --at.left == 0;
+    if (jumps) at.left = kPiece;
     const int step = jumps ? jump : kGroups;
     int tokens = jumps ? jump_tokens : 0;
     at.head += step - tokens * heads;
@@ -80,20 +95,22 @@ __device__ __forceinline__ void BackwardBody(const rope_backward_cuda_args& b) {
       at.head -= more * heads;
       tokens += more;
     }
-    if (jumps) at.left = kPiece;
     at.new_token = tokens != 0;
     at.token += tokens;
     if (K::kBatched && at.token >= p.tokens) {
       const int batches = at.token / static_cast<int>(p.tokens);
       at.batch += batches;
       at.token -= batches * static_cast<int>(p.tokens);
-      place(at);
-      return;
+      if constexpr (!S::kFlat) place(at);
+      return step;
     }
     const auto advance = [&](const rope_strides& s, rw_i64 wrap) { return step * (s.head * kSize) + tokens * wrap; };
-    at.x += advance(x_strides, x_wrap);
-    at.grad += advance(grad_strides, grad_wrap);
-    at.out += advance(out_strides, out_wrap);
+    if constexpr (!S::kFlat) {
+      at.x += advance(x_strides, x_wrap);
+      at.grad += advance(grad_strides, grad_wrap);
+      at.out += advance(out_strides, out_wrap);
+    }
+    return step;
   };
 
   if constexpr (K::kDependentLaunch != 0) {
@@ -101,56 +118,89 @@ __device__ __forceinline__ void BackwardBody(const rope_backward_cuda_args& b) {
     LetTheNextStart<1>();  // all blocks run at once, so that the next kernel's take the place of none
   }
 
+  // Flat: all heads lie side by side. The bytes from the next turn's first head on; and what(copy) for each 16 bytes of a
+  // turn that this thread copies, if so many lie there.
+  const rw_i64 all_bytes = all * kHeadBytes;
+  rw_i64 left_bytes = all_bytes - warp * (kPiece * kGroups) * kHeadBytes;
+  const auto each_copy = [&](rw_i64 left, const auto& what) {
+#pragma unroll
+    for (int i = 0; i < (kTurnCopies + 31) / 32; ++i) {
+      const int copy = thread % 32 + 32 * i;
+      if ((kTurnCopies % 32 == 0 || copy < kTurnCopies) && copy * 16 < left) what(copy);
+    }
+  };
+
   // x and dY of the next heads are on their way through shared memory where an asynchronous copy carries a vector, else
-  // those of one head to registers. A thread reads what it fetched itself, so there is no barrier.
-  constexpr int kAhead = S::kStaged ? K::kInFlight : 1;
-  __shared__ Aligned<16> staged[S::kStaged ? (2 * K::kInFlight * S::kStageBytes + 15) / 16 : 1];
+  // those of one head to registers. A thread reads what it fetched itself, so there is no barrier; but in flat, where dX
+  // goes out through the last of the places.
+  constexpr int kAhead = S::kStaged ? K::kInFlight : 1, kPlaces = 2 * K::kInFlight + (S::kFlat ? 1 : 0);
+  __shared__ Aligned<16> staged[S::kStaged ? (kPlaces * S::kStageBytes + 15) / 16 : 1];
   Share<K> x, grad;
-  const auto staged_at = [&](int stage, int number) {
-    return reinterpret_cast<Words<S::kVectorBytes>*>(reinterpret_cast<char*>(staged) + stage * S::kStageBytes) +
-           number * K::kThreads + threadIdx.x;
+  const auto warp_at = [&](int place) {  // flat
+    return staged + (place * S::kStageBytes / 16 + thread / 32 * kTurnCopies);
+  };
+  const auto staged_at = [&](int place, int begin, int number) {
+    if constexpr (S::kFlat) {
+      return reinterpret_cast<Words<S::kVectorBytes>*>(reinterpret_cast<char*>(warp_at(place)) + group * kHeadBytes +
+                                                       begin * kSize);
+    } else {
+      return reinterpret_cast<Words<S::kVectorBytes>*>(reinterpret_cast<char*>(staged) + place * S::kStageBytes) +
+             number * K::kThreads + threadIdx.x;
+    }
   };
   // The position of a token comes the same way.
   using PositionInt = typename IntOf<K::kPositionsDtype>::Type;
   constexpr bool kFetchPosition = S::kStaged && !K::kAxes && K::kPositionsDtype != kRopeNoDtype;
   __shared__ PositionInt positions[kFetchPosition ? K::kInFlight * K::kThreads : 1];
-  int to_fetch = count;
+  int to_fetch = S::kFlat ? turns : count;
   HeadCursor ahead = {};
+  HeadOnWay on_way[kAhead] = {};  // the one to be worked on first
   const auto fetch = [&](int stage) {
+#pragma unroll
+    for (int i = 0; i + 1 < kAhead; ++i) on_way[i] = on_way[i + 1];
+    on_way[kAhead - 1] = {ahead.batch, ahead.token, ahead.new_token, S::kFlat ? left_bytes : 0, ahead.out};
+    if constexpr (S::kFlat) __syncwarp();  // all have read what was there
     if (to_fetch > 0) {
+      if constexpr (S::kFlat) {
+        const rw_i64 begin = all_bytes - left_bytes;
+        each_copy(left_bytes, [&](int copy) {
+          CopyAsync<16>(warp_at(2 * stage) + copy, static_cast<const char*>(of_k ? b.k : b.q) + begin + copy * 16);
+          CopyAsync<16>(warp_at(2 * stage + 1) + copy, static_cast<const char*>(of_k ? a.k : a.q) + begin + copy * 16);
+        });
+      }
       const auto get = [&](Share<K>& to, const char* from, int place) {
         EachVector<K>(lane, to, [&](Words<S::kVectorBytes>& words, int begin, int number) {
           if constexpr (S::kStaged) {
-            CopyAsync<S::kVectorBytes>(staged_at(place, number), from + begin * kSize);
+            CopyAsync<S::kVectorBytes>(staged_at(place, begin, number), from + begin * kSize);
           } else {
             words = Load<S::kVectorBytes>(from + begin * kSize);
           }
         });
       };
-      get(x, ahead.x, 2 * stage);
-      get(grad, ahead.grad, 2 * stage + 1);
+      if constexpr (!S::kFlat) {
+        get(x, ahead.x, 2 * stage);
+        get(grad, ahead.grad, 2 * stage + 1);
+      }
       if constexpr (kFetchPosition) {
-        if (ahead.new_token) {
+        if (ahead.new_token && (!S::kFlat || turns - to_fetch < count)) {
           CopyAsync<sizeof(PositionInt)>(&positions[stage * K::kThreads + thread],
                                          static_cast<const PositionInt*>(a.positions) +
                                              (K::kBatched ? ahead.batch * p.positions_batch : 0) +
                                              Index<K>(ahead.token, p.positions_token));
         }
       }
-      if (--to_fetch > 0) go_on(ahead);
+      if (--to_fetch > 0) left_bytes -= rw_i64{go_on(ahead)} * kHeadBytes;
     }
     if constexpr (S::kStaged) asm volatile("cp.async.commit_group;" ::: "memory");
   };
-  HeadCursor at = {};
-  if (count > 0) {
+  if (S::kFlat ? turns > 0 : count > 0) {
     const rw_i64 row = first / heads;
-    at.head = static_cast<int>(first - row * heads);
-    at.batch = K::kBatched ? static_cast<int>(row / p.tokens) : 0;
-    at.token = static_cast<int>(row - at.batch * p.tokens);
-    at.new_token = true;
-    at.left = kPiece;
-    place(at);
-    ahead = at;
+    ahead.head = static_cast<int>(first - row * heads);
+    ahead.batch = K::kBatched ? static_cast<int>(row / p.tokens) : 0;
+    ahead.token = static_cast<int>(row - ahead.batch * p.tokens);
+    ahead.new_token = true;
+    ahead.left = kPiece;
+    place(ahead);
   }
 #pragma unroll
   for (int stage = 0; stage < kAhead; ++stage) fetch(stage);
@@ -186,7 +236,9 @@ __device__ __forceinline__ void BackwardBody(const rope_backward_cuda_args& b) {
 #pragma unroll 1
   for (int turn = 0; turn < turns; ++turn) {
     const bool works = turn < count;
+    const HeadOnWay at = on_way[0];
     if constexpr (S::kStaged) asm volatile("cp.async.wait_group %0;" ::"n"(K::kInFlight - 1) : "memory");
+    if constexpr (S::kFlat) __syncwarp();
     if (works && at.new_token) {
       Token t = {at.batch, at.token, nullptr, nullptr, -1, false, false};
       rw_i64 position = 0;
@@ -205,14 +257,14 @@ __device__ __forceinline__ void BackwardBody(const rope_backward_cuda_args& b) {
     }
     Floats<K> n, g;
     float square = 0.0f;
-    EachVector<K>(lane, x, [&](Words<S::kVectorBytes>& words, int, int number) {
-      if constexpr (S::kStaged) words = *staged_at(2 * stage, number);
+    EachVector<K>(lane, x, [&](Words<S::kVectorBytes>& words, int begin, int number) {
+      if constexpr (S::kStaged) words = *staged_at(2 * stage, begin, number);
       Unpack<K::kDtype, K::kVector>(words, n.v[number]);
 #pragma unroll
       for (int j = 0; j < K::kVector; ++j) square = fmaf(n.v[number][j], n.v[number][j], square);
     });
-    EachVector<K>(lane, grad, [&](Words<S::kVectorBytes>& words, int, int number) {
-      if constexpr (S::kStaged) words = *staged_at(2 * stage + 1, number);
+    EachVector<K>(lane, grad, [&](Words<S::kVectorBytes>& words, int begin, int number) {
+      if constexpr (S::kStaged) words = *staged_at(2 * stage + 1, begin, number);
       Unpack<K::kDtype, K::kVector>(words, g.v[number]);
     });
 #pragma unroll
@@ -241,12 +293,11 @@ __device__ __forceinline__ void BackwardBody(const rope_backward_cuda_args& b) {
     const float mean_along = SumOfGroup<K::kLanes>(along, lane) * (1.0f / K::kHeadDim);
     fetch(stage);  // to where this head's values lay, which have all been read
     stage = stage + 1 == kAhead ? 0 : stage + 1;
-    if (!works) continue;
-    char* const out = at.out;
-    go_on(at);
-    if ((S::kTable || K::kCheckAxes) && poisoned) {
-      FillHead<K>(nullptr, out, true, lane);
-    } else {
+    const bool fills = (S::kTable || K::kCheckAxes) && poisoned;
+    if (!S::kFlat && !works) continue;
+    if (!S::kFlat && fills) {
+      FillHead<K>(nullptr, at.out, true, lane);
+    } else if (works) {
       EachVector<K>(lane, weights, [&](const WeightWords<K>&, int begin, int number) {
         float dx[K::kVector];
 #pragma unroll
@@ -254,11 +305,22 @@ __device__ __forceinline__ void BackwardBody(const rope_backward_cuda_args& b) {
           const float unit = n.v[number][j];
           dx[j] = scale_down * fmaf(-unit, mean_along, scaled.v[number][j]);
           if constexpr (K::kSums != 0) {
-            run[number * K::kVector + j] = fmaf(g.v[number][j], unit, run[number * K::kVector + j]);
+            float& term = run[number * K::kVector + j];
+            if (!S::kFlat || !fills) term = fmaf(g.v[number][j], unit, term);
           }
         }
-        Store(out + begin * kSize, Pack<K::kDtype, K::kVector>(dx));
+        const auto words = Pack<K::kDtype, K::kVector>(dx);
+        if constexpr (S::kFlat) {
+          *staged_at(kPlaces - 1, begin, number) = fills ? Nans<K, S::kVectorBytes>() : words;
+        } else {
+          Store(at.out + begin * kSize, words);
+        }
       });
+    }
+    if constexpr (S::kFlat) {
+      __syncwarp();
+      char* const out = static_cast<char*>(of_k ? a.k_out : a.q_out) + (all_bytes - at.left_bytes);
+      each_copy(at.left_bytes, [&](int copy) { Store(out + copy * 16, warp_at(kPlaces - 1)[copy].words); });
     }
     if constexpr (K::kSums != 0) {
       if (turn % Sizes::kRun == Sizes::kRun - 1) end_run();

@@ -6,7 +6,7 @@
 #include "backends/cuda/kernel/args.h"
 
 // A warp takes so many turns, which lie together in memory, before the next warp's begin.
-constexpr int kRopePieceTurns = 2;
+ROPEWALK_HOST_DEVICE constexpr int RopePieceTurns(bool flat) { return flat ? 8 : 2; }
 
 // A block adds up so many elements of a weight's gradient: 32 bytes, which memory is read in. A row of sums has whole
 // ones.

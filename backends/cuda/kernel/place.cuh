@@ -182,17 +182,25 @@ __device__ __forceinline__ void StoreV(const HeadPlace& head, int lane) {
   }
 }
 
+template <class K, int kSize>
+__device__ __forceinline__ Words<kSize> Nans() {
+  Words<kSize> words;
+#pragma unroll
+  for (int i = 0; i < Words<kSize>::kCount; ++i) {
+    words.w[i] = K::kDtype == kRopeF16 ? 0x7e007e00 : K::kDtype == kRopeBF16 ? 0x7fc07fc0 : 0x7fc00000;
+  }
+  return words;
+}
+
 // Fills a head with NaN or copies it; each lane of the group does its part.
 template <class K>
 __device__ __forceinline__ void FillHead(const char* in, char* out, bool nan, int lane) {
-  constexpr int kNanBits = K::kDtype == kRopeF16 ? 0x7e007e00 : K::kDtype == kRopeBF16 ? 0x7fc07fc0 : 0x7fc00000;
   constexpr int kAccess = Shape<K>::kFlat ? 16 : Shape<K>::kVectorBytes;
 #pragma unroll 1
   for (int i = lane; i < K::kHeadDim * kBytes<K::kDtype> / kAccess; i += K::kLanes) {
     Words<kAccess> words;
     if (nan) {
-#pragma unroll
-      for (int j = 0; j < Words<kAccess>::kCount; ++j) words.w[j] = kNanBits;
+      words = Nans<K, kAccess>();
     } else {
       words = Load<kAccess>(in + i * kAccess);
     }
