@@ -47,9 +47,9 @@ bool LieSideBySide(const RopeBackwardCall& call) {
   const RopeTensors& t = call.turn.tensors;
   const int bytes = RopeDtypeBytes(call.turn.variant.dtype), whole = 16 / bytes;
   const auto lies = [&](const void* data, const rope_strides& s, int64_t heads) {
-    return !data || ((heads == 1 || s.head == p.head_dim) && (p.tokens == 1 || s.token == heads * p.head_dim) &&
-                     (p.batch == 1 || s.batch == p.tokens * heads * p.head_dim) &&
-                     Alignment(whole, data, bytes, {}) == whole);
+    return !data ||
+           ((heads == 1 || s.head == p.head_dim) && (p.tokens == 1 || s.token == heads * p.head_dim) &&
+            (p.batch == 1 || s.batch == p.tokens * heads * p.head_dim) && Alignment(whole, data, bytes, {}) == whole);
   };
   return p.head_dim % whole == 0 && lies(call.q, call.q_strides, p.q_heads) && lies(t.q, p.q, p.q_heads) &&
          lies(t.q_out, p.q_out, p.q_heads) && lies(call.k, call.k_strides, p.k_heads) && lies(t.k, p.k, p.k_heads) &&
@@ -94,8 +94,8 @@ Status PlanRopeCudaBackward(const RopeBackwardCall& call, const CudaDevice& devi
   // Blocks so small that a sum of each element of each thread fits, and as many stages as fit beside them.
   key.threads = 32;
   key.in_flight = 1;
-  // Where accesses of 16 bytes straddle sectors of 32: heads of 80 take 1.17 of their floor so, else 1.38. With heads of
-  // 64 it is as fast (1.15 and 1.16), with those of 96 slower (1.26 and 1.15).
+  // Where accesses of 16 bytes straddle sectors of 32: heads of 80 take 1.17 of their floor so, else 1.38. With heads
+  // of 64 it is as fast (1.15 and 1.16), with those of 96 slower (1.26 and 1.15).
   const bool flat = deal.vector * bytes == 16 && p.rotary_dim / 2 * bytes % 32 != 0 && LieSideBySide(call);
   key.flat = flat ? 1 : 0;
   const rope_shape of_warp = ShapeOf(ChoicesOf(key));

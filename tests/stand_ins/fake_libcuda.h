@@ -15,8 +15,8 @@
 #include "backends/cuda/kernel/backward_args.h"
 
 // Environment: FAKE_CUDA_DEVICES, compute capabilities such as "90,90" (default "90"; "none": no device),
-// FAKE_CUDA_SMS, multiprocessors of each (default 132), FAKE_CUDA_VERSION (default 13000), FAKE_CUDA_LEGACY_STREAM (1: copies on the null stream are no error; the library
-// makes none).
+// FAKE_CUDA_SMS, multiprocessors of each (default 132), FAKE_CUDA_VERSION (default 13000), FAKE_CUDA_LEGACY_STREAM (1:
+// copies on the null stream are no error; the library makes none).
 
 struct FakeLaunch {
   int device;
