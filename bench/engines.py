@@ -5,8 +5,8 @@
 
 Layers of the shapes of Qwen3-8B, Llama-3.1-8B, Phi-4 and OLMo 2 7B (four, random weights, bfloat16): a decode step of
 1, 16, 64 and 256 sequences, each with 1,024 tokens in its cache, and a prefill of 4,096 tokens. They are transformers'
-own, if it can be imported, else (but OLMo's) the same in plain torch, written here; the results say which. Attention blocks like Flux's (512
-tokens of text, 4,096 of image) and Wan's (32,760 and 75,600 tokens) are always written here.
+own, if it can be imported, else (but OLMo's) the same in plain torch, written here; the results say which. Attention
+blocks like Flux's (512 tokens of text, 4,096 of image) and Wan's (32,760 and 75,600 tokens) are always written here.
 
 Contenders, which share their weights and take turns: "stock" is what transformers or diffusers does; "ropewalk" has
 Ropewalk in its place (`ropewalk.transformers.patch`, or `rope_`); "store" stores k and v in the same launch, too (plain

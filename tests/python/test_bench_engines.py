@@ -41,7 +41,7 @@ def test_every_model_runs_and_agrees_with_stock(
     found, table = run(bench, monkeypatch, tmp_path, "--modes", "eager", *(["--plain"] if plain else []))
     assert found["left"] == []
     steps = {(row["model"], row["step"]) for row in found["rows"]}
-    assert len(steps) == len(found["rows"]) == 3 * 3 + 2
+    assert len(steps) == len(found["rows"]) == (3 if plain else 4) * 3 + 2
     for row in found["rows"]:
         assert row["apart"] < 1e-4 and row["mode"] == "eager"
         ways = {"stock", "ropewalk", "left out"} | ({"store"} if plain and row["step"].startswith("decode") else set())
