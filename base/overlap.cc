@@ -97,6 +97,14 @@ uintptr_t Footprint::end() const {
   return base + static_cast<uintptr_t>(last);
 }
 
+bool SameElements(const DLTensor& a, const DLTensor& b) {
+  if (DataOf(a) != DataOf(b) || a.ndim != b.ndim || a.dtype.bits != b.dtype.bits) return false;
+  for (int i = 0; i < a.ndim; ++i) {
+    if (a.shape[i] != b.shape[i] || (a.shape[i] > 1 && StrideOf(a, i) != StrideOf(b, i))) return false;
+  }
+  return true;
+}
+
 Footprint FootprintOf(const DLTensor& tensor) {
   Footprint f;
   f.count = 0;

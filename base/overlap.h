@@ -4,7 +4,6 @@
 
 #include <dlpack/dlpack.h>
 
-#include <algorithm>
 #include <cstdint>
 
 namespace ropewalk {
@@ -13,23 +12,21 @@ namespace ropewalk {
 struct Footprint {
   struct Axis {
     int64_t stride, size;
-    bool operator==(const Axis&) const = default;
   };
   uintptr_t base;
   int64_t item;  // bytes of the innermost dense run; 0: no elements
   int count;
   Axis axes[4];  // `count` of them
 
-  bool operator==(const Footprint& other) const {
-    return base == other.base && item == other.item &&
-           std::equal(axes, axes + count, other.axes, other.axes + other.count);
-  }
   bool empty() const { return item == 0; }
   bool repeats() const;   // some byte is in two of its elements; true too where the search gives up
   uintptr_t end() const;  // one past the last byte
 };
 
 Footprint FootprintOf(const DLTensor& tensor);
+// Whether each element of the one is the same element of the other: not so a transposed or reversed view of a tensor,
+// which has its footprint.
+bool SameElements(const DLTensor& a, const DLTensor& b);
 // False only if no byte is shared. The search is bounded: tensors so entangled that it gives up count as overlapping.
 bool Overlap(const Footprint& a, const Footprint& b);
 

@@ -284,7 +284,8 @@ Status CheckOverlap(std::span<const Arg> args_table, const void* args, std::span
     if (in == count || !TensorOf(*Find(args_table, pair.out), args)) continue;
     parts[in].written = false;
     const size_t out = find(pair.out);
-    if (out < count && parts[in].footprint == parts[out].footprint) parts[in] = parts[--count];
+    if (out < count && SameElements(*TensorOf(*parts[in].arg, args), *TensorOf(*parts[out].arg, args)))
+      parts[in] = parts[--count];
   }
   for (const char* name : only_read) {
     if (const size_t i = find(name); i < count) parts[i].written = false;

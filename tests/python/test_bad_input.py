@@ -388,3 +388,20 @@ def test_explain_says_how_tensors_were_read():
     assert read == "a batch of 2, 5 tokens, 8 heads of q and 1 of k, each of 64, of which 32 are rotated"
     read = ropewalk.explain(np.ones((1, 1, 64), "f4"), frequencies=frequencies)["tensors"]
     assert read == "1 token, 1 head of q, each of 64, of which 32 are rotated"
+
+
+def test_an_output_that_is_its_input_in_another_order_is_refused():
+    """Heads would be overwritten before they are read."""
+    turn = ropewalk.Frequencies(theta=1e4, rotary_dim=16)
+    x = torch.randn(3, 3, 16)
+    array = x.numpy().copy()
+    before = x.clone()
+    with pytest.raises(ValueError, match="q_out"):
+        ropewalk.rope_(x, q_out=x.transpose(0, 1), frequencies=turn)
+    with pytest.raises(ValueError, match="q_out"):
+        ropewalk.rope_(array, q_out=array[::-1], frequencies=turn)
+    with pytest.raises(ValueError, match="q_grad"):
+        ropewalk.rope_backward(x, q=x.clone(), q_grad_out=x.transpose(0, 1), norm="rms", frequencies=turn)
+    assert torch.equal(x, before) and np.array_equal(array, before.numpy())
+    ropewalk.rope_(x, q_out=x.view(3, 3, 16), frequencies=turn)
+    assert not torch.equal(x, before)

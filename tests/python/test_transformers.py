@@ -305,6 +305,43 @@ def test_a_norm_that_gets_what_its_layer_is_given_does_not_overwrite_it():
     assert (got - logits).abs().max() <= 1e-6 * logits.abs().max()
 
 
+@torch.no_grad()
+def test_who_watches_a_norm_over_all_heads_sees_what_it_is_given():
+    model, prompt = make("olmo2"), ids()
+    seen = []
+    norms_of(model)[0].register_forward_hook(lambda module, args, result: seen.append(args[0].clone()))
+    model(prompt)
+    with ropewalk.transformers.patch(model) as patch:
+        assert patch.fused_norms == 2
+        del seen[1:]
+        model(prompt)
+    assert torch.equal(*seen)
+
+
+class Doubled(torch.nn.Module):
+    def forward(self, weight):
+        return 2 * weight
+
+    def right_inverse(self, weight):
+        if weight.dtype != torch.float32:
+            raise TypeError("not in this dtype")
+        return weight / 2
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rounding", ["fused", "reference"])
+def test_norms_with_parametrized_weights(rounding):
+    model, prompt = make("olmo2"), ids()
+    for layer in model.model.layers:
+        torch.nn.utils.parametrize.register_parametrization(layer.self_attn.q_norm, "weight", Doubled())
+    want = model(prompt).logits
+    with ropewalk.transformers.patch(model, rounding=rounding) as patch:
+        assert patch.layers == 2 and "Olmo2Attention" not in patch.skipped
+        got = model(prompt).logits
+    assert (got - want).abs().max() <= 1e-6 * want.abs().max()
+    assert torch.equal(model(prompt).logits, want)
+
+
 def scaled(model, monkeypatch):
     cls = type(norms_of(model)[0])
     stock = cls.forward

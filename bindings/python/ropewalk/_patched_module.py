@@ -82,7 +82,6 @@ class Wide:
 
     zero_centered: bool
     rounding: str
-    in_place: bool
 
 
 def eps_of(norm: Any) -> Any:
@@ -347,18 +346,17 @@ def _wide_norm_forward(base: Any) -> Any:
     @functools.wraps(base.forward)
     def forward(self: Any, x: Any) -> Any:
         wide = getattr(self, STATE, None)
-        if wide is None or x.dim() not in (2, 3, 4):
+        # A width that is spread over ranks has no norm on one of them.
+        spread = any(placement.is_shard(x.dim() - 1) for placement in getattr(x, "placements", ()))
+        if wide is None or spread or x.dim() not in (2, 3, 4):
             return base.forward(self, x)
         x = x if x.stride(-1) == 1 else x.contiguous()
         heads = x if x.dim() == 4 else x.unsqueeze(-2)
         options: dict[str, Any] = {
             "norm": "rms", "eps": eps_of(self), "q_weight": self.weight, "rounding": wide.rounding,
-            "zero_centered_weight": wide.zero_centered, "frequencies": _common.still(min(x.shape[-1], _STILL)),
+            "zero_centered_weight": wide.zero_centered, "frequencies": _common.still(min(self.weight.shape[-1], _STILL)),
         }  # fmt: skip
-        if torch.is_grad_enabled() or not wide.in_place:
-            return rope(heads, **options)[0].reshape(x.shape)
-        rope_(heads, **options)
-        return x
+        return rope(heads, **options)[0].reshape(x.shape)  # hooks and others may look at x
 
     return forward
 

@@ -321,6 +321,10 @@ class _Trial:
         rotary.watch(module)
         self.result._set(module, "rotary", rotary)
 
+    def _wide(self, norm: Any, of_it: Any) -> Wide:
+        once = self.rounding == "reference" and _rounds_once(norm)
+        return Wide(of_it.zero_centered, "fused" if once else self.rounding)
+
     def _serve_layer(self, attention: Any, tables: Any) -> None:
         """One layer, where it then gives what it gave, handed these tables or else those that it had."""
         base = type(attention)
@@ -341,17 +345,16 @@ class _Trial:
                 key = base, forms, self.rounding, fused, in_place
                 plan = self.plans.setdefault(key, Plan(*key))
                 norms = (attention.q_norm, attention.k_norm) if norm else ()
-                self.result._set(attention, "attention", plan)
-                if fused:
-                    attention.__dict__[FUSING] = fusing = Fusing(attention, fused)
-                    for each in norms:
-                        self.result._set(each, "norm", fusing)
-                elif norm:
-                    for each, of_it in zip(norms, norm, strict=True):
-                        once = self.rounding == "reference" and _rounds_once(each)
-                        state = Wide(of_it.zero_centered, "fused" if once else self.rounding, in_place)
-                        self.result._set(each, "wide norm", state)
                 try:
+                    states: tuple[Any, ...] = ()
+                    if fused:
+                        states = (Fusing(attention, fused),) * 2
+                        attention.__dict__[FUSING] = states[0]
+                    elif norm:
+                        states = tuple(self._wide(*of_it) for of_it in zip(norms, norm, strict=True))
+                    self.result._set(attention, "attention", plan)
+                    for each, state in zip(norms, states, strict=True):
+                        self.result._set(each, "norm" if fused else "wide norm", state)
                     with in_eval(attention):
                         if same(call.again(attention, tables), call.result, dtype):
                             if why and not norm:
