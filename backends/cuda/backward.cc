@@ -95,7 +95,8 @@ Status PlanRopeCudaBackward(const RopeBackwardCall& call, const CudaDevice& devi
   key.threads = 32;
   key.in_flight = 1;
   // Where accesses of 16 bytes straddle sectors of 32: heads of 80 take 1.17 of their floor so, else 1.38. With heads
-  // of 64 it is as fast (1.15 and 1.16), with those of 96 slower (1.26 and 1.15). Of larger heads two stages would not fit.
+  // of 64 it is as fast (1.15 and 1.16), with those of 96 slower (1.26 and 1.15). Of larger heads two stages would
+  // not fit.
   constexpr int kMostFlatBytes = 1024;
   const bool flat = deal.vector * bytes == 16 && p.rotary_dim / 2 * bytes % 32 != 0 && p.rotary_dim == p.head_dim &&
                     p.head_dim * bytes <= kMostFlatBytes && LieSideBySide(call);

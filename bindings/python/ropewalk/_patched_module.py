@@ -352,9 +352,10 @@ def _wide_norm_forward(base: Any) -> Any:
             return base.forward(self, x)
         x = x if x.stride(-1) == 1 else x.contiguous()
         heads = x if x.dim() == 4 else x.unsqueeze(-2)
+        still = _common.still(min(self.weight.shape[-1], _STILL))
         options: dict[str, Any] = {
             "norm": "rms", "eps": eps_of(self), "q_weight": self.weight, "rounding": wide.rounding,
-            "zero_centered_weight": wide.zero_centered, "frequencies": _common.still(min(self.weight.shape[-1], _STILL)),
+            "zero_centered_weight": wide.zero_centered, "frequencies": still,
         }  # fmt: skip
         return rope(heads, **options)[0].reshape(x.shape)  # hooks and others may look at x
 
