@@ -346,9 +346,10 @@ def _wide_norm_forward(base: Any) -> Any:
     @functools.wraps(base.forward)
     def forward(self: Any, x: Any) -> Any:
         wide = getattr(self, STATE, None)
+        if wide is None or x.dim() not in (2, 3, 4):
+            return base.forward(self, x)
         # A width that is spread over ranks has no norm on one of them.
-        spread = any(placement.is_shard(x.dim() - 1) for placement in getattr(x, "placements", ()))
-        if wide is None or spread or x.dim() not in (2, 3, 4):
+        if any(placement.is_shard(x.dim() - 1) for placement in getattr(x, "placements", ())):
             return base.forward(self, x)
         x = x if x.stride(-1) == 1 else x.contiguous()
         heads = x if x.dim() == 4 else x.unsqueeze(-2)

@@ -351,7 +351,7 @@ class _Trial:
                         states = (Fusing(attention, fused),) * 2
                         attention.__dict__[FUSING] = states[0]
                     elif norm:
-                        states = tuple(self._wide(*of_it) for of_it in zip(norms, norm, strict=True))
+                        states = tuple(self._wide(each, of_it) for each, of_it in zip(norms, norm, strict=True))
                     self.result._set(attention, "attention", plan)
                     for each, state in zip(norms, states, strict=True):
                         self.result._set(each, "norm" if fused else "wide norm", state)
