@@ -405,7 +405,7 @@ class TorchArguments {
     const char* data = nullptr;
     if (torch.torch_string_length(text_, &size) || torch.torch_string_c_str(text_, &data))
       return border::Raise("RuntimeError", "rope: frequencies are no text of torch's");
-    if (!size) return 0;
+    if (!size || *data == '#') return 0;  // behind #, by which operators the graph was made
     const std::string_view text(data, size);
     void* handle = known_frequencies.Find(text);
     if (!handle) {

@@ -1,5 +1,6 @@
 """What all tests share: `--shard K/N` runs every N-th of them from the K-th on, so that N processes do all;
-and a process that loads a saved model."""
+a process that loads a saved model; and a folder of their own for the graphs that torch keeps, which must not be those
+of another day."""
 
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
@@ -8,11 +9,15 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+_graphs = tempfile.TemporaryDirectory(prefix="ropewalk-graphs-")  # removed when the process ends
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = _graphs.name
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

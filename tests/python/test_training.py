@@ -4,6 +4,12 @@
 from __future__ import annotations
 
 import itertools
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy
@@ -227,6 +233,43 @@ def test_compiled(norm: bool, backend: str) -> None:
     torch._dynamo.reset()
     for x, y in zip(got, want, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
+
+
+# With the package, and with one whose gradient's operator has another name: torch's cache on disk knows neither.
+KEPT_GRAPHS = """
+import sys, torch
+sys.path.insert(0, sys.argv[1])
+import ropewalk
+assert ropewalk.__file__.startswith(sys.argv[1])
+from torch._dynamo.utils import counters
+f = ropewalk.Frequencies(1e4, 8)
+q = torch.randn(3, 2, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
+w = torch.ones(8, requires_grad=True)
+angles = torch.arange(3.0)[:, None] * torch.from_numpy(f.inv_freq).float()
+for options in ({"frequencies": f}, {"cos": angles.cos(), "sin": angles.sin()}):
+    rotate = lambda q, w: ropewalk.rope(q, q_weight=w, **options)[0]
+    want = torch.autograd.grad(rotate(q, w), (q, w), torch.ones_like(q))
+    got = torch.autograd.grad(torch.compile(rotate, fullgraph=True)(q, w), (q, w), torch.ones_like(q))
+    torch.testing.assert_close(got, want)
+print(counters["aot_autograd"]["autograd_cache_hit"], counters["aot_autograd"]["autograd_cache_saved"])
+"""
+
+
+def test_kept_graphs_are_of_these_operators(tmp_path: Path) -> None:
+    package = Path(ropewalk.__file__).parent
+    for name in ("same", "other"):
+        shutil.copytree(package, tmp_path / name / "ropewalk", copy_function=os.symlink)
+    changed = tmp_path / "other" / "ropewalk" / "_torch.py"
+    pattern = r'(torch\.ops\.ropewalk\.|ropewalk::|^    ")rope_backward\b'
+    text = re.sub(pattern, r"\1another", changed.read_text(), flags=re.M)
+    changed.unlink()  # the link
+    changed.write_text(text)
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    for name, want in (("same", "0 2"), ("same", "2 0"), ("other", "0 2")):
+        command = [sys.executable, "-c", KEPT_GRAPHS, str(tmp_path / name)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=environment)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.strip() == want, name
 
 
 @pytest.mark.parametrize("norm", [False, True])

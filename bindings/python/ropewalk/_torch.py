@@ -9,6 +9,7 @@ shape function does nothing but refuse.
 from __future__ import annotations
 
 import base64
+import hashlib
 import sys
 from typing import Any
 
@@ -86,8 +87,13 @@ class _Handles(dict[str, "int | None"]):
         super().__init__({"": None})
 
     def __missing__(self, content: str) -> int:
+        if content.startswith("#"):
+            return None
         # In one expression: other threads may be here for other contents.
-        return self.setdefault(content, Frequencies._of_content(content)._give_away())  # type: ignore[return-value]
+        return self.setdefault(
+            content,
+            Frequencies._of_content(content.partition(" #")[0])._give_away(),  # type: ignore[arg-type]
+        )
 
 
 _handles = _Handles()
@@ -663,9 +669,16 @@ def rope_in_place(arguments: dict[str, Any]) -> tuple[Any, Any]:
     return arguments["q"], arguments["k"]
 
 
+# What torch knows of us in a graph that it keeps on disk is the names and arguments in the user's own calls: it would
+# find the same graph again for other definitions or shapes of ours, those of the gradient above all. So each call in a
+# graph says by which ones it was made.
+_source = __spec__.loader.get_source(__name__) if hasattr(__spec__.loader, "get_source") else None
+_MARK = "#" + hashlib.sha256(
+    repr((_module.function("version")(), *_WRITING, _pure_definition, _backward_definition, _source)).encode()
+).hexdigest()[:16]  # fmt: skip
 _TORCH_VALUES: dict[str, Any] = {
     "tensor": lambda name, value: value,
-    "handle": lambda name, value: "" if value is None else value._content,
+    "handle": lambda name, value: _MARK if value is None else f"{value._content} {_MARK}",
     "queue": lambda name, value: _arrays.queue(value) or 0,
     "choice": _arrays.choice,
     "int": lambda name, value: value or 0,
