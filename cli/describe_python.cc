@@ -258,6 +258,12 @@ if TYPE_CHECKING:
     """
     failure: Exception | None = None
     if not is_compiling():
+)";
+  std::vector<std::string> given;
+  for (size_t i = 0; i < count; ++i) given.push_back(args[i].name + (i + 1 < count ? "," : ")"));
+  out += FilledLines("        new = direct(", 21, given) + "  # fmt: skip\n";
+  out += R"(        if new is not None:
+            return new
         try:
             # What requires grad, is lazily negated, of a subclass or not torch's is looked at in detail by _call.
             # Written out: a loop over a list takes twice the time.
@@ -332,7 +338,7 @@ if TYPE_CHECKING:
             return new_q, new_k
     return _call.slow({
 )";
-  return out + by_name + "\n    }, failure)  # fmt: skip\n";
+  return out + by_name + "\n    }, failure)  # fmt: skip\n\n\ndirect = _call.direct(rope_)\n";
 }
 
 }  // namespace ropewalk::cli

@@ -2,10 +2,11 @@
 # scripts/fresh_debian.sh RELEASE [FOLDER [PART..]]: README's ways of installing, as printed there, on a fresh Debian (12 or
 # 13), which debootstrap lays in FOLDER (/tmp/ropewalk-debian-RELEASE): a chroot that knows nothing of this machine but how
 # it reaches Debian's packages and PyPI. Parts: run (`make run`), source (`make setup`), pip (`make wheel` and pip, or
-# the wheel that lies in dist/ here), cmake (cmake --install, and a program of a user's). Needs root; 12 GB.
+# the wheel that lies in dist/ here), cmake (cmake --install, and a program of a user's); and test (`make test`), only if
+# it is named. Needs root; 12 GB.
 # SPDX-License-Identifier: Apache-2.0
 source "$(dirname "$0")/common.sh"
-usage="usage: scripts/fresh_debian.sh 12|13 [FOLDER [run|source|pip|cmake ..]]"
+usage="usage: scripts/fresh_debian.sh 12|13 [FOLDER [run|source|pip|cmake|test ..]]"
 case ${1:?$usage} in 12) suite=bookworm ;; 13) suite=trixie ;; *) fail "$usage" ;; esac
 folder=${2:-/tmp/ropewalk-debian-$1} parts=("${@:3}")
 ((${#parts[@]})) || parts=(run source pip cmake)
@@ -33,6 +34,7 @@ mount_at() {
 }
 mount_at "$folder/proc" -t proc proc
 mount_at "$folder/sys" -t sysfs -o ro sysfs
+mount_at "$folder/dev/pts" --bind /dev/pts  # terminals, of which the tests take one
 git ls-files -z --cached --others --exclude-standard | tar --null --ignore-failed-read -T - -cf - | tar -xf - -C "$tree"
 if compgen -G "dist/ropewalk-*_$(uname -m).whl" >/dev/null; then
   mkdir -p "$tree/dist"
@@ -56,7 +58,7 @@ for part in "${parts[@]}"; do
   start=$SECONDS
   say "Debian $1: $part"
   case $part in
-    run) inside "make run" ;;
+    run | test) inside "make $part" ;;
     source) inside "$(command_of 'make setup')" ;;
     pip)
       install=$(command_of 'make wheel')

@@ -159,6 +159,10 @@ stage_run() {
   stage_weights
 }
 stage_full() {
+  # Inductor, in torch, compiles with Python's headers, which Debian has in a package of their own.
+  local headers
+  headers=$(python -c 'import sysconfig; print(sysconfig.get_path("include"))')
+  [[ -f $headers/Python.h ]] || install_system full "$(basename "$headers")-dev"
   pip_stage full "torch, transformers, diffusers, jax, 8 GB"
   stage_weights
   stage_sycl8_runtime

@@ -11,6 +11,7 @@
 
 #include "base/text.h"
 #include "bindings/python/border.h"
+#include "bindings/python/direct.h"
 #include "bindings/python/torch_library.h"
 #include "frequencies/frequencies.h"
 #include "rope/backward.h"
@@ -91,6 +92,15 @@ EXPORT(set_watching_keys, 4) {
   for (size_t i = 0; i < keys.size(); ++i) keys[i] = static_cast<uint16_t>(args[i].v_int64);
   return Return(result, ropewalk::WatchTorch(keys), kTVMFFIBool);
 }
+// For ctypes.PyDLL, to which a null is a ValueError.
+extern "C" __attribute__((visibility("default"))) ropewalk::python::Object* ropewalk_python_rope(
+    ropewalk::python::Object* tensor, ropewalk::python::Object* parameter, ropewalk::python::Object* frequencies,
+    ropewalk::python::Object* forward_ad, ropewalk::python::Object* no_level, ropewalk::python::Object* torch_api,
+    ropewalk::python::Object* defaults, ropewalk::python::Object* choices) {
+  return ropewalk::python::MakeRope(tensor, parameter, frequencies, forward_ad, no_level, torch_api, defaults, choices);
+}
+// Calls keep Python's lock from here on.
+EXPORT(keep_lock, 0) { return ropewalk::python::keeps_lock.store(true), 0; }
 // The gradient's own arguments, then those of the call.
 EXPORT(rope_backward, 1) {
   RopeArgs rope_args{};
@@ -173,7 +183,7 @@ int MakeFrequencies(const TVMFFIAny* args, TVMFFIAny* result, Make make) {
   std::string_view values, axes;
   ropewalk_frequencies* frequencies = nullptr;
   if (!GetBytes(args[0], &values)) return Raise("TypeError", "frequencies: needs bytes");
-  double scaling;
+  double scaling = 0.0;
   if (GetDouble("frequencies: attention_scaling", args[1], &scaling)) return -1;
   const std::string array(values);  // aligned, as small bytes may not be
   std::string ints;

@@ -343,16 +343,23 @@ class TorchArguments {
     return static_cast<int32_t>(read);
   }
 
-  // Has autograd notice that it was written: one of the tensors above, or null.
-  static void Wrote(const DLTensor* written) {
-    if (written) WroteTorch(reinterpret_cast<const Tensor*>(written)->tensor);
-  }
-
- private:
   struct Tensor {
     DLTensor view;  // read only where it was filled: 2 KB of zeros else
     TorchTensor tensor = nullptr;
   };
+
+  // Has autograd notice what a call wrote, whose tensors are views of the above.
+  static void TellOfWritten(const ropewalk_rope_args& args) {
+    Wrote(args.q_out ? args.q_out : args.q);
+    if (!args.k_store_only) Wrote(args.k_out ? args.k_out : args.k);
+    Wrote(args.k_cache);
+    Wrote(args.v_cache);
+  }
+
+ private:
+  static void Wrote(const DLTensor* written) {
+    if (written) WroteTorch(reinterpret_cast<const Tensor*>(written)->tensor);
+  }
 
   const Arg& ArgAt(size_t i) const { return RopeDescription()[torch_places(i, count_)]; }
 
@@ -444,10 +451,7 @@ inline int RopeOfTorch(const TorchValue* stack, size_t inputs) {
       return border::Raise("RuntimeError", "rope: torch does not tell of its current CUDA stream");
   }
   if (const int error = border::Raise(ropewalk_rope(&args, rope.stream))) return error;
-  TorchArguments::Wrote(args.q_out ? args.q_out : args.q);
-  if (!args.k_store_only) TorchArguments::Wrote(args.k_out ? args.k_out : args.k);
-  TorchArguments::Wrote(args.k_cache);
-  TorchArguments::Wrote(args.v_cache);
+  TorchArguments::TellOfWritten(args);
   return 0;
 }
 

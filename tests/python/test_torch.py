@@ -530,8 +530,10 @@ def test_python_serves_where_the_module_cannot(why):
     assert (done.returncode, done.stdout) == (0, want), done.stderr
 
 
-@pytest.mark.parametrize("asked", ["by the module", "by Python"])
+@pytest.mark.parametrize("asked", ["directly", "by the module", "by Python"])
 def test_a_call_asks_torch_and_tells_autograd(asked, monkeypatch):
+    if asked != "directly":
+        monkeypatch.setattr(_face, "direct", lambda *values: None)
     if asked == "by Python":  # where the module does not find in torch what it asks
         monkeypatch.setattr(_face, "launch", _torch._asked_here)
     q, k = draw(5, 4, 64), draw(5, 2, 64)
@@ -560,3 +562,137 @@ def test_a_call_asks_torch_and_tells_autograd(asked, monkeypatch):
         inference = draw(5, 4, 64)
     ropewalk.rope_(inference, frequencies=F)
     assert torch.equal(inference, ropewalk.rope(draw(5, 4, 64), frequencies=F)[0])
+
+
+# bindings/python/direct.h, which serves plain tensors without tvm-ffi between
+
+has_direct = pytest.mark.skipif(
+    not hasattr(torch.Tensor, "__dlpack_c_exchange_api__") or "t" in sys.abiflags, reason="there is no direct call here"
+)
+
+
+def by_place(**given):
+    defaults = {"q": None, "k": None, **ropewalk.rope_.__kwdefaults__}
+    assert given.keys() <= defaults.keys()
+    return list((defaults | given).values())
+
+
+def whole_call():
+    """With every argument but the few that exclude others."""
+    q, k, v = (draw(5, n, 64, seed=n) for n in (4, 2, 1))
+    v = draw(5, 2, 32)
+    weight = torch.nn.Parameter(torch.linspace(0.5, 1.5, 64))
+    return {
+        "q": q, "k": k, "positions": torch.arange(5), "offsets": torch.arange(5, dtype=torch.int32), "frequencies": F,
+        "pairing": "interleaved", "rotary_dim": 64, "rotary_offset": 0, "inverse": True, "norm": "rms",
+        "q_weight": weight, "k_weight": weight, "zero_centered_weight": True, "eps": 1e-5, "rounding": "reference",
+        "q_out": torch.empty(5, 4, 64), "k_out": torch.empty(5, 2, 64), "v": v,
+        "k_cache": torch.zeros(8, 2, 64).to(torch.float8_e5m2), "v_cache": torch.zeros(8, 2, 32).to(torch.float8_e5m2),
+        "slots": torch.tensor([3, 0, -1, 7, 5]), "k_scale": 0.5, "v_scale": torch.tensor([0.5, 2.0]),
+        "disable_pdl": True,
+    }  # fmt: skip
+
+
+@has_direct
+@torch.no_grad()
+@pytest.mark.parametrize("without", ["", "k_out", "q_out", "k_scale", "table", "norm"])
+def test_a_direct_call_is_the_call(without, monkeypatch):
+    given = {name: value for name, value in whole_call().items() if name != without}
+    if without == "table":
+        del given["frequencies"]
+        given["cos"], given["sin"] = F.table(16, torch.float32)
+    if without == "norm":
+        given = {name: given[name] for name in ("q", "k", "positions", "frequencies")}
+    if without == "k_out":
+        given["k_store_only"] = True
+    own = {name: x.clone() if isinstance(x, torch.Tensor) else x for name, x in given.items()}
+    versions = {name: x._version for name, x in own.items() if isinstance(x, torch.Tensor)}
+    got = _face.direct(*by_place(**own))
+    monkeypatch.setattr(_face, "direct", lambda *values: None)
+    want = ropewalk.rope_(**given)
+    assert got[0] is own["q_out" if "q_out" in own else "q"]
+    assert got[1] is None if without == "k_out" else got[1] is own["k_out" if "k_out" in own else "k"]
+    for x, y in zip(got, want, strict=True):
+        assert x is y is None or torch.equal(x, y)
+    written = {"q_out" if "q_out" in own else "q", "k_cache", "v_cache"}
+    written |= set() if without == "k_out" else {"k_out" if "k_out" in own else "k"}
+    for name, version in versions.items():
+        assert own[name]._version == version + (name in written), name
+        assert torch.equal(own[name].view(torch.uint8), given[name].view(torch.uint8)), name
+
+
+class Like(torch.Tensor):
+    pass
+
+
+NOT_DIRECT = {
+    "none": lambda: {"q": None},
+    "numpy": lambda: {"q": draw(5, 4, 64).numpy()},
+    "subclass": lambda: {"q": draw(5, 4, 64).as_subclass(Like)},
+    "k of a subclass": lambda: {"k": draw(5, 2, 64).as_subclass(Like)},
+    "positions of a subclass": lambda: {"positions": torch.arange(5).as_subclass(Like)},
+    "negated": lambda: {"q": torch._neg_view(draw(5, 4, 64))},
+    "negated weight": lambda: {"q_weight": torch._neg_view(draw(64))},
+    "wants a gradient": lambda: {"q": draw(5, 4, 64).requires_grad_()},
+    "weight wants a gradient": lambda: {"q_weight": draw(64).requires_grad_()},
+    "scale wants a gradient": lambda: {"k_scale": torch.tensor(1.0).requires_grad_()},
+    "sparse": lambda: {"q": torch.eye(4).to_sparse()},
+    "meta": lambda: {"q": torch.empty(5, 4, 64, device="meta")},
+    "shape": lambda: {"k": draw(4, 2, 64)},
+    "frequencies": lambda: {"frequencies": F._handle},
+    "choice": lambda: {"pairing": "gptj"},
+    "choice of a list": lambda: {"pairing": []},
+    "a weight's text": lambda: {"q_weight": "rms"},
+    "flag": lambda: {"inverse": 1},
+    "big": lambda: {"rotary_dim": 2**70},
+    "beyond 32 bits": lambda: {"rotary_dim": 2**40},
+    "float": lambda: {"rotary_dim": 64.0},
+    "eps": lambda: {"eps": "1"},
+    "queue": lambda: {"sycl_queue": 5},
+    "too few": lambda: None,
+}
+
+
+@has_direct
+@pytest.mark.parametrize("name", NOT_DIRECT)
+def test_what_is_not_plain_is_left_to_others(name):
+    given = {"q": draw(5, 4, 64), "k": draw(5, 2, 64), "frequencies": F}
+    changed = NOT_DIRECT[name]()
+    values = by_place(**{**given, **changed}) if changed is not None else [given["q"]]
+    counted = ropewalk.counters()
+    assert _face.direct(*values) is None and ropewalk.counters() == counted
+    assert [given[x]._version for x in "qk"] == [0, 0]
+    assert _face.direct(*by_place(**given))[0] is given["q"]  # no error was left behind
+
+
+@has_direct
+def test_who_watches_sees_the_call():
+    given = by_place(q=draw(5, 4, 64), frequencies=F)
+    assert _face.direct(*given) is not None
+    with torch.autograd.forward_ad.dual_level():
+        assert _face.direct(*given) is None
+    with torch.utils._python_dispatch.TorchDispatchMode():
+        assert _face.direct(*given) is None
+    with torch.overrides.TorchFunctionMode():
+        assert _face.direct(*given) is None
+    seen = []
+
+    def inside(q):
+        seen.append(_face.direct(*by_place(q=q, frequencies=F)))
+        return q
+
+    torch.func.vmap(inside)(draw(2, 5, 4, 64))
+    torch.jit.trace(inside, draw(5, 4, 64), check_trace=False)
+    assert seen == [None, None] and given[0]._version == 1
+
+
+@has_direct
+def test_a_direct_call_keeps_nothing():
+    given = by_place(**whole_call())
+    refused = by_place(**{**whole_call(), "k": draw(4, 2, 64)})
+    with torch.no_grad():
+        counts = [sys.getrefcount(x) for x in (*given, *refused)]
+        for _ in range(1000):
+            assert _face.direct(*given) is not None and _face.direct(*refused) is None
+        kept = [sys.getrefcount(x) - count for x, count in zip((*given, *refused), counts, strict=True)]
+    assert max(map(abs, kept)) < 100, kept

@@ -15,6 +15,7 @@
 #include <iterator>
 #include <nlohmann/json.hpp>
 #include <sstream>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -321,6 +322,7 @@ Terminal OnTerminal(std::vector<std::string> arguments, const std::vector<std::s
   const std::string out = Directory() + "/stdout";
   int terminal = -1;
   const pid_t child = forkpty(&terminal, nullptr, nullptr, nullptr);
+  if (child < 0) throw std::runtime_error("no terminal can be had: is /dev/pts mounted?");
   if (child == 0) {
     std::signal(SIGINT, SIG_DFL);
     setenv("TERM", "xterm", 1);

@@ -9,6 +9,7 @@ from . import _arrays, _module
 from ._frequencies import Frequencies
 
 _launch = _module.function("rope")
+_names = [arg["name"] for arg in _module.description()]
 launch = _module.function("rope_unwatched")
 # Of nothing but a Frequencies; as quick as the attribute itself.
 handle_of: Any = Frequencies._handle.__get__  # type: ignore[attr-defined]
@@ -50,6 +51,14 @@ else:
 
     def wrote(*arrays: Any) -> None:
         """Nobody but torch's autograd wants to know."""
+
+
+def direct(function: Any) -> Any:
+    """What serves plain tensors of torch, for `rope_`, whose defaults are these; else what serves nothing."""
+    of = function.__kwdefaults__
+    values = tuple(of.get(name) for name in _names)
+    choices = tuple(_arrays.CHOICES.get(name) for name in _names)
+    return (_arrays.torch and _torch.direct(values, choices)) or (lambda *values: None)
 
 
 def defaults() -> dict[str, Any]:

@@ -159,6 +159,11 @@ def rope_(
     """
     failure: Exception | None = None
     if not is_compiling():
+        new = direct(q, k, positions, offsets, frequencies, cos, sin, cos_sin, axes, pairing, rotary_dim, rotary_offset,
+                     inverse, norm, q_weight, k_weight, zero_centered_weight, eps, rounding, q_out, k_out, v, k_cache,
+                     v_cache, slots, k_scale, v_scale, sycl_queue, disable_pdl, k_store_only)  # fmt: skip
+        if new is not None:
+            return new
         try:
             # What requires grad, is lazily negated, of a subclass or not torch's is looked at in detail by _call.
             # Written out: a loop over a list takes twice the time.
@@ -277,3 +282,6 @@ def rope_(
         "v": v, "k_cache": k_cache, "v_cache": v_cache, "slots": slots, "k_scale": k_scale, "v_scale": v_scale,
         "sycl_queue": sycl_queue, "disable_pdl": disable_pdl, "k_store_only": k_store_only,
     }, failure)  # fmt: skip
+
+
+direct = _call.direct(rope_)

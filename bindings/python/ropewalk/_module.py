@@ -13,7 +13,8 @@ from typing import Any
 
 import tvm_ffi
 
-_library = tvm_ffi.load_module(str(Path(__file__).with_name("_ropewalk.so")))
+PATH = str(Path(__file__).with_name("_ropewalk.so"))
+_library = tvm_ffi.load_module(PATH)
 
 
 _functions: list[Any] = []
@@ -34,6 +35,7 @@ def _keep_gil() -> None:
     others = sum(thread.daemon for thread in threading.enumerate() if thread is not own)
     if not others:
         return
+    function("keep_lock")()
     for each in _functions:
         each.release_gil = False
     in_flight, until = function("calls_in_flight"), time.monotonic() + 10

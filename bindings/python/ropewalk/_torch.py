@@ -9,6 +9,7 @@ shape function does nothing but refuse.
 from __future__ import annotations
 
 import base64
+import ctypes
 import hashlib
 import sys
 from typing import Any
@@ -77,6 +78,23 @@ def _asked_here(q_own: int, k_own: int, *values: Any) -> None:
 _KEYS = ("Python", "Tracer", "FuncTorchDynamicLayerFrontMode", "Functionalize")
 _asks_torch = _module.function("set_watching_keys")(*(int(torch._C._dispatch_key_parse(key)) for key in _KEYS))
 rope_unwatched = _module.function("rope_unwatched") if _asks_torch else _asked_here
+
+
+def direct(defaults: tuple[Any, ...], choices: tuple[Any, ...]) -> Any:
+    """`rope_` of plain tensors without tvm-ffi and Python's questions between (bindings/python/direct.h): all arguments
+    by position, of which each may be the very object that is its default. It returns what `rope_` does, or None where
+    another way is to serve the call or to say what is wrong; then nothing was written. Or None, where there is no such
+    function: no CPython, one without a GIL, or a torch that lacks DLPack's table of functions."""
+    capsule = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
+    if not _asks_torch or capsule is None or sys.implementation.name != "cpython" or "t" in sys.abiflags:
+        return None
+    make = ctypes.PyDLL(_module.PATH).ropewalk_python_rope
+    make.restype = ctypes.py_object
+    types = (torch.Tensor, torch.nn.Parameter, Frequencies)
+    try:
+        return make(*map(ctypes.py_object, (*types, forward_ad, -1, capsule, defaults, choices)))
+    except ValueError:  # null
+        return None
 
 
 class _Handles(dict[str, "int | None"]):

@@ -1,0 +1,260 @@
+// `rope_` of torch's tensors, called by Python itself: tvm-ffi takes 1.5 us for such a call's arguments, and Python 1.7
+// to ask what is asked here. Whatever is not plain is left to the way over tvm-ffi, which says what is wrong.
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <dlfcn.h>
+#include <ropewalk/ropewalk.h>
+#include <tvm/ffi/c_api.h>
+
+#include <array>
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <span>
+#include <string_view>
+#include <type_traits>
+
+#include "base/tensor.h"
+#include "bindings/python/border.h"
+#include "bindings/python/torch_library.h"
+#include "rope/call.h"
+
+namespace ropewalk::python {
+
+// Python's stable ABI as it was in 3.10, of which the functions are found in the process: nothing of Python is needed
+// to build the module, and one module serves all its versions. Builds without a GIL have another layout.
+struct Object {
+  intptr_t references;
+  const Object* type;
+};
+struct MethodDefinition {
+  const char* name;
+  Object* (*function)(Object* self, Object* const* args, intptr_t count);
+  int flags;
+  const char* doc;
+};
+inline constexpr int kPositionalArray = 0x80;  // METH_FASTCALL
+
+#define ROPEWALK_PYTHON_FUNCTIONS(X)                                             \
+  X(Object*, PyCFunction_NewEx, MethodDefinition*, Object* self, Object* module) \
+  X(void*, PyCapsule_GetPointer, Object* capsule, const char* name)              \
+  X(Object*, PyDict_GetItem, Object* dict, Object* key)                          \
+  X(void, PyErr_Clear)                                                           \
+  X(void, PyEval_RestoreThread, void* thread)                                    \
+  X(void*, PyEval_SaveThread)                                                    \
+  X(double, PyFloat_AsDouble, Object*)                                           \
+  X(long long, PyLong_AsLongLong, Object*) /* NOLINT(google-runtime-int): its */ \
+  X(void*, PyLong_AsVoidPtr, Object*)                                            \
+  X(Object*, PyObject_GetAttr, Object*, Object* name)                            \
+  X(Object*, PyTuple_GetItem, Object* tuple, intptr_t)                           \
+  X(Object*, PyTuple_Pack, intptr_t count, ...)                                  \
+  X(intptr_t, PyTuple_Size, Object* tuple)                                       \
+  X(Object*, PyUnicode_InternFromString, const char*)                            \
+  X(void, Py_DecRef, Object*)                                                    \
+  X(void, Py_IncRef, Object*)
+
+struct Functions {
+#define X(result, name, ...) result (*name)(__VA_ARGS__) = nullptr;
+  ROPEWALK_PYTHON_FUNCTIONS(X)
+#undef X
+  Object *none = nullptr, *true_ = nullptr, *false_ = nullptr;
+  const Object *int_type = nullptr, *float_type = nullptr;
+
+  bool Find() {
+#define X(result, name, ...) \
+  if (!FindIn(RTLD_DEFAULT, #name, &name)) return false;
+    ROPEWALK_PYTHON_FUNCTIONS(X)
+#undef X
+    const auto find = [](const char* name, auto* out) {
+      *out = static_cast<std::remove_pointer_t<decltype(out)>>(dlsym(RTLD_DEFAULT, name));
+      return *out != nullptr;
+    };
+    return find("_Py_NoneStruct", &none) && find("_Py_TrueStruct", &true_) && find("_Py_FalseStruct", &false_) &&
+           find("PyLong_Type", &int_type) && find("PyFloat_Type", &float_type);
+  }
+};
+inline Functions py;
+
+// What `rope_` is told of Python, kept for ever.
+struct Told {
+  const Object *tensor = nullptr, *parameter = nullptr, *frequencies = nullptr;  // types
+  Object *forward_ad = nullptr, *no_level = nullptr;                     // a module, and its level of no gradient
+  Object *cdata = nullptr, *handle = nullptr, *current_level = nullptr;  // names of attributes
+  std::array<Object*, TorchArguments::kMost> defaults{}, choices{};      // by argument; choices: dicts
+  const DLPackExchangeAPI* torch = nullptr;
+  size_t q_out = 0, k_out = 0, k_store_only = 0;  // places among the arguments
+};
+inline Told told;
+// From the end of the process on, calls keep Python's lock: see _module.py.
+inline std::atomic<bool> keeps_lock = false;
+
+// Python's lock given away for a while.
+class Unlocked {
+ public:
+  Unlocked() : thread_(keeps_lock ? nullptr : py.PyEval_SaveThread()) {}
+  ~Unlocked() {
+    if (thread_) py.PyEval_RestoreThread(thread_);
+  }
+  Unlocked(const Unlocked&) = delete;
+  Unlocked& operator=(const Unlocked&) = delete;
+
+ private:
+  void* thread_;
+};
+
+// The attribute's address, as an int holds it; null: none.
+inline void* AddressOf(Object* object, Object* name) {
+  Object* number = py.PyObject_GetAttr(object, name);
+  if (!number) return py.PyErr_Clear(), nullptr;
+  void* address = number->type == py.int_type ? py.PyLong_AsVoidPtr(number) : nullptr;
+  py.Py_DecRef(number);
+  return address;
+}
+
+// The values of a call, as the module's functions over tvm-ffi are given them.
+class Values {
+ public:
+  // False: the call is none of those that are served here.
+  bool Read(Object* const* args, size_t count) {
+    const std::span<const Arg> table = RopeDescription();
+    for (size_t i = 0; i < count; ++i) {
+      values_[i] = {};
+      values_[i].type_index = kTVMFFINone;
+      if (args[i] != told.defaults[i] && args[i] != py.none && !ReadOne(table[i], i, args[i])) return false;
+    }
+    return true;
+  }
+  const TVMFFIAny* data() const { return values_.data(); }
+
+ private:
+  bool ReadOne(const Arg& arg, size_t i, Object* value) {
+    TVMFFIAny& out = values_[i];
+    switch (arg.kind) {
+      case Kind::kTensor:
+        if (arg.flags & kHostScalar && value->type == py.float_type) return ReadDouble(value, &out);
+        out.type_index = kTVMFFIDLTensorPtr;
+        out.v_ptr = &tensors_[i].view;
+        return ReadTensor(value, &tensors_[i]);
+      case Kind::kDouble: return value->type == py.float_type && ReadDouble(value, &out);
+      case Kind::kHandle:
+        out.type_index = kTVMFFIInt;
+        return value->type == told.frequencies &&
+               (out.v_int64 = reinterpret_cast<int64_t>(AddressOf(value, told.handle)));
+      case Kind::kBool:
+        out.type_index = kTVMFFIInt;
+        out.v_int64 = value == py.true_;
+        return value == py.true_ || value == py.false_;
+      case Kind::kChoice: {
+        Object* number = told.choices[i] ? py.PyDict_GetItem(told.choices[i], value) : nullptr;
+        return number && ReadInt(number, &out);
+      }
+      case Kind::kInt: return value->type == py.int_type && ReadInt(value, &out);
+      default: return false;
+    }
+  }
+
+  static bool ReadDouble(Object* value, TVMFFIAny* out) {
+    out->type_index = kTVMFFIFloat;
+    out->v_float64 = py.PyFloat_AsDouble(value);
+    return true;
+  }
+  static bool ReadInt(Object* value, TVMFFIAny* out) {
+    out->type_index = kTVMFFIInt;
+    out->v_int64 = py.PyLong_AsLongLong(value);
+    if (out->v_int64 != -1) return true;
+    py.PyErr_Clear();  // of one beyond 64 bits; -1 itself is for the other way, too
+    return false;
+  }
+
+  bool ReadTensor(Object* value, TorchArguments::Tensor* out) {
+    if (value->type != told.tensor && value->type != told.parameter) return false;
+    if (told.torch->dltensor_from_py_object_no_sync(value, &out->view) != 0) return py.PyErr_Clear(), false;
+    const void*& impl = impls_[static_cast<size_t>(out - tensors_.data())];
+    impl = AddressOf(value, told.cdata);
+    out->tensor = &impl;
+    return impl && MayBeOverwritten(impl);
+  }
+
+  std::array<TVMFFIAny, TorchArguments::kMost> values_;
+  std::array<TorchArguments::Tensor, TorchArguments::kMost> tensors_;  // read only where they were filled
+  std::array<const void*, TorchArguments::kMost> impls_;
+};
+
+// (all arguments of rope_, by position): what rope_ returns, or None: nothing was written, and another way is to serve.
+inline Object* Rope(Object*, Object* const* args, intptr_t count) {
+  const auto none = [] { return py.Py_IncRef(py.none), py.none; };
+  const size_t all = RopeDescription().size();
+  if (static_cast<size_t>(count) != all || SomebodyWatchesTorch()) return none();
+  if (args[0]->type != told.tensor && args[0]->type != told.parameter) return none();
+  Object* level = py.PyObject_GetAttr(told.forward_ad, told.current_level);
+  if (!level) return py.PyErr_Clear(), none();
+  py.Py_DecRef(level);
+  if (level != told.no_level) return none();
+  Values values;
+  if (!values.Read(args, all)) return none();
+
+  border::RopeArgs rope{};
+  {
+    const border::InFlight in_flight;
+    bool served = rope.Fill(values.data(), static_cast<int32_t>(all)) == 0;
+    const DLDevice device = served ? rope.args.q->device : DLDevice{};
+    if (served && DeviceType(device) == kDLCUDA)
+      served = told.torch->current_work_stream(device.device_type, device.device_id, &rope.stream) == 0;
+    if (served) {
+      const Unlocked unlocked;
+      served = border::Raise(ropewalk_rope(&rope.args, rope.stream)) == 0;
+    }
+    if (!served) {
+      py.PyErr_Clear();
+      TVMFFIObjectHandle raised = nullptr;
+      TVMFFIErrorMoveFromRaised(&raised);
+      if (raised) TVMFFIObjectDecRef(raised);
+      return none();
+    }
+  }
+  TorchArguments::TellOfWritten(rope.args);
+  Object* q = args[told.q_out] == py.none ? args[0] : args[told.q_out];
+  Object* k = args[told.k_out] == py.none ? args[1] : args[told.k_out];
+  return py.PyTuple_Pack(2, q, args[told.k_store_only] == py.true_ ? py.none : k);
+}
+
+// (types of tensors, parameters and Frequencies; torch.autograd.forward_ad, and its level where there is none; torch's
+// own part of DLPack; tuples of each argument's default and choices): the function above, or null where it cannot
+// serve.
+inline Object* MakeRope(Object* tensor, Object* parameter, Object* frequencies, Object* forward_ad, Object* no_level,
+                        Object* torch_api, Object* defaults, Object* choices) {
+  static MethodDefinition definition = {"rope_", Rope, kPositionalArray, nullptr};
+  if (!torch_answers || !py.Find()) return nullptr;
+  const std::span<const Arg> table = RopeDescription();
+  const auto size = static_cast<intptr_t>(table.size());
+  const auto* api = static_cast<const DLPackExchangeAPI*>(py.PyCapsule_GetPointer(torch_api, "dlpack_exchange_api"));
+  const bool fits = api && api->header.version.major == DLPACK_MAJOR_VERSION && api->dltensor_from_py_object_no_sync &&
+                    api->current_work_stream && table.size() <= TorchArguments::kMost &&
+                    py.PyTuple_Size(defaults) == size && py.PyTuple_Size(choices) == size;
+  if (!fits) return py.PyErr_Clear(), nullptr;
+  for (size_t i = 0; i < table.size(); ++i) {
+    const std::string_view name = table[i].name;
+    if (name == "q_out") told.q_out = i;
+    if (name == "k_out") told.k_out = i;
+    if (name == "k_store_only") told.k_store_only = i;
+    told.defaults[i] = py.PyTuple_GetItem(defaults, static_cast<intptr_t>(i));
+    told.choices[i] = py.PyTuple_GetItem(choices, static_cast<intptr_t>(i));
+    if (told.choices[i] == py.none) told.choices[i] = nullptr;
+  }
+  told.tensor = tensor;
+  told.parameter = parameter;
+  told.frequencies = frequencies;
+  told.forward_ad = forward_ad;
+  told.no_level = no_level;
+  told.torch = api;
+  told.cdata = py.PyUnicode_InternFromString("_cdata");
+  told.handle = py.PyUnicode_InternFromString("_handle");
+  told.current_level = py.PyUnicode_InternFromString("_current_level");
+  for (Object* each : {tensor, parameter, frequencies, forward_ad, no_level, torch_api, defaults, choices}) {
+    py.Py_IncRef(each);
+  }
+  return py.PyCFunction_NewEx(&definition, nullptr, nullptr);
+}
+
+}  // namespace ropewalk::python
