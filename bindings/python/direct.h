@@ -38,7 +38,6 @@ inline constexpr int kPositionalArray = 0x80;  // METH_FASTCALL
 
 #define ROPEWALK_PYTHON_FUNCTIONS(X)                                             \
   X(Object*, PyCFunction_NewEx, MethodDefinition*, Object* self, Object* module) \
-  X(void*, PyCapsule_GetPointer, Object* capsule, const char* name)              \
   X(Object*, PyDict_GetItem, Object* dict, Object* key)                          \
   X(void, PyErr_Clear)                                                           \
   X(void, PyEval_RestoreThread, void* thread)                                    \
@@ -79,10 +78,11 @@ inline Functions py;
 // What `rope_` is told of Python, kept for ever.
 struct Told {
   const Object *tensor = nullptr, *parameter = nullptr, *frequencies = nullptr;  // types
-  Object *forward_ad = nullptr, *no_level = nullptr;                     // a module, and its level of no gradient
+  Object *forward_ad = nullptr, *no_level = nullptr;                     // its names, and its level of no gradient
   Object *cdata = nullptr, *handle = nullptr, *current_level = nullptr;  // names of attributes
   std::array<Object*, TorchArguments::kMost> defaults{}, choices{};      // by argument; choices: dicts
-  const DLPackExchangeAPI* torch = nullptr;
+  // A tensor's c10::TensorImpl is what comes first in its object, as a trial showed; not in every version of torch.
+  bool impl_is_first = false;
   size_t q_out = 0, k_out = 0, k_store_only = 0;  // places among the arguments
 };
 inline Told told;
@@ -103,13 +103,18 @@ class Unlocked {
   void* thread_;
 };
 
-// The attribute's address, as an int holds it; null: none.
+// The address that an attribute holds as an int; null: none.
 inline void* AddressOf(Object* object, Object* name) {
   Object* number = py.PyObject_GetAttr(object, name);
   if (!number) return py.PyErr_Clear(), nullptr;
   void* address = number->type == py.int_type ? py.PyLong_AsVoidPtr(number) : nullptr;
   py.Py_DecRef(number);
   return address;
+}
+
+// The c10::TensorImpl of a tensor; null: none.
+inline const void* ImplOf(Object* tensor) {
+  return told.impl_is_first ? reinterpret_cast<const void* const*>(tensor + 1)[0] : AddressOf(tensor, told.cdata);
 }
 
 // The values of a call, as the module's functions over tvm-ffi are given them.
@@ -135,7 +140,7 @@ class Values {
         if (arg.flags & kHostScalar && value->type == py.float_type) return ReadDouble(value, &out);
         out.type_index = kTVMFFIDLTensorPtr;
         out.v_ptr = &tensors_[i].view;
-        return ReadTensor(value, &tensors_[i]);
+        return ReadTensor(arg.name, value, i);
       case Kind::kDouble: return value->type == py.float_type && ReadDouble(value, &out);
       case Kind::kHandle:
         out.type_index = kTVMFFIInt;
@@ -167,13 +172,12 @@ class Values {
     return false;
   }
 
-  bool ReadTensor(Object* value, TorchArguments::Tensor* out) {
+  bool ReadTensor(const char* name, Object* value, size_t i) {
     if (value->type != told.tensor && value->type != told.parameter) return false;
-    if (told.torch->dltensor_from_py_object_no_sync(value, &out->view) != 0) return py.PyErr_Clear(), false;
-    const void*& impl = impls_[static_cast<size_t>(out - tensors_.data())];
-    impl = AddressOf(value, told.cdata);
-    out->tensor = &impl;
-    return impl && MayBeOverwritten(impl);
+    const void* impl = impls_[i] = ImplOf(value);
+    TorchArguments::Tensor& tensor = tensors_[i];
+    tensor.tensor = &impls_[i];
+    return impl && MayBeOverwritten(impl) && torch.has_storage(impl) && !TorchArguments::ReadTensor(name, &tensor);
   }
 
   std::array<TVMFFIAny, TorchArguments::kMost> values_;
@@ -187,10 +191,7 @@ inline Object* Rope(Object*, Object* const* args, intptr_t count) {
   const size_t all = RopeDescription().size();
   if (static_cast<size_t>(count) != all || SomebodyWatchesTorch()) return none();
   if (args[0]->type != told.tensor && args[0]->type != told.parameter) return none();
-  Object* level = py.PyObject_GetAttr(told.forward_ad, told.current_level);
-  if (!level) return py.PyErr_Clear(), none();
-  py.Py_DecRef(level);
-  if (level != told.no_level) return none();
+  if (py.PyDict_GetItem(told.forward_ad, told.current_level) != told.no_level) return none();
   Values values;
   if (!values.Read(args, all)) return none();
 
@@ -198,9 +199,7 @@ inline Object* Rope(Object*, Object* const* args, intptr_t count) {
   {
     const border::InFlight in_flight;
     bool served = rope.Fill(values.data(), static_cast<int32_t>(all)) == 0;
-    const DLDevice device = served ? rope.args.q->device : DLDevice{};
-    if (served && DeviceType(device) == kDLCUDA)
-      served = told.torch->current_work_stream(device.device_type, device.device_id, &rope.stream) == 0;
+    served = served && TorchArguments::FindStream(*rope.args.q, &rope.stream);
     if (served) {
       const Unlocked unlocked;
       served = border::Raise(ropewalk_rope(&rope.args, rope.stream)) == 0;
@@ -219,19 +218,16 @@ inline Object* Rope(Object*, Object* const* args, intptr_t count) {
   return py.PyTuple_Pack(2, q, args[told.k_store_only] == py.true_ ? py.none : k);
 }
 
-// (types of tensors, parameters and Frequencies; torch.autograd.forward_ad, and its level where there is none; torch's
-// own part of DLPack; tuples of each argument's default and choices): the function above, or null where it cannot
-// serve.
+// (types of tensors, parameters and Frequencies; torch.autograd.forward_ad's names, and its level where there is none;
+// tuples of each argument's default and choices; some tensor): the function above, or null where it cannot serve.
 inline Object* MakeRope(Object* tensor, Object* parameter, Object* frequencies, Object* forward_ad, Object* no_level,
-                        Object* torch_api, Object* defaults, Object* choices) {
+                        Object* defaults, Object* choices, Object* trial) {
   static MethodDefinition definition = {"rope_", Rope, kPositionalArray, nullptr};
-  if (!torch_answers || !py.Find()) return nullptr;
+  if (!torch_answers || !torch_registration || !py.Find()) return nullptr;
   const std::span<const Arg> table = RopeDescription();
   const auto size = static_cast<intptr_t>(table.size());
-  const auto* api = static_cast<const DLPackExchangeAPI*>(py.PyCapsule_GetPointer(torch_api, "dlpack_exchange_api"));
-  const bool fits = api && api->header.version.major == DLPACK_MAJOR_VERSION && api->dltensor_from_py_object_no_sync &&
-                    api->current_work_stream && table.size() <= TorchArguments::kMost &&
-                    py.PyTuple_Size(defaults) == size && py.PyTuple_Size(choices) == size;
+  const bool fits =
+      table.size() <= TorchArguments::kMost && py.PyTuple_Size(defaults) == size && py.PyTuple_Size(choices) == size;
   if (!fits) return py.PyErr_Clear(), nullptr;
   for (size_t i = 0; i < table.size(); ++i) {
     const std::string_view name = table[i].name;
@@ -247,11 +243,12 @@ inline Object* MakeRope(Object* tensor, Object* parameter, Object* frequencies, 
   told.frequencies = frequencies;
   told.forward_ad = forward_ad;
   told.no_level = no_level;
-  told.torch = api;
   told.cdata = py.PyUnicode_InternFromString("_cdata");
   told.handle = py.PyUnicode_InternFromString("_handle");
   told.current_level = py.PyUnicode_InternFromString("_current_level");
-  for (Object* each : {tensor, parameter, frequencies, forward_ad, no_level, torch_api, defaults, choices}) {
+  const void* impl = AddressOf(trial, told.cdata);
+  told.impl_is_first = impl && reinterpret_cast<const void* const*>(trial + 1)[0] == impl;
+  for (Object* each : {tensor, parameter, frequencies, forward_ad, no_level, defaults, choices}) {
     py.Py_IncRef(each);
   }
   return py.PyCFunction_NewEx(&definition, nullptr, nullptr);

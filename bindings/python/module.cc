@@ -95,9 +95,9 @@ EXPORT(set_watching_keys, 4) {
 // For ctypes.PyDLL, to which a null is a ValueError.
 extern "C" __attribute__((visibility("default"))) ropewalk::python::Object* ropewalk_python_rope(
     ropewalk::python::Object* tensor, ropewalk::python::Object* parameter, ropewalk::python::Object* frequencies,
-    ropewalk::python::Object* forward_ad, ropewalk::python::Object* no_level, ropewalk::python::Object* torch_api,
-    ropewalk::python::Object* defaults, ropewalk::python::Object* choices) {
-  return ropewalk::python::MakeRope(tensor, parameter, frequencies, forward_ad, no_level, torch_api, defaults, choices);
+    ropewalk::python::Object* forward_ad, ropewalk::python::Object* no_level, ropewalk::python::Object* defaults,
+    ropewalk::python::Object* choices, ropewalk::python::Object* trial) {
+  return ropewalk::python::MakeRope(tensor, parameter, frequencies, forward_ad, no_level, defaults, choices, trial);
 }
 // Calls keep Python's lock from here on.
 EXPORT(keep_lock, 0) { return ropewalk::python::keeps_lock.store(true), 0; }

@@ -152,6 +152,7 @@ struct TorchFunctions {
 #undef X
   int (*delete_boxed)(TorchValue*) = nullptr;  // from 2.13 on; before, the memory was the caller's to delete
   int (*current_cuda_stream)(int32_t device, void** stream) = nullptr;
+  bool (*has_storage)(const void* impl) = nullptr;  // false: there is no address to ask for
   // torch's own errors, and its own run-time library of C++: a wheel has another one inside, which would not count what
   // flies in this one. The place is c10::SourceLocation.
   struct Place {
@@ -235,6 +236,7 @@ inline bool TorchFunctions::Find() {
   ROPEWALK_TORCH_FUNCTIONS(X)
 #undef X
   FindIn(library, "torch_delete_stable_ivalue", &delete_boxed);
+  if (!FindIn(library, "_ZNK3c1010TensorImpl11has_storageEv", &has_storage)) return false;
   if (void* cuda = dlopen("libtorch_cuda.so", RTLD_NOW | RTLD_NOLOAD)) {
     if (!FindIn(cuda, "aoti_torch_get_current_cuda_stream", &current_cuda_stream)) return false;
   }
@@ -348,6 +350,12 @@ class TorchArguments {
     TorchTensor tensor = nullptr;
   };
 
+  static int ReadTensor(const char* name, Tensor* out);
+  // torch's current stream for q, on CUDA. False: torch does not tell.
+  static bool FindStream(const DLTensor& q, void** stream) {
+    return DeviceType(q.device) != kDLCUDA ||
+           (torch.current_cuda_stream && torch.current_cuda_stream(q.device.device_id, stream) == 0);
+  }
   // Has autograd notice what a call wrote, whose tensors are views of the above.
   static void TellOfWritten(const ropewalk_rope_args& args) {
     Wrote(args.q_out ? args.q_out : args.q);
@@ -386,27 +394,6 @@ class TorchArguments {
     }
   }
 
-  static int ReadTensor(const char* name, Tensor* out) {
-    DLTensor& view = out->view;
-    int32_t layout = 0, dtype = 0, device = 0;
-    int64_t dims = 0;
-    if (torch.aoti_torch_get_layout(out->tensor, &layout) || layout != torch.aoti_torch_layout_strided())
-      return border::Raise("ValueError", Text("rope: ", name, " must be a strided tensor, but has another layout"));
-    if (torch.aoti_torch_get_dtype(out->tensor, &dtype) || torch.aoti_torch_get_device_type(out->tensor, &device) ||
-        torch.aoti_torch_get_device_index(out->tensor, &view.device.device_id) ||
-        torch.aoti_torch_get_dim(out->tensor, &dims) || torch.aoti_torch_get_sizes(out->tensor, &view.shape) ||
-        torch.aoti_torch_get_strides(out->tensor, &view.strides) ||
-        torch.aoti_torch_get_data_ptr(out->tensor, &view.data))
-      return border::Raise("RuntimeError", Text("rope: ", name, " has no memory that torch tells of"));
-    view.ndim = static_cast<int32_t>(dims);
-    view.byte_offset = 0;
-    view.device.device_type = static_cast<DLDeviceType>(torch.devices[static_cast<size_t>(device) % 128]);
-    if (view.device.device_id < 0) view.device.device_id = 0;  // torch has no number for the CPU
-    view.dtype = torch.dtypes[static_cast<size_t>(dtype) % 128];
-    if (!view.dtype.bits) view.dtype.bits = static_cast<uint8_t>(8 * torch.aoti_torch_dtype_element_size(dtype));
-    return 0;
-  }
-
   int ReadFrequencies(TVMFFIAny* out) {
     size_t size = 0;
     const char* data = nullptr;
@@ -437,6 +424,27 @@ class TorchArguments {
   void* text_ = nullptr;
 };
 
+inline int TorchArguments::ReadTensor(const char* name, Tensor* out) {
+  DLTensor& view = out->view;
+  int32_t layout = 0, dtype = 0, device = 0;
+  int64_t dims = 0;
+  if (torch.aoti_torch_get_layout(out->tensor, &layout) || layout != torch.aoti_torch_layout_strided())
+    return border::Raise("ValueError", Text("rope: ", name, " must be a strided tensor, but has another layout"));
+  if (torch.aoti_torch_get_dtype(out->tensor, &dtype) || torch.aoti_torch_get_device_type(out->tensor, &device) ||
+      torch.aoti_torch_get_device_index(out->tensor, &view.device.device_id) ||
+      torch.aoti_torch_get_dim(out->tensor, &dims) || torch.aoti_torch_get_sizes(out->tensor, &view.shape) ||
+      torch.aoti_torch_get_strides(out->tensor, &view.strides) ||
+      torch.aoti_torch_get_data_ptr(out->tensor, &view.data))
+    return border::Raise("RuntimeError", Text("rope: ", name, " has no memory that torch tells of"));
+  view.ndim = static_cast<int32_t>(dims);
+  view.byte_offset = 0;
+  view.device.device_type = static_cast<DLDeviceType>(torch.devices[static_cast<size_t>(device) % 128]);
+  if (view.device.device_id < 0) view.device.device_id = 0;  // torch has no number for the CPU
+  view.dtype = torch.dtypes[static_cast<size_t>(dtype) % 128];
+  if (!view.dtype.bits) view.dtype.bits = static_cast<uint8_t>(8 * torch.aoti_torch_dtype_element_size(dtype));
+  return 0;
+}
+
 // 0, or -1 with the error raised.
 inline int RopeOfTorch(const TorchValue* stack, size_t inputs) {
   const border::InFlight in_flight;
@@ -446,10 +454,8 @@ inline int RopeOfTorch(const TorchValue* stack, size_t inputs) {
   const int32_t count = arguments.Read(&values);
   if (count < 0 || rope.Fill(values.data(), count)) return -1;
   const ropewalk_rope_args& args = rope.args;
-  if (args.q && DeviceType(args.q->device) == kDLCUDA) {
-    if (!torch.current_cuda_stream || torch.current_cuda_stream(args.q->device.device_id, &rope.stream))
-      return border::Raise("RuntimeError", "rope: torch does not tell of its current CUDA stream");
-  }
+  if (args.q && !TorchArguments::FindStream(*args.q, &rope.stream))
+    return border::Raise("RuntimeError", "rope: torch does not tell of its current CUDA stream");
   if (const int error = border::Raise(ropewalk_rope(&args, rope.stream))) return error;
   TorchArguments::TellOfWritten(args);
   return 0;

@@ -84,15 +84,16 @@ def direct(defaults: tuple[Any, ...], choices: tuple[Any, ...]) -> Any:
     """`rope_` of plain tensors without tvm-ffi and Python's questions between (bindings/python/direct.h): all arguments
     by position, of which each may be the very object that is its default. It returns what `rope_` does, or None where
     another way is to serve the call or to say what is wrong; then nothing was written. Or None, where there is no such
-    function: no CPython, one without a GIL, or a torch that lacks DLPack's table of functions."""
-    capsule = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
-    if not _asks_torch or capsule is None or sys.implementation.name != "cpython" or "t" in sys.abiflags:
+    function: no CPython, one without a GIL, or a torch whose operators the module does not serve."""
+    if not served_by_module or sys.implementation.name != "cpython" or "t" in sys.abiflags:
         return None
     make = ctypes.PyDLL(_module.PATH).ropewalk_python_rope
     make.restype = ctypes.py_object
     types = (torch.Tensor, torch.nn.Parameter, Frequencies)
+    with torch.inference_mode(False):
+        trial = torch.Tensor()
     try:
-        return make(*map(ctypes.py_object, (*types, forward_ad, -1, capsule, defaults, choices)))
+        return make(*map(ctypes.py_object, (*types, vars(forward_ad), -1, defaults, choices, trial)))
     except ValueError:  # null
         return None
 
