@@ -65,6 +65,14 @@ def rope(q: SupportsDLPack, k: SupportsDLPack | None = None, **options: Unpack[R
     Returns:
         The new q and k, like their own (torch, numpy, cupy, or jax on the CPU); None for no k, or with k_store_only.
     """
+    if (
+        not _call.is_compiling()
+        and type(q) is _call.Tensor
+        and (k is None or type(k) is _call.Tensor)
+        and not _call.grad_enabled()
+    ):  # the same in half the time
+        k_out = None if k is None or options.get("k_store_only") else _call.new_like(k)
+        return rope_(q, k, q_out=_call.new_like(q), k_out=k_out, **options)
     if isinstance(q, _call.Tensor) and _call.wants_gradient((q, k, *options.values())):
         return _call.differentiable({**_DEFAULTS, **_arrays.known("rope", options, _DEFAULTS), "q": q, "k": k})
     q_out = _arrays.empty_like("q", q)

@@ -31,6 +31,7 @@ if _arrays.torch is not None:
     PLAIN = _torch.PLAIN
     is_compiling = _arrays.torch.compiler.is_dynamo_compiling
     grad_enabled = _arrays.torch.is_grad_enabled
+    new_like = _arrays.torch.empty_like
     increment_version = _torch.increment_version
     dual: Any = _torch.forward_ad
     launch = _torch.rope_unwatched
@@ -41,7 +42,7 @@ if _arrays.torch is not None:
 else:
     Tensor = _Absent
     PLAIN = frozenset()
-    grad_enabled = increment_version = dual = differentiable = backward_watched = None
+    grad_enabled = new_like = increment_version = dual = differentiable = backward_watched = None
 
     def is_compiling() -> bool:
         return False
