@@ -22,15 +22,20 @@ if(NOT CMAKE_SCRIPT_MODE_FILE)
 endif()
 
 function(ropewalk_spirv output)
-  # 16 and later write bitcode that their translators refuse (or have none on Debian); both must be of one version.
-  set(missing "clang-15 and llvm-spirv-15 were not found when this Ropewalk was built (Debian, Ubuntu: apt-get install clang-15 llvm-spirv-15)")
-  foreach(version 15 14)
+  # Both must be of one version. 15 comes first: docs/results/intel-report.md is of its modules, and with pointers that have
+  # no type, as later ones write them, OpenCL drivers have less practice. 16 has no translator on Debian.
+  set(missing "no clang and llvm-spirv of one version (15, 14 or 17 to 19) were found when this Ropewalk was built (Debian 12, Ubuntu: apt-get install clang-15 llvm-spirv-15; Debian 13: clang-19 llvm-spirv-19)")
+  foreach(version 15 14 19 18 17)
     find_program(ROPEWALK_OPENCL_CLANG_${version} clang-${version})
     find_program(ROPEWALK_LLVM_SPIRV_${version} llvm-spirv-${version})
     if(ROPEWALK_OPENCL_CLANG_${version} AND ROPEWALK_LLVM_SPIRV_${version})
       set(clang ${ROPEWALK_OPENCL_CLANG_${version}})
       set(translator ${ROPEWALK_LLVM_SPIRV_${version}})
       set(missing "")
+      set(pointers "")
+      if(version LESS 16)
+        set(pointers -Xclang -no-opaque-pointers)
+      endif()
       break()
     endif()
   endforeach()
@@ -47,7 +52,7 @@ function(ropewalk_spirv output)
   set(inputs ${sources})
   list(TRANSFORM inputs PREPEND ${PROJECT_SOURCE_DIR}/)
   # LLVM's own passes stay off: they leave what the translator refuses.
-  set(clang_flags -c -x cl -cl-std=CL3.0 -target spir64-unknown-unknown -Xclang -no-opaque-pointers -Xclang
+  set(clang_flags -c -x cl -cl-std=CL3.0 -target spir64-unknown-unknown ${pointers} -Xclang
     -finclude-default-header -O1 -Xclang -disable-llvm-passes -ffp-contract=off -emit-llvm)
   set(translator_flags --spirv-max-version=1.2 --spirv-ext=+SPV_INTEL_subgroups --spirv-mem2reg)
   set(directory ${PROJECT_BINARY_DIR}/spirv)

@@ -83,8 +83,9 @@ stage_system() {
   # For Intel GPUs: what compiles the kernel, Intel's driver (simulated in the tests) and its offline compiler. Without
   # them, which not every release has, Ropewalk is built without those kernels, or their tests are skipped.
   command -v apt-get >/dev/null || return 0
-  local intel
-  mapfile -t intel < <(known_packages clang-15 llvm-spirv-15 spirv-tools ocl-icd-libopencl1 intel-opencl-icd \
+  local intel llvm=15
+  [[ $(known_packages llvm-spirv-15) ]] || llvm=19
+  mapfile -t intel < <(known_packages clang-$llvm llvm-spirv-$llvm spirv-tools ocl-icd-libopencl1 intel-opencl-icd \
     libze1 libze-dev libigc-tools pocl-opencl-icd)
   install_system system "${intel[@]}"
 }

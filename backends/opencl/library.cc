@@ -195,9 +195,10 @@ OpenClDevice DescribeOpenClDevice(const OpenClLibrary& library, cl::Platform pla
   } else if (!d.system_memory && !d.usm && !svm) {
     d.refusal = "has neither shared virtual memory nor cl_intel_unified_shared_memory";
   } else if (!d.spirv && !Info<cl::Uint>(library, device, cl::kCompilerAvailable)) {
-    d.refusal = !takes_spirv  ? "takes no SPIR-V and has no compiler"
-                : !sub_groups ? "has no sub-groups of 16 and no compiler"
-                              : "has no 16-bit floats (cl_khr_fp16) and no compiler";
+    d.refusal = *RopeSpirvMissing() ? "has no compiler, and this Ropewalk no SPIR-V"
+                : !takes_spirv      ? "takes no SPIR-V and has no compiler"
+                : !sub_groups       ? "has no sub-groups of 16 and no compiler"
+                                    : "has no 16-bit floats (cl_khr_fp16) and no compiler";
   }
   return d;
 }
