@@ -37,7 +37,7 @@ bool HasAvx3Bf16() {
 }
 
 constexpr CpuTarget kTargets[] = {
-    {"avx3_bf16", HasAvx3Bf16, N_AVX3::ChooseBf16Kernel, N_AVX3::BackwardRows},
+    {"avx3_bf16", HasAvx3Bf16, N_AVX3::ChooseBf16Kernel, N_AVX3::BackwardRowsBf16},
     {"avx3", HasAvx3, N_AVX3::ChooseKernel, N_AVX3::BackwardRows},
     {"avx2", HasAvx2, N_AVX2::ChooseKernel, N_AVX2::BackwardRows},
     {"sse4", HasSse4, N_SSE4::ChooseKernel, N_SSE4::BackwardRows},

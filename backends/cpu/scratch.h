@@ -7,7 +7,7 @@
 namespace ropewalk {
 
 // Enough for the largest head_dim on the widest target. A page that no call uses takes an address and no memory.
-inline constexpr size_t kCpuScratchBytes = 576 * 1024;
+inline constexpr size_t kCpuScratchBytes = 640 * 1024;
 
 // The thread's own scratch, aligned to 64 bytes, between pages that nobody may touch. The thread's first call makes it,
 // without malloc, and it stays until the thread ends. Threads that get none take turns at one of the process.

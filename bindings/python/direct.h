@@ -39,6 +39,7 @@ inline constexpr int kPositionalArray = 0x80;  // METH_FASTCALL
 #define ROPEWALK_PYTHON_FUNCTIONS(X)                                             \
   X(Object*, PyCFunction_NewEx, MethodDefinition*, Object* self, Object* module) \
   X(Object*, PyDict_GetItem, Object* dict, Object* key)                          \
+  X(void, PyErr_SetString, Object* type, const char* text)                       \
   X(void, PyErr_Clear)                                                           \
   X(void, PyEval_RestoreThread, void* thread)                                    \
   X(void*, PyEval_SaveThread)                                                    \
@@ -58,7 +59,8 @@ struct Functions {
   ROPEWALK_PYTHON_FUNCTIONS(X)
 #undef X
   Object *none = nullptr, *true_ = nullptr, *false_ = nullptr;
-  const Object *int_type = nullptr, *float_type = nullptr;
+  const Object *int_type = nullptr, *float_type = nullptr, *text_type = nullptr;
+  Object** runtime_error = nullptr;
 
   bool Find() {
 #define X(result, name, ...) \
@@ -70,7 +72,8 @@ struct Functions {
       return *out != nullptr;
     };
     return find("_Py_NoneStruct", &none) && find("_Py_TrueStruct", &true_) && find("_Py_FalseStruct", &false_) &&
-           find("PyLong_Type", &int_type) && find("PyFloat_Type", &float_type);
+           find("PyLong_Type", &int_type) && find("PyFloat_Type", &float_type) && find("PyUnicode_Type", &text_type) &&
+           find("PyExc_RuntimeError", &runtime_error);
   }
 };
 inline Functions py;
@@ -83,6 +86,9 @@ struct Told {
   std::array<Object*, TorchArguments::kMost> defaults{}, choices{};      // by argument; choices: dicts
   // A tensor's c10::TensorImpl is what comes first in its object, as a trial showed; not in every version of torch.
   bool impl_is_first = false;
+  bool (*has_storage)(const void* impl) = nullptr;  // false: there is no address to ask for
+  // The name of an attribute, where torch, before 2.13, prints that nested tensors have no sizes.
+  Object* is_nested = nullptr;
   size_t q_out = 0, k_out = 0, k_store_only = 0;  // places among the arguments
 };
 inline Told told;
@@ -126,7 +132,8 @@ class Values {
     for (size_t i = 0; i < count; ++i) {
       values_[i] = {};
       values_[i].type_index = kTVMFFINone;
-      if (args[i] != told.defaults[i] && args[i] != py.none && !ReadOne(table[i], i, args[i])) return false;
+      const bool given = args[i] != told.defaults[i] && (args[i] != py.none || table[i].kind == Kind::kChoice);
+      if (given && !ReadOne(table[i], i, args[i])) return false;
     }
     return true;
   }
@@ -151,7 +158,9 @@ class Values {
         out.v_int64 = value == py.true_;
         return value == py.true_ || value == py.false_;
       case Kind::kChoice: {
-        Object* number = told.choices[i] ? py.PyDict_GetItem(told.choices[i], value) : nullptr;
+        // Of others Python would run code of the user's, while addresses of tensors are held.
+        if (value->type != py.text_type && value != py.none) return false;
+        Object* number = py.PyDict_GetItem(told.choices[i], value);
         return number && ReadInt(number, &out);
       }
       case Kind::kInt: return value->type == py.int_type && ReadInt(value, &out);
@@ -177,7 +186,14 @@ class Values {
     const void* impl = impls_[i] = ImplOf(value);
     TorchArguments::Tensor& tensor = tensors_[i];
     tensor.tensor = &impls_[i];
-    return impl && MayBeOverwritten(impl) && torch.has_storage(impl) && !TorchArguments::ReadTensor(name, &tensor);
+    if (!impl || !MayBeOverwritten(impl) || !told.has_storage(impl)) return false;
+    if (told.is_nested) {
+      Object* nested = py.PyObject_GetAttr(value, told.is_nested);
+      if (!nested) return py.PyErr_Clear(), false;
+      py.Py_DecRef(nested);
+      if (nested != py.false_) return false;
+    }
+    return TorchArguments::ReadTensor(name, &tensor) == 0;
   }
 
   std::array<TVMFFIAny, TorchArguments::kMost> values_;
@@ -187,30 +203,34 @@ class Values {
 
 // (all arguments of rope_, by position): what rope_ returns, or None: nothing was written, and another way is to serve.
 inline Object* Rope(Object*, Object* const* args, intptr_t count) {
-  const auto none = [] { return py.Py_IncRef(py.none), py.none; };
+  const auto refuse = [] {
+    TVMFFIObjectHandle raised = nullptr;
+    TVMFFIErrorMoveFromRaised(&raised);
+    if (raised) TVMFFIObjectDecRef(raised);
+    py.PyErr_Clear();
+    py.Py_IncRef(py.none);
+    return py.none;
+  };
   const size_t all = RopeDescription().size();
-  if (static_cast<size_t>(count) != all || SomebodyWatchesTorch()) return none();
-  if (args[0]->type != told.tensor && args[0]->type != told.parameter) return none();
-  if (py.PyDict_GetItem(told.forward_ad, told.current_level) != told.no_level) return none();
+  if (static_cast<size_t>(count) != all || SomebodyWatchesTorch()) return refuse();
+  if (args[0]->type != told.tensor && args[0]->type != told.parameter) return refuse();
+  if (py.PyDict_GetItem(told.forward_ad, told.current_level) != told.no_level) return refuse();
   Values values;
-  if (!values.Read(args, all)) return none();
+  if (!values.Read(args, all)) return refuse();
 
   border::RopeArgs rope{};
+  int code = ROPEWALK_OK;
   {
     const border::InFlight in_flight;
-    bool served = rope.Fill(values.data(), static_cast<int32_t>(all)) == 0;
-    served = served && TorchArguments::FindStream(*rope.args.q, &rope.stream);
-    if (served) {
-      const Unlocked unlocked;
-      served = border::Raise(ropewalk_rope(&rope.args, rope.stream)) == 0;
-    }
-    if (!served) {
-      py.PyErr_Clear();
-      TVMFFIObjectHandle raised = nullptr;
-      TVMFFIErrorMoveFromRaised(&raised);
-      if (raised) TVMFFIObjectDecRef(raised);
-      return none();
-    }
+    if (rope.Fill(values.data(), static_cast<int32_t>(all)) != 0) return refuse();
+    if (!TorchArguments::FindStream(*rope.args.q, &rope.stream)) return refuse();
+    const Unlocked unlocked;
+    code = ropewalk_rope(&rope.args, rope.stream);
+  }
+  if (code == ROPEWALK_INVALID_ARGUMENT) return refuse();
+  if (code != ROPEWALK_OK) {  // once more could be once too much
+    py.PyErr_SetString(*py.runtime_error, ValidUtf8(ropewalk_last_error()).c_str());
+    return nullptr;
   }
   TorchArguments::TellOfWritten(rope.args);
   Object* q = args[told.q_out] == py.none ? args[0] : args[told.q_out];
@@ -224,6 +244,9 @@ inline Object* MakeRope(Object* tensor, Object* parameter, Object* frequencies, 
                         Object* defaults, Object* choices, Object* trial) {
   static MethodDefinition definition = {"rope_", Rope, kPositionalArray, nullptr};
   if (!torch_answers || !torch_registration || !py.Find()) return nullptr;
+  void* library = dlopen("libtorch_cpu.so", RTLD_NOW | RTLD_NOLOAD);
+  if (!library || !FindIn(library, "_ZNK3c1010TensorImpl11has_storageEv", &told.has_storage)) return nullptr;
+  if (!dlsym(library, "torch_exception_get_what")) told.is_nested = py.PyUnicode_InternFromString("is_nested");
   const std::span<const Arg> table = RopeDescription();
   const auto size = static_cast<intptr_t>(table.size());
   const bool fits =

@@ -152,7 +152,6 @@ struct TorchFunctions {
 #undef X
   int (*delete_boxed)(TorchValue*) = nullptr;  // from 2.13 on; before, the memory was the caller's to delete
   int (*current_cuda_stream)(int32_t device, void** stream) = nullptr;
-  bool (*has_storage)(const void* impl) = nullptr;  // false: there is no address to ask for
   // torch's own errors, and its own run-time library of C++: a wheel has another one inside, which would not count what
   // flies in this one. The place is c10::SourceLocation.
   struct Place {
@@ -236,7 +235,6 @@ inline bool TorchFunctions::Find() {
   ROPEWALK_TORCH_FUNCTIONS(X)
 #undef X
   FindIn(library, "torch_delete_stable_ivalue", &delete_boxed);
-  if (!FindIn(library, "_ZNK3c1010TensorImpl11has_storageEv", &has_storage)) return false;
   if (void* cuda = dlopen("libtorch_cuda.so", RTLD_NOW | RTLD_NOLOAD)) {
     if (!FindIn(cuda, "aoti_torch_get_current_cuda_stream", &current_cuda_stream)) return false;
   }

@@ -625,6 +625,10 @@ class Like(torch.Tensor):
     pass
 
 
+class Text(str):
+    __slots__ = ()
+
+
 NOT_DIRECT = {
     "none": lambda: {"q": None},
     "numpy": lambda: {"q": draw(5, 4, 64).numpy()},
@@ -642,6 +646,11 @@ NOT_DIRECT = {
     "frequencies": lambda: {"frequencies": F._handle},
     "choice": lambda: {"pairing": "gptj"},
     "choice of a list": lambda: {"pairing": []},
+    "choice of a text's kind": lambda: {"pairing": Text("neox")},
+    "no pairing": lambda: {"pairing": None},
+    "no rounding": lambda: {"rounding": None},
+    "nested": lambda: {"q": torch.nested.nested_tensor([torch.ones(4, 64), torch.ones(2, 64)])},
+    "nested weight": lambda: {"q_weight": torch.nested.nested_tensor([torch.ones(4), torch.ones(2)])},
     "a weight's text": lambda: {"q_weight": "rms"},
     "flag": lambda: {"inverse": 1},
     "big": lambda: {"rotary_dim": 2**70},

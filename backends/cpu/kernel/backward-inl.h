@@ -4,11 +4,12 @@
 //
 //   g = R^T dY,    dX = (g w - n mean(g w n)) / rms,    dW = sum of g n over all heads of all tokens
 //
-// Heads are worked on as floats in natural order, in memory that stays in L1, and so one body serves every dtype and
-// pairing: eight of them at once, so that their sums, roots and divisions wait for each other only once, and a weight
-// is read and a weight's gradient added up once for all (one at a time heads of 64 in bfloat16 take 1.4 times as long,
-// of 128 1.05 times). A thread adds up weights' gradients of a few heads as floats, and these as doubles: with more
-// floats in a row, a million rows would show.
+// Heads go in two passes, several heads together, so that their roots and divisions wait for each other only once: the
+// first turns dY, keeps g as floats in memory that stays in L1, and adds up x x and g w x; the second reads x and g
+// again. Vectors have the order that loads cheapest, as in the forward kernel. Sums of x and not of n would lose what
+// is very small or large: a head where that could show, and one too long for such sums, goes alone, as floats in
+// natural order, each number scaled before it is multiplied. A thread adds up weights' gradients of a few heads as
+// floats, and these as doubles: with more floats in a row, a million rows would show.
 // SPDX-License-Identifier: Apache-2.0
 #if defined(ROPEWALK_BACKENDS_CPU_KERNEL_BACKWARD_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef ROPEWALK_BACKENDS_CPU_KERNEL_BACKWARD_INL_H_
@@ -23,21 +24,34 @@ ROPEWALK_BEFORE_KERNEL
 namespace ropewalk {
 namespace HWY_NAMESPACE {
 
+// Heads at once, and as many bytes of theirs at most, as floats and in their tensors: half of L1.
+constexpr int kHeadsAtOnce = 8, kBytesAtOnce = 16384;
+// Whose products are added up as floats before they are added to doubles.
+constexpr int kHeadsOfASum = 8;
+
+// Of one head, by lanes.
+struct HeadSums {
+  alignas(64) float squares[kLanes], along[kLanes], sizes[kLanes];
+};
+
 struct BackwardScratch {
-  Scratch rope;                                   // angles and weights in natural order; the folded ones are not used
-  alignas(64) float n[kMaxHeadDim + 4 * kLanes];  // x, of one head or one after the other of several
-  alignas(64) float g[kMaxHeadDim + 4 * kLanes];  // dY of one
-  alignas(64) float turned[kMaxHeadDim + 4 * kLanes];  // g, as x
-  alignas(64) float sums[kMaxHeadDim + 4 * kLanes];    // of a few heads
+  Scratch rope;  // angles and weights as the forward kernel reads them; the folded ones are not used
+  alignas(64) float sums[kMaxHeadDim + 4 * kBlock];  // of a few heads, in that order, too
+  alignas(64) float rows[kMaxHeadDim + 4 * kBlock];  // g of the heads of the first pass; of a head alone, x
+  HeadSums head_sums[kHeadsAtOnce + kLanes];         // rows are added up kLanes at a time
+  alignas(64) float rstd[kHeadsAtOnce + kLanes], mean_along[kHeadsAtOnce + kLanes];  // mean(g w n)
+  // For heads alone, in natural order.
+  alignas(64) float g[kMaxHeadDim + 4 * kLanes];       // dY, then what is added to the sums
+  alignas(64) float turned[kMaxHeadDim + 4 * kLanes];  // g
+  alignas(64) float weight[kMaxHeadDim + 8 * kBlock];
+  alignas(64) float cos[kMaxHeadDim / 2 + 2 * kBlock];
+  alignas(64) float sin[kMaxHeadDim / 2 + 2 * kBlock];
   // As doubles, where the folded weights lie.
   double* q_totals() { return reinterpret_cast<double*>(rope.q_folded); }
   double* k_totals() { return reinterpret_cast<double*>(rope.k_folded); }
 };
 static_assert(sizeof(BackwardScratch) <= kCpuScratchBytes);
 
-constexpr int kHeadsOfASum = 8;
-// Heads at once, and as many bytes of theirs at most, as floats and in their tensors: half of L1.
-constexpr int kHeadsAtOnce = kHeadsOfASum, kBytesAtOnce = 16384;
 // Turns a head from `g` to `out`, which hold it in natural order and have room for a vector behind it.
 HWY_NOINLINE void TurnHead(const rope_params& p, bool interleaved, const float* cos, const float* sin, const float* g,
                            float* out) {
@@ -91,15 +105,15 @@ HWY_INLINE float SumOverHead(int head_dim, const Body& body) {
   return total;
 }
 
-// dX of a head of which n has x / rms; `along` is mean(g w n). kSums: adds g n to the sums. Of rstd what makes greater
-// comes before the products: those of subnormal numbers would lose what it brings back.
-template <class T, bool kSums>
+// dX of a head of which n has x / rms; `along` is mean(g w n). Adds g n to the sums. Of rstd what makes greater comes
+// before the products: those of subnormal numbers would lose what it brings back.
+template <class T>
 HWY_INLINE void WriteGradient(int dim, const float* weight, const float* n, const float* g, V rstd, V along,
                               float* sums, typename T::Raw* out) {
   const V one = hn::Set(df, 1.0f), up = hn::Max(rstd, one), down = hn::Min(rstd, one), mean_along = hn::Mul(along, up);
   const auto work = [&](auto span, int i) ROPEWALK_ATTR {
     const V gi = hn::Load(df, g + i), ni = hn::Load(df, n + i);
-    if constexpr (kSums) hn::Store(hn::MulAdd(gi, ni, hn::Load(df, sums + i)), df, sums + i);
+    hn::Store(hn::MulAdd(gi, ni, hn::Load(df, sums + i)), df, sums + i);
     const V gw = hn::Mul(hn::Mul(gi, up), hn::Load(df, weight + i));
     T::template Store<false>(span, hn::Mul(hn::NegMulAdd(ni, mean_along, gw), down), out + i, 0);
   };
@@ -108,8 +122,8 @@ HWY_INLINE void WriteGradient(int dim, const float* weight, const float* n, cons
   if (i < dim) work(First<DF>{dim - i}, i);
 }
 
-// The gradient of one head, of which n has x; n gets x / rms. kSums: adds g n to the sums.
-template <class T, bool kSums>
+// The gradient of one head, of which n has x; n gets x / rms. Adds g n to the sums.
+template <class T>
 HWY_NOINLINE void HeadGradient(const rope_params& p, const float* weight, float* n, const float* g, float* sums,
                                typename T::Raw* out) {
   const int dim = p.head_dim;
@@ -131,63 +145,263 @@ HWY_NOINLINE void HeadGradient(const rope_params& p, const float* weight, float*
                                     sum = hn::MulAdd(hn::Mul(hn::Load(df, g + i), hn::Load(df, weight + i)), unit, sum);
                                   }) *
                       per_element;
-  WriteGradient<T, kSums>(dim, weight, n, g, rstd, hn::Set(df, along), sums, out);
+  WriteGradient<T>(dim, weight, n, g, rstd, hn::Set(df, along), sums, out);
 }
 
-// The sums of the lanes of kHeadsAtOnce vectors, over head_dim.
-HWY_INLINE void MeansOfHeads(const float* rows, float per_element, float* means) {
-  for (int h = 0; h < kHeadsAtOnce; h += kLanes) {
-    hn::StoreU(hn::Mul(SumsOfLanes(rows + h * kLanes), hn::Set(df, per_element)), df, means + h);
+// Where the elements of a head lie in vectors of the forward kernel's order.
+template <class T>
+struct Places {
+  const Parts& parts;
+
+  // How many of a part's elements lie in pairs of vectors; those behind in single ones.
+  HWY_INLINE int Paired(int part) const {
+    if constexpr (!T::kEvenOdd) return 0;
+    const int length = parts.part[part].length;
+    if (part == 1 && parts.form == Form::kNatural) return 0;
+    return length - (parts.form == Form::kSplit && (part == 1 || part == 2) ? NaturalTail<T>(length) : 0);
+  }
+  HWY_INLINE int size() const {
+    const Run& last = parts.part[3];
+    return last.table + (last.length + kBlock - 1) / kBlock * kBlock;
+  }
+  // Calls work(place of an element) from the head's first to its last.
+  template <class Work>
+  void Each(const Work& work) const {
+    for (int part = 0; part < 4; ++part) {
+      const Run& run = parts.part[part];
+      const int paired = Paired(part);
+      for (int i = 0; i < run.length; ++i) {
+        const int block = i / kBlock * kBlock, rest = i - block;
+        work(run.table + (i < paired ? block + rest % 2 * kLanes + rest / 2 : i));
+      }
+    }
+  }
+  // Calls pair(span, at) and single(span, at) for the vectors of a part.
+  template <class Pair, class Single>
+  HWY_INLINE void EachVectors(int part, const Pair& pair, const Single& single) const {
+    const int length = parts.part[part].length, paired = Paired(part);
+    int at = 0;
+    if constexpr (T::kEvenOdd) {
+      for (; at + kBlock <= paired; at += kBlock) pair(Whole<DF>(), at);
+      if (at < paired) pair(First<DF>{paired - at}, at);
+      at = paired;
+    }
+    for (; at + kLanes <= length; at += kLanes) single(Whole<DF>(), at);
+    if (at < length) single(First<DF>{length - at}, at);
+  }
+};
+
+// Some heads of a token.
+template <class T>
+struct HeadsTogether {
+  const typename T::Raw *x, *grad;
+  typename T::Raw* out;
+  int64_t x_step, grad_step, out_step;
+  const float* weight;
+  int step, count;  // from a head's g to the next one's; heads
+  bool interleaved;
+};
+
+// The first pass: g, and the lanes of the sums of x x, g w x and, for float32, g w g w. A vector, or pair of vectors,
+// of all heads at a time: what is the same for all stays in registers, and short heads take no turns of their own.
+template <class T>
+HWY_NOINLINE void TurnAndAddUp(const Parts& parts, const HeadsTogether<T>& heads, BackwardScratch& scratch) {
+  using Raw = typename T::Raw;
+  constexpr bool kSizes = sizeof(Raw) == 4;
+  const Places<T> places{parts};
+  const float *cos = scratch.rope.cos, *sin = scratch.rope.sin, *weight = heads.weight;
+  bool fresh = true;
+  // Calls work(x, dY, g, take) for each head, which calls take(vector of g, x, weight) for each of its vectors.
+  const auto each_head = [&](const auto& work) ROPEWALK_ATTR {
+    const Raw *x = heads.x, *grad = heads.grad;
+    float* g = scratch.rows;
+    HeadSums* sums = scratch.head_sums;
+    for (int h = 0; h < heads.count; ++h, x += heads.x_step, grad += heads.grad_step, g += heads.step, ++sums) {
+      V squares = hn::Zero(df), along = squares, sizes = squares;
+      if (!fresh) {
+        squares = hn::Load(df, sums->squares);
+        along = hn::Load(df, sums->along);
+        if (kSizes) sizes = hn::Load(df, sums->sizes);
+      }
+      work(x, grad, g, [&](V gi, V xi, V w) ROPEWALK_ATTR {
+        const V gw = hn::Mul(gi, w);
+        squares = hn::MulAdd(xi, xi, squares);
+        along = hn::MulAdd(gw, xi, along);
+        if (kSizes) sizes = hn::MulAdd(gw, gw, sizes);
+      });
+      hn::Store(squares, df, sums->squares);
+      hn::Store(along, df, sums->along);
+      if (kSizes) hn::Store(sizes, df, sums->sizes);
+    }
+    fresh = false;
+  };
+  const auto turn = [](V c, V s, V& a, V& b) ROPEWALK_ATTR {
+    const V old = a;
+    a = hn::NegMulAdd(b, s, hn::Mul(a, c));
+    b = hn::MulAdd(old, s, hn::Mul(b, c));
+  };
+  const Run &first = parts.part[1], &second = parts.part[2];
+  if (parts.form == Form::kSplit) {
+    places.EachVectors(
+        1,
+        [&](auto span, int at) ROPEWALK_ATTR {
+          const int a = first.table + at, b = second.table + at;
+          const V c0 = hn::Load(df, cos + at), s0 = hn::Load(df, sin + at);
+          const V c1 = hn::Load(df, cos + at + kLanes), s1 = hn::Load(df, sin + at + kLanes);
+          const V w0 = hn::Load(df, weight + a), w1 = hn::Load(df, weight + a + kLanes);
+          const V w2 = hn::Load(df, weight + b), w3 = hn::Load(df, weight + b + kLanes);
+          each_head([&](const Raw* x, const Raw* grad, float* g, const auto& take) ROPEWALK_ATTR {
+            V g0, g1, g2, g3, x0, x1, x2, x3;
+            LoadPair<T>(span, grad + first.begin + at, g0, g1);
+            LoadPair<T>(span, grad + second.begin + at, g2, g3);
+            LoadPair<T>(span, x + first.begin + at, x0, x1);
+            LoadPair<T>(span, x + second.begin + at, x2, x3);
+            turn(c0, s0, g0, g2);
+            turn(c1, s1, g1, g3);
+            hn::Store(g0, df, g + a);
+            hn::Store(g1, df, g + a + kLanes);
+            hn::Store(g2, df, g + b);
+            hn::Store(g3, df, g + b + kLanes);
+            take(g0, x0, w0);
+            take(g1, x1, w1);
+            take(g2, x2, w2);
+            take(g3, x3, w3);
+          });
+        },
+        [&](auto span, int at) ROPEWALK_ATTR {
+          const int a = first.table + at, b = second.table + at;
+          const V c = hn::Load(df, cos + at), s = hn::Load(df, sin + at);
+          const V w0 = hn::Load(df, weight + a), w1 = hn::Load(df, weight + b);
+          each_head([&](const Raw* x, const Raw* grad, float* g, const auto& take) ROPEWALK_ATTR {
+            V g0 = T::Load(span, grad + first.begin + at, 0), g1 = T::Load(span, grad + second.begin + at, 0);
+            turn(c, s, g0, g1);
+            hn::Store(g0, df, g + a);
+            hn::Store(g1, df, g + b);
+            take(g0, T::Load(span, x + first.begin + at, 0), w0);
+            take(g1, T::Load(span, x + second.begin + at, 0), w1);
+          });
+        });
+  }
+  const Partners<true, DF> neighbours(parts);
+  const Partners<false, DF> partners(parts);
+  for (const int part : {1, 0, 3}) {
+    if (part == 1 && parts.form == Form::kSplit) continue;
+    const Run& run = parts.part[part];
+    const bool turned = part == 1;
+    places.EachVectors(
+        part,
+        [&](auto span, int at) ROPEWALK_ATTR {
+          const int a = run.table + at;
+          const V c = hn::Load(df, cos + at / 2), s = hn::Load(df, sin + at / 2);
+          const V w0 = hn::Load(df, weight + a), w1 = hn::Load(df, weight + a + kLanes);
+          each_head([&](const Raw* x, const Raw* grad, float* g, const auto& take) ROPEWALK_ATTR {
+            V g0, g1, x0, x1;
+            LoadPair<T>(span, grad + run.begin + at, g0, g1);
+            LoadPair<T>(span, x + run.begin + at, x0, x1);
+            if (turned) turn(c, s, g0, g1);
+            hn::Store(g0, df, g + a);
+            hn::Store(g1, df, g + a + kLanes);
+            take(g0, x0, w0);
+            take(g1, x1, w1);
+          });
+        },
+        [&](auto span, int at) ROPEWALK_ATTR {
+          const int a = run.table + at;
+          const V c = hn::Load(df, cos + at), s = hn::Load(df, sin + at), w = hn::Load(df, weight + a);
+          each_head([&](const Raw* x, const Raw* grad, float* g, const auto& take) ROPEWALK_ATTR {
+            V v = T::Load(span, grad + run.begin + at, 0);
+            if (turned) v = hn::MulAdd(heads.interleaved ? neighbours.Of(v) : partners.Of(v), s, hn::Mul(v, c));
+            hn::Store(v, df, g + a);
+            take(v, T::Load(span, x + run.begin + at, 0), w);
+          });
+        });
   }
 }
 
-// The same of `count` heads, kHeadsAtOnce at most, which lie `step` floats apart in n and g.
-template <class T, bool kSums>
-HWY_NOINLINE void HeadsGradient(const rope_params& p, const float* weight, float* n, const float* g, int step,
-                                float* sums, typename T::Raw* out, int64_t out_step, int count) {
-  const int dim = p.head_dim;
-  const float per_element = 1.0f / static_cast<float>(dim);
-  // As many rows as a vector has lanes are added up at once.
-  constexpr int kRows = kHeadsAtOnce > kLanes ? kHeadsAtOnce : kLanes;
-  alignas(64) float rows[kRows * kLanes] = {}, rstd[kRows], along[kRows];
-  const auto add_up = [&](const auto& body) ROPEWALK_ATTR {
-    for (int h = 0; h < count; ++h) {
-      V even = hn::Zero(df), odd = even;
-      int i = 0;
-      for (; i + kLanes < dim; i += 2 * kLanes) {
-        even = body(h, i, even);
-        odd = body(h, i + kLanes, odd);
-      }
-      if (i < dim) even = body(h, i, even);
-      hn::Store(hn::Add(even, odd), df, rows + h * kLanes);
+// The second pass: dX. Adds g n to the sums, wanted or not.
+template <class T, bool kNative>
+HWY_NOINLINE void WriteHeads(const Parts& parts, const HeadsTogether<T>& heads, BackwardScratch& scratch) {
+  using Raw = typename T::Raw;
+  const Places<T> places{parts};
+  const auto each_head = [&](const auto& work) ROPEWALK_ATTR {
+    const Raw* x = heads.x;
+    Raw* out = heads.out;
+    const float* g = scratch.rows;
+    for (int h = 0; h < heads.count; ++h, x += heads.x_step, out += heads.out_step, g += heads.step) {
+      const V rstd = hn::Set(df, scratch.rstd[h]), along = hn::Set(df, scratch.mean_along[h]);
+      work(x, g, out, [&](V xi, V gi, V w, V& sum) ROPEWALK_ATTR {
+        const V n = hn::Mul(xi, rstd);
+        sum = hn::MulAdd(gi, n, sum);
+        return hn::Mul(hn::NegMulAdd(n, along, hn::Mul(gi, w)), rstd);
+      });
     }
   };
-  add_up([&](int h, int i, V sum) ROPEWALK_ATTR {
-    const V x = hn::Load(df, n + h * step + i);
-    return hn::MulAdd(x, x, sum);
-  });
-  MeansOfHeads(rows, per_element, rstd);
-  for (int h = 0; h < kRows; h += kLanes) {
-    const V mean = hn::Add(hn::Load(df, rstd + h), hn::Set(df, p.eps));
-    hn::Store(hn::Div(hn::Set(df, 1.0f), hn::Sqrt(mean)), df, rstd + h);
+  for (int part = 0; part < 4; ++part) {
+    const Run& run = parts.part[part];
+    places.EachVectors(
+        part,
+        [&](auto span, int at) ROPEWALK_ATTR {
+          const int a = run.table + at, b = a + kLanes;
+          const V w0 = hn::Load(df, heads.weight + a), w1 = hn::Load(df, heads.weight + b);
+          V sum0 = hn::Load(df, scratch.sums + a), sum1 = hn::Load(df, scratch.sums + b);
+          each_head([&](const Raw* x, const float* g, Raw* out, const auto& make) ROPEWALK_ATTR {
+            V v0, v1;
+            LoadPair<T>(span, x + run.begin + at, v0, v1);
+            v0 = make(v0, hn::Load(df, g + a), w0, sum0);
+            v1 = make(v1, hn::Load(df, g + b), w1, sum1);
+            StorePair<T, kNative>(span, out + run.begin + at, v0, v1);
+          });
+          hn::Store(sum0, df, scratch.sums + a);
+          hn::Store(sum1, df, scratch.sums + b);
+        },
+        [&](auto span, int at) ROPEWALK_ATTR {
+          const int a = run.table + at;
+          const V w = hn::Load(df, heads.weight + a);
+          V sum = hn::Load(df, scratch.sums + a);
+          each_head([&](const Raw* x, const float* g, Raw* out, const auto& make) ROPEWALK_ATTR {
+            const V v = make(T::Load(span, x + run.begin + at, 0), hn::Load(df, g + a), w, sum);
+            T::template Store<kNative>(span, v, out + run.begin + at, 0);
+          });
+          hn::Store(sum, df, scratch.sums + a);
+        });
   }
-  add_up([&](int h, int i, V sum) ROPEWALK_ATTR {
-    const V unit = hn::Mul(hn::Load(df, n + h * step + i), hn::Set(df, rstd[h]));
-    hn::Store(unit, df, n + h * step + i);
-    return hn::MulAdd(hn::Mul(hn::Load(df, g + h * step + i), hn::Load(df, weight + i)), unit, sum);
-  });
-  MeansOfHeads(rows, per_element, along);
-  for (int h = 0; h < count; ++h, n += step, g += step, out += out_step) {
-    WriteGradient<T, kSums>(dim, weight, n, g, hn::Set(df, rstd[h]), hn::Set(df, along[h]), sums, out);
+}
+
+// The gradient of some heads. False: nothing was written, as one of them is to go alone.
+template <class T, bool kNative>
+HWY_NOINLINE bool HeadsGradient(const rope_params& p, const Parts& parts, const HeadsTogether<T>& heads,
+                                BackwardScratch& scratch) {
+  constexpr bool kSizes = sizeof(typename T::Raw) == 4;
+  TurnAndAddUp<T>(parts, heads, scratch);
+  // A product that is too small for a float loses 2^-150 at most, which rstd^2 makes 2^-134 of dX: half of the least
+  // bfloat16. Float32 has smaller ones: there all of g w must be far from it.
+  const V least = hn::Set(df, 0x1p-16f), most = hn::Set(df, 0x1p16f), finite = hn::Set(df, 0x1.fffffep127f);
+  const V least_size = hn::Set(df, 0x1p-60f), most_size = hn::Set(df, 0x1p60f), one = hn::Set(df, 1.0f);
+  const V per_element = hn::Set(df, 1.0f / static_cast<float>(p.head_dim)), eps = hn::Set(df, p.eps);
+  constexpr int kStep = static_cast<int>(sizeof(HeadSums) / sizeof(float));
+  for (int h = 0; h < heads.count; h += kLanes) {
+    const HeadSums& row = scratch.head_sums[h];
+    const V mean = hn::MulAdd(SumsOfLanes<kStep>(row.squares), per_element, eps), root = hn::Div(one, hn::Sqrt(mean));
+    const V along = hn::Mul(hn::Mul(SumsOfLanes<kStep>(row.along), per_element), root);
+    auto usual = hn::And(hn::And(hn::Ge(mean, least), hn::Le(mean, most)), hn::Le(hn::Abs(along), finite));
+    if constexpr (kSizes) {
+      const V size = hn::Mul(SumsOfLanes<kStep>(row.sizes), per_element);
+      usual = hn::And(usual, hn::And(hn::Ge(size, least_size), hn::Le(size, most_size)));
+    }
+    if (!hn::AllTrue(df, hn::Or(usual, hn::Not(hn::FirstN(df, static_cast<size_t>(heads.count - h)))))) return false;
+    hn::Store(root, df, scratch.rstd + h);
+    hn::Store(along, df, scratch.mean_along + h);
   }
+  WriteHeads<T, kNative>(parts, heads, scratch);
+  return true;
 }
 
 // Adds the sums of a few heads to the totals, and clears them.
-HWY_NOINLINE void AddToTotals(int head_dim, float* sums, double* totals) {
+HWY_NOINLINE void AddToTotals(int size, float* sums, double* totals) {
   const hn::Repartition<double, DF> dd;
   const hn::Half<DF> half;
   constexpr int kDoubles = kLanes / 2;
-  for (int i = 0; i < head_dim; i += kLanes) {
+  for (int i = 0; i < size; i += kLanes) {
     const V sum = hn::Load(df, sums + i);
     hn::Store(hn::Add(hn::Load(dd, totals + i), hn::PromoteTo(dd, hn::LowerHalf(half, sum))), dd, totals + i);
     hn::Store(hn::Add(hn::Load(dd, totals + i + kDoubles), hn::PromoteTo(dd, hn::UpperHalf(half, sum))), dd,
@@ -197,12 +411,14 @@ HWY_NOINLINE void AddToTotals(int head_dim, float* sums, double* totals) {
 }
 
 // A double as two floats, which hold twice as many bits as one.
-void StoreTotals(int head_dim, const double* totals, float* out) {
-  for (int i = 0; i < head_dim; ++i) {
-    const auto high = static_cast<float>(totals[i]);
-    out[i] = high;
-    out[head_dim + i] = std::isfinite(high) ? static_cast<float>(totals[i] - static_cast<double>(high)) : 0.0f;
-  }
+template <class T>
+void StoreTotals(int head_dim, const Places<T>& places, const double* totals, float* out) {
+  places.Each([&](int place) {
+    const double total = totals[place];
+    const auto high = static_cast<float>(total);
+    out[head_dim] = std::isfinite(high) ? static_cast<float>(total - static_cast<double>(high)) : 0.0f;
+    *out++ = high;
+  });
 }
 
 // The heads of q or of k.
@@ -212,79 +428,119 @@ struct GradientHeads {
   void* out;
   rope_strides x_strides, grad_strides, out_strides;
   int64_t count;
+  const void* given_weight;
   const float* weight;
   double* totals;  // null: the weight's gradient is not wanted
 };
 
+// What is the same for all tokens of a call, and what is known of one.
 template <class T>
-HWY_NOINLINE void GradientOfToken(const rope_params& p, bool interleaved, const GradientHeads& heads,
-                                  const RowPlan& plan, BackwardScratch& scratch) {
+struct GradientRows {
+  const RopeCall& turn;
+  const Parts& parts;
+  Places<T> places;
+  BackwardScratch& scratch;
+  bool alone;  // all heads
+  RowPlan plan = {};
+  bool has_natural_angles = false;
+
+  // Cosines and sines in natural order, pairs in two halves, whatever the pairing; the others stay as they are.
+  HWY_NOINLINE void FillNaturalAngles() {
+    if (has_natural_angles) return;
+    Parts halves;
+    halves.part[1] = halves.part[2] = {0, turn.params.rotary_dim / 2, 0};
+    const int size = (turn.params.rotary_dim / 2 + kBlock - 1) / kBlock * kBlock;
+    const auto swap = [&] {
+      std::swap_ranges(scratch.cos, scratch.cos + size, scratch.rope.cos);
+      std::swap_ranges(scratch.sin, scratch.sin + size, scratch.rope.sin);
+    };
+    swap();
+    FillCosSin<F32, false>(turn, plan, halves, scratch.rope);
+    swap();
+    has_natural_angles = true;
+  }
+};
+
+// Heads alone, one after the other.
+template <class T>
+HWY_NOINLINE void GradientOfHeadsAlone(GradientRows<T>& rows, bool interleaved, const GradientHeads& heads,
+                                       const typename T::Raw* x, const typename T::Raw* grad, typename T::Raw* out,
+                                       int count) {
+  const rope_params& p = rows.turn.params;
+  BackwardScratch& scratch = rows.scratch;
+  rows.FillNaturalAngles();
+  Parts whole;
+  whole.part[0] = {0, p.head_dim, 0};
+  FillWeights<F32, false>(rows.turn, whole, heads.given_weight, scratch.weight);
+  for (int h = 0; h < count; ++h) {
+    ConvertRow(x + h * heads.x_strides.head, T::kDtype, 1, p.head_dim, scratch.rows);
+    ConvertRow(grad + h * heads.grad_strides.head, T::kDtype, 1, p.head_dim, scratch.g);
+    TurnHead(p, interleaved, scratch.cos, scratch.sin, scratch.g, scratch.turned);
+    typename T::Raw* const to = out + h * heads.out_strides.head;
+    std::fill_n(scratch.g, (p.head_dim + kLanes - 1) / kLanes * kLanes, 0.0f);
+    HeadGradient<T>(p, scratch.weight, scratch.rows, scratch.turned, scratch.g, to);
+    const float* sum = scratch.g;
+    rows.places.Each([&](int place) { scratch.sums[place] += *sum++; });
+  }
+}
+
+template <class T, bool kNative>
+HWY_NOINLINE void GradientOfToken(GradientRows<T>& rows, bool interleaved, const GradientHeads& heads) {
   using Raw = typename T::Raw;
-  const auto row = [&](const rope_strides& s) { return plan.batch * s.batch + plan.token * s.token; };
+  const rope_params& p = rows.turn.params;
+  const auto row = [&](const rope_strides& s) { return rows.plan.batch * s.batch + rows.plan.token * s.token; };
   const Raw* x = static_cast<const Raw*>(heads.x) + row(heads.x_strides);
   const Raw* grad = static_cast<const Raw*>(heads.grad) + row(heads.grad_strides);
   Raw* out = static_cast<Raw*>(heads.out) + row(heads.out_strides);
-  const int step = (p.head_dim + kLanes - 1) / kLanes * kLanes;
-  // Float32 heads of 128 by themselves: together they take 3.4 ms for 2.5 (512 tokens of 32/8 heads).
-  const bool alone = p.head_dim > kSquaresAtOnce || (sizeof(Raw) == 4 && step >= 128);
-  const int fit = kBytesAtOnce / (step * (8 + 3 * static_cast<int>(sizeof(Raw))));
-  const int at_once = alone ? 1 : HWY_MIN(kHeadsAtOnce, HWY_MAX(1, fit));
+  const int step = rows.places.size();
+  const int fit = kBytesAtOnce / (step * (4 + 3 * static_cast<int>(sizeof(Raw))));
+  const int at_once = rows.alone ? 1 : HWY_MIN(kHeadsAtOnce, HWY_MAX(1, fit));
   int in_sums = 0;  // heads
   for (int64_t first = 0; first < heads.count; first += at_once) {
     const auto count = static_cast<int>(std::min<int64_t>(at_once, heads.count - first));
-    for (int h = 0; h < count; ++h) {
-      ConvertRow(x + (first + h) * heads.x_strides.head, T::kDtype, 1, p.head_dim, scratch.n + h * step);
-      ConvertRow(grad + (first + h) * heads.grad_strides.head, T::kDtype, 1, p.head_dim, scratch.g);
-      TurnHead(p, interleaved, scratch.rope.cos, scratch.rope.sin, scratch.g, scratch.turned + h * step);
-    }
+    const Raw* const from = x + first * heads.x_strides.head;
+    const Raw* const of = grad + first * heads.grad_strides.head;
     Raw* const to = out + first * heads.out_strides.head;
-    const auto gradient = [&](auto sums) ROPEWALK_ATTR {
-      constexpr bool kSums = decltype(sums)::value;
-      if (at_once == 1) {
-        HeadGradient<T, kSums>(p, heads.weight, scratch.n, scratch.turned, scratch.sums, to);
-      } else {
-        HeadsGradient<T, kSums>(p, heads.weight, scratch.n, scratch.turned, step, scratch.sums, to,
-                                heads.out_strides.head, count);
-      }
-    };
-    if (!heads.totals) {
-      gradient(std::false_type());
-      continue;
+    const HeadsTogether<T> together = {
+        from,         of,   to,    heads.x_strides.head, heads.grad_strides.head, heads.out_strides.head,
+        heads.weight, step, count, interleaved};
+    if (rows.alone || !HeadsGradient<T, kNative>(p, rows.parts, together, rows.scratch)) {
+      GradientOfHeadsAlone<T>(rows, interleaved, heads, from, of, to, count);
     }
-    gradient(std::true_type());
     in_sums += count;
-    if (in_sums + at_once > kHeadsOfASum || first + count == heads.count) {
-      AddToTotals(p.head_dim, scratch.sums, heads.totals);
+    if (heads.totals && (in_sums + at_once > kHeadsOfASum || first + count == heads.count)) {
+      AddToTotals(step, rows.scratch.sums, heads.totals);
       in_sums = 0;
     }
   }
 }
 
-template <class T>
+template <class T, bool kNative>
 HWY_NOINLINE void GradientOfRows(const RopeBackwardCall& call, int64_t begin, int64_t end, FirstFault* first_fault,
-                                 BackwardScratch& scratch, float* sums) {
+                                 void* memory, float* sums) {
+  BackwardScratch& scratch = *static_cast<BackwardScratch*>(memory);
   const RopeCall& turn = call.turn;
   const rope_params& p = turn.params;
   const RopeTensors& t = turn.tensors;
-  // In natural order: a head of float32 of which everything lies before the rotated part, and pairs in two halves.
-  Parts whole, halves;
-  whole.part[0] = {0, p.head_dim, 0};
-  halves.part[1] = halves.part[2] = {0, p.rotary_dim / 2, 0};
-  FillWeights<F32, false>(turn, whole, t.q_weight, scratch.rope.q_weight);
-  if (t.k) FillWeights<F32, false>(turn, whole, t.k_weight, scratch.rope.k_weight);
+  const bool interleaved = turn.variant.pairing == ROPEWALK_INTERLEAVED;
+  const Parts parts = interleaved ? MakeParts<T, true>(p) : MakeParts<T, false>(p);
+  // Of the layout of weights `parts` says all.
+  FillWeights<T, false>(turn, parts, t.q_weight, scratch.rope.q_weight);
+  if (t.k) FillWeights<T, false>(turn, parts, t.k_weight, scratch.rope.k_weight);
   if (turn.variant.table_dtype == kRopeNoDtype) FillTurns(turn, scratch.rope);
 
-  GradientHeads q = {call.q, t.q, t.q_out, call.q_strides, p.q, p.q_out, p.q_heads, scratch.rope.q_weight, nullptr};
-  GradientHeads k = {call.k, t.k, t.k_out, call.k_strides, p.k, p.k_out, p.k_heads, scratch.rope.k_weight, nullptr};
+  GradientHeads q = {call.q,  t.q,       t.q_out,    call.q_strides,        p.q,
+                     p.q_out, p.q_heads, t.q_weight, scratch.rope.q_weight, nullptr};
+  GradientHeads k = {call.k,  t.k,       t.k_out,    call.k_strides,        p.k,
+                     p.k_out, p.k_heads, t.k_weight, scratch.rope.k_weight, nullptr};
   if (call.q_weight_grad) q.totals = scratch.q_totals();
   if (call.k_weight_grad) k.totals = scratch.k_totals();
-  const int size = (p.head_dim + kLanes - 1) / kLanes * kLanes;
+  GradientRows<T> rows = {turn, parts, {parts}, scratch, p.head_dim > kSquaresAtOnce};
   for (double* totals : {q.totals, k.totals}) {
-    if (totals) std::fill_n(totals, size, 0.0);
+    if (totals) std::fill_n(totals, rows.places.size(), 0.0);
   }
-  std::fill_n(scratch.sums, size, 0.0f);
+  std::fill_n(scratch.sums, rows.places.size(), 0.0f);
 
-  const bool interleaved = turn.variant.pairing == ROPEWALK_INTERLEAVED;
   for (int64_t row = begin; row < end; ++row) {
     const RowPlan plan = PlanRow(turn, row, scratch.rope.positions);
     if (plan.fault != kRopeFaultNone) {
@@ -293,26 +549,37 @@ HWY_NOINLINE void GradientOfRows(const RopeBackwardCall& call, int64_t begin, in
       if (t.k) FillToken<typename T::Raw>(t.k, t.k_out, p.k, p.k_out, plan, p.k_heads, p.head_dim, &T::kNan);
       continue;
     }
-    FillCosSin<F32, false>(turn, plan, halves, scratch.rope);
-    GradientOfToken<T>(p, interleaved, q, plan, scratch);
-    if (t.k) GradientOfToken<T>(p, interleaved, k, plan, scratch);
+    rows.plan = plan;
+    rows.has_natural_angles = false;
+    if (!rows.alone && interleaved) FillCosSin<T, true>(turn, plan, parts, scratch.rope);
+    if (!rows.alone && !interleaved) FillCosSin<T, false>(turn, plan, parts, scratch.rope);
+    GradientOfToken<T, kNative>(rows, interleaved, q);
+    if (t.k) GradientOfToken<T, kNative>(rows, interleaved, k);
   }
   for (const double* totals : {q.totals, k.totals}) {
     if (!totals) continue;
-    StoreTotals(p.head_dim, totals, sums);
+    StoreTotals<T>(p.head_dim, rows.places, totals, sums);
     sums += 2 * p.head_dim;
   }
 }
 
-void BackwardRows(const RopeBackwardCall& call, int64_t begin, int64_t end, FirstFault* first_fault,
-                  void* scratch_memory, float* sums) {
-  BackwardScratch& scratch = *static_cast<BackwardScratch*>(scratch_memory);
+void BackwardRows(const RopeBackwardCall& call, int64_t begin, int64_t end, FirstFault* first_fault, void* scratch,
+                  float* sums) {
   switch (call.turn.variant.dtype) {
-    case kRopeF32: return GradientOfRows<F32>(call, begin, end, first_fault, scratch, sums);
-    case kRopeF16: return GradientOfRows<F16>(call, begin, end, first_fault, scratch, sums);
-    default: return GradientOfRows<BF16>(call, begin, end, first_fault, scratch, sums);
+    case kRopeF32: return GradientOfRows<F32, false>(call, begin, end, first_fault, scratch, sums);
+    case kRopeF16: return GradientOfRows<F16, false>(call, begin, end, first_fault, scratch, sums);
+    default: return GradientOfRows<BF16, false>(call, begin, end, first_fault, scratch, sums);
   }
 }
+
+#if HWY_TARGET == HWY_AVX3
+// With the CPU's own bfloat16 rounding.
+void BackwardRowsBf16(const RopeBackwardCall& call, int64_t begin, int64_t end, FirstFault* first_fault, void* scratch,
+                      float* sums) {
+  if (call.turn.variant.dtype != kRopeBF16) return BackwardRows(call, begin, end, first_fault, scratch, sums);
+  GradientOfRows<BF16, true>(call, begin, end, first_fault, scratch, sums);
+}
+#endif
 
 }  // namespace HWY_NAMESPACE
 }  // namespace ropewalk

@@ -109,19 +109,22 @@ HWY_INLINE V SquaresOf(const typename T::Raw* head, int count) {
   return sum;
 }
 
-// The sums of kLanes / kRows lanes that lie together, of each of kRows vectors.
-template <int kRows>
+// The sums of kLanes / kRows lanes that lie together, of each of kRows vectors, which lie kStep floats apart.
+template <int kRows, int kStep>
 HWY_INLINE V SumsOfLanesOf(const float* rows) {
   if constexpr (kRows == 1) {
     return hn::Load(df, rows);
   } else {
-    const V a = SumsOfLanesOf<kRows / 2>(rows), b = SumsOfLanesOf<kRows / 2>(rows + kRows / 2 * kLanes);
+    const V a = SumsOfLanesOf<kRows / 2, kStep>(rows), b = SumsOfLanesOf<kRows / 2, kStep>(rows + kRows / 2 * kStep);
     return hn::Add(hn::ConcatEven(df, b, a), hn::ConcatOdd(df, b, a));
   }
 }
 
 // The sum of the lanes of each of kLanes vectors; that of one, in the same order and in every lane.
-HWY_INLINE V SumsOfLanes(const float* rows) { return SumsOfLanesOf<kLanes>(rows); }
+template <int kStep = kLanes>
+HWY_INLINE V SumsOfLanes(const float* rows) {
+  return SumsOfLanesOf<kLanes, kStep>(rows);
+}
 HWY_INLINE V SumOfLanes(const float* row) {
   V sum = hn::Load(df, row);
   HWY_UNROLL(4)

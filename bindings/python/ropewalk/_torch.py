@@ -90,8 +90,7 @@ def direct(defaults: tuple[Any, ...], choices: tuple[Any, ...]) -> Any:
     make = ctypes.PyDLL(_module.PATH).ropewalk_python_rope
     make.restype = ctypes.py_object
     types = (torch.Tensor, torch.nn.Parameter, Frequencies)
-    with torch.inference_mode(False):
-        trial = torch.Tensor()
+    trial = None if _modes() or in_func() else torch.Tensor()
     try:
         return make(*map(ctypes.py_object, (*types, vars(forward_ad), -1, defaults, choices, trial)))
     except ValueError:  # null
