@@ -513,6 +513,7 @@ HWY_NOINLINE void GradientOfToken(GradientRows<T>& rows, bool interleaved, const
       in_sums = 0;
     }
   }
+  if (!heads.totals) std::fill_n(rows.scratch.sums, step, 0.0f);  // they are not the next ones'
 }
 
 template <class T, bool kNative>
