@@ -52,9 +52,13 @@ struct BackwardScratch {
 };
 static_assert(sizeof(BackwardScratch) <= kCpuScratchBytes);
 
+// Few heads go alone: their code is compiled for size.
+#undef ROPEWALK_COLD
+#define ROPEWALK_COLD __attribute__((cold, noinline))
+
 // Turns a head from `g` to `out`, which hold it in natural order and have room for a vector behind it.
-HWY_NOINLINE void TurnHead(const rope_params& p, bool interleaved, const float* cos, const float* sin, const float* g,
-                           float* out) {
+ROPEWALK_COLD void TurnHead(const rope_params& p, bool interleaved, const float* cos, const float* sin, const float* g,
+                            float* out) {
   const int begin = p.rotary_offset, pairs = p.rotary_dim / 2, end = begin + p.rotary_dim;
   // Whole vectors are written: what they write too much is written again by the parts behind.
   for (int i = 0; i < begin; i += kLanes) hn::StoreU(hn::LoadU(df, g + i), df, out + i);
@@ -124,8 +128,8 @@ HWY_INLINE void WriteGradient(int dim, const float* weight, const float* n, cons
 
 // The gradient of one head, of which n has x; n gets x / rms. Adds g n to the sums.
 template <class T>
-HWY_NOINLINE void HeadGradient(const rope_params& p, const float* weight, float* n, const float* g, float* sums,
-                               typename T::Raw* out) {
+ROPEWALK_COLD void HeadGradient(const rope_params& p, const float* weight, float* n, const float* g, float* sums,
+                                typename T::Raw* out) {
   const int dim = p.head_dim;
   const float per_element = 1.0f / static_cast<float>(dim);
   const float mean = SumOverHead(dim,
@@ -445,7 +449,7 @@ struct GradientRows {
   bool has_natural_angles = false;
 
   // Cosines and sines in natural order, pairs in two halves, whatever the pairing; the others stay as they are.
-  HWY_NOINLINE void FillNaturalAngles() {
+  ROPEWALK_COLD void FillNaturalAngles() {
     if (has_natural_angles) return;
     Parts halves;
     halves.part[1] = halves.part[2] = {0, turn.params.rotary_dim / 2, 0};
@@ -463,9 +467,9 @@ struct GradientRows {
 
 // Heads alone, one after the other.
 template <class T>
-HWY_NOINLINE void GradientOfHeadsAlone(GradientRows<T>& rows, bool interleaved, const GradientHeads& heads,
-                                       const typename T::Raw* x, const typename T::Raw* grad, typename T::Raw* out,
-                                       int count) {
+ROPEWALK_COLD void GradientOfHeadsAlone(GradientRows<T>& rows, bool interleaved, const GradientHeads& heads,
+                                        const typename T::Raw* x, const typename T::Raw* grad, typename T::Raw* out,
+                                        int count) {
   const rope_params& p = rows.turn.params;
   BackwardScratch& scratch = rows.scratch;
   rows.FillNaturalAngles();
