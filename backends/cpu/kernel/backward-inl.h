@@ -322,16 +322,17 @@ HWY_NOINLINE void TurnAndAddUp(const Parts& parts, const HeadsTogether<T>& heads
   }
 }
 
-// The second pass: dX. Adds g n to the sums, wanted or not.
+// The second pass, of the heads from `begin` to `end`: dX. Adds g n to the sums, wanted or not.
 template <class T, bool kNative>
-HWY_NOINLINE void WriteHeads(const Parts& parts, const HeadsTogether<T>& heads, BackwardScratch& scratch) {
+HWY_NOINLINE void WriteHeads(const Parts& parts, const HeadsTogether<T>& heads, BackwardScratch& scratch, int begin,
+                             int end) {
   using Raw = typename T::Raw;
   const Places<T> places{parts};
   const auto each_head = [&](const auto& work) ROPEWALK_ATTR {
-    const Raw* x = heads.x;
-    Raw* out = heads.out;
-    const float* g = scratch.rows;
-    for (int h = 0; h < heads.count; ++h, x += heads.x_step, out += heads.out_step, g += heads.step) {
+    const Raw* x = heads.x + begin * heads.x_step;
+    Raw* out = heads.out + begin * heads.out_step;
+    const float* g = scratch.rows + begin * heads.step;
+    for (int h = begin; h < end; ++h, x += heads.x_step, out += heads.out_step, g += heads.step) {
       const V rstd = hn::Set(df, scratch.rstd[h]), along = hn::Set(df, scratch.mean_along[h]);
       work(x, g, out, [&](V xi, V gi, V w, V& sum) ROPEWALK_ATTR {
         const V n = hn::Mul(xi, rstd);
@@ -371,10 +372,11 @@ HWY_NOINLINE void WriteHeads(const Parts& parts, const HeadsTogether<T>& heads, 
   }
 }
 
-// The gradient of some heads. False: nothing was written, as one of them is to go alone.
+// The gradient of some heads. A bit is set for each of which nothing was written, as it is to go alone: no head's
+// result depends on those beside it.
 template <class T, bool kNative>
-HWY_NOINLINE bool HeadsGradient(const rope_params& p, const Parts& parts, const HeadsTogether<T>& heads,
-                                BackwardScratch& scratch) {
+HWY_NOINLINE uint32_t HeadsGradient(const rope_params& p, const Parts& parts, const HeadsTogether<T>& heads,
+                                    BackwardScratch& scratch) {
   constexpr bool kSizes = sizeof(typename T::Raw) == 4;
   TurnAndAddUp<T>(parts, heads, scratch);
   // A product that is too small for a float loses 2^-150 at most, which rstd^2 makes 2^-134 of dX: half of the least
@@ -383,6 +385,7 @@ HWY_NOINLINE bool HeadsGradient(const rope_params& p, const Parts& parts, const 
   const V least_size = hn::Set(df, 0x1p-60f), most_size = hn::Set(df, 0x1p60f), one = hn::Set(df, 1.0f);
   const V per_element = hn::Set(df, 1.0f / static_cast<float>(p.head_dim)), eps = hn::Set(df, p.eps);
   constexpr int kStep = static_cast<int>(sizeof(HeadSums) / sizeof(float));
+  uint32_t alone = 0;
   for (int h = 0; h < heads.count; h += kLanes) {
     const HeadSums& row = scratch.head_sums[h];
     const V mean = hn::MulAdd(SumsOfLanes<kStep>(row.squares), per_element, eps), root = hn::Div(one, hn::Sqrt(mean));
@@ -392,12 +395,19 @@ HWY_NOINLINE bool HeadsGradient(const rope_params& p, const Parts& parts, const 
       const V size = hn::Mul(SumsOfLanes<kStep>(row.sizes), per_element);
       usual = hn::And(usual, hn::And(hn::Ge(size, least_size), hn::Le(size, most_size)));
     }
-    if (!hn::AllTrue(df, hn::Or(usual, hn::Not(hn::FirstN(df, static_cast<size_t>(heads.count - h)))))) return false;
+    alignas(64) float unusual[kLanes];
+    hn::Store(hn::IfThenZeroElse(usual, one), df, unusual);
+    for (int i = 0; i < HWY_MIN(kLanes, heads.count - h); ++i) {
+      if (unusual[i] != 0.0f) alone |= uint32_t{1} << (h + i);
+    }
     hn::Store(root, df, scratch.rstd + h);
     hn::Store(along, df, scratch.mean_along + h);
   }
-  WriteHeads<T, kNative>(parts, heads, scratch);
-  return true;
+  for (int begin = 0, end; begin < heads.count; begin = end + 1) {
+    for (end = begin; end < heads.count && !(alone >> end & 1);) ++end;
+    if (begin < end) WriteHeads<T, kNative>(parts, heads, scratch, begin, end);
+  }
+  return alone;
 }
 
 // Adds the sums of a few heads to the totals, and clears them.
@@ -465,27 +475,23 @@ struct GradientRows {
   }
 };
 
-// Heads alone, one after the other.
+// A head alone.
 template <class T>
-ROPEWALK_COLD void GradientOfHeadsAlone(GradientRows<T>& rows, bool interleaved, const GradientHeads& heads,
-                                        const typename T::Raw* x, const typename T::Raw* grad, typename T::Raw* out,
-                                        int count) {
+ROPEWALK_COLD void GradientOfHeadAlone(GradientRows<T>& rows, bool interleaved, const GradientHeads& heads,
+                                       const typename T::Raw* x, const typename T::Raw* grad, typename T::Raw* out) {
   const rope_params& p = rows.turn.params;
   BackwardScratch& scratch = rows.scratch;
   rows.FillNaturalAngles();
   Parts whole;
   whole.part[0] = {0, p.head_dim, 0};
   FillWeights<F32, false>(rows.turn, whole, heads.given_weight, scratch.weight);
-  for (int h = 0; h < count; ++h) {
-    ConvertRow(x + h * heads.x_strides.head, T::kDtype, 1, p.head_dim, scratch.rows);
-    ConvertRow(grad + h * heads.grad_strides.head, T::kDtype, 1, p.head_dim, scratch.g);
-    TurnHead(p, interleaved, scratch.cos, scratch.sin, scratch.g, scratch.turned);
-    typename T::Raw* const to = out + h * heads.out_strides.head;
-    std::fill_n(scratch.g, (p.head_dim + kLanes - 1) / kLanes * kLanes, 0.0f);
-    HeadGradient<T>(p, scratch.weight, scratch.rows, scratch.turned, scratch.g, to);
-    const float* sum = scratch.g;
-    rows.places.Each([&](int place) { scratch.sums[place] += *sum++; });
-  }
+  ConvertRow(x, T::kDtype, 1, p.head_dim, scratch.rows);
+  ConvertRow(grad, T::kDtype, 1, p.head_dim, scratch.g);
+  TurnHead(p, interleaved, scratch.cos, scratch.sin, scratch.g, scratch.turned);
+  std::fill_n(scratch.g, (p.head_dim + kLanes - 1) / kLanes * kLanes, 0.0f);
+  HeadGradient<T>(p, scratch.weight, scratch.rows, scratch.turned, scratch.g, out);
+  const float* sum = scratch.g;
+  rows.places.Each([&](int place) { scratch.sums[place] += *sum++; });
 }
 
 template <class T, bool kNative>
@@ -508,8 +514,11 @@ HWY_NOINLINE void GradientOfToken(GradientRows<T>& rows, bool interleaved, const
     const HeadsTogether<T> together = {
         from,         of,   to,    heads.x_strides.head, heads.grad_strides.head, heads.out_strides.head,
         heads.weight, step, count, interleaved};
-    if (rows.alone || !HeadsGradient<T, kNative>(p, rows.parts, together, rows.scratch)) {
-      GradientOfHeadsAlone<T>(rows, interleaved, heads, from, of, to, count);
+    const uint32_t alone = rows.alone ? 1 : HeadsGradient<T, kNative>(p, rows.parts, together, rows.scratch);
+    for (int h = 0; alone >> h; ++h) {
+      if (!(alone >> h & 1)) continue;
+      GradientOfHeadAlone<T>(rows, interleaved, heads, from + h * heads.x_strides.head,
+                             of + h * heads.grad_strides.head, to + h * heads.out_strides.head);
     }
     in_sums += count;
     if (heads.totals && (in_sums + at_once > kHeadsOfASum || first + count == heads.count)) {
