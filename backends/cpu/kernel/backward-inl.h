@@ -31,7 +31,7 @@ constexpr int kHeadsOfASum = 8;
 
 // Of one head, by lanes.
 struct HeadSums {
-  alignas(64) float squares[kLanes], along[kLanes], sizes[kLanes];
+  alignas(64) float squares[kLanes], along[kLanes], sizes[kLanes], any[kLanes];
 };
 
 struct BackwardScratch {
@@ -206,12 +206,12 @@ struct HeadsTogether {
   bool interleaved;
 };
 
-// The first pass: g, and the lanes of the sums of x x, g w x and, for float32, g w g w. A vector, or pair of vectors,
-// of all heads at a time: what is the same for all stays in registers, and short heads take no turns of their own.
+// The first pass: g, the lanes of the sums of x x, g w x and |g w|, and whether any g is not 0. A vector, or pair of
+// vectors, of all heads at a time: what is the same for all stays in registers, and short heads take no turns of their
+// own.
 template <class T>
 HWY_NOINLINE void TurnAndAddUp(const Parts& parts, const HeadsTogether<T>& heads, BackwardScratch& scratch) {
   using Raw = typename T::Raw;
-  constexpr bool kSizes = sizeof(Raw) == 4;
   const Places<T> places{parts};
   const float *cos = scratch.rope.cos, *sin = scratch.rope.sin, *weight = heads.weight;
   bool fresh = true;
@@ -221,21 +221,24 @@ HWY_NOINLINE void TurnAndAddUp(const Parts& parts, const HeadsTogether<T>& heads
     float* g = scratch.rows;
     HeadSums* sums = scratch.head_sums;
     for (int h = 0; h < heads.count; ++h, x += heads.x_step, grad += heads.grad_step, g += heads.step, ++sums) {
-      V squares = hn::Zero(df), along = squares, sizes = squares;
+      V squares = hn::Zero(df), along = squares, sizes = squares, any = squares;
       if (!fresh) {
         squares = hn::Load(df, sums->squares);
         along = hn::Load(df, sums->along);
-        if (kSizes) sizes = hn::Load(df, sums->sizes);
+        sizes = hn::Load(df, sums->sizes);
+        any = hn::Load(df, sums->any);
       }
       work(x, grad, g, [&](V gi, V xi, V w) ROPEWALK_ATTR {
         const V gw = hn::Mul(gi, w);
         squares = hn::MulAdd(xi, xi, squares);
         along = hn::MulAdd(gw, xi, along);
-        if (kSizes) sizes = hn::MulAdd(gw, gw, sizes);
+        sizes = hn::Add(sizes, hn::Abs(gw));
+        any = hn::Or(any, gi);
       });
       hn::Store(squares, df, sums->squares);
       hn::Store(along, df, sums->along);
-      if (kSizes) hn::Store(sizes, df, sums->sizes);
+      hn::Store(sizes, df, sums->sizes);
+      hn::Store(hn::Abs(any), df, sums->any);
     }
     fresh = false;
   };
@@ -377,12 +380,13 @@ HWY_NOINLINE void WriteHeads(const Parts& parts, const HeadsTogether<T>& heads, 
 template <class T, bool kNative>
 HWY_NOINLINE uint32_t HeadsGradient(const rope_params& p, const Parts& parts, const HeadsTogether<T>& heads,
                                     BackwardScratch& scratch) {
-  constexpr bool kSizes = sizeof(typename T::Raw) == 4;
   TurnAndAddUp<T>(parts, heads, scratch);
-  // A product that is too small for a float loses 2^-150 at most, which rstd^2 makes 2^-134 of dX: half of the least
-  // bfloat16. Float32 has smaller ones: there all of g w must be far from it.
-  const V least = hn::Set(df, 0x1p-16f), most = hn::Set(df, 0x1p16f), finite = hn::Set(df, 0x1.fffffep127f);
-  const V least_size = hn::Set(df, 0x1p-60f), most_size = hn::Set(df, 0x1p60f), one = hn::Set(df, 1.0f);
+  // A product that is too small for a float loses 2^-150 at most, of which dX gets rstd^2 |n| and rstd times as much.
+  // |n| is 2^5 at most (kSquaresAtOnce), and g w 2^27 times as large as would show beside that; or all of g is 0.
+  // Masked and padded tokens and the small gradients of a mean over many tokens are usual; alone they take three times
+  // as long.
+  const V least = hn::Set(df, 0x1p-60f), most = hn::Set(df, 0x1p100f), least_size = hn::Set(df, 0x1p-100f);
+  const V one = hn::Set(df, 1.0f);
   const V per_element = hn::Set(df, 1.0f / static_cast<float>(p.head_dim)), eps = hn::Set(df, p.eps);
   constexpr int kStep = static_cast<int>(sizeof(HeadSums) / sizeof(float));
   uint32_t alone = 0;
@@ -390,11 +394,11 @@ HWY_NOINLINE uint32_t HeadsGradient(const rope_params& p, const Parts& parts, co
     const HeadSums& row = scratch.head_sums[h];
     const V mean = hn::MulAdd(SumsOfLanes<kStep>(row.squares), per_element, eps), root = hn::Div(one, hn::Sqrt(mean));
     const V along = hn::Mul(hn::Mul(SumsOfLanes<kStep>(row.along), per_element), root);
-    auto usual = hn::And(hn::And(hn::Ge(mean, least), hn::Le(mean, most)), hn::Le(hn::Abs(along), finite));
-    if constexpr (kSizes) {
-      const V size = hn::Mul(SumsOfLanes<kStep>(row.sizes), per_element);
-      usual = hn::And(usual, hn::And(hn::Ge(size, least_size), hn::Le(size, most_size)));
-    }
+    const V size = hn::Mul(SumsOfLanes<kStep>(row.sizes), per_element);
+    const auto no_g = hn::Eq(SumsOfLanes<kStep>(row.any), hn::Zero(df));
+    const auto usual_x = hn::And(hn::Ge(mean, least), hn::Le(mean, most));
+    const auto usual_g = hn::And(hn::Or(no_g, hn::Ge(size, hn::Mul(root, least_size))), hn::Le(size, most));
+    const auto usual = hn::And(hn::And(usual_x, usual_g), hn::Le(hn::Abs(along), most));
     alignas(64) float unusual[kLanes];
     hn::Store(hn::IfThenZeroElse(usual, one), df, unusual);
     for (int i = 0; i < HWY_MIN(kLanes, heads.count - h); ++i) {

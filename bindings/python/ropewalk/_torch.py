@@ -104,14 +104,11 @@ class _Handles(dict[str, "int | None"]):
     def __init__(self) -> None:
         super().__init__({"": None})
 
-    def __missing__(self, content: str) -> int:
+    def __missing__(self, content: str) -> int | None:
         if content.startswith("#"):
             return None
         # In one expression: other threads may be here for other contents.
-        return self.setdefault(
-            content,
-            Frequencies._of_content(content.partition(" #")[0])._give_away(),  # type: ignore[arg-type]
-        )
+        return self.setdefault(content, Frequencies._of_content(content.partition(" #")[0])._give_away())
 
 
 _handles = _Handles()
