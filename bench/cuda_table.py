@@ -48,6 +48,7 @@ RARER, OTHER_START, FAR = 0.003, 0.01, 0.1  # as in backends/cuda/shapes.cc
 # What a call is known by.
 KEY = ("tokens", "q_heads", "k_heads", "head_dim", "rotary_dim", "norm", "table", "cache")
 ENOUGH = 4  # shapes of a search, to choose from them alone
+FAR_OFF = 1.08  # times the best: more than a start's share
 WORST = 2.2  # times the best: a shape that is worse is as bad
 
 Shape = tuple[int, ...]
@@ -65,9 +66,10 @@ class Call:
         self.key = (self.tokens, head // 4, rotary // 4, int(found["q_heads"]), int(found["k_heads"]), stages)
         self.table = bool(found["table"])
         tried = [(plain(shape), us) for shape, us in found["tried"]]
-        # Searches of before a shape had a start: the compiler chose one, and it is not known which.
+        # Searches of before a shape had a start: the compiler chose one, and it is not known which. They count where a
+        # later search, close to a bad shape, did not come near to what they found.
         chosen = [(shape, us) for shape, us in tried if shape[-1]]
-        if len(chosen) >= ENOUGH:
+        if len(chosen) >= ENOUGH and min(us for _, us in chosen) < FAR_OFF * min(us for _, us in tried):
             tried = chosen
         self.shapes = [self.started(shape) for shape, _ in tried]
         times: dict[Shape, float] = {}

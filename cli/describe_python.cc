@@ -178,12 +178,15 @@ std::string PythonFace(const Json& description) {
   while (args[choice].kind != "choice") ++choice;
   while (!args[out_begin].written_only) ++out_begin;
 
-  std::string keywords, signature, documented, by_name;
+  std::string keywords, signature, by_place, documented, by_name;
   for (size_t i = 0; i < count; ++i) {
     const PythonArg& arg = args[i];
     if (i >= first) keywords += fmt::format("        {}: {}\n", arg.name, arg.type);
     if (i == first) signature += "    *,\n";
-    signature += fmt::format("    {}: {}{},\n", arg.name, arg.type, i == 0 ? "" : " = " + arg.default_text);
+    if (i == first) by_place += "    unnamed: Any = None,\n";
+    const std::string otherwise = i == 0 ? "" : " = " + arg.default_text;
+    signature += fmt::format("    {}: {}{},\n", arg.name, arg.type, otherwise);
+    by_place += fmt::format("    {}: Any{},\n", arg.name, otherwise);
     documented += FilledLines(fmt::format("        {}: ", arg.name), 12, Words(arg.text)) + "\n";
   }
   std::vector<std::string> pairs;
@@ -228,34 +231,9 @@ if TYPE_CHECKING:
 
 )";
   out += keywords;
-  out += "\n\ndef rope_(\n" + signature + ") -> tuple[Any, Any]:\n";
-  out +=
-      R"(    """Rotates q and k in place, optionally normalising each head before and storing k and v in a KV cache after.
-
-    Shapes are written with `batch?` for a dimension that is there if q has four, `axes?` for one that is there if pairs
-    are mapped to axes, and `pages?` for one that a flat cache lacks. Any strides will do, but the last dimension of q,
-    k, v, the caches, the weights and the outputs must be contiguous; so slices of a packed QKV row and transposed views
-    serve without a copy.
-
-    A pair (x, y) of a head becomes (x cos a - y sin a, x sin a + y cos a), where the angle a is the token's position
-    times the pair's frequency (Su et al., "RoFormer", 2021, equation 34).
-
-    Args:
-)";
-  out += documented;
-  out += R"(
-    Returns:
-        q and k, or what was written instead of them. None for k with k_store_only: k itself is not rotated.
-
-    Raises:
-        ValueError: an argument does not fit; the message names it, its value and what is accepted. Nothing was
-            written.
-        TypeError: an argument is of the wrong Python type.
-        RuntimeError: no backend can serve the call, or a driver failed.
-
-    A position past the table gives NaN in that token, a slot past the cache is not stored; check_faults() tells of
-    both.
-    """
+  out += "\n\ndef _rope(\n" + by_place + ") -> tuple[Any, Any]:\n";
+  out += R"(    if unnamed is not None:
+        raise TypeError("rope_() takes q and k by position and no more: name the others, as in positions=..")
     failure: Exception | None = None
     if not is_compiling():
 )";
@@ -338,7 +316,41 @@ if TYPE_CHECKING:
             return new_q, new_k
     return _call.slow({
 )";
-  return out + by_name + "\n    }, failure)  # fmt: skip\n\n\ndirect = _call.direct(rope_)\n";
+  out += by_name + "\n    }, failure)  # fmt: skip\n";
+  out += "\n\n@_call.served_by(_rope)\ndef rope_(\n" + signature + ") -> tuple[Any, Any]:\n";
+  out +=
+      R"(    """Rotates q and k in place, optionally normalising each head before and storing k and v in a KV cache after.
+
+    Shapes are written with `batch?` for a dimension that is there if q has four, `axes?` for one that is there if pairs
+    are mapped to axes, and `pages?` for one that a flat cache lacks. Any strides will do, but the last dimension of q,
+    k, v, the caches, the weights and the outputs must be contiguous; so slices of a packed QKV row and transposed views
+    serve without a copy.
+
+    A pair (x, y) of a head becomes (x cos a - y sin a, x sin a + y cos a), where the angle a is the token's position
+    times the pair's frequency (Su et al., "RoFormer", 2021, equation 34).
+
+    Args:
+)";
+  out += documented;
+  out += R"(
+    Returns:
+        q and k, or what was written instead of them. None for k with k_store_only: k itself is not rotated.
+
+    Raises:
+        ValueError: an argument does not fit; the message names it, its value and what is accepted. Nothing was
+            written.
+        TypeError: an argument is of the wrong Python type.
+        RuntimeError: no backend can serve the call, or a driver failed.
+
+    A position past the table gives NaN in that token, a slot past the cache is not stored; check_faults() tells of
+    both.
+    """
+    raise NotImplementedError
+
+
+direct = _call.direct(rope_)
+)";
+  return out;
 }
 
 }  // namespace ropewalk::cli

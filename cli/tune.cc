@@ -5,7 +5,9 @@
 #include <algorithm>
 #include <chrono>
 #include <cmath>
+#include <map>
 #include <string>
+#include <vector>
 
 #include "backends/cuda/shapes.h"
 #include "backends/cuda/tuned.h"
@@ -108,8 +110,8 @@ int Tune(const TuneOptions& options) {
   const std::vector<RopeCase> cases = Cases(options);
   std::unique_ptr<bench::CudaTuner> tuner;
   if (const Status status = bench::CudaTuner::Make(&tuner); !status.ok()) throw Failure(status.text());
-  Table table({"shape", ">tokens", "stages", ">before us", ">best us", ">gain", "plan", "before from"});
-  constexpr double kWorthKeeping = 1.02;  // less is noise
+  std::map<size_t, std::vector<std::string>> rows;  // by the case's place, as searches do not end in that order
+  constexpr double kWorthKeeping = 1.02;            // less is noise
   std::vector<RopeCudaTuned::Entry> found;
   std::vector<std::string> failures;
   std::string lines;
@@ -142,9 +144,14 @@ int Tune(const TuneOptions& options) {
                       c.cache == Cache::kNone ? ""
                       : c.cache_dtype & kFp8  ? " + fp8 store"
                                               : " + store");
-      table.Add({fmt::format("{}/{}x{}", c.q_heads, c.k_heads, c.head_dim), std::to_string(c.tokens), stages,
-                 fmt::format("{:.2f}", tuned.before * 1e6), fmt::format("{:.2f}", best.seconds * 1e6),
-                 fmt::format("{:.3f}", gain), ShapeText(best.shape), tuned.origin});
+      rows[static_cast<size_t>(&c - cases.data())] = {fmt::format("{}/{}x{}", c.q_heads, c.k_heads, c.head_dim),
+                                                      std::to_string(c.tokens),
+                                                      stages,
+                                                      fmt::format("{:.2f}", tuned.before * 1e6),
+                                                      fmt::format("{:.2f}", best.seconds * 1e6),
+                                                      fmt::format("{:.3f}", gain),
+                                                      ShapeText(best.shape),
+                                                      tuned.origin};
       Json tried = Json::array();
       for (const bench::TriedShape& one : tuned.tried) {
         if (!one.wrong.empty() || (!options.all && !one.compared)) continue;
@@ -173,6 +180,8 @@ int Tune(const TuneOptions& options) {
     if (const Status status = tuner->Tune(cases, {.near = options.near}, visit); !status.ok())
       throw Failure(status.text());
   }
+  Table table({"shape", ">tokens", "stages", ">before us", ">best us", ">gain", "plan", "before from"});
+  for (const auto& [place, row] : rows) table.Add(row);
   table.Print();
   fmt::print("\n{} of {} shapes searched; the most that one gained: {:.3f} times.\n", done, cases.size(), most);
   if (!found.empty() && !options.dry_run) {

@@ -3,8 +3,7 @@
 
 #include <algorithm>
 #include <atomic>
-#include <deque>
-#include <future>
+#include <exception>
 #include <mutex>
 #include <optional>
 #include <set>
@@ -88,13 +87,19 @@ Status PlanOf(const RopeCall& call, const CudaDevice& device, const RopeCudaShap
 }
 
 std::vector<RopeCudaShape> FirstShapes(const RopeCall& call, const CudaDevice& device, const TuneOptions& options) {
+  if (!options.near) return RopeCudaCandidates(call, device);
+  // What the table has may be the best of a bad neighbourhood: so the model's choice, too, and both layouts by rules.
+  CudaDevice unlisted = device;
+  unlisted.measured = false;
+  unlisted.tuned = nullptr;
   RopeCudaOrigin origin;
-  if (options.near) return {ChooseRopeCudaShape(call, device, RopeCudaLayout::kAny, &origin)};
-  return RopeCudaCandidates(call, device);
+  return {ChooseRopeCudaShape(call, device, RopeCudaLayout::kAny, &origin),
+          ChooseRopeCudaShape(call, unlisted, RopeCudaLayout::kAny, &origin),
+          RopeCudaShapeByRules(call, device, RopeCudaLayout::kFew),
+          RopeCudaShapeByRules(call, device, RopeCudaLayout::kMany)};
 }
 
-// A case made ready: its data, what must become of it, its first candidates compiled. In the background, while another
-// case is searched.
+// A case made ready: its data, what must become of it, its first candidates compiled.
 struct ReadyCase {
   Status status;
   std::unique_ptr<CaseCall> call;
@@ -121,19 +126,23 @@ ReadyCase MakeReady(const RopeCase& c, const TuneOptions& options, const CudaDev
   return ready;
 }
 
-// One case under search.
+// One case under search. Several are at a time, as most of a search's time goes into compiling; who holds `timing` has
+// the device and the shape that is tried to itself.
 class Search {
  public:
-  Search(const CudaDevice& device, CudaGraphs& graphs, LockedMemory& memory, ReadyCase* ready, TunedCase* out)
+  Search(const CudaDevice& device, CudaGraphs& graphs, LockedMemory& memory, std::mutex& timing, ReadyCase* ready,
+         TunedCase* out)
       : device_(device),
         graphs_(graphs),
         memory_(memory),
+        timing_(timing),
         ready_(*ready),
         copies_(memory, graphs),
         narrow_data_(memory),
         out_(*out) {}
 
   Status Make(const RopeCase& c, const TuneOptions& options, int64_t l2_bytes) {
+    const std::lock_guard lock(timing_);
     options_ = options;
     out_.call = ready_.lowered;
     const int64_t count = CopyCount(c, l2_bytes, options.cold_bytes);
@@ -172,6 +181,7 @@ class Search {
       keys.push_back(plan.key);
     }
     ROPEWALK_TRY(Compile(keys, device_, keys.size()));
+    const std::lock_guard lock(timing_);
     for (const RopeCudaShape& shape : work) {
       TriedShape tried;
       tried.shape = shape;
@@ -280,6 +290,7 @@ class Search {
   Status InTurns(const std::vector<std::optional<RopeCudaShape>>& shapes, std::vector<double>* medians) {
     const size_t dtypes = narrow_.data ? 2 : 1;
     if (narrow_.data) ROPEWALK_TRY(CompileNarrow(shapes));
+    const std::lock_guard lock(timing_);
     std::vector<CudaGraph> graphs(shapes.size() * dtypes);
     for (size_t i = 0; i < graphs.size(); ++i) {
       TryRopeCudaShape(shapes[i / dtypes]);
@@ -329,6 +340,7 @@ class Search {
   TuneOptions options_;
   CudaGraphs& graphs_;
   LockedMemory& memory_;
+  std::mutex& timing_;
   ReadyCase& ready_;
   Copies copies_;
   Block narrow_data_;
@@ -358,32 +370,52 @@ Status CudaTuner::Make(std::unique_ptr<CudaTuner>* out) {
 
 Status CudaTuner::Tune(std::span<const RopeCase> cases, const TuneOptions& options,
                        const std::function<bool(const RopeCase&, const Status&, const TunedCase&)>& visit) {
-  constexpr size_t kAhead = 3;
+  // Four searches at a time kept 16 cores of an H200's host busy with compiling; each has up to 0.8 GB on the device.
+  const size_t at_a_time = std::clamp<size_t>(std::thread::hardware_concurrency() / 4, 1, 4);
   const CudaDevice& device = driver_.devices.front().properties;
   CudaContextScope scope;
   ROPEWALK_TRY(scope.Enter(driver_, 0));
   std::unique_ptr<CudaGraphs> graphs;
   ROPEWALK_TRY(CudaGraphs::Open(driver_, &graphs));
   LockedMemory memory(memory_);
-  std::deque<std::future<ReadyCase>> ahead;
-  size_t begun = 0;
-  for (const RopeCase& c : cases) {
-    while (begun < cases.size() && ahead.size() < kAhead) {
-      ahead.push_back(std::async(std::launch::async, MakeReady, std::cref(cases[begun++]), std::cref(options),
-                                 std::cref(device), std::ref(memory)));
+  std::mutex timing, visiting;
+  std::atomic<size_t> next{0};
+  std::atomic<bool> stopped{false};
+  std::exception_ptr thrown;
+  const auto search_one = [&](const RopeCase& c, TunedCase* tuned) -> Status {
+    CudaContextScope here;
+    ROPEWALK_TRY(here.Enter(driver_, 0));
+    ReadyCase ready = MakeReady(c, options, device, memory);
+    ROPEWALK_TRY(Status(ready.status));
+    std::optional<Search> search;
+    search.emplace(device, *graphs, memory, timing, &ready, tuned);
+    Status status = search->Make(c, options, l2_bytes_);
+    if (status.ok()) status = search->Run();
+    const std::lock_guard lock(timing);  // memory that is given back has the device wait
+    TryRopeCudaShape(std::nullopt);
+    search.reset();
+    ready.call.reset();
+    return status;
+  };
+  const auto work = [&] {
+    for (size_t i = next++; i < cases.size() && !stopped; i = next++) {
+      TunedCase tuned;
+      const Status status = search_one(cases[i], &tuned);
+      const std::lock_guard lock(visiting);
+      if (stopped) break;
+      try {
+        if (!visit(cases[i], status, tuned)) stopped = true;
+      } catch (...) {
+        thrown = std::current_exception();
+        stopped = true;
+      }
     }
-    ReadyCase ready = ahead.front().get();
-    ahead.pop_front();
-    TunedCase tuned;
-    Status status = std::move(ready.status);
-    if (status.ok()) {
-      Search search(device, *graphs, memory, &ready, &tuned);
-      status = search.Make(c, options, l2_bytes_);
-      if (status.ok()) status = search.Run();
-      TryRopeCudaShape(std::nullopt);
-    }
-    if (!visit(c, status, tuned)) break;
-  }
+  };
+  std::vector<std::thread> threads;
+  for (size_t i = 1; i < std::min(at_a_time, cases.size()); ++i) threads.emplace_back(work);
+  work();
+  for (std::thread& thread : threads) thread.join();
+  if (thrown) std::rethrow_exception(thrown);
   return {};
 }
 

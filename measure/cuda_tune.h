@@ -43,8 +43,9 @@ struct TuneOptions {
 class CudaTuner {
  public:
   static Status Make(std::unique_ptr<CudaTuner>* out);  // cuda:0
-  // Searches one case after the other and calls visit(case, what went wrong, what was found) until it returns false. A
-  // shape whose result is wrong is told and never timed.
+  // Searches the cases and calls visit(case, what went wrong, what was found) until it returns false: once for each, at
+  // most one at a time, on any thread, in the order in which searches end. A shape whose result is wrong is told and
+  // never timed.
   Status Tune(std::span<const RopeCase> cases, const TuneOptions& options,
               const std::function<bool(const RopeCase&, const Status&, const TunedCase&)>& visit);
 

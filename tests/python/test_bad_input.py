@@ -2,6 +2,7 @@
 written."""
 
 # SPDX-License-Identifier: Apache-2.0
+import inspect
 import warnings
 
 import numpy as np
@@ -229,6 +230,18 @@ def test_shared_memory():
         ropewalk.rope_(torch.ones(1, 2, 64).expand(4, 2, 64), frequencies=F64)
     assert (row == 1).all()
     ropewalk.rope_(row[:, :4], row[:, 4:], frequencies=F64)
+
+
+def test_all_but_q_and_k_are_given_by_name():
+    kinds = [each.kind for each in inspect.signature(ropewalk.rope_).parameters.values()]
+    assert set(kinds[2:]) == {inspect.Parameter.KEYWORD_ONLY} and len(kinds) > 20
+    given = good()
+    q, k, positions = (given.pop(name) for name in ("q", "k", "positions"))
+    before = q.clone(), k.clone()
+    for function in (ropewalk.rope_, ropewalk.rope):
+        with pytest.raises(TypeError, match=r"rope_?\(\) takes .*position"):
+            function(q, k, positions, **given)
+    assert torch.equal(q, before[0]) and torch.equal(k, before[1])
 
 
 def test_unknown_keywords():

@@ -3,6 +3,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import ctypes
 import gc
+import inspect
 import subprocess
 import sys
 import threading
@@ -571,8 +572,14 @@ has_direct = pytest.mark.skipif(
 )
 
 
+@has_direct
+def test_there_is_no_direct_call_where_the_description_is_another():
+    assert _torch.direct((None,), (None,)) is None
+
+
 def by_place(**given):
-    defaults = {"q": None, "k": None, **ropewalk.rope_.__kwdefaults__}
+    keywords = inspect.signature(ropewalk.rope_).parameters
+    defaults = {name: None if of.default is of.empty else of.default for name, of in keywords.items()}
     assert given.keys() <= defaults.keys()
     return list((defaults | given).values())
 

@@ -3,7 +3,9 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
-from typing import Any
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from . import _arrays, _module
 from ._frequencies import Frequencies
@@ -16,6 +18,9 @@ handle_of: Any = Frequencies._handle.__get__  # type: ignore[attr-defined]
 PAIRING = _arrays.CHOICES["pairing"]
 NORM = _arrays.CHOICES["norm"]
 ROUNDING = _arrays.CHOICES["rounding"]
+
+
+Documented = TypeVar("Documented", bound=Callable[..., Any])
 
 
 class _Absent:
@@ -54,9 +59,20 @@ else:
         """Nobody but torch's autograd wants to know."""
 
 
+def served_by(function: Any) -> Callable[[Documented], Documented]:
+    """Has the documented function's calls go to `function`. That one has the keywords as parameters by position, behind
+    one that nobody gives: Python looks up each keyword-only one that is not given, 136 of a call's 610 ns."""
+
+    def serve(documented: Documented) -> Documented:
+        return functools.update_wrapper(function, documented)  # type: ignore[return-value]
+
+    return serve
+
+
 def direct(function: Any) -> Any:
     """What serves plain tensors of torch, for `rope_`, whose defaults are these; else what serves nothing."""
-    of = function.__kwdefaults__
+    names = function.__code__.co_varnames[: function.__code__.co_argcount]
+    of = dict(zip(reversed(names), reversed(function.__defaults__), strict=False))
     values = tuple(of.get(name) for name in _names)
     choices = tuple(_arrays.CHOICES.get(name) for name in _names)
     return (_arrays.torch and _torch.direct(values, choices)) or (lambda *values: None)

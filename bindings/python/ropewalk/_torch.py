@@ -88,13 +88,11 @@ def direct(defaults: tuple[Any, ...], choices: tuple[Any, ...]) -> Any:
     if not served_by_module or sys.implementation.name != "cpython" or "t" in sys.abiflags:
         return None
     make = ctypes.PyDLL(_module.PATH).ropewalk_python_rope
-    make.restype = ctypes.py_object
+    make.restype = ctypes.c_void_p  # as an object, null would end the process before Python 3.12
     types = (torch.Tensor, torch.nn.Parameter, Frequencies)
     trial = None if _modes() or in_func() else torch.Tensor()
-    try:
-        return make(*map(ctypes.py_object, (*types, vars(forward_ad), -1, defaults, choices, trial)))
-    except ValueError:  # null
-        return None
+    made = make(*map(ctypes.py_object, (*types, vars(forward_ad), -1, defaults, choices, trial)))
+    return made and ctypes.cast(made, ctypes.py_object).value  # kept for ever
 
 
 class _Handles(dict[str, "int | None"]):
