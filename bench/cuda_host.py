@@ -144,7 +144,6 @@ def main() -> int:
     parts = {
         "rope_ / x.add_(1)": us["rope_"] / us["x.add_(1)"],
         "rope_ less the call without tokens: its launch, us": us["rope_"] - us["rope_, no tokens"],
-        "Python's checks and keywords, us": us["rope_, no tokens"] - us["module, all arguments, no tokens"],
         "tvm-ffi, all arguments, us": us["module, all arguments, no tokens"] - core,
         "the core, no tokens, us": core,
     }

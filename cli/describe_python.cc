@@ -183,7 +183,7 @@ std::string PythonFace(const Json& description) {
     const PythonArg& arg = args[i];
     if (i >= first) keywords += fmt::format("        {}: {}\n", arg.name, arg.type);
     if (i == first) signature += "    *,\n";
-    if (i == first) by_place += "    unnamed: Any = None,\n";
+    if (i == first) by_place += "    unnamed: Any = NOTHING,\n";
     const std::string otherwise = i == 0 ? "" : " = " + arg.default_text;
     signature += fmt::format("    {}: {}{},\n", arg.name, arg.type, otherwise);
     by_place += fmt::format("    {}: Any{},\n", arg.name, otherwise);
@@ -209,6 +209,7 @@ from . import _call
 from ._arrays import SupportsDLPack
 from ._call import (
     NORM,
+    NOTHING,
     PAIRING,
     PLAIN,
     ROUNDING,
@@ -232,7 +233,7 @@ if TYPE_CHECKING:
 )";
   out += keywords;
   out += "\n\ndef _rope(\n" + by_place + ") -> tuple[Any, Any]:\n";
-  out += R"(    if unnamed is not None:
+  out += R"(    if unnamed is not NOTHING:
         raise TypeError("rope_() takes q and k by position and no more: name the others, as in positions=..")
     failure: Exception | None = None
     if not is_compiling():
@@ -345,7 +346,7 @@ if TYPE_CHECKING:
     A position past the table gives NaN in that token, a slot past the cache is not stored; check_faults() tells of
     both.
     """
-    raise NotImplementedError
+    raise NotImplementedError("rope_ is served by _rope")
 
 
 direct = _call.direct(rope_)

@@ -6,6 +6,7 @@
 #include <chrono>
 #include <cmath>
 #include <map>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -110,11 +111,15 @@ int Tune(const TuneOptions& options) {
   const std::vector<RopeCase> cases = Cases(options);
   std::unique_ptr<bench::CudaTuner> tuner;
   if (const Status status = bench::CudaTuner::Make(&tuner); !status.ok()) throw Failure(status.text());
-  std::map<size_t, std::vector<std::string>> rows;  // by the case's place, as searches do not end in that order
-  constexpr double kWorthKeeping = 1.02;            // less is noise
-  std::vector<RopeCudaTuned::Entry> found;
+  // By the case's place, as searches do not end in that order.
+  struct Found {
+    std::vector<std::string> row;
+    std::string line;
+    std::optional<RopeCudaTuned::Entry> kept;
+  };
+  std::map<size_t, Found> all_found;
+  constexpr double kWorthKeeping = 1.02;  // less is noise
   std::vector<std::string> failures;
-  std::string lines;
   double most = 1;
   size_t visited = 0, done = 0;
   const auto start = std::chrono::steady_clock::now();
@@ -137,43 +142,46 @@ int Tune(const TuneOptions& options) {
       if (tuned.tried.empty() || !tuned.tried[0].wrong.empty()) return go_on;
       const bench::TriedShape& best = tuned.tried[0];
       const double gain = tuned.before / best.seconds;
-      if (gain > kWorthKeeping) found.push_back({FeaturesOf(tuned.call, tuner->device().properties), best.shape});
+      Found& found = all_found[static_cast<size_t>(&c - cases.data())];
+      if (gain > kWorthKeeping) found.kept = {FeaturesOf(tuned.call, tuner->device().properties), best.shape};
       most = std::max(most, gain);
       const std::string stages =
           fmt::format("{}{}{}", bench::OpName(c), c.angles == Angles::kFrequencies ? "" : " table",
                       c.cache == Cache::kNone ? ""
                       : c.cache_dtype & kFp8  ? " + fp8 store"
                                               : " + store");
-      rows[static_cast<size_t>(&c - cases.data())] = {fmt::format("{}/{}x{}", c.q_heads, c.k_heads, c.head_dim),
-                                                      std::to_string(c.tokens),
-                                                      stages,
-                                                      fmt::format("{:.2f}", tuned.before * 1e6),
-                                                      fmt::format("{:.2f}", best.seconds * 1e6),
-                                                      fmt::format("{:.3f}", gain),
-                                                      ShapeText(best.shape),
-                                                      tuned.origin};
+      found.row = {fmt::format("{}/{}x{}", c.q_heads, c.k_heads, c.head_dim),
+                   std::to_string(c.tokens),
+                   stages,
+                   fmt::format("{:.2f}", tuned.before * 1e6),
+                   fmt::format("{:.2f}", best.seconds * 1e6),
+                   fmt::format("{:.3f}", gain),
+                   ShapeText(best.shape),
+                   tuned.origin};
       Json tried = Json::array();
       for (const bench::TriedShape& one : tuned.tried) {
         if (!one.wrong.empty() || (!options.all && !one.compared)) continue;
         tried.push_back({one.shape.numbers(), std::round(one.seconds * 1e10) / 1e4});
       }
-      lines += Json{{"case", c.name},
-                    {"tokens", c.tokens},
-                    {"q_heads", c.q_heads},
-                    {"k_heads", c.k_heads},
-                    {"head_dim", c.head_dim},
-                    {"rotary_dim", c.rotary_dim},
-                    {"norm", c.norm},
-                    {"table", c.angles != Angles::kFrequencies},
-                    {"interleaved", c.pairing != ROPEWALK_NEOX},
-                    {"cache", c.cache == Cache::kNone ? 0
-                              : c.cache_dtype & kFp8  ? 2
-                                                      : 1},
-                    {"before_us", tuned.before * 1e6},
-                    {"before", tuned.before_shape.numbers()},
-                    {"tried", tried}}
-                   .dump() +
-               "\n";
+      found.line = Json{{"case", c.name},
+                        {"tokens", c.tokens},
+                        {"q_heads", c.q_heads},
+                        {"k_heads", c.k_heads},
+                        {"head_dim", c.head_dim},
+                        {"rotary_dim", c.rotary_dim},
+                        {"norm", c.norm},
+                        {"table", c.angles != Angles::kFrequencies},
+                        {"interleaved", c.pairing != ROPEWALK_NEOX},
+                        {"cache", c.cache == Cache::kNone ? 0
+                                  : c.cache_dtype & kFp8  ? 2
+                                                          : 1},
+                        {"before_us", tuned.before * 1e6},
+                        {"before", tuned.before_shape.numbers()},
+                        {"tried", tried}}
+                       .dump() +
+                   "\n";
+      std::string lines;
+      for (const auto& [place, one] : all_found) lines += one.line;
       if (!options.json.empty()) WriteText(options.json, lines);
       return go_on;
     };
@@ -181,7 +189,11 @@ int Tune(const TuneOptions& options) {
       throw Failure(status.text());
   }
   Table table({"shape", ">tokens", "stages", ">before us", ">best us", ">gain", "plan", "before from"});
-  for (const auto& [place, row] : rows) table.Add(row);
+  std::vector<RopeCudaTuned::Entry> found;
+  for (const auto& [place, one] : all_found) {
+    table.Add(one.row);
+    if (one.kept) found.push_back(*one.kept);
+  }
   table.Print();
   fmt::print("\n{} of {} shapes searched; the most that one gained: {:.3f} times.\n", done, cases.size(), most);
   if (!found.empty() && !options.dry_run) {
@@ -225,7 +237,8 @@ void AddTune(CLI::App* app, int* exit_code) {
       ->capture_default_str();
   command->add_option("--json", options->json, "write a line of JSON for each shape to this file")->type_name("FILE");
   command->add_flag("--all", options->all, "with all that were tried in the JSON, not only the best few");
-  command->add_flag("--near", options->near, "only shapes close to those chosen now: a quarter of the time");
+  command->add_flag("--near", options->near,
+                    "only shapes close to those chosen now, or by the model or rules: a third of the time");
   command->add_flag("--dry-run", options->dry_run, "keep nothing");
   command->footer(
       "Examples:\n"

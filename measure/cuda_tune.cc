@@ -61,8 +61,9 @@ class LockedMemory final : public DeviceMemory {
   std::mutex mutex_;
 };
 
-// On up to so many threads.
-Status Compile(const std::vector<RopeCudaKey>& keys, const CudaDevice& device, size_t most_threads) {
+// On half of the processor, as another search may be timed.
+Status Compile(const std::vector<RopeCudaKey>& keys, const CudaDevice& device) {
+  const size_t most_threads = std::max<size_t>(1, std::thread::hardware_concurrency() / 2);
   std::atomic<size_t> next{0};
   std::vector<Status> results(keys.size());
   const auto compile = [&] {
@@ -72,7 +73,7 @@ Status Compile(const std::vector<RopeCudaKey>& keys, const CudaDevice& device, s
     }
   };
   std::vector<std::thread> threads;
-  for (size_t i = 1; i < std::min<size_t>({std::thread::hardware_concurrency(), keys.size(), most_threads}); ++i) {
+  for (size_t i = 1; i < std::min(keys.size(), most_threads); ++i) {
     threads.emplace_back(compile);
   }
   compile();
@@ -107,20 +108,26 @@ struct ReadyCase {
   TokenCheck check;
 };
 
-ReadyCase MakeReady(const RopeCase& c, const TuneOptions& options, const CudaDevice& device, DeviceMemory& memory) {
+ReadyCase MakeReady(const RopeCase& c, const TuneOptions& options, const CudaDevice& device, DeviceMemory& memory,
+                    std::mutex& timing) {
   ReadyCase ready;
-  const auto make = [&]() -> Status {
+  const auto make_data = [&]() -> Status {
+    const std::lock_guard lock(timing);  // copies would be in the way of what is timed
     ROPEWALK_TRY(CaseCall::Make(c, memory, &ready.call));
     ROPEWALK_TRY(SteadyWeights(*ready.call));
     ROPEWALK_TRY(LowerRope(ready.call->args(), nullptr, &ready.lowered));
     ready.check.Choose(*ready.call, options.sampled_tokens);
+    return {};
+  };
+  const auto make = [&]() -> Status {
+    ROPEWALK_TRY(make_data());
     std::vector<RopeCudaKey> keys;
     for (const RopeCudaShape& shape : FirstShapes(ready.lowered, device, options)) {
       RopeCudaPlan plan;
       ROPEWALK_TRY(PlanOf(ready.lowered, device, shape, &plan));
       keys.push_back(plan.key);
     }
-    return Compile(keys, device, /*most_threads=*/4);
+    return Compile(keys, device);
   };
   ready.status = make();
   return ready;
@@ -180,7 +187,7 @@ class Search {
       work.push_back(shape);
       keys.push_back(plan.key);
     }
-    ROPEWALK_TRY(Compile(keys, device_, keys.size()));
+    ROPEWALK_TRY(Compile(keys, device_));
     const std::lock_guard lock(timing_);
     for (const RopeCudaShape& shape : work) {
       TriedShape tried;
@@ -223,7 +230,7 @@ class Search {
           PlanRopeCuda(narrow_call_, device_, {.dependent_launch = true, .shape = shape ? &*shape : nullptr}, &plan));
       keys.push_back(plan.key);
     }
-    return Compile(keys, device_, keys.size());
+    return Compile(keys, device_);
   }
 
   ropewalk_rope_args ArgsOf(size_t copy, bool narrow) {
@@ -370,8 +377,9 @@ Status CudaTuner::Make(std::unique_ptr<CudaTuner>* out) {
 
 Status CudaTuner::Tune(std::span<const RopeCase> cases, const TuneOptions& options,
                        const std::function<bool(const RopeCase&, const Status&, const TunedCase&)>& visit) {
-  // Four searches at a time kept 16 cores of an H200's host busy with compiling; each has up to 0.8 GB on the device.
-  const size_t at_a_time = std::clamp<size_t>(std::thread::hardware_concurrency() / 4, 1, 4);
+  // While one search is timed another one compiles; each has about 2 GB on the device. Four at a time kept an H200's
+  // host no busier: compiling had all of its 16 cores.
+  const size_t at_a_time = std::thread::hardware_concurrency() >= 8 ? 2 : 1;
   const CudaDevice& device = driver_.devices.front().properties;
   CudaContextScope scope;
   ROPEWALK_TRY(scope.Enter(driver_, 0));
@@ -385,7 +393,7 @@ Status CudaTuner::Tune(std::span<const RopeCase> cases, const TuneOptions& optio
   const auto search_one = [&](const RopeCase& c, TunedCase* tuned) -> Status {
     CudaContextScope here;
     ROPEWALK_TRY(here.Enter(driver_, 0));
-    ReadyCase ready = MakeReady(c, options, device, memory);
+    ReadyCase ready = MakeReady(c, options, device, memory, timing);
     ROPEWALK_TRY(Status(ready.status));
     std::optional<Search> search;
     search.emplace(device, *graphs, memory, timing, &ready, tuned);
@@ -399,16 +407,19 @@ Status CudaTuner::Tune(std::span<const RopeCase> cases, const TuneOptions& optio
   };
   const auto work = [&] {
     for (size_t i = next++; i < cases.size() && !stopped; i = next++) {
-      TunedCase tuned;
-      const Status status = search_one(cases[i], &tuned);
-      const std::lock_guard lock(visiting);
-      if (stopped) break;
+      std::exception_ptr failure;
       try {
+        TunedCase tuned;
+        const Status status = search_one(cases[i], &tuned);
+        const std::lock_guard lock(visiting);
         if (!visit(cases[i], status, tuned)) stopped = true;
       } catch (...) {
-        thrown = std::current_exception();
-        stopped = true;
+        failure = std::current_exception();
       }
+      if (!failure) continue;
+      const std::lock_guard lock(visiting);
+      thrown = failure;
+      stopped = true;
     }
   };
   std::vector<std::thread> threads;

@@ -37,15 +37,15 @@ struct TunedCase {
 struct TuneOptions {
   int64_t sampled_tokens = 8;        // that a result is compared with the reference at
   int64_t cold_bytes = 800'000'000;  // of the buffers that calls go round where caches shall be cold
-  bool near = false;                 // only shapes close to the one that is chosen now
+  bool near = false;                 // only shapes close to the chosen one, the model's and the rules'
 };
 
 class CudaTuner {
  public:
   static Status Make(std::unique_ptr<CudaTuner>* out);  // cuda:0
-  // Searches the cases and calls visit(case, what went wrong, what was found) until it returns false: once for each, at
-  // most one at a time, on any thread, in the order in which searches end. A shape whose result is wrong is told and
-  // never timed.
+  // Searches the cases and calls visit(case, what went wrong, what was found): once for each, one call at a time, on
+  // any thread, in the order in which searches end. Once it has returned false no search begins. A shape whose result
+  // is wrong is told and never timed.
   Status Tune(std::span<const RopeCase> cases, const TuneOptions& options,
               const std::function<bool(const RopeCase&, const Status&, const TunedCase&)>& visit);
 

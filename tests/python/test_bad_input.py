@@ -239,8 +239,11 @@ def test_all_but_q_and_k_are_given_by_name():
     q, k, positions = (given.pop(name) for name in ("q", "k", "positions"))
     before = q.clone(), k.clone()
     for function in (ropewalk.rope_, ropewalk.rope):
-        with pytest.raises(TypeError, match=r"rope_?\(\) takes .*position"):
-            function(q, k, positions, **given)
+        for third in (positions, None):
+            with pytest.raises(TypeError, match=r"rope_?\(\) takes .*position"):
+                function(q, k, third, **given)
+    with pytest.raises(TypeError, match="position"):
+        ropewalk.rope_(q, k, unnamed=None, **given)
     assert torch.equal(q, before[0]) and torch.equal(k, before[1])
 
 

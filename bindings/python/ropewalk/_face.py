@@ -11,6 +11,7 @@ from . import _call
 from ._arrays import SupportsDLPack
 from ._call import (
     NORM,
+    NOTHING,
     PAIRING,
     PLAIN,
     ROUNDING,
@@ -64,7 +65,7 @@ if TYPE_CHECKING:
 def _rope(
     q: Any,
     k: Any = None,
-    unnamed: Any = None,
+    unnamed: Any = NOTHING,
     positions: Any = None,
     offsets: Any = None,
     frequencies: Any = None,
@@ -94,7 +95,7 @@ def _rope(
     disable_pdl: Any = False,
     k_store_only: Any = False,
 ) -> tuple[Any, Any]:
-    if unnamed is not None:
+    if unnamed is not NOTHING:
         raise TypeError("rope_() takes q and k by position and no more: name the others, as in positions=..")
     failure: Exception | None = None
     if not is_compiling():
@@ -320,7 +321,7 @@ def rope_(
     A position past the table gives NaN in that token, a slot past the cache is not stored; check_faults() tells of
     both.
     """
-    raise NotImplementedError
+    raise NotImplementedError("rope_ is served by _rope")
 
 
 direct = _call.direct(rope_)
