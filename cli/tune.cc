@@ -32,7 +32,7 @@ struct TuneOptions {
 };
 
 // A shape with every op, pairing and angle source asked for.
-void AddVariants(const TuneOptions& options, RopeCase c, std::vector<RopeCase>* cases) {
+void AddVariants(const TuneOptions& options, const RopeCase& c, std::vector<RopeCase>* cases) {
   for (const std::string& op : options.ops) {
     for (const std::string& pairing : options.pairings) {
       for (const std::string& angles : options.angles) {
