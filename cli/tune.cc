@@ -180,9 +180,10 @@ int Tune(const TuneOptions& options) {
                         {"tried", tried}}
                        .dump() +
                    "\n";
+      if (options.json.empty()) return go_on;
       std::string lines;
       for (const auto& [place, one] : all_found) lines += one.line;
-      if (!options.json.empty()) WriteText(options.json, lines);
+      WriteText(options.json, lines);
       return go_on;
     };
     if (const Status status = tuner->Tune(cases, {.near = options.near}, visit); !status.ok())

@@ -27,43 +27,11 @@ constexpr int kSamples = 3, kRounds = 7;
 constexpr double kGain = 1.015;    // is looked at again
 constexpr int kConfirmations = 4;  // even, so that with the first there is one in the middle
 
-// Memory that is not asked for while a stream is captured: the driver would give the capture up.
-class LockedMemory final : public DeviceMemory {
- public:
-  explicit LockedMemory(DeviceMemory& of) : of_(of) {}
-  std::mutex& mutex() { return mutex_; }
+constexpr size_t kAtATime = 2;  // searches, each with about 2 GB on the device; four were no faster on 16 cores
 
-  DLDevice device() const override { return of_.device(); }
-  void* stream() const override { return of_.stream(); }
-  Status Allocate(size_t bytes, void** out) override {
-    const std::lock_guard lock(mutex_);
-    return of_.Allocate(bytes, out);
-  }
-  void Free(void* memory) override {
-    const std::lock_guard lock(mutex_);
-    of_.Free(memory);
-  }
-  Status CopyIn(void* device, const void* host, size_t bytes) override {
-    const std::lock_guard lock(mutex_);
-    return of_.CopyIn(device, host, bytes);
-  }
-  Status CopyOut(void* host, const void* device, size_t bytes) override {
-    const std::lock_guard lock(mutex_);
-    return of_.CopyOut(host, device, bytes);
-  }
-  Status Synchronize() override {
-    const std::lock_guard lock(mutex_);
-    return of_.Synchronize();
-  }
-
- private:
-  DeviceMemory& of_;
-  std::mutex mutex_;
-};
-
-// On half of the processor, as another search may be timed.
+// On a search's share of the processor.
 Status Compile(const std::vector<RopeCudaKey>& keys, const CudaDevice& device) {
-  const size_t most_threads = std::max<size_t>(1, std::thread::hardware_concurrency() / 2);
+  const size_t most_threads = std::max<size_t>(1, std::thread::hardware_concurrency() / kAtATime);
   std::atomic<size_t> next{0};
   std::vector<Status> results(keys.size());
   const auto compile = [&] {
@@ -89,61 +57,18 @@ Status PlanOf(const RopeCall& call, const CudaDevice& device, const RopeCudaShap
 
 std::vector<RopeCudaShape> FirstShapes(const RopeCall& call, const CudaDevice& device, const TuneOptions& options) {
   if (!options.near) return RopeCudaCandidates(call, device);
-  // What the table has may be the best of a bad neighbourhood: so the model's choice, too, and both layouts by rules.
-  CudaDevice unlisted = device;
-  unlisted.measured = false;
-  unlisted.tuned = nullptr;
-  RopeCudaOrigin origin;
-  return {ChooseRopeCudaShape(call, device, RopeCudaLayout::kAny, &origin),
-          ChooseRopeCudaShape(call, unlisted, RopeCudaLayout::kAny, &origin),
-          RopeCudaShapeByRules(call, device, RopeCudaLayout::kFew),
-          RopeCudaShapeByRules(call, device, RopeCudaLayout::kMany)};
-}
-
-// A case made ready: its data, what must become of it, its first candidates compiled.
-struct ReadyCase {
-  Status status;
-  std::unique_ptr<CaseCall> call;
-  RopeCall lowered;
-  TokenCheck check;
-};
-
-ReadyCase MakeReady(const RopeCase& c, const TuneOptions& options, const CudaDevice& device, DeviceMemory& memory,
-                    std::mutex& timing) {
-  ReadyCase ready;
-  const auto make_data = [&]() -> Status {
-    const std::lock_guard lock(timing);  // copies would be in the way of what is timed
-    ROPEWALK_TRY(CaseCall::Make(c, memory, &ready.call));
-    ROPEWALK_TRY(SteadyWeights(*ready.call));
-    ROPEWALK_TRY(LowerRope(ready.call->args(), nullptr, &ready.lowered));
-    ready.check.Choose(*ready.call, options.sampled_tokens);
-    return {};
-  };
-  const auto make = [&]() -> Status {
-    ROPEWALK_TRY(make_data());
-    std::vector<RopeCudaKey> keys;
-    for (const RopeCudaShape& shape : FirstShapes(ready.lowered, device, options)) {
-      RopeCudaPlan plan;
-      ROPEWALK_TRY(PlanOf(ready.lowered, device, shape, &plan));
-      keys.push_back(plan.key);
-    }
-    return Compile(keys, device);
-  };
-  ready.status = make();
-  return ready;
+  return RopeCudaChoices(call, device);
 }
 
 // One case under search. Several are at a time, as most of a search's time goes into compiling; who holds `timing` has
 // the device and the shape that is tried to itself.
 class Search {
  public:
-  Search(const CudaDevice& device, CudaGraphs& graphs, LockedMemory& memory, std::mutex& timing, ReadyCase* ready,
-         TunedCase* out)
+  Search(const CudaDevice& device, CudaGraphs& graphs, DeviceMemory& memory, std::mutex& timing, TunedCase* out)
       : device_(device),
         graphs_(graphs),
         memory_(memory),
         timing_(timing),
-        ready_(*ready),
         copies_(memory, graphs),
         narrow_data_(memory),
         out_(*out) {}
@@ -151,9 +76,12 @@ class Search {
   Status Make(const RopeCase& c, const TuneOptions& options, int64_t l2_bytes) {
     const std::lock_guard lock(timing_);
     options_ = options;
-    out_.call = ready_.lowered;
+    ROPEWALK_TRY(CaseCall::Make(c, memory_, &call_));
+    ROPEWALK_TRY(SteadyWeights(*call_));
+    ROPEWALK_TRY(LowerRope(call_->args(), nullptr, &out_.call));
+    check_.Choose(*call_, options.sampled_tokens);
     const int64_t count = CopyCount(c, l2_bytes, options.cold_bytes);
-    ROPEWALK_TRY(copies_.Make(*ready_.call, count));
+    ROPEWALK_TRY(copies_.Make(*call_, count));
     calls_in_graph_ = RunsCold(c, l2_bytes) ? std::max<int64_t>(count, 32) : 20 * count;
     return MakeNarrow();
   }
@@ -251,7 +179,7 @@ class Search {
     ROPEWALK_TRY(Call(0));
     ROPEWALK_TRY(graphs_.Wait());
     double worst = 0;
-    ROPEWALK_TRY(ready_.check.Run(copies_.calls()[0].args, memory_, &tried->wrong, &worst));
+    ROPEWALK_TRY(check_.Run(copies_.calls()[0].args, memory_, &tried->wrong, &worst));
     if (!tried->wrong.empty()) return {};
     CudaGraph graph;
     ROPEWALK_TRY(Capture(&graph));
@@ -266,7 +194,6 @@ class Search {
   }
 
   Status Capture(CudaGraph* graph, bool narrow = false) {
-    const std::lock_guard lock(memory_.mutex());
     return graphs_.Capture(
         [&]() -> Status {
           for (int64_t i = 0; i < calls_in_graph_; ++i) {
@@ -346,9 +273,10 @@ class Search {
   const CudaDevice device_;
   TuneOptions options_;
   CudaGraphs& graphs_;
-  LockedMemory& memory_;
+  DeviceMemory& memory_;
   std::mutex& timing_;
-  ReadyCase& ready_;
+  std::unique_ptr<CaseCall> call_;
+  TokenCheck check_;
   Copies copies_;
   Block narrow_data_;
   DLTensor narrow_ = {};
@@ -377,53 +305,44 @@ Status CudaTuner::Make(std::unique_ptr<CudaTuner>* out) {
 
 Status CudaTuner::Tune(std::span<const RopeCase> cases, const TuneOptions& options,
                        const std::function<bool(const RopeCase&, const Status&, const TunedCase&)>& visit) {
-  // While one search is timed another one compiles; each has about 2 GB on the device. Four at a time kept an H200's
-  // host no busier: compiling had all of its 16 cores.
-  const size_t at_a_time = std::thread::hardware_concurrency() >= 8 ? 2 : 1;
   const CudaDevice& device = driver_.devices.front().properties;
   CudaContextScope scope;
   ROPEWALK_TRY(scope.Enter(driver_, 0));
   std::unique_ptr<CudaGraphs> graphs;
   ROPEWALK_TRY(CudaGraphs::Open(driver_, &graphs));
-  LockedMemory memory(memory_);
   std::mutex timing, visiting;
   std::atomic<size_t> next{0};
   std::atomic<bool> stopped{false};
   std::exception_ptr thrown;
+  // Memory that is asked for or given back has the device wait, and would end another search's capture.
+  const auto end = [&timing](Search* search) {
+    const std::lock_guard lock(timing);
+    TryRopeCudaShape(std::nullopt);
+    delete search;
+  };
   const auto search_one = [&](const RopeCase& c, TunedCase* tuned) -> Status {
     CudaContextScope here;
     ROPEWALK_TRY(here.Enter(driver_, 0));
-    ReadyCase ready = MakeReady(c, options, device, memory, timing);
-    ROPEWALK_TRY(Status(ready.status));
-    std::optional<Search> search;
-    search.emplace(device, *graphs, memory, timing, &ready, tuned);
-    Status status = search->Make(c, options, l2_bytes_);
-    if (status.ok()) status = search->Run();
-    const std::lock_guard lock(timing);  // memory that is given back has the device wait
-    TryRopeCudaShape(std::nullopt);
-    search.reset();
-    ready.call.reset();
-    return status;
+    const std::unique_ptr<Search, decltype(end)> search(new Search(device, *graphs, memory_, timing, tuned), end);
+    ROPEWALK_TRY(search->Make(c, options, l2_bytes_));
+    return search->Run();
   };
   const auto work = [&] {
     for (size_t i = next++; i < cases.size() && !stopped; i = next++) {
-      std::exception_ptr failure;
       try {
         TunedCase tuned;
         const Status status = search_one(cases[i], &tuned);
         const std::lock_guard lock(visiting);
         if (!visit(cases[i], status, tuned)) stopped = true;
       } catch (...) {
-        failure = std::current_exception();
+        const std::lock_guard lock(visiting);
+        thrown = std::current_exception();
+        stopped = true;
       }
-      if (!failure) continue;
-      const std::lock_guard lock(visiting);
-      thrown = failure;
-      stopped = true;
     }
   };
   std::vector<std::thread> threads;
-  for (size_t i = 1; i < std::min(at_a_time, cases.size()); ++i) threads.emplace_back(work);
+  for (size_t i = 1; i < std::min(kAtATime, cases.size()); ++i) threads.emplace_back(work);
   work();
   for (std::thread& thread : threads) thread.join();
   if (thrown) std::rethrow_exception(thrown);

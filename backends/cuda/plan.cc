@@ -123,7 +123,7 @@ int MinBlocks(const RopeCudaKey& key, const CudaDevice& device, int64_t rows, in
   }
   if (partial || (table && key.table_vector == 1 && key.vector == 8)) return 1;
   if (table && Stores(v) && key.flat && !regular) return 1;  // it needs more than 64 registers
-  if (StoresFp8(v) && v.dtype == kRopeF16 && v.pairing == ROPEWALK_INTERLEAVED) {
+  if (StoresFp8(v) && v.dtype == kRopeF16 && v.pairing == ROPEWALK_INTERLEAVED && key.vector == 8) {
     resident = std::min(resident, 20);  // it needs more than 80
   }
   if (v.table_dtype == kRopeF32 && (!regular || key.lanes == 32)) resident = std::min(resident, 32);  // ditto, 48

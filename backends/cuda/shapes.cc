@@ -366,12 +366,31 @@ RopeCudaShape ChooseRopeCudaShape(const RopeCall& call, const CudaDevice& device
   return ModelledShape(call, device);
 }
 
+namespace {
+
+void AddNew(const RopeCudaShape& shape, std::vector<RopeCudaShape>* shapes) {
+  if (std::ranges::find(*shapes, shape) == shapes->end()) shapes->push_back(shape);
+}
+
+}  // namespace
+
+std::vector<RopeCudaShape> RopeCudaChoices(const RopeCall& call, const CudaDevice& device) {
+  CudaDevice unlisted = device;
+  unlisted.measured = false;
+  unlisted.tuned = nullptr;
+  RopeCudaOrigin origin;
+  std::vector<RopeCudaShape> shapes = {ChooseRopeCudaShape(call, device, RopeCudaLayout::kAny, &origin)};
+  AddNew(ChooseRopeCudaShape(call, unlisted, RopeCudaLayout::kAny, &origin), &shapes);
+  for (const RopeCudaLayout layout : {RopeCudaLayout::kFew, RopeCudaLayout::kMany}) {
+    AddNew(RopeCudaShapeByRules(call, device, layout), &shapes);
+  }
+  return shapes;
+}
+
 std::vector<RopeCudaShape> RopeCudaCandidates(const RopeCall& call, const CudaDevice& device,
                                               const RopeCudaShape* near) {
   std::vector<RopeCudaShape> shapes;
-  const auto add = [&](const RopeCudaShape& shape) {
-    if (std::ranges::find(shapes, shape) == shapes.end()) shapes.push_back(shape);
-  };
+  const auto add = [&](const RopeCudaShape& shape) { AddNew(shape, &shapes); };
   if (near) {
     const auto vary = [&](uint8_t RopeCudaShape::*member, std::initializer_list<int> values) {
       for (const int value : values) {
@@ -388,10 +407,7 @@ std::vector<RopeCudaShape> RopeCudaCandidates(const RopeCall& call, const CudaDe
     vary(&RopeCudaShape::start, {1, 2, 3});
     return shapes;
   }
-  RopeCudaOrigin origin;
-  for (const RopeCudaLayout layout : {RopeCudaLayout::kAny, RopeCudaLayout::kFew, RopeCudaLayout::kMany}) {
-    add(ChooseRopeCudaShape(call, device, layout, &origin));
-  }
+  shapes = RopeCudaChoices(call, device);
   ForCandidates(call, device, add);
   return shapes;
 }

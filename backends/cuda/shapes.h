@@ -28,8 +28,11 @@ RopeCudaShape RopeCudaShapeByRules(const RopeCall& call, const CudaDevice& devic
 
 // Whether a candidate may be fast for a call: of few tokens not for many bytes, and the other way round.
 bool RopeCudaShapeSuits(const RopeCall& call, const CudaDevice& device, const RopeCudaShape& shape);
-// Shapes that may be fast for a call, for a search on its device: the one that is chosen first, then those that differ
-// from it in what matters most. `near`: instead those that differ from that shape in one thing.
+// What the ways of choosing take, for a search to begin with: the one that is chosen, which may be the best of a bad
+// neighbourhood, the model's, and those of the rules for few and for many tokens. Each once.
+std::vector<RopeCudaShape> RopeCudaChoices(const RopeCall& call, const CudaDevice& device);
+// Shapes that may be fast for a call, for a search on its device: those choices, then those that differ in what matters
+// most. `near`: instead those that differ from that shape in one thing.
 std::vector<RopeCudaShape> RopeCudaCandidates(const RopeCall& call, const CudaDevice& device,
                                               const RopeCudaShape* near = nullptr);
 

@@ -65,8 +65,9 @@ def served_by(function: Any) -> Callable[[Documented], Documented]:
     one that nobody gives: Python looks up each keyword-only one that is not given, 136 of a call's 610 ns."""
 
     def serve(documented: Documented) -> Documented:
-        function.__annotations__ = documented.__annotations__  # of Python 3.14 update_wrapper's are empty
-        return functools.update_wrapper(function, documented)  # type: ignore[return-value]
+        functools.update_wrapper(function, documented)
+        function.__annotations__ = documented.__annotations__  # Python 3.14's update_wrapper leaves them
+        return function  # type: ignore[no-any-return]
 
     return serve
 
