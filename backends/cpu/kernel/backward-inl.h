@@ -224,6 +224,10 @@ HWY_NOINLINE void TurnAndAddUp(const Parts& parts, const HeadsTogether<T>& heads
   const Places<T> places{parts};
   const float *cos = scratch.rope.cos, *sin = scratch.rope.sin, *weight = heads.weight;
   const int64_t next_x = heads.count * heads.x_step, next_grad = heads.count * heads.grad_step;
+  const auto ask_next = [&](const Raw* x, const Raw* grad, int begin, int count) ROPEWALK_ATTR {
+    Ask(grad + next_grad + begin, count);
+    Ask(x + next_x + begin, count);
+  };
   bool fresh = true;
   // Calls work(x, dY, g, take) for each head, which calls take(vector of g, x, weight) for each of its vectors.
   const auto each_head = [&](const auto& work) ROPEWALK_ATTR {
@@ -273,10 +277,8 @@ HWY_NOINLINE void TurnAndAddUp(const Parts& parts, const HeadsTogether<T>& heads
             LoadPair<T>(span, grad + second.begin + at, g2, g3);
             LoadPair<T>(span, x + first.begin + at, x0, x1);
             LoadPair<T>(span, x + second.begin + at, x2, x3);
-            Ask(grad + next_grad + first.begin + at, kBlock);
-            Ask(grad + next_grad + second.begin + at, kBlock);
-            Ask(x + next_x + first.begin + at, kBlock);
-            Ask(x + next_x + second.begin + at, kBlock);
+            ask_next(x, grad, first.begin + at, kBlock);
+            ask_next(x, grad, second.begin + at, kBlock);
             turn(c0, s0, g0, g2);
             turn(c1, s1, g1, g3);
             hn::Store(g0, df, g + a);
@@ -295,10 +297,8 @@ HWY_NOINLINE void TurnAndAddUp(const Parts& parts, const HeadsTogether<T>& heads
           const V w0 = hn::Load(df, weight + a), w1 = hn::Load(df, weight + b);
           each_head([&](const Raw* x, const Raw* grad, float* g, const auto& take) ROPEWALK_ATTR {
             V g0 = T::Load(span, grad + first.begin + at, 0), g1 = T::Load(span, grad + second.begin + at, 0);
-            Ask(grad + next_grad + first.begin + at, kLanes);
-            Ask(grad + next_grad + second.begin + at, kLanes);
-            Ask(x + next_x + first.begin + at, kLanes);
-            Ask(x + next_x + second.begin + at, kLanes);
+            ask_next(x, grad, first.begin + at, kLanes);
+            ask_next(x, grad, second.begin + at, kLanes);
             turn(c, s, g0, g1);
             hn::Store(g0, df, g + a);
             hn::Store(g1, df, g + b);
@@ -323,8 +323,7 @@ HWY_NOINLINE void TurnAndAddUp(const Parts& parts, const HeadsTogether<T>& heads
             V g0, g1, x0, x1;
             LoadPair<T>(span, grad + run.begin + at, g0, g1);
             LoadPair<T>(span, x + run.begin + at, x0, x1);
-            Ask(grad + next_grad + run.begin + at, kBlock);
-            Ask(x + next_x + run.begin + at, kBlock);
+            ask_next(x, grad, run.begin + at, kBlock);
             if (turned) turn(c, s, g0, g1);
             hn::Store(g0, df, g + a);
             hn::Store(g1, df, g + a + kLanes);
@@ -337,8 +336,7 @@ HWY_NOINLINE void TurnAndAddUp(const Parts& parts, const HeadsTogether<T>& heads
           const V c = hn::Load(df, cos + at), s = hn::Load(df, sin + at), w = hn::Load(df, weight + a);
           each_head([&](const Raw* x, const Raw* grad, float* g, const auto& take) ROPEWALK_ATTR {
             V v = T::Load(span, grad + run.begin + at, 0);
-            Ask(grad + next_grad + run.begin + at, kLanes);
-            Ask(x + next_x + run.begin + at, kLanes);
+            ask_next(x, grad, run.begin + at, kLanes);
             if (turned) v = hn::MulAdd(heads.interleaved ? neighbours.Of(v) : partners.Of(v), s, hn::Mul(v, c));
             hn::Store(v, df, g + a);
             take(v, T::Load(span, x + run.begin + at, 0), w);
