@@ -266,7 +266,7 @@ Status WriteBundle(const std::vector<RopeCudaKey>& keys, const std::string& arch
         if (progress) progress(i, keys[i]);
       }
       Compilation compilation;
-      Status compiled = CompileCuda(*nvrtc, RopeCudaSource(keys[i]), arch, /*verbose=*/false, &compilation);
+      Status compiled = CompileRopeCuda(*nvrtc, keys[i], arch, /*verbose=*/false, &compilation);
       cubins[i] = std::move(compilation.cubin);
       const std::lock_guard lock(mutex);
       report->milliseconds += compilation.milliseconds;

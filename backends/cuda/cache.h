@@ -9,6 +9,7 @@
 #include <string_view>
 #include <vector>
 
+#include "backends/cuda/nvrtc.h"
 #include "backends/cuda/plan.h"
 #include "base/files.h"
 #include "base/status.h"
@@ -25,6 +26,11 @@ struct Cubin {
 Status GetCubin(const RopeCudaKey& key, const CudaDevice& device, bool no_disk, std::shared_ptr<const Cubin>* out);
 // Where GetCubin would take it from: "bundle PATH", "disk PATH", "would be compiled now by NVRTC 13.0 (PATH)".
 Status FindCubinSource(const RopeCudaKey& key, const CudaDevice& device, std::string* source);
+
+// Compiles a variant for an architecture: a second time where a limit of registers makes it spill, and where one lets
+// its grid run at once.
+Status CompileRopeCuda(const Nvrtc& nvrtc, const RopeCudaKey& key, const std::string& arch, bool verbose,
+                       Compilation* out);
 
 // Where cubins are kept: $ROPEWALK_CACHE_DIR (empty: nowhere), $XDG_CACHE_HOME/ropewalk, ~/.cache/ropewalk; "" if
 // nowhere.

@@ -29,6 +29,7 @@ struct CudaDevice {
 // What a multiprocessor holds at most; to ask for more is an error.
 int MostCudaBlocks(const CudaDevice& device);
 inline constexpr int kMostCudaWarps = 64;
+inline constexpr int kCudaRegisters = 65536, kCudaRegisterStep = 8;  // a thread takes a multiple
 // Its shared memory, of which a block takes so much more than it asks for.
 int CudaSharedBytes(const CudaDevice& device);
 inline constexpr int kCudaBlockBytes = 1024;
@@ -73,11 +74,17 @@ struct RopeCudaKey {
   uint8_t alike = 0;                // few tokens: the heads of a warp are all of one tensor
   uint8_t backward = kCudaForward;  // which kernel
   uint16_t token_groups = 0;        // groups that share the heads of a token (backends/cuda/kernel/shape.h)
-  uint16_t unused_too = 0;
+  // Many tokens: the whole grid runs at once if a multiprocessor holds so many blocks, and it does not if a thread
+  // takes `crowded_from` registers. Then they are limited (cache.cc). 0: no such case.
+  uint8_t at_once = 0;
+  uint8_t crowded_from = 0;
 
   bool operator==(const RopeCudaKey&) const = default;
 };
 static_assert(sizeof(RopeCudaKey) == 84);
+
+// Blocks of the variant that a multiprocessor holds if each thread takes so many registers.
+int ResidentBlocks(const RopeCudaKey& key, const CudaDevice& device, int registers);
 
 inline rope_choices ChoicesOf(const RopeCudaKey& key) {
   const RopeVariant& v = key.variant;

@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "backends/cuda/bundle.h"
+#include "backends/cuda/cache.h"
 #include "backends/cuda/nvrtc.h"
 #include "base/text.h"
 #include "conformance/case_call.h"
@@ -67,7 +68,7 @@ TEST_P(CudaCompile, Nvrtc) {
     for (size_t i = next(); i < variants.size(); i = next()) {
       const RopeCudaKey& key = variants[i].key;
       Compilation compilation;
-      const Status status = CompileCuda(*nvrtc, RopeCudaSource(key), arch, /*verbose=*/true, &compilation);
+      const Status status = CompileRopeCuda(*nvrtc, key, arch, /*verbose=*/true, &compilation);
       const PtxasText said = ReadPtxas(compilation.log);
       std::string why = status.text();
       if (status.ok() && !said.warnings.empty()) why = said.warnings;
@@ -80,6 +81,123 @@ TEST_P(CudaCompile, Nvrtc) {
   });
   EXPECT_EQ(compiled, variants.size());
   for (size_t i = 0; i < std::min<size_t>(failures.size(), 5); ++i) ADD_FAILURE() << failures[i];
+}
+
+struct Compiled {
+  Status status;
+  PtxasText first, kept;  // of the variant's text as it is, and of what serves
+};
+
+Compiled CompileBoth(const Nvrtc& nvrtc, const RopeCudaKey& key, const std::string& arch) {
+  Compiled out;
+  Compilation compilation;
+  out.status = CompileCuda(nvrtc, RopeCudaSource(key), arch, /*verbose=*/true, &compilation);
+  out.first = ReadPtxas(compilation.log);
+  if (out.status.ok()) out.status = CompileRopeCuda(nvrtc, key, arch, /*verbose=*/true, &compilation);
+  out.kept = ReadPtxas(compilation.log);
+  return out;
+}
+
+// Norm, rope and store of 32/8 heads of 64, by shapes of a warp a block. In caches without pages the kernels take 68
+// registers, and 28 of them fit a multiprocessor of an H200.
+Status CrowdedPlan(int64_t tokens, int stages, bool k_store_only, const CudaDevice& device, RopeCudaPlan* plan) {
+  RopeCase c;
+  c.dtype = kBF16;
+  c.tokens = tokens;
+  c.q_heads = 32;
+  c.k_heads = 8;
+  c.head_dim = c.rotary_dim = 64;
+  c.layout = Layout::kPacked;
+  c.norm = true;
+  c.weight = Weight::kPlain;
+  c.weight_dtype = c.cache_dtype = kBF16;
+  c.cache = Cache::kFlat;
+  c.v_dim = 64;
+  c.k_store_only = k_store_only;
+  std::unique_ptr<CaseCall> made;
+  ROPEWALK_TRY(CaseCall::Make(c, HostMemory(), &made));
+  RopeCall call;
+  ROPEWALK_TRY(LowerRope(made->args(), nullptr, &call));
+  const auto shape = RopeCudaShape::Of({0, 0, static_cast<uint8_t>(stages), 1, 6, 1, 1, 0, 1, 3});
+  ROPEWALK_TRY(PlanRopeCuda(call, device, {.dependent_launch = true, .shape = &shape}, plan));
+  return CheckRopeCudaPlan(call, device, *plan);
+}
+
+// A few registers above 64 cost a second round of blocks: the variant is compiled again where the grid says so, and not
+// elsewhere.
+TEST(CudaCompileAgain, AFewRegistersTooMany) {
+  const Nvrtc* nvrtc = nullptr;
+  if (const Status status = OpenNvrtc(&nvrtc); !status.ok()) GTEST_SKIP() << status.text();
+  const CudaDevice h200 = {132, 9, 0};
+  int crowded = 0;
+  for (const int stages : {4, 5}) {
+    for (const bool k_store_only : {false, true}) {
+      RopeCudaPlan plan;
+      const Status planned = CrowdedPlan(4096, stages, k_store_only, h200, &plan);
+      ASSERT_TRUE(planned.ok()) << planned.text();
+      ASSERT_EQ(plan.key.at_once, 32);
+      ASSERT_EQ(plan.key.crowded_from, 65);
+      const Compiled once = CompileBoth(*nvrtc, plan.key, "sm_90a");
+      plan.key.at_once = plan.key.crowded_from = 0;
+      const Compiled rounds = CompileBoth(*nvrtc, plan.key, "sm_90a");
+      ASSERT_TRUE(once.status.ok()) << once.status.text();
+      ASSERT_TRUE(rounds.status.ok()) << rounds.status.text();
+      EXPECT_EQ(rounds.kept.registers, rounds.first.registers) << RopeCudaName(plan.key);
+      EXPECT_EQ(once.kept.spilled_bytes, 0) << RopeCudaName(plan.key);
+      if (once.first.registers <= 64 || once.first.registers > 72) continue;
+      ++crowded;
+      EXPECT_LE(once.kept.registers, 64) << RopeCudaName(plan.key);
+    }
+  }
+  EXPECT_GT(crowded, 0) << "no variant takes 65 to 72 registers: the test needs other ones";
+}
+
+// Which grids a limit brings into one round: a multiprocessor holds 32 blocks of a warp by 64 registers a thread, 28 by
+// 72, 25 by 80, 16 by 128. A few blocks more than a round do not count.
+TEST(CudaCompileAgain, WhereTheGridFits) {
+  using Facts = std::pair<int, int>;
+  const auto facts = [](int64_t tokens, const CudaDevice& device) {
+    RopeCudaPlan plan;
+    const Status status = CrowdedPlan(tokens, 4, false, device, &plan);
+    EXPECT_TRUE(status.ok()) << status.text();
+    EXPECT_EQ(plan.grid_x, tokens);
+    return Facts(plan.key.at_once, plan.key.crowded_from);
+  };
+  const Facts none(0, 0);
+  for (const int sm_count : {132, 78}) {
+    const CudaDevice device = {sm_count, 9, 0};
+    EXPECT_EQ(facts(32 * sm_count + 1, device), none);
+    EXPECT_EQ(facts(32 * sm_count, device), Facts(32, 65));
+    EXPECT_EQ(facts(28 * sm_count * 104 / 100, device), Facts(32, 65));
+    EXPECT_EQ(facts(28 * sm_count * 103 / 100, device), Facts(32, 73));
+    EXPECT_EQ(facts(28 * sm_count, device), Facts(28, 73));
+    EXPECT_EQ(facts(25 * sm_count, device), Facts(25, 81));
+    EXPECT_EQ(facts(16 * sm_count, device), Facts(16, 129));
+    EXPECT_EQ(facts(15 * sm_count, device), Facts(15, 137));
+    EXPECT_EQ(facts(8 * sm_count, device), none);              // by 255 registers
+    EXPECT_EQ(facts(32 * sm_count, {sm_count, 10, 0}), none);  // nothing is searched there
+  }
+}
+
+// A limit that makes a variant spill is given up, on every architecture.
+TEST(CudaCompileAgain, ALimitThatSpills) {
+  const Nvrtc* nvrtc = nullptr;
+  if (const Status status = OpenNvrtc(&nvrtc); !status.ok()) GTEST_SKIP() << status.text();
+  for (const char* arch : {"sm_80", "sm_90a"}) {
+    for (const auto at_once : {uint8_t{0}, uint8_t{32}}) {
+      RopeCudaPlan plan;
+      const Status planned = CrowdedPlan(4096, 4, false, {132, 9, 0}, &plan);
+      ASSERT_TRUE(planned.ok()) << planned.text();
+      plan.key.at_once = at_once;
+      plan.key.crowded_from = at_once ? 65 : 0;
+      plan.key.threads = 64;
+      plan.key.min_blocks = 32;  // 32 registers a thread
+      const Compiled made = CompileBoth(*nvrtc, plan.key, arch);
+      ASSERT_TRUE(made.status.ok()) << made.status.text();
+      EXPECT_GT(made.first.spilled_bytes, 16) << arch;
+      EXPECT_EQ(made.kept.spilled_bytes, 0) << arch;
+    }
+  }
 }
 
 // The kernels of the gradient: common heads, and every so many of the cases. Heads up to 256 spill nothing.
