@@ -2,6 +2,7 @@
 #include "backends/cuda/shapes.h"
 
 #include <algorithm>
+#include <array>
 #include <bit>
 #include <cmath>
 #include <cstdint>
@@ -211,31 +212,69 @@ float Distance(const RopeCudaFeatures& a, const RopeCudaFeatures& b) {
 using Entry = RopeCudaTuned::Entry;
 
 // Calls that were searched on an H200, and their shapes. They serve the very same calls and no others: what is best for
-// a neighbour, even a close one, is on average no better than what the model says.
+// a neighbour, even a close one, is on average no better than what the model says. 12 bytes each, as there are
+// thousands.
 struct Listed {
-  uint16_t tokens;
-  uint8_t head, rotary;  // a fourth of the elements of a head, and of its rotated part
-  uint8_t q_heads, k_heads, stages;
-  RopeCudaShape shape;
+  uint16_t tokens = 0;
+  uint8_t head = 0, rotary = 0;  // a fourth of the elements of a head, and of its rotated part
+  uint8_t q_heads = 0, k_heads = 0, stages = 0;
+  std::array<uint8_t, 5> packed = {};  // the shape: its numbers one behind the other, of so many bits each
+
+  static constexpr std::array<uint8_t, 10> kBits = {1, 4, 4, 4, 5, 3, 5, 7, 3, 2};
 
   constexpr auto key() const { return std::tie(tokens, head, rotary, q_heads, k_heads, stages); }
+  constexpr RopeCudaShape shape() const {
+    uint64_t bits = 0;
+    for (size_t i = 0; i < packed.size(); ++i) bits |= uint64_t{packed[i]} << (8 * i);
+    std::array<uint8_t, 10> numbers = {};
+    for (size_t i = 0; i < numbers.size(); bits >>= kBits[i++]) {
+      numbers[i] = static_cast<uint8_t>(bits & ((1U << kBits[i]) - 1));
+    }
+    return RopeCudaShape::Of(numbers);
+  }
 };
-constexpr Listed kTable[] = {
+
+struct Row {
+  uint16_t tokens;
+  uint8_t head, rotary, q_heads, k_heads, stages;
+  RopeCudaShape shape;
+};
+
+constexpr Listed Pack(const Row& row) {
+  Listed listed = {row.tokens, row.head, row.rotary, row.q_heads, row.k_heads, row.stages, {}};
+  uint64_t bits = 0;
+  int at = 0;
+  for (size_t i = 0; i < Listed::kBits.size(); at += Listed::kBits[i++]) {
+    bits |= static_cast<uint64_t>(row.shape.numbers()[i]) << at;
+  }
+  for (size_t i = 0; i < listed.packed.size(); ++i) listed.packed[i] = static_cast<uint8_t>(bits >> (8 * i));
+  return listed;
+}
+
+constexpr auto kTable = [] {
+  constexpr Row kRows[] = {
 #include "backends/cuda/shapes_table.inc"
-};
+  };
+  std::array<Listed, std::size(kRows)> table;
+  std::ranges::transform(kRows, table.begin(), Pack);
+  for (size_t i = 0; i < table.size(); ++i) {
+    if (table[i].shape() != kRows[i].shape) throw "a number of a shape takes more bits";  // ends the compilation
+  }
+  return table;
+}();
 
-static_assert(std::ranges::is_sorted(kTable, {}, &Listed::key));
+static_assert(sizeof(Listed) == 12 && std::ranges::is_sorted(kTable, {}, &Listed::key));
 
-const RopeCudaShape* FindListed(const RopeCall& call) {
+bool FindListed(const RopeCall& call, RopeCudaShape* shape) {
   const RopeVariant& v = call.variant;
   const rope_params& p = call.params;
   const int64_t rows = p.batch * p.tokens, k_heads = call.tensors.k ? p.k_heads : 0;
   const bool whole_store = v.store_k && v.store_v && p.v_dim == p.head_dim;
   if (rows > UINT16_MAX || std::max<int64_t>({p.head_dim / 4, p.q_heads, k_heads}) > UINT8_MAX || p.head_dim % 4 != 0 ||
       p.rotary_dim % 4 != 0 || RopeDtypeBytes(v.dtype) != 2 || p.rotary_offset != 0 || (Stores(v) && !whole_store)) {
-    return nullptr;
+    return false;
   }
-  Listed wanted = {};
+  Listed wanted;
   wanted.tokens = static_cast<uint16_t>(rows);
   wanted.head = static_cast<uint8_t>(p.head_dim / 4);
   wanted.rotary = static_cast<uint8_t>(p.rotary_dim / 4);
@@ -243,7 +282,9 @@ const RopeCudaShape* FindListed(const RopeCall& call) {
   wanted.k_heads = static_cast<uint8_t>(k_heads);
   wanted.stages = static_cast<uint8_t>(v.norm + 2 * (v.table_dtype != kRopeNoDtype) + 4 * StoreKind(v));
   const auto found = std::ranges::lower_bound(kTable, wanted.key(), {}, &Listed::key);
-  return found != std::end(kTable) && found->key() == wanted.key() ? &found->shape : nullptr;
+  if (found == kTable.end() || found->key() != wanted.key()) return false;
+  *shape = found->shape();
+  return true;
 }
 
 // The entry for the call most like this one; null if there is none. *distance: how unlike it is, at most as it was.
@@ -356,9 +397,9 @@ RopeCudaShape ChooseRopeCudaShape(const RopeCall& call, const CudaDevice& device
     }
   }
   if (device.measured) {
-    if (const RopeCudaShape* shape = FindListed(call)) {
+    if (RopeCudaShape shape; FindListed(call, &shape)) {
       *origin = RopeCudaOrigin::kTable;
-      return *shape;
+      return shape;
     }
   }
   if (call.params.batch * call.params.tokens < kLeastTokens) return RopeCudaShapeByRules(call, device, layout);

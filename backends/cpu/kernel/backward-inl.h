@@ -24,8 +24,10 @@ ROPEWALK_BEFORE_KERNEL
 namespace ropewalk {
 namespace HWY_NAMESPACE {
 
-// Heads at once, and as many bytes of theirs at most, as floats and in their tensors: half of L1.
-constexpr int kHeadsAtOnce = 8, kBytesAtOnce = 16384;
+// Heads at once, as the lanes of their sums are added up kLanes heads at a time; as many bytes of theirs at most, as
+// floats and in their tensors, half of L1. AVX-512's 16 take 0.9 of the time of 8 for bfloat16 heads of 64, which leave
+// a third of that free, and up to 1.04 for larger ones.
+constexpr int kHeadsAtOnce = HWY_MAX(8, kLanes), kFewerAtOnce = 8, kBytesAtOnce = 16384;
 // Whose products are added up as floats before they are added to doubles.
 constexpr int kHeadsOfASum = 8;
 
@@ -398,12 +400,9 @@ HWY_NOINLINE void WriteHeads(const Parts& parts, const HeadsTogether<T>& heads, 
   }
 }
 
-// The gradient of some heads. A bit is set for each of which nothing was written, as it is to go alone: no head's
-// result depends on those beside it.
-template <class T, bool kNative>
-HWY_NOINLINE uint32_t HeadsGradient(const rope_params& p, const Parts& parts, const HeadsTogether<T>& heads,
-                                    BackwardScratch& scratch) {
-  TurnAndAddUp<T>(parts, heads, scratch);
+// 1 / rms and mean(g w n) of some heads, of which the first pass was. A bit is set for each that is to go alone: no
+// head's result depends on those beside it.
+HWY_NOINLINE uint32_t FindRoots(const rope_params& p, int count, BackwardScratch& scratch) {
   // A product that is too small for a float loses 2^-150 at most, of which dX gets rstd^2 |n| and rstd times as much.
   // |n| is 2^5 at most (kSquaresAtOnce), and g w 2^27 times as large as would show beside that; or all of g is 0.
   // Masked and padded tokens and the small gradients of a mean over many tokens are usual; alone they take three times
@@ -413,7 +412,7 @@ HWY_NOINLINE uint32_t HeadsGradient(const rope_params& p, const Parts& parts, co
   const V per_element = hn::Set(df, 1.0f / static_cast<float>(p.head_dim)), eps = hn::Set(df, p.eps);
   constexpr int kStep = static_cast<int>(sizeof(HeadSums) / sizeof(float));
   uint32_t alone = 0;
-  for (int h = 0; h < heads.count; h += kLanes) {
+  for (int h = 0; h < count; h += kLanes) {
     const HeadSums& row = scratch.head_sums[h];
     const V mean = hn::MulAdd(SumsOfLanes<kStep>(row.squares), per_element, eps), root = hn::Div(one, hn::Sqrt(mean));
     const V along = hn::Mul(hn::Mul(SumsOfLanes<kStep>(row.along), per_element), root);
@@ -424,15 +423,11 @@ HWY_NOINLINE uint32_t HeadsGradient(const rope_params& p, const Parts& parts, co
     const auto usual = hn::And(hn::And(usual_x, usual_g), hn::Le(hn::Abs(along), most));
     alignas(64) float unusual[kLanes];
     hn::Store(hn::IfThenZeroElse(usual, one), df, unusual);
-    for (int i = 0; i < HWY_MIN(kLanes, heads.count - h); ++i) {
+    for (int i = 0; i < HWY_MIN(kLanes, count - h); ++i) {
       if (unusual[i] != 0.0f) alone |= uint32_t{1} << (h + i);
     }
     hn::Store(root, df, scratch.rstd + h);
     hn::Store(along, df, scratch.mean_along + h);
-  }
-  for (int begin = 0, end; begin < heads.count; begin = end + 1) {
-    for (end = begin; end < heads.count && !(alone >> end & 1);) ++end;
-    if (begin < end) WriteHeads<T, kNative>(parts, heads, scratch, begin, end);
   }
   return alone;
 }
@@ -531,7 +526,9 @@ HWY_NOINLINE void GradientOfToken(GradientRows<T>& rows, bool interleaved, const
   Raw* out = static_cast<Raw*>(heads.out) + row(heads.out_strides);
   const int step = rows.places.size();
   const int fit = kBytesAtOnce / (step * (4 + 3 * static_cast<int>(sizeof(Raw))));
-  const int at_once = rows.alone ? 1 : HWY_MIN(kHeadsAtOnce, HWY_MAX(1, fit));
+  const int at_once = rows.alone                    ? 1
+                      : 3 * fit >= 4 * kHeadsAtOnce ? kHeadsAtOnce
+                                                    : HWY_MIN(kFewerAtOnce, HWY_MAX(1, fit));
   int in_sums = 0;  // heads
   for (int64_t first = 0; first < heads.count; first += at_once) {
     const auto count = static_cast<int>(std::min<int64_t>(at_once, heads.count - first));
@@ -541,16 +538,24 @@ HWY_NOINLINE void GradientOfToken(GradientRows<T>& rows, bool interleaved, const
     const HeadsTogether<T> together = {
         from,         of,   to,    heads.x_strides.head, heads.grad_strides.head, heads.out_strides.head,
         heads.weight, step, count, interleaved};
-    const uint32_t alone = rows.alone ? 1 : HeadsGradient<T, kNative>(p, rows.parts, together, rows.scratch);
-    for (int h = 0; alone >> h; ++h) {
-      if (!(alone >> h & 1)) continue;
-      GradientOfHeadAlone<T>(rows, interleaved, heads, from + h * heads.x_strides.head,
-                             of + h * heads.grad_strides.head, to + h * heads.out_strides.head);
-    }
-    in_sums += count;
-    if (heads.totals && (in_sums + at_once > kHeadsOfASum || first + count == heads.count)) {
-      AddToTotals(step, rows.scratch.sums, heads.totals);
-      in_sums = 0;
+    if (!rows.alone) TurnAndAddUp<T>(rows.parts, together, rows.scratch);
+    const uint32_t alone = rows.alone ? 1 : FindRoots(p, count, rows.scratch);
+    for (int begin = 0, end; begin < count; begin = end) {
+      end = HWY_MIN(count, begin + kHeadsOfASum);
+      for (int h = begin, next; h < end; h = next + 1) {
+        for (next = h; next < end && !(alone >> next & 1);) ++next;
+        if (h < next) WriteHeads<T, kNative>(rows.parts, together, rows.scratch, h, next);
+      }
+      for (int h = begin; h < end; ++h) {
+        if (!(alone >> h & 1)) continue;
+        GradientOfHeadAlone<T>(rows, interleaved, heads, from + h * heads.x_strides.head,
+                               of + h * heads.grad_strides.head, to + h * heads.out_strides.head);
+      }
+      in_sums += end - begin;
+      if (heads.totals && (in_sums + HWY_MIN(at_once, kHeadsOfASum) > kHeadsOfASum || first + end == heads.count)) {
+        AddToTotals(step, rows.scratch.sums, heads.totals);
+        in_sums = 0;
+      }
     }
   }
   if (!heads.totals) std::fill_n(rows.scratch.sums, step, 0.0f);  // they are not the next ones'
