@@ -127,10 +127,10 @@ struct RopeCudaShape {
 
   bool operator==(const RopeCudaShape&) const = default;
   // In this order, for people, searches and files.
-  constexpr std::array<int, 10> numbers() const {
+  std::array<int, 10> numbers() const {
     return {few, vector, in_flight, flat, cut, warp_tokens, tokens, resident, share, start};
   }
-  static constexpr RopeCudaShape Of(const std::array<uint8_t, 10>& n) {
+  static RopeCudaShape Of(const std::array<uint8_t, 10>& n) {
     return {n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8], n[9]};
   }
 };

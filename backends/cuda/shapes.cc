@@ -2,7 +2,6 @@
 #include "backends/cuda/shapes.h"
 
 #include <algorithm>
-#include <array>
 #include <bit>
 #include <cmath>
 #include <cstdint>
@@ -215,53 +214,37 @@ using Entry = RopeCudaTuned::Entry;
 // a neighbour, even a close one, is on average no better than what the model says. 12 bytes each, as there are
 // thousands.
 struct Listed {
-  uint16_t tokens = 0;
-  uint8_t head = 0, rotary = 0;  // a fourth of the elements of a head, and of its rotated part
-  uint8_t q_heads = 0, k_heads = 0, stages = 0;
-  std::array<uint8_t, 5> packed = {};  // the shape: its numbers one behind the other, of so many bits each
-
-  static constexpr std::array<uint8_t, 10> kBits = {1, 4, 4, 4, 5, 3, 5, 7, 3, 2};
+  constexpr Listed(uint16_t rows, uint8_t head_quarters, uint8_t rotary_quarters, uint8_t q, uint8_t k, uint8_t which,
+                   const RopeCudaShape& s = {})
+      : tokens(rows), head(head_quarters), rotary(rotary_quarters), q_heads(q), k_heads(k), stages(which) {
+    if (s.few > 1 || s.vector > 15 || s.in_flight > 15 || s.flat > 15 || s.cut > 31 || s.warp_tokens > 7 ||
+        s.tokens > 31 || s.resident > 127 || s.share > 7 || s.start > 3) {
+      throw "a number of a shape takes more bits";  // ends the compilation
+    }
+    packed[0] = static_cast<uint8_t>(s.few | s.vector << 1 | s.share << 5);
+    packed[1] = static_cast<uint8_t>(s.in_flight | s.flat << 4);
+    packed[2] = static_cast<uint8_t>(s.cut | s.warp_tokens << 5);
+    packed[3] = static_cast<uint8_t>(s.tokens | s.start << 5);
+    packed[4] = s.resident;
+  }
 
   constexpr auto key() const { return std::tie(tokens, head, rotary, q_heads, k_heads, stages); }
-  constexpr RopeCudaShape shape() const {
-    uint64_t bits = 0;
-    for (size_t i = 0; i < packed.size(); ++i) bits |= uint64_t{packed[i]} << (8 * i);
-    std::array<uint8_t, 10> numbers = {};
-    for (size_t i = 0; i < numbers.size(); bits >>= kBits[i++]) {
-      numbers[i] = static_cast<uint8_t>(bits & ((1U << kBits[i]) - 1));
-    }
-    return RopeCudaShape::Of(numbers);
+  RopeCudaShape shape() const {
+    const auto bits = [&](int byte, int from, int count) {
+      return static_cast<uint8_t>(packed[byte] >> from & ((1 << count) - 1));
+    };
+    return {bits(0, 0, 1), bits(0, 1, 4), bits(1, 0, 4), bits(1, 4, 4), bits(2, 0, 5),
+            bits(2, 5, 3), bits(3, 0, 5), bits(4, 0, 7), bits(0, 5, 3), bits(3, 5, 2)};
   }
-};
 
-struct Row {
   uint16_t tokens;
-  uint8_t head, rotary, q_heads, k_heads, stages;
-  RopeCudaShape shape;
+  uint8_t head, rotary;  // a fourth of the elements of a head, and of its rotated part
+  uint8_t q_heads, k_heads, stages;
+  uint8_t packed[5] = {};  // the shape
 };
-
-constexpr Listed Pack(const Row& row) {
-  Listed listed = {row.tokens, row.head, row.rotary, row.q_heads, row.k_heads, row.stages, {}};
-  uint64_t bits = 0;
-  int at = 0;
-  for (size_t i = 0; i < Listed::kBits.size(); at += Listed::kBits[i++]) {
-    bits |= static_cast<uint64_t>(row.shape.numbers()[i]) << at;
-  }
-  for (size_t i = 0; i < listed.packed.size(); ++i) listed.packed[i] = static_cast<uint8_t>(bits >> (8 * i));
-  return listed;
-}
-
-constexpr auto kTable = [] {
-  constexpr Row kRows[] = {
+constexpr Listed kTable[] = {
 #include "backends/cuda/shapes_table.inc"
-  };
-  std::array<Listed, std::size(kRows)> table;
-  std::ranges::transform(kRows, table.begin(), Pack);
-  for (size_t i = 0; i < table.size(); ++i) {
-    if (table[i].shape() != kRows[i].shape) throw "a number of a shape takes more bits";  // ends the compilation
-  }
-  return table;
-}();
+};
 
 static_assert(sizeof(Listed) == 12 && std::ranges::is_sorted(kTable, {}, &Listed::key));
 
@@ -274,15 +257,12 @@ bool FindListed(const RopeCall& call, RopeCudaShape* shape) {
       p.rotary_dim % 4 != 0 || RopeDtypeBytes(v.dtype) != 2 || p.rotary_offset != 0 || (Stores(v) && !whole_store)) {
     return false;
   }
-  Listed wanted;
-  wanted.tokens = static_cast<uint16_t>(rows);
-  wanted.head = static_cast<uint8_t>(p.head_dim / 4);
-  wanted.rotary = static_cast<uint8_t>(p.rotary_dim / 4);
-  wanted.q_heads = static_cast<uint8_t>(p.q_heads);
-  wanted.k_heads = static_cast<uint8_t>(k_heads);
-  wanted.stages = static_cast<uint8_t>(v.norm + 2 * (v.table_dtype != kRopeNoDtype) + 4 * StoreKind(v));
+  const auto quarter = [](int64_t elements) { return static_cast<uint8_t>(elements / 4); };
+  const Listed wanted(static_cast<uint16_t>(rows), quarter(p.head_dim), quarter(p.rotary_dim),
+                      static_cast<uint8_t>(p.q_heads), static_cast<uint8_t>(k_heads),
+                      static_cast<uint8_t>(v.norm + 2 * (v.table_dtype != kRopeNoDtype) + 4 * StoreKind(v)));
   const auto found = std::ranges::lower_bound(kTable, wanted.key(), {}, &Listed::key);
-  if (found == kTable.end() || found->key() != wanted.key()) return false;
+  if (found == std::end(kTable) || found->key() != wanted.key()) return false;
   *shape = found->shape();
   return true;
 }

@@ -8,6 +8,7 @@
 #include <string>
 
 #include "backends/cuda/plan.h"
+#include "backends/cuda/shapes.h"
 #include "base/text.h"
 #include "tests/plan_space.h"
 #include "tests/run_cases.h"
@@ -131,6 +132,43 @@ TEST(CudaPlan, HoldsForEveryNumberOfHeads) {
   met.ExpectMuch();
   EXPECT_GE(met.plans, int64_t{10'000} * kPlansOfEach);
   Report(Text(met.plans, " CUDA plans for 1 to 256 heads hold"));
+}
+
+// Of the table of calls that were searched, as it is written.
+struct Row {
+  uint16_t tokens;
+  uint8_t head, rotary, q_heads, k_heads, stages;
+  RopeCudaShape shape;
+};
+constexpr Row kRows[] = {
+#include "backends/cuda/shapes_table.inc"
+};
+
+TEST(CudaPlan, TheTableServesItsCalls) {
+  const CudaDevice device = {132, 9, 0, true};
+  for (const Row& row : kRows) {
+    RopeCall call = {};
+    call.variant.dtype = kRopeBF16;
+    call.variant.norm = row.stages & 1;
+    call.variant.table_dtype = row.stages & 2 ? kRopeF32 : kRopeNoDtype;
+    call.variant.store_k = call.variant.store_v = row.stages >= 4;
+    call.variant.cache_dtype = row.stages & 8 ? kRopeE4M3 : row.stages & 4 ? kRopeBF16 : kRopeNoDtype;
+    call.tensors.k = &call;
+    rope_params& p = call.params;
+    p.batch = 1;
+    p.tokens = row.tokens;
+    p.head_dim = p.v_dim = 4 * row.head;
+    p.rotary_dim = 4 * row.rotary;
+    p.q_heads = row.q_heads;
+    p.k_heads = row.k_heads;
+    RopeCudaOrigin origin;
+    const RopeCudaShape shape = ChooseRopeCudaShape(call, device, RopeCudaLayout::kAny, &origin);
+    ASSERT_EQ(origin, RopeCudaOrigin::kTable) << row.tokens << " tokens, " << 4 * row.head;
+    ASSERT_EQ(shape.numbers(), row.shape.numbers()) << row.tokens << " tokens, " << 4 * row.head;
+    p.rotary_offset = 8;  // another call
+    ChooseRopeCudaShape(call, device, RopeCudaLayout::kAny, &origin);
+    ASSERT_NE(origin, RopeCudaOrigin::kTable);
+  }
 }
 
 TEST(CudaPlan, HoldsAtTheLimits) {
