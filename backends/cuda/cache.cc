@@ -4,6 +4,7 @@
 #include <elf.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstring>
 #include <filesystem>
@@ -111,73 +112,12 @@ Status AskDisk(const RopeCudaKey& key, const CudaDevice& device, bool no_disk, s
   return {};
 }
 
-// What a kernel takes, by its cubin. NVRTC's log tells the same, but nothing where NVRTC had the cubin in a cache of
-// its own.
-struct CubinFacts {
-  int registers = 0;  // 0: it could not be read
-  int stack_bytes = 0;
-};
-
 // False if that lies beyond the end.
 template <class T>
 bool ReadAt(std::string_view bytes, size_t offset, T* out) {
   if (offset > bytes.size() || bytes.size() - offset < sizeof(T)) return false;
   std::memcpy(out, bytes.data() + offset, sizeof(T));
   return true;
-}
-
-// The section .nv.info is a list: a format and an attribute (one byte each), the size of what follows (two), and, by
-// format 4, a function and a number of it.
-CubinFacts ReadCubin(std::string_view cubin) {
-  constexpr uint8_t kSized = 4, kFrameSize = 0x11, kRegisters = 0x2f;
-  CubinFacts facts;
-  Elf64_Ehdr header;
-  Elf64_Shdr names, section;
-  const auto section_at = [&](unsigned i, Elf64_Shdr* out) {
-    return ReadAt(cubin, header.e_shoff + size_t{i} * sizeof(*out), out);
-  };
-  if (!ReadAt(cubin, 0, &header) || !section_at(header.e_shstrndx, &names)) return {};
-  for (unsigned i = 0; i < header.e_shnum; ++i) {
-    constexpr std::string_view kName("\0.nv.info\0", 10);  // the names before and behind it end here
-    if (!section_at(i, &section) || section.sh_name == 0) continue;
-    if (names.sh_offset + section.sh_name > cubin.size()) return {};
-    if (cubin.substr(names.sh_offset + section.sh_name - 1, kName.size()) != kName) continue;
-    struct {
-      uint8_t format, attribute;
-      uint16_t size;
-    } entry;
-    const size_t end = section.sh_offset + section.sh_size;
-    for (size_t at = section.sh_offset; at < end && ReadAt(cubin, at, &entry);) {
-      uint32_t number = 0;
-      at += sizeof(entry);
-      if (entry.format != kSized) continue;
-      if (entry.size >= 8 && !ReadAt(cubin, at + 4, &number)) return {};
-      int* const fact = entry.attribute == kRegisters   ? &facts.registers
-                        : entry.attribute == kFrameSize ? &facts.stack_bytes
-                                                        : nullptr;
-      if (fact) *fact = std::max(*fact, static_cast<int>(number));
-      at += entry.size;
-    }
-  }
-  return facts;
-}
-
-// Compiles a variant with a limit of registers if its grid runs at once by that, and does not by what the compiler
-// chose, whose result is `out`. A limit may spill a little: 14.7 us with 8 bytes, 15.5 with none and a second round
-// (16/4 heads of 160 at 4,096 tokens, H200). A quarter too many is as much as compilers save.
-Status CompileAtOnce(const Nvrtc& nvrtc, RopeCudaKey key, const std::string& arch, bool verbose, Compilation* out) {
-  constexpr int kFewBytes = 16;
-  const CubinFacts first = ReadCubin(out->cubin);
-  const int limit = kCudaRegisters / (key.at_once * key.threads) / kCudaRegisterStep * kCudaRegisterStep;
-  if (first.registers < key.crowded_from || first.registers > limit + limit / 4) return {};
-  key.min_blocks = key.at_once;
-  Compilation limited;
-  ROPEWALK_TRY(CompileCuda(nvrtc, RopeCudaSource(key), arch, verbose, &limited));
-  limited.milliseconds += out->milliseconds;
-  out->milliseconds = limited.milliseconds;
-  const CubinFacts second = ReadCubin(limited.cubin);
-  if (second.stack_bytes <= kFewBytes && second.registers < key.crowded_from) *out = std::move(limited);
-  return {};
 }
 
 // A machine without a compiler needs bundles: tell why neither serves.
@@ -196,16 +136,7 @@ Status MakeCubin(const RopeCudaKey& key, const CudaDevice& device, bool no_disk,
     return {};
   }
   Compilation compilation;
-  if (key.at_once) {  // most variants are not crowded: what serves other grids serves this one
-    RopeCudaKey any_grid = key;
-    any_grid.at_once = any_grid.crowded_from = 0;
-    std::shared_ptr<const Cubin> cubin;
-    ROPEWALK_TRY(GetCubin(any_grid, device, no_disk, &cubin));
-    compilation.cubin = cubin->bytes;
-    ROPEWALK_TRY(CompileAtOnce(*request.nvrtc, key, request.arch, /*verbose=*/false, &compilation));
-  } else {
-    ROPEWALK_TRY(CompileRopeCuda(*request.nvrtc, key, request.arch, /*verbose=*/false, &compilation));
-  }
+  ROPEWALK_TRY(CompileRopeCuda(*request.nvrtc, key, request.arch, /*verbose=*/false, &compilation));
   out->bytes = std::move(compilation.cubin);
   out->source = Text("compiled by ", NvrtcText(*request.nvrtc), " in ", std::lround(compilation.milliseconds), " ms");
   WriteDisk(request.disk, out->bytes);
@@ -283,21 +214,52 @@ Status GetCubin(const RopeCudaKey& key, const CudaDevice& device, bool no_disk, 
   return built.status;
 }
 
+// The section .nv.info is a list: a format and an attribute (one byte each), the size of what follows (two), and, by
+// format 4, a function and a number of it.
+int CubinStackBytes(std::string_view cubin) {
+  constexpr uint8_t kSized = 4, kFrameSize = 0x11;
+  constexpr std::array<char, 10> kName = {'\0', '.', 'n', 'v', '.', 'i', 'n', 'f', 'o', '\0'};  // between two others
+  int most = 0;
+  Elf64_Ehdr header;
+  Elf64_Shdr names, section;
+  const auto section_at = [&](unsigned i, Elf64_Shdr* out) {
+    return ReadAt(cubin, header.e_shoff + size_t{i} * sizeof(*out), out);
+  };
+  if (!cubin.starts_with(ELFMAG) || !ReadAt(cubin, 0, &header) || !section_at(header.e_shstrndx, &names)) return 0;
+  for (unsigned i = 0; i < header.e_shnum && section_at(i, &section); ++i) {
+    std::array<char, 10> name;
+    if (!ReadAt(cubin, names.sh_offset + section.sh_name - 1, &name) || name != kName) continue;
+    struct {
+      uint8_t format, attribute;
+      uint16_t size;
+    } entry;
+    const size_t end = section.sh_offset + section.sh_size;
+    for (size_t at = section.sh_offset; at < end && ReadAt(cubin, at, &entry);) {
+      at += sizeof(entry);
+      if (entry.format != kSized) continue;
+      uint32_t number = 0;
+      if (entry.attribute == kFrameSize && ReadAt(cubin, at + 4, &number))
+        most = std::max(most, static_cast<int>(number));
+      at += entry.size;
+    }
+  }
+  return most;
+}
+
 Status CompileRopeCuda(const Nvrtc& nvrtc, const RopeCudaKey& key, const std::string& arch, bool verbose,
                        Compilation* out) {
   ROPEWALK_TRY(CompileCuda(nvrtc, RopeCudaSource(key), arch, verbose, out));
-  const CubinFacts first = ReadCubin(out->cubin);
-  if (key.backward == kCudaForward && first.stack_bytes > 0 && key.min_blocks != 1) {
-    // By a limit of registers: eight bytes spilled cost up to 7 %, 56 cost 21 % (H200).
-    RopeCudaKey free = key;
-    free.min_blocks = 1;
-    Compilation again;
-    ROPEWALK_TRY(CompileCuda(nvrtc, RopeCudaSource(free), arch, verbose, &again));
-    again.milliseconds += out->milliseconds;
-    out->milliseconds = again.milliseconds;
-    if (ReadCubin(again.cubin).stack_bytes < first.stack_bytes) *out = std::move(again);
-  }
-  return key.at_once ? CompileAtOnce(nvrtc, key, arch, verbose, out) : Status();
+  const int spilled = CubinStackBytes(out->cubin);
+  if (key.backward != kCudaForward || key.at_once || key.min_blocks == 1 || spilled == 0) return {};
+  // By a limit of registers: eight bytes spilled cost up to 7 %, 56 cost 21 % (H200).
+  RopeCudaKey free = key;
+  free.min_blocks = 1;
+  Compilation again;
+  if (!CompileCuda(nvrtc, RopeCudaSource(free), arch, verbose, &again).ok()) return {};  // the first one serves
+  again.milliseconds += out->milliseconds;
+  out->milliseconds = again.milliseconds;
+  if (CubinStackBytes(again.cubin) < spilled) *out = std::move(again);
+  return {};
 }
 
 Status FindCubinSource(const RopeCudaKey& key, const CudaDevice& device, std::string* source) {
@@ -334,7 +296,7 @@ std::string DiskCacheText() {
 
 std::string KernelIdentity(const RopeCudaKey& key, const std::string& arch) {
   return Text("ropewalk ", ropewalk_version(), "\nsources ", kCudaSourceDigest, "\narch ", arch, "\noptions ",
-              CompileOptionsText(), "\nat once ", key.at_once, " ", key.crowded_from, "\n", RopeCudaSource(key));
+              CompileOptionsText(), key.at_once ? "\nat once\n" : "\n", RopeCudaSource(key));
 }
 
 std::string Sealed(std::string_view magic, std::string_view identity, std::string_view payload) {

@@ -27,8 +27,11 @@ Status GetCubin(const RopeCudaKey& key, const CudaDevice& device, bool no_disk, 
 // Where GetCubin would take it from: "bundle PATH", "disk PATH", "would be compiled now by NVRTC 13.0 (PATH)".
 Status FindCubinSource(const RopeCudaKey& key, const CudaDevice& device, std::string* source);
 
-// Compiles a variant for an architecture: a second time where a limit of registers makes it spill, and where one lets
-// its grid run at once.
+// The most bytes of stack that a function of a cubin takes; 0 also if it cannot be read. NVRTC's log tells the same,
+// but nothing where NVRTC had the cubin in a cache of its own.
+int CubinStackBytes(std::string_view cubin);
+// Compiles a variant for an architecture. A limit of registers that makes it spill is given up, but for
+// RopeCudaKey::at_once.
 Status CompileRopeCuda(const Nvrtc& nvrtc, const RopeCudaKey& key, const std::string& arch, bool verbose,
                        Compilation* out);
 

@@ -25,6 +25,7 @@ struct CudaKernel {
   std::string source;  // where its cubin came from
   int registers = 0, local_bytes = 0, shared_bytes = 0;
   mutable std::atomic<int64_t> launches{0};
+  mutable std::atomic<bool> alone{false};  // the same variant with fewer registers cannot be had
 };
 
 class CudaContext {

@@ -92,23 +92,51 @@ struct Ready {
   cu::DevicePtr frequencies = 0;
 };
 
-bool FindReady(CudaContext* context, const RopeCall& call, const RopeCudaKey& key, Ready* ready) {
-  ready->kernel = context->FindKernel(key);
+// Whether by this kernel the grid of the plan does not run at once, and by fewer registers may.
+bool Crowded(const RopeCudaPlan& plan, const CudaKernel& kernel) {
+  return plan.at_once && kernel.registers >= plan.crowded_from && kernel.registers <= plan.crowded_to;
+}
+
+// The kernel for a plan, of those that are loaded: the plan's own, or with fewer registers where that is better.
+const CudaKernel* FindKernel(const CudaContext& context, const RopeCudaPlan& plan) {
+  const CudaKernel* kernel = context.FindKernel(plan.key);
+  if (!kernel || !Crowded(plan, *kernel)) return kernel;
+  const CudaKernel* limited = context.FindKernel(AtOnceKey(plan));
+  return limited && limited->registers < plan.crowded_from && limited->local_bytes <= kAtOnceSpill ? limited : kernel;
+}
+
+// Whether a kernel that may be better was not tried yet.
+bool MayBeBetter(const CudaContext& context, const RopeCudaPlan& plan) {
+  const CudaKernel* kernel = context.FindKernel(plan.key);
+  return kernel && Crowded(plan, *kernel) && !kernel->alone.load(std::memory_order_relaxed) &&
+         !context.FindKernel(AtOnceKey(plan));
+}
+
+bool FindReady(CudaContext* context, const RopeCall& call, const RopeCudaPlan& plan, Ready* ready) {
+  ready->kernel = FindKernel(*context, plan);
   if (NeedsFrequencies(call)) ready->frequencies = context->FindFrequencies(*call.frequencies);
   return ready->kernel && (ready->frequencies || !NeedsFrequencies(call));
 }
 
-Status MakeReady(CudaContext* context, const RopeCall& call, const RopeCudaKey& key, Ready* ready) {
-  if (!context->FindKernel(key)) ROPEWALK_TRY(context->LoadKernel(key));
+Status MakeReady(CudaContext* context, const RopeCall& call, const RopeCudaPlan& plan, Ready* ready) {
+  if (!context->FindKernel(plan.key)) ROPEWALK_TRY(context->LoadKernel(plan.key));
+  // Its own kernel serves the plan as well.
+  if (MayBeBetter(*context, plan) && !context->LoadKernel(AtOnceKey(plan)).ok()) {
+    context->FindKernel(plan.key)->alone.store(true, std::memory_order_relaxed);
+  }
   if (NeedsFrequencies(call)) ROPEWALK_TRY(context->UploadFrequencies(*call.frequencies));
-  if (!FindReady(context, call, key, ready)) return Status::Internal("rope: a kernel was loaded, but is not found");
+  if (!FindReady(context, call, plan, ready)) return Status::Internal("rope: a kernel was loaded, but is not found");
   return {};
 }
 
-Status RefuseCapture(const CudaDriver& driver, const RopeCall& call, const RopeCudaKey& key, const Ready& ready) {
+bool Capturing(const CudaDriver& driver, void* stream) {
   int capturing = 0;
-  const cu::Result result = driver.StreamIsCapturing(static_cast<cu::Stream>(call.stream), &capturing);
-  if (result != cu::kStreamCaptureImplicit && capturing == 0) return {};
+  const cu::Result result = driver.StreamIsCapturing(static_cast<cu::Stream>(stream), &capturing);
+  return result == cu::kStreamCaptureImplicit || capturing != 0;
+}
+
+Status RefuseCapture(const CudaDriver& driver, const RopeCall& call, const RopeCudaKey& key, const Ready& ready) {
+  if (!Capturing(driver, call.stream)) return {};
   return Status::Invalid(Text("rope: the stream is being captured, but ",
                               ready.kernel ? std::string("these frequencies are not on the device yet")
                                            : Text("the kernel (", RopeCudaName(key), ") is not loaded yet"),
@@ -218,9 +246,13 @@ constinit thread_local std::array<Prepared, 4> prepared_shapes = {};
 
 Status PrepareLaunch(const CudaDriver& driver, CudaContext* context, const RopeCall& call, Prepared* prepared) {
   prepared->context = nullptr;
-  if (!FindReady(context, call, prepared->plan.key, &prepared->ready)) {
+  bool for_good = true;
+  if (!FindReady(context, call, prepared->plan, &prepared->ready)) {
     ROPEWALK_TRY(RefuseCapture(driver, call, prepared->plan.key, prepared->ready));
-    ROPEWALK_TRY(MakeReady(context, call, prepared->plan.key, &prepared->ready));
+    ROPEWALK_TRY(MakeReady(context, call, prepared->plan, &prepared->ready));
+  } else if (MayBeBetter(*context, prepared->plan)) {
+    for_good = !Capturing(driver, call.stream);
+    if (for_good) ROPEWALK_TRY(MakeReady(context, call, prepared->plan, &prepared->ready));
   }
   rope_cuda_args& args = prepared->args;
   args.turns = reinterpret_cast<const rw_u64*>(prepared->ready.frequencies);
@@ -230,7 +262,7 @@ Status PrepareLaunch(const CudaDriver& driver, CudaContext* context, const RopeC
   args.slot_count = call.params.slots;
   args.fault = context->Fault(call.params.batch > 1, call.tensors.offsets != nullptr);
   args.params = call.params;
-  prepared->context = context;
+  if (for_good) prepared->context = context;
   return {};
 }
 
@@ -321,14 +353,14 @@ Status LaunchBackward(const RopeBackwardCall& call) {
   Ready ready, sums;
   for (const auto& [key, kernel] : {std::pair(&plan.key, &ready), std::pair(&plan.sums_key, &sums)}) {
     if (key == &plan.sums_key ? plan.sums_blocks == 0 : blocks == 0) continue;
-    if (FindReady(context, turn, *key, kernel)) continue;
-    int capturing = 0;
-    const cu::Result result = driver.StreamIsCapturing(static_cast<cu::Stream>(turn.stream), &capturing);
-    if (result == cu::kStreamCaptureImplicit || capturing != 0) {
+    RopeCudaPlan any_grid;
+    any_grid.key = *key;
+    if (FindReady(context, turn, any_grid, kernel)) continue;
+    if (Capturing(driver, turn.stream)) {
       return Status::Invalid(Text("rope: the stream is being captured, but the kernel (", RopeCudaName(*key),
                                   ") is not loaded yet; do the call once before the capture"));
     }
-    ROPEWALK_TRY(MakeReady(context, turn, *key, kernel));
+    ROPEWALK_TRY(MakeReady(context, turn, any_grid, kernel));
   }
 
   rope_backward_cuda_args args = {};
@@ -376,8 +408,8 @@ Status Prepare(const RopeCall& call) {
   CudaContextScope scope;
   ROPEWALK_TRY(scope.Enter(driver, call.device.device_id));
   Ready ready;
-  return FindReady(scope.context(), call, plan.key, &ready) ? Status()
-                                                            : MakeReady(scope.context(), call, plan.key, &ready);
+  const bool is_ready = FindReady(scope.context(), call, plan, &ready) && !MayBeBetter(*scope.context(), plan);
+  return is_ready ? Status() : MakeReady(scope.context(), call, plan, &ready);
 }
 
 Status Explain(const RopeCall& call, Explanation* explanation) {
@@ -393,9 +425,9 @@ Status Explain(const RopeCall& call, Explanation* explanation) {
   }
   const CudaKernel* kernel = nullptr;
   ForEachCudaContext([&](CudaContext* context) {
-    if (context->ordinal == call.device.device_id && !kernel) kernel = context->FindKernel(plan.key);
+    if (context->ordinal == call.device.device_id && !kernel) kernel = FindKernel(*context, plan);
   });
-  add("kernel", Text("cuda ", RopeCudaName(plan.key)));
+  add("kernel", Text("cuda ", kernel ? kernel->name : RopeCudaName(plan.key)));
   if (kernel) {
     add("source", Text("memory, from ", kernel->source));
     add("registers", Text(kernel->registers));

@@ -131,20 +131,26 @@ int MinBlocks(const RopeCudaKey& key, const CudaDevice& device, int64_t rows, in
   return std::clamp(std::min(resident, kMostCudaWarps) / warps, 1, most);
 }
 
-// at_once and crowded_from: 4,096 blocks of a warp run at once if 32 fit a multiprocessor of an H200; by 68 registers
-// 28 do, and the rest takes a whole round: 17.1 us instead of 14.9 (32/8 heads of 64, norm and store). 3 % of a round
-// are hidden by the next kernel's start. Measured on 2026-12-01 (docs/cuda.md).
-void SetAtOnce(const CudaDevice& device, int64_t blocks, RopeCudaKey* key) {
-  constexpr int kLeast = 40, kMost = 152, kStep = kCudaRegisterStep;
-  if (device.major != 9 || key->few_tokens) return;
-  const auto fit = [&](int registers) { return int64_t{ResidentBlocks(*key, device, registers)} * device.sm_count; };
+// at_once, crowded_from and crowded_to: 4,096 blocks of a warp run at once if 32 fit a multiprocessor of an H200; by 68
+// registers 28 do, and the rest takes a whole round: 17.1 us instead of 14.9 (32/8 heads of 64, norm and store). 3 % of
+// a round are hidden by the next kernel's start; with a quarter fewer registers most kernels do not spill. Measured on
+// 2026-12-01 (docs/cuda.md).
+void SetAtOnce(const CudaDevice& device, RopeCudaPlan* plan) {
+  constexpr int kLeast = 40, kMost = 168;
+  if (device.major != 9 || plan->key.few_tokens) return;
+  const int64_t blocks = int64_t{plan->grid_x} * plan->grid_y;
+  const auto fit = [&](int registers) {
+    return int64_t{ResidentBlocks(plan->key, device, registers)} * device.sm_count;
+  };
   int limit = kMost;
-  while (limit >= kLeast && blocks > fit(limit)) limit -= kStep;
+  while (limit >= kLeast && blocks > fit(limit)) limit -= kCudaRegisterStep;
   if (limit < kLeast) return;
-  for (int registers = limit + kStep; registers <= limit + limit / 4; registers += kStep) {
+  const int most = limit + limit / 4;
+  for (int registers = limit + kCudaRegisterStep; registers <= most; registers += kCudaRegisterStep) {
     if (blocks * 100 <= fit(registers) * 103) continue;
-    key->at_once = static_cast<uint8_t>(ResidentBlocks(*key, device, limit));
-    key->crowded_from = static_cast<uint8_t>(registers - kStep + 1);
+    plan->at_once = ResidentBlocks(plan->key, device, limit);
+    plan->crowded_from = registers - kCudaRegisterStep + 1;
+    plan->crowded_to = most;
     return;
   }
 }
@@ -152,10 +158,18 @@ void SetAtOnce(const CudaDevice& device, int64_t blocks, RopeCudaKey* key) {
 }  // namespace
 
 int ResidentBlocks(const RopeCudaKey& key, const CudaDevice& device, int registers) {
-  const int taken = (registers + kCudaRegisterStep - 1) / kCudaRegisterStep * kCudaRegisterStep * key.threads;
+  const int warps = key.threads / 32;
+  const int of_warp = 32 * ((registers + kCudaRegisterStep - 1) / kCudaRegisterStep * kCudaRegisterStep);
   const int shared = ShapeOf(ChoicesOf(key)).shared_bytes + kCudaBlockBytes;
-  return std::min({kCudaRegisters / taken, 32 * kMostCudaWarps / key.threads, MostCudaBlocks(device),
+  return std::min({4 * (kCudaPartRegisters / of_warp) / warps, kMostCudaWarps / warps, MostCudaBlocks(device),
                    CudaSharedBytes(device) / shared});
+}
+
+RopeCudaKey AtOnceKey(const RopeCudaPlan& plan) {
+  RopeCudaKey key = plan.key;
+  key.min_blocks = static_cast<uint8_t>(plan.at_once);
+  key.at_once = 1;
+  return key;
 }
 
 uint8_t TableVector(const RopeCall& call, int vector, bool flat) {
@@ -282,8 +296,7 @@ Status PlanRopeCuda(const RopeCall& call, const CudaDevice& device, RopeCudaOpti
   const bool searched = device.major == 9 || options.shape || plan->origin == RopeCudaOrigin::kTunedHere;
   const int blocks = searched ? MinBlocks(key, device, rows, odd ? OddWarps(key) : shape.resident) : 1;
   key.min_blocks = static_cast<uint8_t>(blocks);
-  // Bundles hold few variants, those of the rules, which are the same for all numbers of tokens.
-  if (!options.rules) SetAtOnce(device, int64_t{plan->grid_x} * plan->grid_y, &key);
+  if (!options.rules) SetAtOnce(device, plan);  // bundles hold few variants
 
   // Facts of the grid that the kernel may rely on, if heads are constants and no thread is idle.
   const rope_shape derived = ShapeOf(ChoicesOf(key));
@@ -398,8 +411,8 @@ std::string RopeCudaName(const RopeCudaKey& key) {
       key.q_heads ? Text(" h", key.q_heads, "/", key.k_heads) : Text(), key.few_tokens ? " few" : " many", " v",
       key.vector, " l", key.lanes, " x", key.in_flight, " t", key.threads,
       BlockTokens(ShapeOf(ChoicesOf(key)).grid) > 1 ? Text("/", BlockTokens(ShapeOf(ChoicesOf(key)).grid)) : Text(),
-      key.flat ? Text(" flat", key.flat) : Text(),
-      key.at_once ? Text(" w", key.at_once, "/", key.crowded_from) : Text(), key.dependent_launch ? " pdl" : "");
+      key.flat ? Text(" flat", key.flat) : Text(), key.at_once ? Text(" at_once", key.min_blocks) : Text(),
+      key.dependent_launch ? " pdl" : "");
 }
 
 }  // namespace ropewalk

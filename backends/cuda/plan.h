@@ -29,7 +29,8 @@ struct CudaDevice {
 // What a multiprocessor holds at most; to ask for more is an error.
 int MostCudaBlocks(const CudaDevice& device);
 inline constexpr int kMostCudaWarps = 64;
-inline constexpr int kCudaRegisters = 65536, kCudaRegisterStep = 8;  // a thread takes a multiple
+// Of each of its four parts, whose warps take their registers there; a thread takes a multiple of the step.
+inline constexpr int kCudaPartRegisters = 16384, kCudaRegisterStep = 8;
 // Its shared memory, of which a block takes so much more than it asks for.
 int CudaSharedBytes(const CudaDevice& device);
 inline constexpr int kCudaBlockBytes = 1024;
@@ -74,16 +75,14 @@ struct RopeCudaKey {
   uint8_t alike = 0;                // few tokens: the heads of a warp are all of one tensor
   uint8_t backward = kCudaForward;  // which kernel
   uint16_t token_groups = 0;        // groups that share the heads of a token (backends/cuda/kernel/shape.h)
-  // Many tokens: the whole grid runs at once if a multiprocessor holds so many blocks, and it does not if a thread
-  // takes `crowded_from` registers. Then they are limited (cache.cc). 0: no such case.
-  uint8_t at_once = 0;
-  uint8_t crowded_from = 0;
+  uint8_t at_once = 0;              // min_blocks is RopeCudaPlan::at_once, and may make it spill a little
+  uint8_t unused_too = 0;
 
   bool operator==(const RopeCudaKey&) const = default;
 };
 static_assert(sizeof(RopeCudaKey) == 84);
 
-// Blocks of the variant that a multiprocessor holds if each thread takes so many registers.
+// Blocks of the variant that a multiprocessor holds if each thread takes so many registers, as cuda_occupancy.h has it.
 int ResidentBlocks(const RopeCudaKey& key, const CudaDevice& device, int registers);
 
 inline rope_choices ChoicesOf(const RopeCudaKey& key) {
@@ -174,7 +173,15 @@ struct RopeCudaPlan {
   const char* why = "";             // the choice of the layout, for explain()
   RopeCudaOrigin origin = RopeCudaOrigin::kGiven;
   RopeCudaShape shape;  // what it was laid out by
+  // Many tokens: all blocks run at once if a multiprocessor holds so many, which it does not if the kernel takes
+  // registers from `crowded_from` on. With up to `crowded_to`, the same variant with fewer is worth a compilation: by
+  // AtOnceKey. 0: no such case.
+  int at_once = 0, crowded_from = 0, crowded_to = 0;
 };
+// The plan's variant with registers limited for plan.at_once. What it may spill and yet be faster than a second round:
+// 14.7 us with 8 bytes, 15.5 with none (16/4 heads of 160 at 4,096 tokens, H200).
+RopeCudaKey AtOnceKey(const RopeCudaPlan& plan);
+inline constexpr int kAtOnceSpill = 16;
 
 enum class RopeCudaLayout : uint8_t { kAny, kFew, kMany };
 

@@ -71,10 +71,10 @@ class PlanProof {
     Require(Deals(shape_.grid), "deals the groups of a block so that some are left over");
     Require(key_.threads <= kMostThreads, "has more threads than a block may");
     Require(shape_.shared_bytes <= kSharedBytes, "needs more shared memory than a block has");
-    const int most = std::max(key_.min_blocks, key_.at_once);
+    const int most = std::max<int>(key_.min_blocks, plan_.at_once);
     Require(most <= MostCudaBlocks(device_), "asks for more blocks than a multiprocessor holds");
     Require(int64_t{most} * key_.threads <= 2048, "asks for more threads than a multiprocessor holds");
-    Require(!key_.at_once || int64_t{key_.at_once} * device_.sm_count >= int64_t{plan_.grid_x} * plan_.grid_y,
+    Require(plan_.at_once == 0 || int64_t{plan_.at_once} * device_.sm_count >= int64_t{plan_.grid_x} * plan_.grid_y,
             "says that its blocks run at once");
     Require(plan_.grid_x <= kMostGridX && plan_.grid_y >= 1 && plan_.grid_y <= kMostGridY, "has a grid out of range");
     Require(device_.major >= 9 || !key_.dependent_launch, "starts dependent launches, which the device has not");

@@ -878,6 +878,92 @@ TEST_F(CudaHost, CaptureNeedsPrepare) {
   });
 }
 
+// A number of tokens of `Call` whose grid runs at once by fewer registers than `crowded_from`, and its plan.
+int64_t JustFits(RopeCudaPlan* plan) {
+  const Call call;
+  RopeCall lowered;
+  EXPECT_TRUE(LowerRope(call.args, nullptr, &lowered).ok());
+  for (int64_t tokens = 1024; tokens < 8192; ++tokens) {
+    lowered.params.tokens = tokens;
+    EXPECT_TRUE(PlanRopeCuda(lowered, {132, 9, 0}, {.dependent_launch = true}, plan).ok());
+    if (plan->at_once) return tokens;
+  }
+  return 0;
+}
+
+// Another number of tokens, which has the same variant in a grid of more rounds.
+int64_t OfMoreRounds(const RopeCudaPlan& plan, int64_t tokens) {
+  const Call call;
+  RopeCall lowered;
+  EXPECT_TRUE(LowerRope(call.args, nullptr, &lowered).ok());
+  for (++tokens; tokens < 16384; ++tokens) {
+    RopeCudaPlan other;
+    lowered.params.tokens = tokens;
+    EXPECT_TRUE(PlanRopeCuda(lowered, {132, 9, 0}, {.dependent_launch = true}, &other).ok());
+    if (!other.at_once && other.key == plan.key) return tokens;
+  }
+  return 0;
+}
+
+TEST_F(CudaHost, AGridThatJustFitsHasAKernelOfFewerRegisters) {
+  // Spilled bytes; whether the kernel with the limit serves.
+  for (const auto& [spilled, serves] : {std::pair(0, true), std::pair(16, true), std::pair(24, false)}) {
+    TearDown();
+    InFreshProcess({}, [spilled = spilled, serves = serves] {
+      RopeCudaPlan plan;
+      const int64_t tokens = JustFits(&plan), more = OfMoreRounds(plan, tokens);
+      ASSERT_GT(tokens, 0);
+      ASSERT_GT(more, 0);
+      Fake().spilled_bytes = spilled;
+      Fake().registers = plan.crowded_from;
+      Call call(tokens), other(more);
+      ExpectOk(other.Run());
+      EXPECT_EQ(Fake().calls["cuModuleLoadData"], 1);
+      const std::string any_grid = Last().image;
+      // What is loaded serves a capture.
+      void* stream = Fake().create_stream(Fake().primary(0));
+      Fake().capture(stream, true);
+      other.args.frequencies = call.args.frequencies;
+      ExpectOk(ropewalk_prepare(&other.args));
+      ExpectOk(call.Run(stream));
+      EXPECT_EQ(Last().image, any_grid);
+      Fake().capture(stream, false);
+      for (int i = 0; i < 3; ++i) {
+        ExpectOk(call.Run(stream));
+        EXPECT_EQ(Last().image != any_grid, serves);
+        EXPECT_EQ(Last().block_x, plan.key.threads);
+        EXPECT_EQ(Fake().calls["cuModuleLoadData"], 2);
+      }
+      if (serves) ExpectContains(Last().image, Text("__launch_bounds__(", plan.key.threads, ", ", plan.at_once, ")"));
+      Fake().capture(stream, true);
+      ExpectOk(call.Run(stream));
+      EXPECT_EQ(Last().image != any_grid, serves);
+      ExpectOk(other.Run(stream));
+      EXPECT_EQ(Last().image, any_grid);
+      EXPECT_EQ(Fake().calls["cuModuleLoadData"], 2);
+    });
+  }
+  TearDown();
+  InFreshProcess({}, [] {
+    RopeCudaPlan plan;
+    const int64_t tokens = JustFits(&plan);
+    ASSERT_GT(tokens, 0);
+    Fake().registers = plan.crowded_from - 1;  // few enough
+    Call call(tokens);
+    ExpectOk(call.Run());
+    EXPECT_EQ(Fake().calls["cuModuleLoadData"], 1);
+  });
+  TearDown();
+  InFreshProcess({}, [] {
+    RopeCudaPlan plan;
+    const int64_t tokens = JustFits(&plan);
+    Fake().registers = plan.crowded_to + 1;  // too many for a limit
+    Call call(tokens);
+    ExpectOk(call.Run());
+    EXPECT_EQ(Fake().calls["cuModuleLoadData"], 1);
+  });
+}
+
 TEST_F(CudaHost, DriverErrors) {
   InFreshProcess({{"FAKE_CUDA_DEVICES", "90,90"}}, [] {
     Call call, second(4, 1);

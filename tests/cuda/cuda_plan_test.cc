@@ -208,7 +208,10 @@ TEST_P(CudaPlanBroken, IsFound) {
     ASSERT_TRUE(CheckRopeCudaPlan(call, device, plan).ok());
     const RopeCudaPlan before = plan;
     broken.by(&plan);
-    if (plan.key == before.key && plan.grid_x == before.grid_x && plan.grid_y == before.grid_y) continue;
+    if (plan.key == before.key && plan.grid_x == before.grid_x && plan.grid_y == before.grid_y &&
+        plan.at_once == before.at_once) {
+      continue;
+    }
     const Status status = CheckRopeCudaPlan(call, device, plan);
     EXPECT_FALSE(status.ok()) << RopeCudaName(plan.key);
     if (status.ok()) return;
@@ -246,6 +249,8 @@ INSTANTIATE_TEST_SUITE_P(
                  if (p->key.vector >= 4) p->key.in_flight = 200;
                },
                "shared memory", false},
+        Broken{"TooManyBlocks", [](RopeCudaPlan* p) { p->key.min_blocks = 33; }, "more blocks than a multiprocessor"},
+        Broken{"NotAtOnce", [](RopeCudaPlan* p) { p->at_once = p->grid_x * p->grid_y > 132; }, "blocks run at once"},
         Broken{"OtherPages", [](RopeCudaPlan* p) { p->key.page_shift = 31; }, "pages of another size", true, true},
         Broken{"OtherCache", [](RopeCudaPlan* p) { p->key.cache_token += p->key.cache_head ? 8 : 0; },
                "other strides than a cache", true, true},

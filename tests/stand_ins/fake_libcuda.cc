@@ -331,9 +331,17 @@ FAKE_API int cuModuleGetFunction(FakeModule** function, FakeModule* module, cons
   state().modules.push_back({module->context, module->image, name});
   return *function = &state().modules.back(), 0;
 }
-FAKE_API int cuFuncGetAttribute(int* value, int attribute, FakeModule*) {
+FAKE_API int cuFuncGetAttribute(int* value, int attribute, FakeModule* module) {
   ENTER();
-  return *value = attribute == cu::kNumRegs ? 32 : 0, 0;
+  int registers = state().face.registers, limit = registers;
+  int threads = 0, blocks = 0;
+  const size_t at = module->image.find("__launch_bounds__(");
+  if (at != std::string::npos && std::sscanf(&module->image[at], "__launch_bounds__(%d, %d)", &threads, &blocks) == 2) {
+    limit = 16384 / ((blocks * threads / 32 + 3) / 4) / 32 / 8 * 8;
+  }
+  const int spilled = limit < registers ? state().face.spilled_bytes.load() : 0;
+  registers = std::min(registers, limit);
+  return *value = attribute == cu::kNumRegs ? registers : attribute == cu::kLocalSizeBytes ? spilled : 0, 0;
 }
 
 FAKE_API int cuMemAlloc_v2(cu::DevicePtr* pointer, size_t bytes) {

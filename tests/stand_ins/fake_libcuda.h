@@ -35,6 +35,8 @@ struct FakeLaunch {
 struct FakeCuda {
   // Switches; a result of 0 is success.
   std::atomic<int> module_load_result{0}, launch_result{0}, alloc_result{0}, synchronize_result{0};
+  // Of every kernel, but fewer where its text limits them, and what such a text then spills.
+  std::atomic<int> registers{32}, spilled_bytes{0};
   std::atomic<int> lost_device{-1};    // everything but queries fails there
   std::atomic<int> refused_images{0};  // so many module loads fail with CUDA_ERROR_INVALID_IMAGE
   rope_fault next_fault = {};          // the next launch leaves it, if key is not 0
