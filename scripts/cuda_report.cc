@@ -11,7 +11,6 @@
 #include <vector>
 
 #include "backends/cuda/bundle.h"
-#include "backends/cuda/cache.h"
 #include "backends/cuda/nvrtc.h"
 #include "base/files.h"
 #include "base/text.h"
@@ -32,7 +31,7 @@ std::vector<Row> CompileAll(const Nvrtc& nvrtc, const std::vector<CudaVariant>& 
   OnAllThreads(rows.size(), [&](const auto& next) {
     for (size_t i = next(); i < rows.size(); i = next()) {
       Compilation compilation;
-      const Status status = CompileRopeCuda(nvrtc, variants[i].key, arch, /*verbose=*/true, &compilation);
+      const Status status = CompileCuda(nvrtc, RopeCudaSource(variants[i].key), arch, /*verbose=*/true, &compilation);
       rows[i] = {ReadPtxas(compilation.log), compilation.cubin.size(), Hex(DigestOf(compilation.cubin)), status.text()};
       if (i % 50 == 0) std::fprintf(stderr, "\r%s: %zu of %zu ", arch.c_str(), i, rows.size());
     }

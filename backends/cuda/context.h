@@ -25,7 +25,7 @@ struct CudaKernel {
   std::string source;  // where its cubin came from
   int registers = 0, local_bytes = 0, shared_bytes = 0;
   mutable std::atomic<int64_t> launches{0};
-  mutable std::atomic<bool> alone{false};  // the same variant with fewer registers cannot be had
+  mutable std::atomic<uint32_t> alone{0};  // bit n - 1: the same variant for n blocks at once could not be had
 };
 
 class CudaContext {

@@ -105,10 +105,13 @@ const CudaKernel* FindKernel(const CudaContext& context, const RopeCudaPlan& pla
   return limited && limited->registers < plan.crowded_from && limited->local_bytes <= kAtOnceSpill ? limited : kernel;
 }
 
-// Whether a kernel that may be better was not tried yet.
+uint32_t AtOnceBit(const RopeCudaPlan& plan) { return uint32_t{1} << (plan.at_once - 1); }
+
+// Whether a kernel that may be better was not tried yet. To be asked before which one is ready: another thread may load
+// it in between.
 bool MayBeBetter(const CudaContext& context, const RopeCudaPlan& plan) {
   const CudaKernel* kernel = context.FindKernel(plan.key);
-  return kernel && Crowded(plan, *kernel) && !kernel->alone.load(std::memory_order_relaxed) &&
+  return kernel && Crowded(plan, *kernel) && !(kernel->alone.load(std::memory_order_relaxed) & AtOnceBit(plan)) &&
          !context.FindKernel(AtOnceKey(plan));
 }
 
@@ -122,7 +125,7 @@ Status MakeReady(CudaContext* context, const RopeCall& call, const RopeCudaPlan&
   if (!context->FindKernel(plan.key)) ROPEWALK_TRY(context->LoadKernel(plan.key));
   // Its own kernel serves the plan as well.
   if (MayBeBetter(*context, plan) && !context->LoadKernel(AtOnceKey(plan)).ok()) {
-    context->FindKernel(plan.key)->alone.store(true, std::memory_order_relaxed);
+    context->FindKernel(plan.key)->alone.fetch_or(AtOnceBit(plan), std::memory_order_relaxed);
   }
   if (NeedsFrequencies(call)) ROPEWALK_TRY(context->UploadFrequencies(*call.frequencies));
   if (!FindReady(context, call, plan, ready)) return Status::Internal("rope: a kernel was loaded, but is not found");
@@ -247,10 +250,11 @@ constinit thread_local std::array<Prepared, 4> prepared_shapes = {};
 Status PrepareLaunch(const CudaDriver& driver, CudaContext* context, const RopeCall& call, Prepared* prepared) {
   prepared->context = nullptr;
   bool for_good = true;
+  const bool may_be_better = MayBeBetter(*context, prepared->plan);
   if (!FindReady(context, call, prepared->plan, &prepared->ready)) {
     ROPEWALK_TRY(RefuseCapture(driver, call, prepared->plan.key, prepared->ready));
     ROPEWALK_TRY(MakeReady(context, call, prepared->plan, &prepared->ready));
-  } else if (MayBeBetter(*context, prepared->plan)) {
+  } else if (may_be_better) {
     for_good = !Capturing(driver, call.stream);
     if (for_good) ROPEWALK_TRY(MakeReady(context, call, prepared->plan, &prepared->ready));
   }
@@ -408,7 +412,7 @@ Status Prepare(const RopeCall& call) {
   CudaContextScope scope;
   ROPEWALK_TRY(scope.Enter(driver, call.device.device_id));
   Ready ready;
-  const bool is_ready = FindReady(scope.context(), call, plan, &ready) && !MayBeBetter(*scope.context(), plan);
+  const bool is_ready = !MayBeBetter(*scope.context(), plan) && FindReady(scope.context(), call, plan, &ready);
   return is_ready ? Status() : MakeReady(scope.context(), call, plan, &ready);
 }
 
@@ -438,6 +442,10 @@ Status Explain(const RopeCall& call, Explanation* explanation) {
     ROPEWALK_TRY(
         FindCubinSource(plan.key, driver.devices[static_cast<size_t>(call.device.device_id)].properties, &source));
     add("source", source);
+  }
+  if (plan.at_once) {
+    add("at once", Text(plan.at_once, " blocks of a multiprocessor, by fewer than ", plan.crowded_from,
+                        " registers: the first call may compile another kernel for that"));
   }
   add("angles", NeedsFrequencies(call) ? "frequencies" : "table");
   add("grid", Text(plan.grid_x, " x ", plan.grid_y));

@@ -291,8 +291,8 @@ Status PlanRopeCuda(const RopeCall& call, const CudaDevice& device, RopeCudaOpti
 
   key.table_vector = TableVector(call, vector, key.flat != 0);
   const bool odd = key.vector == 6 || key.vector == 10;
-  // Registers are limited only on the GPU that was searched: for another one the same text needs other numbers of them,
-  // and may spill.
+  // Registers are limited only for the compute capability that was searched, and by a search on the device itself: for
+  // another one the same text needs other numbers of them, and may spill.
   const bool searched = device.major == 9 || options.shape || plan->origin == RopeCudaOrigin::kTunedHere;
   const int blocks = searched ? MinBlocks(key, device, rows, odd ? OddWarps(key) : shape.resident) : 1;
   key.min_blocks = static_cast<uint8_t>(blocks);

@@ -954,6 +954,22 @@ TEST_F(CudaHost, AGridThatJustFitsHasAKernelOfFewerRegisters) {
     EXPECT_EQ(Fake().calls["cuModuleLoadData"], 1);
   });
   TearDown();
+  InFreshProcess({}, [] {  // the second kernel cannot be had: asked for once
+    RopeCudaPlan plan;
+    const int64_t tokens = JustFits(&plan), more = OfMoreRounds(plan, tokens);
+    Fake().registers = plan.crowded_from;
+    Call call(tokens), other(more);
+    ExpectOk(other.Run());
+    const std::string any_grid = Last().image;
+    Fake().module_load_result = 2;
+    for (int i = 0; i < 2; ++i) {
+      ExpectOk(call.Run());
+      ExpectOk(ropewalk_prepare(&call.args));
+      EXPECT_EQ(Last().image, any_grid);
+      EXPECT_EQ(Fake().calls["cuModuleLoadData"], 2);
+    }
+  });
+  TearDown();
   InFreshProcess({}, [] {
     RopeCudaPlan plan;
     const int64_t tokens = JustFits(&plan);
