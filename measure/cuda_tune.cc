@@ -105,7 +105,7 @@ class Search {
   // Those of the shapes that are plans of their own.
   Status Try(const std::vector<RopeCudaShape>& shapes) {
     std::vector<RopeCudaShape> work;
-    std::vector<RopeCudaKey> keys, at_once;
+    std::vector<RopeCudaKey> keys;
     for (const RopeCudaShape& shape : shapes) {
       RopeCudaPlan plan;
       ROPEWALK_TRY(PlanOf(out_.call, device_, shape, &plan));
@@ -114,10 +114,8 @@ class Search {
       if (!known_.insert(identity).second) continue;
       work.push_back(shape);
       keys.push_back(plan.key);
-      if (plan.at_once) at_once.push_back(AtOnceKey(plan));
     }
     ROPEWALK_TRY(Compile(keys, device_));
-    static_cast<void>(Compile(at_once, device_));  // where one cannot be had, the plan's own kernel serves
     const std::lock_guard lock(timing_);
     for (const RopeCudaShape& shape : work) {
       TriedShape tried;

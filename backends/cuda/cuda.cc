@@ -89,43 +89,36 @@ Status Plan(const CudaDriver& driver, const RopeCall& call, RopeCudaLayout layou
 // What a launch needs and prepare() makes.
 struct Ready {
   const CudaKernel* kernel = nullptr;
+  bool may_be_better = false;  // a kernel with fewer registers was not tried yet
   cu::DevicePtr frequencies = 0;
 };
 
-// Whether by this kernel the grid of the plan does not run at once, and by fewer registers may.
-bool Crowded(const RopeCudaPlan& plan, const CudaKernel& kernel) {
-  return plan.at_once && kernel.registers >= plan.crowded_from && kernel.registers <= plan.crowded_to;
-}
-
-// The kernel for a plan, of those that are loaded: the plan's own, or with fewer registers where that is better.
-const CudaKernel* FindKernel(const CudaContext& context, const RopeCudaPlan& plan) {
-  const CudaKernel* kernel = context.FindKernel(plan.key);
-  if (!kernel || !Crowded(plan, *kernel)) return kernel;
-  const CudaKernel* limited = context.FindKernel(AtOnceKey(plan));
-  return limited && limited->registers < plan.crowded_from && limited->local_bytes <= kAtOnceSpill ? limited : kernel;
-}
-
 uint32_t AtOnceBit(const RopeCudaPlan& plan) { return uint32_t{1} << (plan.at_once - 1); }
 
-// Whether a kernel that may be better was not tried yet. To be asked before which one is ready: another thread may load
-// it in between.
-bool MayBeBetter(const CudaContext& context, const RopeCudaPlan& plan) {
-  const CudaKernel* kernel = context.FindKernel(plan.key);
-  return kernel && Crowded(plan, *kernel) && !(kernel->alone.load(std::memory_order_relaxed) & AtOnceBit(plan)) &&
-         !context.FindKernel(AtOnceKey(plan));
+// The kernel for a plan, of those that are loaded: the plan's own, or with fewer registers where that lets its grid run
+// at once.
+void FindKernel(const CudaContext& context, const RopeCudaPlan& plan, Ready* ready) {
+  const CudaKernel* own = context.FindKernel(plan.key);
+  ready->kernel = own;
+  ready->may_be_better = false;
+  if (!own || !plan.at_once || own->registers < plan.crowded_from || own->registers > plan.crowded_to) return;
+  const CudaKernel* limited = context.FindKernel(AtOnceKey(plan));
+  ready->may_be_better = !limited && !(own->alone.load(std::memory_order_relaxed) & AtOnceBit(plan));
+  if (limited && limited->registers < plan.crowded_from && limited->local_bytes <= kAtOnceSpill)
+    ready->kernel = limited;
 }
 
 bool FindReady(CudaContext* context, const RopeCall& call, const RopeCudaPlan& plan, Ready* ready) {
-  ready->kernel = FindKernel(*context, plan);
+  FindKernel(*context, plan, ready);
   if (NeedsFrequencies(call)) ready->frequencies = context->FindFrequencies(*call.frequencies);
   return ready->kernel && (ready->frequencies || !NeedsFrequencies(call));
 }
 
 Status MakeReady(CudaContext* context, const RopeCall& call, const RopeCudaPlan& plan, Ready* ready) {
   if (!context->FindKernel(plan.key)) ROPEWALK_TRY(context->LoadKernel(plan.key));
-  // Its own kernel serves the plan as well.
-  if (MayBeBetter(*context, plan) && !context->LoadKernel(AtOnceKey(plan)).ok()) {
-    context->FindKernel(plan.key)->alone.fetch_or(AtOnceBit(plan), std::memory_order_relaxed);
+  FindKernel(*context, plan, ready);
+  if (ready->may_be_better && !context->LoadKernel(AtOnceKey(plan)).ok()) {  // the one that is there serves as well
+    ready->kernel->alone.fetch_or(AtOnceBit(plan), std::memory_order_relaxed);
   }
   if (NeedsFrequencies(call)) ROPEWALK_TRY(context->UploadFrequencies(*call.frequencies));
   if (!FindReady(context, call, plan, ready)) return Status::Internal("rope: a kernel was loaded, but is not found");
@@ -249,14 +242,11 @@ constinit thread_local std::array<Prepared, 4> prepared_shapes = {};
 
 Status PrepareLaunch(const CudaDriver& driver, CudaContext* context, const RopeCall& call, Prepared* prepared) {
   prepared->context = nullptr;
-  bool for_good = true;
-  const bool may_be_better = MayBeBetter(*context, prepared->plan);
   if (!FindReady(context, call, prepared->plan, &prepared->ready)) {
     ROPEWALK_TRY(RefuseCapture(driver, call, prepared->plan.key, prepared->ready));
     ROPEWALK_TRY(MakeReady(context, call, prepared->plan, &prepared->ready));
-  } else if (may_be_better) {
-    for_good = !Capturing(driver, call.stream);
-    if (for_good) ROPEWALK_TRY(MakeReady(context, call, prepared->plan, &prepared->ready));
+  } else if (prepared->ready.may_be_better && !Capturing(driver, call.stream)) {
+    ROPEWALK_TRY(MakeReady(context, call, prepared->plan, &prepared->ready));
   }
   rope_cuda_args& args = prepared->args;
   args.turns = reinterpret_cast<const rw_u64*>(prepared->ready.frequencies);
@@ -266,7 +256,7 @@ Status PrepareLaunch(const CudaDriver& driver, CudaContext* context, const RopeC
   args.slot_count = call.params.slots;
   args.fault = context->Fault(call.params.batch > 1, call.tensors.offsets != nullptr);
   args.params = call.params;
-  if (for_good) prepared->context = context;
+  if (!prepared->ready.may_be_better) prepared->context = context;  // else a call that is not captured looks again
   return {};
 }
 
@@ -412,7 +402,7 @@ Status Prepare(const RopeCall& call) {
   CudaContextScope scope;
   ROPEWALK_TRY(scope.Enter(driver, call.device.device_id));
   Ready ready;
-  const bool is_ready = !MayBeBetter(*scope.context(), plan) && FindReady(scope.context(), call, plan, &ready);
+  const bool is_ready = FindReady(scope.context(), call, plan, &ready) && !ready.may_be_better;
   return is_ready ? Status() : MakeReady(scope.context(), call, plan, &ready);
 }
 
@@ -427,10 +417,11 @@ Status Explain(const RopeCall& call, Explanation* explanation) {
     add("why", "there is no work");
     return {};
   }
-  const CudaKernel* kernel = nullptr;
+  Ready ready;
   ForEachCudaContext([&](CudaContext* context) {
-    if (context->ordinal == call.device.device_id && !kernel) kernel = FindKernel(*context, plan);
+    if (context->ordinal == call.device.device_id && !ready.kernel) FindKernel(*context, plan, &ready);
   });
+  const CudaKernel* const kernel = ready.kernel;
   add("kernel", Text("cuda ", kernel ? kernel->name : RopeCudaName(plan.key)));
   if (kernel) {
     add("source", Text("memory, from ", kernel->source));

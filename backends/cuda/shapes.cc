@@ -8,6 +8,7 @@
 #include <initializer_list>
 #include <iterator>
 #include <limits>
+#include <optional>
 #include <span>
 #include <tuple>
 
@@ -248,23 +249,22 @@ constexpr Listed kTable[] = {
 
 static_assert(sizeof(Listed) == 12 && std::ranges::is_sorted(kTable, {}, &Listed::key));
 
-bool FindListed(const RopeCall& call, RopeCudaShape* shape) {
+std::optional<RopeCudaShape> FindListed(const RopeCall& call) {
   const RopeVariant& v = call.variant;
   const rope_params& p = call.params;
   const int64_t rows = p.batch * p.tokens, k_heads = call.tensors.k ? p.k_heads : 0;
   const bool whole_store = v.store_k && v.store_v && p.v_dim == p.head_dim;
   if (rows > UINT16_MAX || std::max<int64_t>({p.head_dim / 4, p.q_heads, k_heads}) > UINT8_MAX || p.head_dim % 4 != 0 ||
       p.rotary_dim % 4 != 0 || RopeDtypeBytes(v.dtype) != 2 || p.rotary_offset != 0 || (Stores(v) && !whole_store)) {
-    return false;
+    return std::nullopt;
   }
   const auto quarter = [](int64_t elements) { return static_cast<uint8_t>(elements / 4); };
   const Listed wanted(static_cast<uint16_t>(rows), quarter(p.head_dim), quarter(p.rotary_dim),
                       static_cast<uint8_t>(p.q_heads), static_cast<uint8_t>(k_heads),
                       static_cast<uint8_t>(v.norm + 2 * (v.table_dtype != kRopeNoDtype) + 4 * StoreKind(v)));
   const auto found = std::ranges::lower_bound(kTable, wanted.key(), {}, &Listed::key);
-  if (found == std::end(kTable) || found->key() != wanted.key()) return false;
-  *shape = found->shape();
-  return true;
+  if (found == std::end(kTable) || found->key() != wanted.key()) return std::nullopt;
+  return found->shape();
 }
 
 // The entry for the call most like this one; null if there is none. *distance: how unlike it is, at most as it was.
@@ -377,9 +377,9 @@ RopeCudaShape ChooseRopeCudaShape(const RopeCall& call, const CudaDevice& device
     }
   }
   if (device.measured) {
-    if (RopeCudaShape shape; FindListed(call, &shape)) {
+    if (const std::optional<RopeCudaShape> shape = FindListed(call)) {
       *origin = RopeCudaOrigin::kTable;
-      return shape;
+      return *shape;
     }
   }
   if (call.params.batch * call.params.tokens < kLeastTokens) return RopeCudaShapeByRules(call, device, layout);

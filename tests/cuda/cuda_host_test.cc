@@ -878,31 +878,36 @@ TEST_F(CudaHost, CaptureNeedsPrepare) {
   });
 }
 
-// A number of tokens of `Call` whose grid runs at once by fewer registers than `crowded_from`, and its plan.
-int64_t JustFits(RopeCudaPlan* plan) {
+// The first number of tokens of `Call` from `tokens` on whose plan is as wanted; 0 if there is none.
+int64_t FirstTokens(int64_t tokens, const std::function<bool(const RopeCudaPlan&)>& wanted) {
   const Call call;
   RopeCall lowered;
   EXPECT_TRUE(LowerRope(call.args, nullptr, &lowered).ok());
-  for (int64_t tokens = 1024; tokens < 8192; ++tokens) {
+  for (; tokens < 16384; ++tokens) {
+    RopeCudaPlan plan;
     lowered.params.tokens = tokens;
-    EXPECT_TRUE(PlanRopeCuda(lowered, {132, 9, 0}, {.dependent_launch = true}, plan).ok());
-    if (plan->at_once) return tokens;
+    EXPECT_TRUE(PlanRopeCuda(lowered, {132, 9, 0}, {.dependent_launch = true}, &plan).ok());
+    if (wanted(plan)) return tokens;
   }
   return 0;
 }
 
+// A number of tokens whose grid runs at once by fewer registers than `crowded_from`, and its plan.
+int64_t JustFits(RopeCudaPlan* plan) {
+  const int64_t tokens = FirstTokens(1024, [&](const RopeCudaPlan& met) {
+    *plan = met;
+    return met.at_once > 0;
+  });
+  EXPECT_GT(tokens, 0);
+  return tokens;
+}
+
 // Another number of tokens, which has the same variant in a grid of more rounds.
 int64_t OfMoreRounds(const RopeCudaPlan& plan, int64_t tokens) {
-  const Call call;
-  RopeCall lowered;
-  EXPECT_TRUE(LowerRope(call.args, nullptr, &lowered).ok());
-  for (++tokens; tokens < 16384; ++tokens) {
-    RopeCudaPlan other;
-    lowered.params.tokens = tokens;
-    EXPECT_TRUE(PlanRopeCuda(lowered, {132, 9, 0}, {.dependent_launch = true}, &other).ok());
-    if (!other.at_once && other.key == plan.key) return tokens;
-  }
-  return 0;
+  const int64_t more =
+      FirstTokens(tokens + 1, [&](const RopeCudaPlan& met) { return !met.at_once && met.key == plan.key; });
+  EXPECT_GT(more, 0);
+  return more;
 }
 
 TEST_F(CudaHost, AGridThatJustFitsHasAKernelOfFewerRegisters) {
@@ -912,8 +917,6 @@ TEST_F(CudaHost, AGridThatJustFitsHasAKernelOfFewerRegisters) {
     InFreshProcess({}, [spilled = spilled, serves = serves] {
       RopeCudaPlan plan;
       const int64_t tokens = JustFits(&plan), more = OfMoreRounds(plan, tokens);
-      ASSERT_GT(tokens, 0);
-      ASSERT_GT(more, 0);
       Fake().spilled_bytes = spilled;
       Fake().registers = plan.crowded_from;
       Call call(tokens), other(more);
@@ -943,16 +946,16 @@ TEST_F(CudaHost, AGridThatJustFitsHasAKernelOfFewerRegisters) {
       EXPECT_EQ(Fake().calls["cuModuleLoadData"], 2);
     });
   }
-  TearDown();
-  InFreshProcess({}, [] {
-    RopeCudaPlan plan;
-    const int64_t tokens = JustFits(&plan);
-    ASSERT_GT(tokens, 0);
-    Fake().registers = plan.crowded_from - 1;  // few enough
-    Call call(tokens);
-    ExpectOk(call.Run());
-    EXPECT_EQ(Fake().calls["cuModuleLoadData"], 1);
-  });
+  for (const bool too_many : {false, true}) {  // few enough; too many for a limit
+    TearDown();
+    InFreshProcess({}, [too_many] {
+      RopeCudaPlan plan;
+      Call call(JustFits(&plan));
+      Fake().registers = too_many ? plan.crowded_to + 1 : plan.crowded_from - 1;
+      ExpectOk(call.Run());
+      EXPECT_EQ(Fake().calls["cuModuleLoadData"], 1);
+    });
+  }
   TearDown();
   InFreshProcess({}, [] {  // the second kernel cannot be had: asked for once
     RopeCudaPlan plan;
@@ -968,15 +971,6 @@ TEST_F(CudaHost, AGridThatJustFitsHasAKernelOfFewerRegisters) {
       EXPECT_EQ(Last().image, any_grid);
       EXPECT_EQ(Fake().calls["cuModuleLoadData"], 2);
     }
-  });
-  TearDown();
-  InFreshProcess({}, [] {
-    RopeCudaPlan plan;
-    const int64_t tokens = JustFits(&plan);
-    Fake().registers = plan.crowded_to + 1;  // too many for a limit
-    Call call(tokens);
-    ExpectOk(call.Run());
-    EXPECT_EQ(Fake().calls["cuModuleLoadData"], 1);
   });
 }
 
