@@ -42,8 +42,9 @@ RopeCall CallOf(const nlohmann::json& searched) {
   t.k = t.k_out = address(int64_t{p.q_heads} * p.head_dim);
   if (const int cache = searched.at("cache").get<int>()) {
     v.store_v = 1;
-    v.store_k = kRopeStore;
-    v.cache_dtype = cache == 2 ? kRopeE4M3 : kRopeBF16;
+    v.store_k = cache > 2 ? kRopeStoreOnly : kRopeStore;
+    v.cache_dtype = cache % 2 == 0 ? kRopeE4M3 : kRopeBF16;
+    if (cache > 2) t.k_out = nullptr;
     p.v_dim = p.head_dim;
     p.k_cache = p.v_cache = {0, int64_t{p.k_heads} * p.head_dim, p.head_dim};
     t.v = address((p.q_heads + p.k_heads) * int64_t{p.head_dim});

@@ -45,7 +45,8 @@ void AddVariants(const TuneOptions& options, const RopeCase& c, std::vector<Rope
         one.angles = angles == "table" ? Angles::kPacked : Angles::kFrequencies;
         if (op.find("store") != std::string::npos) {
           one.cache = Cache::kNhd;
-          one.cache_dtype = op.ends_with("fp8") ? static_cast<uint32_t>(kE4M3) : 0;
+          one.cache_dtype = op.find(":fp8") != std::string::npos ? static_cast<uint32_t>(kE4M3) : 0;
+          one.k_store_only = op.ends_with(":k-only");
         }
         bench::Complete(&one);
         cases->push_back(one);
@@ -146,10 +147,11 @@ int Tune(const TuneOptions& options) {
       if (gain > kWorthKeeping) found.kept = {FeaturesOf(tuned.call, tuner->device().properties), best.shape};
       most = std::max(most, gain);
       const std::string stages =
-          fmt::format("{}{}{}", bench::OpName(c), c.angles == Angles::kFrequencies ? "" : " table",
+          fmt::format("{}{}{}{}", bench::OpName(c), c.angles == Angles::kFrequencies ? "" : " table",
                       c.cache == Cache::kNone ? ""
                       : c.cache_dtype & kFp8  ? " + fp8 store"
-                                              : " + store");
+                                              : " + store",
+                      c.k_store_only ? ", k only" : "");
       found.row = {fmt::format("{}/{}x{}", c.q_heads, c.k_heads, c.head_dim),
                    std::to_string(c.tokens),
                    stages,
@@ -172,9 +174,7 @@ int Tune(const TuneOptions& options) {
                         {"norm", c.norm},
                         {"table", c.angles != Angles::kFrequencies},
                         {"interleaved", c.pairing != ROPEWALK_NEOX},
-                        {"cache", c.cache == Cache::kNone ? 0
-                                  : c.cache_dtype & kFp8  ? 2
-                                                          : 1},
+                        {"cache", StoreKind(tuned.call.variant)},
                         {"before_us", tuned.before * 1e6},
                         {"before", tuned.before_shape.numbers()},
                         {"tried", tried}}
@@ -225,10 +225,15 @@ void AddTune(CLI::App* app, int* exit_code) {
       ->delimiter(',')
       ->check(CLI::IsMember({"neox", "interleaved"}))
       ->type_name("PAIRING");
-  command->add_option("--op", options->ops, "of shapes: rope, norm+rope, either with +store or +store:fp8")
+  std::vector<std::string> ops;
+  for (const char* stores : {"", "+store", "+store:fp8", "+store:k-only", "+store:fp8:k-only"}) {
+    for (const char* op : {"rope", "norm+rope"}) ops.push_back(std::string(op) + stores);
+  }
+  command
+      ->add_option("--op", options->ops,
+                   "of shapes: rope, norm+rope, either with +store or +store:fp8, and these with :k-only")
       ->delimiter(',')
-      ->check(CLI::IsMember(
-          {"rope", "norm+rope", "rope+store", "norm+rope+store", "rope+store:fp8", "norm+rope+store:fp8"}))
+      ->check(CLI::IsMember(ops))
       ->type_name("OP");
   command->add_option("--angles", options->angles, "of shapes: frequencies, table (default: both; stores: frequencies)")
       ->delimiter(',')

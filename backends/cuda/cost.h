@@ -19,10 +19,11 @@ struct CostInputs {
   float block_tokens = 0;  // log
   float limited = 0;       // whether registers are limited
   float resident = 0;      // the warps that they are limited for
-  float norm = 0;          // and the next three: whether the call has it
+  float norm = 0;          // and the next four: whether the call has it
   float table = 0;
   float store = 0;
   float fp8 = 0;
+  float k_only = 0;
   float bytes = 0;   // log: of q and k for a multiprocessor
   float tokens = 0;  // log: as many as an H200 would have
   float heads = 0;   // log: of a token

@@ -143,7 +143,7 @@ inline uint8_t RopeCudaStart(const RopeCudaShape& shape, int64_t rows, bool tabl
 
 // The facts of a call that its shape depends on. Numbers are logarithms to base 2.
 struct RopeCudaFeatures {
-  uint8_t norm = 0, table = 0, store = 0, regular = 0;  // store: 1 of the same dtype, 2 of fp8; a power of two of lanes
+  uint8_t norm = 0, table = 0, store = 0, regular = 0;  // StoreKind; a power of two of lanes
   float lanes = 0;                                      // of a head, with the widest accesses
   float bytes = 0;                                      // of q and k for each multiprocessor
   float turns = 0;                                      // of a warp for all heads of a token

@@ -204,7 +204,9 @@ float Distance(const RopeCudaFeatures& a, const RopeCudaFeatures& b) {
               square(0.8f * (a.lanes - b.lanes));
   if (a.norm != b.norm) sum += square(1.0f);
   if (a.table != b.table) sum += square(0.7f);
-  if (a.store != b.store) sum += square(a.store && b.store ? 0.5f : 2.5f);
+  // Where k goes to its cache alone, what was found for both places serves until something else is.
+  const auto fp8 = [](uint8_t kind) { return kind != 0 && kind % 2 == 0; };
+  if (a.store != b.store) sum += square(!a.store || !b.store ? 2.5f : fp8(a.store) != fp8(b.store) ? 0.5f : 0.2f);
   if (a.regular != b.regular) sum += square(3.0f);
   return sum;
 }
@@ -259,12 +261,18 @@ std::optional<RopeCudaShape> FindListed(const RopeCall& call) {
     return std::nullopt;
   }
   const auto quarter = [](int64_t elements) { return static_cast<uint8_t>(elements / 4); };
-  const Listed wanted(static_cast<uint16_t>(rows), quarter(p.head_dim), quarter(p.rotary_dim),
-                      static_cast<uint8_t>(p.q_heads), static_cast<uint8_t>(k_heads),
-                      static_cast<uint8_t>(v.norm + 2 * (v.table_dtype != kRopeNoDtype) + 4 * StoreKind(v)));
-  const auto found = std::ranges::lower_bound(kTable, wanted.key(), {}, &Listed::key);
-  if (found == std::end(kTable) || found->key() != wanted.key()) return std::nullopt;
-  return found->shape();
+  Listed wanted(static_cast<uint16_t>(rows), quarter(p.head_dim), quarter(p.rotary_dim),
+                static_cast<uint8_t>(p.q_heads), static_cast<uint8_t>(k_heads),
+                static_cast<uint8_t>(v.norm + 2 * (v.table_dtype != kRopeNoDtype) + 4 * StoreKind(v)));
+  const auto find = [&]() -> std::optional<RopeCudaShape> {
+    const auto found = std::ranges::lower_bound(kTable, wanted.key(), {}, &Listed::key);
+    if (found == std::end(kTable) || found->key() != wanted.key()) return std::nullopt;
+    return found->shape();
+  };
+  const std::optional<RopeCudaShape> shape = find();
+  if (shape || !StoresKOnly(v)) return shape;
+  wanted.stages = static_cast<uint8_t>(wanted.stages - 8);  // as with k in both places, unless a search found otherwise
+  return find();
 }
 
 // The entry for the call most like this one; null if there is none. *distance: how unlike it is, at most as it was.

@@ -13,8 +13,11 @@ namespace ropewalk {
 inline int64_t Ceil(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline bool Stores(const RopeVariant& v) { return v.cache_dtype != kRopeNoDtype; }
 inline bool StoresFp8(const RopeVariant& v) { return Stores(v) && v.cache_dtype != v.dtype; }
-// As features and the table have it: 0 none, 1 of the same dtype, 2 of fp8.
-inline uint8_t StoreKind(const RopeVariant& v) { return static_cast<uint8_t>(Stores(v) + StoresFp8(v)); }
+inline bool StoresKOnly(const RopeVariant& v) { return v.store_k == kRopeStoreOnly; }
+// As features and the table have it: 0 none, 1 of the same dtype, 2 of fp8; 3 and 4 with k in its cache alone.
+inline uint8_t StoreKind(const RopeVariant& v) {
+  return static_cast<uint8_t>(Stores(v) + StoresFp8(v) + 2 * StoresKOnly(v));
+}
 
 inline constexpr int kH200Multiprocessors = 132;  // of the device that was searched on
 

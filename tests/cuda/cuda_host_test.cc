@@ -17,6 +17,8 @@
 #include <memory>
 #include <string>
 #include <thread>
+#include <tuple>
+#include <utility>
 #include <vector>
 
 #include "backends/cuda/bundle.h"
@@ -878,48 +880,42 @@ TEST_F(CudaHost, CaptureNeedsPrepare) {
   });
 }
 
-// The first number of tokens of `Call` from `tokens` on whose plan is as wanted; 0 if there is none.
-int64_t FirstTokens(int64_t tokens, const std::function<bool(const RopeCudaPlan&)>& wanted) {
-  const Call call;
-  RopeCall lowered;
-  EXPECT_TRUE(LowerRope(call.args, nullptr, &lowered).ok());
-  for (; tokens < 16384; ++tokens) {
-    RopeCudaPlan plan;
-    lowered.params.tokens = tokens;
-    EXPECT_TRUE(PlanRopeCuda(lowered, {132, 9, 0}, {.dependent_launch = true}, &plan).ok());
-    if (wanted(plan)) return tokens;
+// A number of tokens of `Call` whose grid runs at once by fewer registers than `plan.crowded_from`, and another one
+// that has the same variant in a grid of more rounds.
+struct JustFits {
+  JustFits() {
+    const Call call;
+    RopeCall lowered;
+    EXPECT_TRUE(LowerRope(call.args, nullptr, &lowered).ok());
+    std::vector<std::pair<int64_t, RopeCudaPlan>> fit;
+    for (lowered.params.tokens = 1024; lowered.params.tokens < 16384; ++lowered.params.tokens) {
+      RopeCudaPlan met;
+      EXPECT_TRUE(PlanRopeCuda(lowered, {132, 9, 0}, {.dependent_launch = true}, &met).ok());
+      const auto same = std::ranges::find(fit, met.key, [](const auto& one) { return one.second.key; });
+      if (met.at_once && same == fit.end()) fit.emplace_back(lowered.params.tokens, met);
+      if (!met.at_once && same != fit.end()) {
+        std::tie(tokens, plan) = *same;
+        more = lowered.params.tokens;
+        return;
+      }
+    }
+    ADD_FAILURE() << "no grid of these heads just fits";
   }
-  return 0;
-}
 
-// A number of tokens whose grid runs at once by fewer registers than `crowded_from`, and its plan.
-int64_t JustFits(RopeCudaPlan* plan) {
-  const int64_t tokens = FirstTokens(1024, [&](const RopeCudaPlan& met) {
-    *plan = met;
-    return met.at_once > 0;
-  });
-  EXPECT_GT(tokens, 0);
-  return tokens;
-}
-
-// Another number of tokens, which has the same variant in a grid of more rounds.
-int64_t OfMoreRounds(const RopeCudaPlan& plan, int64_t tokens) {
-  const int64_t more =
-      FirstTokens(tokens + 1, [&](const RopeCudaPlan& met) { return !met.at_once && met.key == plan.key; });
-  EXPECT_GT(more, 0);
-  return more;
-}
+  int64_t tokens = 0, more = 0;
+  RopeCudaPlan plan;
+};
 
 TEST_F(CudaHost, AGridThatJustFitsHasAKernelOfFewerRegisters) {
   // Spilled bytes; whether the kernel with the limit serves.
   for (const auto& [spilled, serves] : {std::pair(0, true), std::pair(16, true), std::pair(24, false)}) {
     TearDown();
     InFreshProcess({}, [spilled = spilled, serves = serves] {
-      RopeCudaPlan plan;
-      const int64_t tokens = JustFits(&plan), more = OfMoreRounds(plan, tokens);
+      const JustFits fits;
+      const RopeCudaPlan& plan = fits.plan;
       Fake().spilled_bytes = spilled;
       Fake().registers = plan.crowded_from;
-      Call call(tokens), other(more);
+      Call call(fits.tokens), other(fits.more);
       ExpectOk(other.Run());
       EXPECT_EQ(Fake().calls["cuModuleLoadData"], 1);
       const std::string any_grid = Last().image;
@@ -949,19 +945,18 @@ TEST_F(CudaHost, AGridThatJustFitsHasAKernelOfFewerRegisters) {
   for (const bool too_many : {false, true}) {  // few enough; too many for a limit
     TearDown();
     InFreshProcess({}, [too_many] {
-      RopeCudaPlan plan;
-      Call call(JustFits(&plan));
-      Fake().registers = too_many ? plan.crowded_to + 1 : plan.crowded_from - 1;
+      const JustFits fits;
+      Call call(fits.tokens);
+      Fake().registers = too_many ? fits.plan.crowded_to + 1 : fits.plan.crowded_from - 1;
       ExpectOk(call.Run());
       EXPECT_EQ(Fake().calls["cuModuleLoadData"], 1);
     });
   }
   TearDown();
   InFreshProcess({}, [] {  // the second kernel cannot be had: asked for once
-    RopeCudaPlan plan;
-    const int64_t tokens = JustFits(&plan), more = OfMoreRounds(plan, tokens);
-    Fake().registers = plan.crowded_from;
-    Call call(tokens), other(more);
+    const JustFits fits;
+    Fake().registers = fits.plan.crowded_from;
+    Call call(fits.tokens), other(fits.more);
     ExpectOk(other.Run());
     const std::string any_grid = Last().image;
     Fake().module_load_result = 2;

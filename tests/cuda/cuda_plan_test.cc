@@ -151,8 +151,10 @@ TEST(CudaPlan, TheTableServesItsCalls) {
     call.variant.dtype = kRopeBF16;
     call.variant.norm = row.stages & 1;
     call.variant.table_dtype = row.stages & 2 ? kRopeF32 : kRopeNoDtype;
-    call.variant.store_k = call.variant.store_v = row.stages >= 4;
-    call.variant.cache_dtype = row.stages & 8 ? kRopeE4M3 : row.stages & 4 ? kRopeBF16 : kRopeNoDtype;
+    const int store = row.stages / 4;  // StoreKind
+    call.variant.store_v = store > 0;
+    call.variant.store_k = store > 2 ? kRopeStoreOnly : store ? kRopeStore : kRopeNoStore;
+    call.variant.cache_dtype = !store ? kRopeNoDtype : store % 2 ? kRopeBF16 : kRopeE4M3;
     call.tensors.k = &call;
     rope_params& p = call.params;
     p.batch = 1;

@@ -100,7 +100,7 @@ TEST_F(Cli, ShellsCompleteSubcommandsOptionsAndChoices) {
   EXPECT_EQ(Completed("ropewalk be"), "bench\n");
   EXPECT_EQ(Completed("ropewalk --v"), "--version\n");
   EXPECT_EQ(Completed("ropewalk tune --pairing n"), "neox\n");
-  EXPECT_EQ(Completed("ropewalk tune --op rope+store:"), "rope+store:fp8\n");
+  EXPECT_EQ(Completed("ropewalk tune --op rope+store:"), "rope+store:fp8 rope+store:k-only rope+store:fp8:k-only\n");
   EXPECT_EQ(Completed("ropewalk completion z"), "zsh\n");
   EXPECT_NE(Completed("ropewalk check --").find("--random"), std::string::npos);
   EXPECT_EQ(Completed("ropewalk check --pairing n"), "\n") << "an option of another subcommand";
