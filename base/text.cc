@@ -1,30 +1,61 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "base/text.h"
 
-#include <charconv>
+#include <algorithm>
 #include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <iterator>
+#include <limits>
+#include <type_traits>
 
 namespace ropewalk {
 namespace {
 
+// The shortest text that reads back as the number, as std::to_chars writes it. That has 105 KB of tables where
+// libstdc++ is linked into Python's module, a thirtieth of it, for what goes into messages.
 template <class Number>
-void AppendChars(std::string* out, Number number) {
-  char buffer[40];
-  out->append(buffer, std::to_chars(buffer, buffer + sizeof(buffer), number).ptr);
+std::string Shortest(Number number) {
+  if (std::isnan(number)) return "nan";
+  if (std::isinf(number)) return number < 0 ? "-inf" : "inf";
+  constexpr int kMost = std::numeric_limits<Number>::max_digits10;
+  char text[64];
+  const auto reads_back = [&] {
+    return (std::is_same_v<Number, float> ? static_cast<Number>(std::strtof(text, nullptr))
+                                          : static_cast<Number>(std::strtod(text, nullptr))) == number;
+  };
+  int count = 0;  // of digits
+  do {
+    std::snprintf(text, sizeof(text), "%.*e", count, static_cast<double>(number));
+  } while (++count < kMost && !reads_back());
+  // A digit, the locale's point, the other digits, the exponent.
+  const char* exponent = std::strchr(text, 'e');
+  std::string digits;
+  std::copy_if(static_cast<const char*>(text), exponent, std::back_inserter(digits),
+               [](char c) { return c >= '0' && c <= '9'; });
+  const int power = std::atoi(exponent + 1);
+  std::string scientific = digits.substr(0, 1) + (count > 1 ? "." + digits.substr(1) : "") + exponent, plain;
+  if (power < 0) {
+    plain = "0." + std::string(static_cast<size_t>(-power - 1), '0') + digits;
+  } else if (power < count - 1) {
+    plain = digits.insert(static_cast<size_t>(power) + 1, ".");
+  } else if (static_cast<size_t>(power) < scientific.size()) {
+    std::snprintf(text, sizeof(text), "%.0f", std::fabs(static_cast<double>(number)));  // all digits of a large one
+    plain = text;
+  }
+  const std::string& shorter = plain.empty() || plain.size() > scientific.size() ? scientific : plain;
+  return (std::signbit(number) ? "-" : "") + shorter;
 }
 
 }  // namespace
 
 void Append(std::string* out, std::string_view part) { out->append(part); }
 void Append(std::string* out, char part) { out->push_back(part); }
-void AppendNumber(std::string* out, int64_t number) { AppendChars(out, number); }
-void AppendNumber(std::string* out, uint64_t number) { AppendChars(out, number); }
-void AppendNumber(std::string* out, double number) {
-  std::isnan(number) ? Append(out, "nan") : AppendChars(out, number);  // to_chars may write -nan
-}
-void AppendNumber(std::string* out, float number) {
-  std::isnan(number) ? Append(out, "nan") : AppendChars(out, number);
-}
+void AppendNumber(std::string* out, int64_t number) { out->append(std::to_string(number)); }
+void AppendNumber(std::string* out, uint64_t number) { out->append(std::to_string(number)); }
+void AppendNumber(std::string* out, double number) { out->append(Shortest(number)); }
+void AppendNumber(std::string* out, float number) { out->append(Shortest(number)); }
 
 namespace {
 
@@ -89,12 +120,8 @@ std::string JsonString(std::string_view text) {
 }
 
 std::string Show(double value) {
-  if (std::isnan(value)) return "nan";
-  char text[32];
   const bool plain = value == std::floor(value) && std::fabs(value) < 1e6;  // 500000, not 5e+05
-  const auto end = plain ? std::to_chars(text, text + sizeof text, static_cast<int64_t>(value))
-                         : std::to_chars(text, text + sizeof text, value);
-  return {text, end.ptr};
+  return plain ? std::to_string(static_cast<int64_t>(value)) : Shortest(value);
 }
 
 }  // namespace ropewalk

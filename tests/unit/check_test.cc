@@ -4,12 +4,14 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <charconv>
 #include <cmath>
 #include <cstring>
 #include <functional>
 #include <limits>
 #include <memory>
 #include <ostream>
+#include <random>
 #include <string>
 #include <vector>
 
@@ -850,6 +852,33 @@ TEST(Check, TextStaysUntilTheNextFailure) {
   EXPECT_NE(ropewalk_rope(&args, nullptr), ROPEWALK_OK);
   const std::string text = ropewalk_last_error();
   EXPECT_NE(text.find("q is missing"), std::string::npos) << text;
+}
+
+// Messages have numbers as std::to_chars writes them, which is too large for the library to hold.
+template <class Number, class Bits>
+void ExpectShortest(uint64_t seed) {
+  std::mt19937_64 random(seed);
+  for (int i = 0; i < 100'000; ++i) {
+    // Any bits, decimal fractions, integers of any length.
+    const uint64_t drawn = random();
+    const Number fraction = static_cast<Number>(drawn % 100'000'000) / static_cast<Number>(1000);
+    Number number = i % 3 == 1 ? fraction : static_cast<Number>(drawn >> (drawn % 64));
+    const auto bits = static_cast<Bits>(drawn);
+    if (i % 3 == 0) std::memcpy(&number, &bits, sizeof(number));
+    if (std::isnan(number)) continue;
+    char wanted[64];
+    *std::to_chars(wanted, wanted + sizeof(wanted), number).ptr = 0;
+    ASSERT_EQ(Text(number), wanted);
+  }
+}
+
+TEST(Check, NumbersInMessagesAreTheShortestThatReadBack) {
+  ExpectShortest<double, uint64_t>(1);
+  ExpectShortest<float, uint32_t>(2);
+  const double denormal = std::numeric_limits<double>::denorm_min(), infinity = std::numeric_limits<double>::infinity();
+  EXPECT_EQ(Text(0.0, " ", -0.0, " ", 1e22, " ", denormal, " ", 0.1f, " ", -infinity, " ", -std::nan("")),
+            "0 -0 1e+22 5e-324 0.1 -inf nan");
+  EXPECT_EQ(Show(5e5) + " " + Show(5e6) + " " + Show(-0.5), "500000 5e+06 -0.5");
 }
 
 }  // namespace

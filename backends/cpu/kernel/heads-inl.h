@@ -23,7 +23,10 @@ struct Group {
   using Raw = typename C::Raw;
   static constexpr bool kFolded = C::kNorm && !C::kReference;
   // A norm needs the squares of what is inside.
-  static constexpr Spans kSpans = C::kReference ? kPartsOnly : C::kNorm || kStore ? kWholeAndParts : kReadingAll;
+  static constexpr Spans kSpans = C::kReference                    ? kPartsOnly
+                                  : C::kNorm && kNative && !kStore ? kHalvesToo
+                                  : C::kNorm || kStore             ? kWholeAndParts
+                                                                   : kReadingAll;
 
   const Heads<T>& heads;  // all of the token
   const Parts& parts;

@@ -14,8 +14,9 @@ ROPEWALK_BEFORE_KERNEL
 namespace ropewalk {
 namespace HWY_NAMESPACE {
 
-// The kinds of spans that a function is compiled for. kPartsOnly: where speed is not worth the code.
-enum Spans { kPartsOnly, kWholeAndParts, kReadingAll };
+// The kinds of spans that a function is compiled for. kPartsOnly: where speed is not worth the code. kHalvesToo: a
+// narrow vector that is full needs no mask, with which bfloat16 heads of 96 with a norm take 1.1 times as long.
+enum Spans { kPartsOnly, kWholeAndParts, kHalvesToo, kReadingAll };
 
 // Calls work(span, at) for a run of elements from the at-th on, as many at a time as a pair of vectors holds, the last
 // time for a part of them. `room`: so many may be read from the run's first on.
@@ -30,6 +31,9 @@ HWY_INLINE void EachPair(int length, int at, int room, const Work& work) {
   const int rest = length - at;
   if (rest == 0) return;
   if constexpr (kHasNarrow) {
+    if constexpr (kSpans == kHalvesToo) {
+      if (rest == kUnit / 2) return work(Whole<DNarrow>(), at);
+    }
     if (rest <= kUnit / 2) {
       if (kReadAll && at + kUnit / 2 <= room) return work(First<DNarrow, kReadAll>{rest}, at);
       return work(First<DNarrow>{rest}, at);
