@@ -13,8 +13,9 @@
 namespace ropewalk {
 namespace {
 
-// The shortest text that reads back as the number, as std::to_chars writes it. That has 105 KB of tables where
-// libstdc++ is linked into Python's module, a thirtieth of it, for what goes into messages.
+// As std::to_chars writes a number, which has 105 KB of tables where libstdc++ is linked into Python's module, a
+// thirtieth of it, for what goes into messages. At some powers of two this is a digit longer. It goes by the caller's
+// rounding mode.
 template <class Number>
 std::string Shortest(Number number) {
   if (std::isnan(number)) return "nan";

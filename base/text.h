@@ -43,7 +43,7 @@ std::string Hex(std::string_view bytes);
 std::string ValidUtf8(std::string_view text);
 std::string JsonString(std::string_view text);  // quoted; valid JSON whatever the text
 
-// The shortest text that reads back as `value`.
+// A short text that reads back as `value`.
 std::string Show(double value);
 
 }  // namespace ropewalk

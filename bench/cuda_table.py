@@ -13,9 +13,9 @@ first, --swept the times of a sweep. Written are
 - `cost_model.inc`: small networks whose mean gives the logarithm of a shape's time, up to a summand of the call. Each
   is trained so that the shape which it holds to be the fastest is a fast one. Their inputs are those of
   `backends/cuda/cost.h`, by `build/dev/bench/cuda_inputs`;
-- `shapes_table.inc`: calls of full trust where the model's choice is worse than the best by more than `TOLERANCE`, with
-  their best shape, and calls that a sweep found fast with another one than the model's: of shapes within `TOLERANCE`
-  the one that a sweep timed.
+- `shapes_table.inc`: calls of full trust where the model's choice is worse than the best by more than `TOLERANCE`, or
+  rules would choose, with their best shape, and calls that a sweep found fast with another one than the model's: of
+  shapes within `TOLERANCE` the one that a sweep timed.
 
 --check leaves each fifth of the calls out in turn and tells how a model of the others serves it; it writes nothing.
 """
@@ -45,6 +45,7 @@ CANDIDATES, SHARED = 64, 12
 HIDDEN, NETWORKS = (48, 24), 2  # as in backends/cuda/cost.cc
 EPOCHS = 160
 RARER, OTHER_START, FAR = 0.003, 0.01, 0.1  # as in backends/cuda/shapes.cc
+LEAST_TOKENS = 3  # likewise: below, rules choose and not the model
 # What a call is known by. cache: StoreKind in backends/cuda/shapes.h.
 KEY = ("tokens", "q_heads", "k_heads", "head_dim", "rotary_dim", "norm", "table", "cache")
 ENOUGH = 4  # shapes of a search, to choose from them alone
@@ -382,12 +383,12 @@ def main() -> None:
             if shape != call.swept:
                 call.best = call.swept
                 entries.append(call)
-        elif call.trust == 1 and losses[i] > TOLERANCE:
+        elif call.trust == 1 and (losses[i] > TOLERANCE or call.tokens < LEAST_TOKENS):
             entries.append(call)
         # A sweep found it fast with another shape: kept, unless an older search found the model's as good.
-        # Below 3 tokens rules choose, which have the start of the next kernel right; a sweep timed one start alone.
+        # Of fewer tokens a sweep timed one start of the next kernel alone, and the rules have it right.
         elif (
-            call.trust == 0 and call.tokens >= 3 and shape != call.best
+            call.trust == 0 and call.tokens >= LEAST_TOKENS and shape != call.best
             and older.get(call.key, {}).get(shape, WORST) > TOLERANCE
         ):  # fmt: skip
             entries.append(call)

@@ -60,15 +60,24 @@ std::string Completion(const CLI::App& app, const std::string& shell) {
   const std::string zsh =
       shell == "zsh" ? "#compdef ropewalk\nautoload -U +X bashcompinit && bashcompinit\n" : std::string();
   return zsh + fmt::format(
+                   // Bash parts words at colons, which some values have, and completes what is behind the last one.
                    "_ropewalk() {{\n"
-                   "  local current=${{COMP_WORDS[COMP_CWORD]}} before=${{COMP_WORDS[COMP_CWORD-1]}} words=\n"
-                   "  if ((COMP_CWORD == 1)); then\n"
+                   "  local line=${{COMP_LINE:0:COMP_POINT}} words= typed at current before\n"
+                   "  typed=($line)\n"
+                   "  current=${{line##*[[:space:]]}}\n"
+                   "  at=${{#typed[@]}}\n"
+                   "  [ -n \"$current\" ] && at=$((at - 1))\n"
+                   "  before=${{typed[at-1]}}\n"
+                   "  if ((at == 1)); then\n"
                    "    words='{}--help --version'\n"
                    "  else\n"
-                   "    case ${{COMP_WORDS[1]}} in\n{}"
+                   "    case ${{typed[1]}} in\n{}"
                    "    esac\n"
                    "  fi\n"
                    "  COMPREPLY=($(compgen -W \"$words\" -- \"$current\"))\n"
+                   "  case $COMP_WORDBREAKS in\n"
+                   "    *:*) COMPREPLY=(\"${{COMPREPLY[@]#\"${{current%\"${{current##*:}}\"}}\"}}\") ;;\n"
+                   "  esac\n"
                    "}}\n"
                    "complete -o default -F _ropewalk ropewalk\n",
                    all, cases);

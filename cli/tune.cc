@@ -36,14 +36,15 @@ void AddVariants(const TuneOptions& options, const RopeCase& c, std::vector<Rope
   for (const std::string& op : options.ops) {
     for (const std::string& pairing : options.pairings) {
       for (const std::string& angles : options.angles) {
-        if (op.find("store") != std::string::npos && angles == "table" && options.angles.size() > 1) continue;
+        const bool stores = op.find("store") != std::string::npos;
+        if (stores && (c.k_heads == 0 || (angles == "table" && options.angles.size() > 1))) continue;
         RopeCase one = c;
         one.layout = Layout::kPacked;
         one.norm = op.starts_with("norm");
         one.weight = one.norm ? Weight::kPlain : Weight::kNone;
         one.pairing = pairing == "neox" ? ROPEWALK_NEOX : ROPEWALK_INTERLEAVED;
         one.angles = angles == "table" ? Angles::kPacked : Angles::kFrequencies;
-        if (op.find("store") != std::string::npos) {
+        if (stores) {
           one.cache = Cache::kNhd;
           one.cache_dtype = op.find(":fp8") != std::string::npos ? static_cast<uint32_t>(kE4M3) : 0;
           one.k_store_only = op.ends_with(":k-only");
@@ -85,6 +86,7 @@ std::vector<RopeCase> Cases(const TuneOptions& options) {
       }
     }
   }
+  if (cases.empty()) throw Failure("--op: a store needs k heads, but no shape has any");
   for (RopeCase& c : cases) {  // as an engine's rows of q, k and v, and as bench/gpu_compare.py times them
     c.v_behind = c.layout == Layout::kPacked && c.cache == Cache::kNone;
     c.positions = Positions::kArange;

@@ -243,7 +243,7 @@ struct CaseCall::Builder {
     for (Tensor* tensor : inputs) FillData(tensor);
     call.host_args_.q = &inputs[0]->on_host;
     if (c.k_heads) call.host_args_.k = &inputs[1]->on_host;
-    if (stored) call.host_args_.v = &inputs[2]->on_host;
+    if (stored) call.host_args_.v = &inputs.back()->on_host;
     if (call.backward_) return MakeGradients(wanted);
     if (!c.out_of_place) return;
     for (Heads& h : wanted) h.name += "_out";

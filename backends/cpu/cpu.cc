@@ -197,13 +197,17 @@ void AddChunks(const RopeBackwardCall& call, const RopeCpuBackwardPlan& plan) {
   int64_t first = 0;  // where the sums of the weight lie in a chunk's
   for (float* grad : {call.q_weight_grad, call.k_weight_grad}) {
     if (!grad) continue;
-    for (int64_t i = 0; i < dim; ++i) {
-      double total = 0;
+    // Many elements at a time: an addition that waits for the one before takes 4 cycles, 30 us for heads of 128.
+    constexpr int64_t kAtOnce = 64;
+    for (int64_t begin = 0; begin < dim; begin += kAtOnce) {
+      const int64_t count = std::min(kAtOnce, dim - begin);
+      double totals[kAtOnce] = {};
       for (int64_t chunk = 0; chunk < plan.chunks; ++chunk) {
-        const float* of_chunk = call.workspace + first + chunk * plan.chunk_sums + i;
-        total += static_cast<double>(of_chunk[0]) + static_cast<double>(of_chunk[dim]);
+        const float* high = call.workspace + first + chunk * plan.chunk_sums + begin;
+        const float* low = high + dim;
+        for (int64_t i = 0; i < count; ++i) totals[i] += static_cast<double>(high[i]) + static_cast<double>(low[i]);
       }
-      grad[i] = static_cast<float>(total);
+      for (int64_t i = 0; i < count; ++i) grad[begin + i] = static_cast<float>(totals[i]);
     }
     first += 2 * dim;
   }

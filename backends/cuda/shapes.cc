@@ -204,9 +204,7 @@ float Distance(const RopeCudaFeatures& a, const RopeCudaFeatures& b) {
               square(0.8f * (a.lanes - b.lanes));
   if (a.norm != b.norm) sum += square(1.0f);
   if (a.table != b.table) sum += square(0.7f);
-  // Where k goes to its cache alone, what was found for both places serves until something else is.
-  const auto fp8 = [](uint8_t kind) { return kind != 0 && kind % 2 == 0; };
-  if (a.store != b.store) sum += square(!a.store || !b.store ? 2.5f : fp8(a.store) != fp8(b.store) ? 0.5f : 0.2f);
+  if (a.store != b.store) sum += square(a.store && b.store ? 0.5f : 2.5f);
   if (a.regular != b.regular) sum += square(3.0f);
   return sum;
 }

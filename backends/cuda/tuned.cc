@@ -7,7 +7,8 @@
 #include <array>
 #include <charconv>
 #include <cmath>
-#include <cstdio>
+#include <cstdlib>
+#include <string>
 #include <string_view>
 #include <tuple>
 
@@ -30,34 +31,52 @@ std::string PathOf(const std::string& identity) {
   return directory.empty() ? "" : Text(directory, "/", Hex(DigestOf(identity)), ".shapes");
 }
 
+// With four decimals after a point, whatever the locale's is.
+std::string Decimal(float number) {
+  const int64_t units = std::llround(static_cast<double>(number) * 1e4), size = std::abs(units);
+  const std::string digits = Text(size % 10000 + 10000);
+  return Text(units < 0 ? "-" : "", size / 10000, ".", std::string_view(digits).substr(1));
+}
+template <class Number>
+const char* Read(const char* at, const char* end, Number* number) {  // null if there is none
+  const auto [after, error] = std::from_chars(at, end, *number);
+  return error == std::errc() ? after : nullptr;
+}
+const char* Read(const char* at, const char* end, float* number) {
+  int32_t whole = 0;
+  const bool negative = at != end && *at == '-';
+  at = Read(at, end, &whole);
+  if (!at) return nullptr;
+  double size = std::abs(static_cast<double>(whole)), unit = 1;
+  if (at != end && *at == '.') {
+    for (++at; at != end && *at >= '0' && *at <= '9'; ++at) size += (*at - '0') * (unit /= 10);
+  }
+  *number = static_cast<float>(negative ? -size : size);
+  return at;
+}
+
 std::string Line(const RopeCudaTuned::Entry& entry) {
   const RopeCudaFeatures& f = entry.features;
-  char features[256];
-  std::snprintf(features, sizeof(features), "%d %d %d %d %.4f %.4f %.4f %.4f", f.norm, f.table, f.store, f.regular,
-                static_cast<double>(f.lanes), static_cast<double>(f.bytes), static_cast<double>(f.turns),
-                static_cast<double>(f.tokens));
-  std::string line = features;
+  std::string line = Text(int{f.norm}, " ", int{f.table}, " ", int{f.store}, " ", int{f.regular});
+  for (const float number : {f.lanes, f.bytes, f.turns, f.tokens}) Append(&line, Text(" ", Decimal(number)));
   for (const int number : entry.shape.numbers()) Append(&line, Text(" ", number));
   return line + "\n";
 }
-bool Parse(const std::string& line, RopeCudaTuned::Entry* entry) {
+bool Parse(std::string_view line, RopeCudaTuned::Entry* entry) {
+  const char *at = line.data(), *const end = at + line.size();
+  const auto read = [&](auto* number) {
+    if (at != line.data() && (at == end || *at++ != ' ')) return false;
+    const char* after = Read(at, end, number);
+    if (after) at = after;
+    return after != nullptr;
+  };
   RopeCudaFeatures& f = entry->features;
-  int read = 0;
-  if (std::sscanf(line.c_str(), "%hhu %hhu %hhu %hhu %f %f %f %f%n", &f.norm, &f.table, &f.store, &f.regular, &f.lanes,
-                  &f.bytes, &f.turns, &f.tokens, &read) != 8) {
-    return false;
-  }
   std::array<uint8_t, std::tuple_size_v<decltype(entry->shape.numbers())>> numbers;
-  const char *at = line.c_str() + read, *const end = line.c_str() + line.size();
-  for (uint8_t& number : numbers) {
-    if (at == end || *at != ' ') return false;
-    const auto [after, error] = std::from_chars(at + 1, end, number);
-    if (error != std::errc()) return false;
-    at = after;
-  }
-  entry->shape = RopeCudaShape::Of(numbers);
-  return at == end && std::isfinite(f.lanes) && std::isfinite(f.bytes) && std::isfinite(f.turns) &&
-         std::isfinite(f.tokens);
+  const bool all = read(&f.norm) && read(&f.table) && read(&f.store) && read(&f.regular) && read(&f.lanes) &&
+                   read(&f.bytes) && read(&f.turns) && read(&f.tokens) &&
+                   std::ranges::all_of(numbers, [&](uint8_t& number) { return read(&number); });
+  if (all) entry->shape = RopeCudaShape::Of(numbers);
+  return all && at == end;
 }
 
 // A file that is not as it was written, or of another device, has no entries.
@@ -85,7 +104,7 @@ std::vector<RopeCudaTuned::Entry> ParseTunedShapes(std::string_view text) {
   while (!text.empty()) {
     const size_t end = std::min(text.find('\n'), text.size());
     RopeCudaTuned::Entry entry;
-    if (!Parse(std::string(text.substr(0, end)), &entry)) return {};
+    if (!Parse(text.substr(0, end), &entry)) return {};
     entries.push_back(entry);
     text.remove_prefix(std::min(end + 1, text.size()));
   }

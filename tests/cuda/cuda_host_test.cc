@@ -372,6 +372,22 @@ TEST_F(CudaHost, TunedShapesServeLaterProcesses) {
     entry.shape.vector = 8;
     ASSERT_TRUE(KeepTunedShapes(driver.devices[0].name, driver.version, {entry}, &path).ok());
     EXPECT_EQ(LoadTunedShapes(driver.devices[0].name, driver.version)->entries.size(), 1u) << "the same call";
+    const RopeCudaFeatures read = LoadTunedShapes(driver.devices[0].name, driver.version)->entries[0].features;
+    EXPECT_NEAR(read.lanes, entry.features.lanes, 1e-4);
+    EXPECT_NEAR(read.bytes, entry.features.bytes, 1e-4);
+    EXPECT_NEAR(read.turns, entry.features.turns, 1e-4);
+    EXPECT_NEAR(read.tokens, entry.features.tokens, 1e-4);
+    const auto parsed =
+        ParseTunedShapes("1 0 4 1 0.0000 -0.5000 3 12.3456 0 0 3 1 2 1 2 0 1 3\n");  // whatever the locale
+    ASSERT_EQ(parsed.size(), 1u);
+    EXPECT_EQ(parsed[0].features.bytes, -0.5f);
+    EXPECT_EQ(parsed[0].features.tokens, 12.3456f);
+    for (const char* wrong :
+         {"1 0 4 1 0,0000 -0,5000 3 12,3456 0 0 3 1 2 1 2 0 1 3\n", "1 0 4 1 0.0 1 3 12 0 0 3 1 2 1 2 0 1\n",
+          "1 0 4 1 0.0 1 3 12 0 0 3 1 2 1 2 0 1 3 4\n", "1 0 4 1 nan 1 3 12 0 0 3 1 2 1 2 0 1 3\n",
+          " 1 0 4 1 1 1 3 12 0 0 3 1 2 1 2 0 1 3\n", "1 0 4 1 1 1 3 12 0 0 3 1 2 1 2 0 1 333\n"}) {
+      EXPECT_TRUE(ParseTunedShapes(wrong).empty()) << wrong;
+    }
     EXPECT_EQ(LoadTunedShapes("another device", driver.version), nullptr);
     EXPECT_EQ(LoadTunedShapes(driver.devices[0].name, driver.version + 10), nullptr);
   });

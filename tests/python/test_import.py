@@ -34,7 +34,7 @@ def test_version_agrees_with_the_header():
 # a table of all known types, and the library was hardened (stack clash, protectors, _FORTIFY_SOURCE): together 0.25 MB.
 # The gradient is a second operation: 0.2 MB, 90 KB of it a kernel for each CPU target, as much its SPIR-V; linking
 # rounds to pages. GCC 14 and clang 19, as Debian 13 has them, make 0.07 MB more of the same than 12 and 15 do.
-# 0.12 MB went with libstdc++'s text of floats.
+# 0.13 MB went with libstdc++'s text of floats.
 def test_the_module_which_holds_the_whole_library_is_small():
     if os.environ.get("ROPEWALK_SANITIZED"):
         pytest.skip("built with sanitizers")

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <charconv>
 #include <cmath>
+#include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <limits>
@@ -854,7 +855,8 @@ TEST(Check, TextStaysUntilTheNextFailure) {
   EXPECT_NE(text.find("q is missing"), std::string::npos) << text;
 }
 
-// Messages have numbers as std::to_chars writes them, which is too large for the library to hold.
+// Messages have numbers as std::to_chars writes them, which is too large for the library to hold; powers of two may
+// have a digit more.
 template <class Number, class Bits>
 void ExpectShortest(uint64_t seed) {
   std::mt19937_64 random(seed);
@@ -878,6 +880,10 @@ TEST(Check, NumbersInMessagesAreTheShortestThatReadBack) {
   const double denormal = std::numeric_limits<double>::denorm_min(), infinity = std::numeric_limits<double>::infinity();
   EXPECT_EQ(Text(0.0, " ", -0.0, " ", 1e22, " ", denormal, " ", 0.1f, " ", -infinity, " ", -std::nan("")),
             "0 -0 1e+22 5e-324 0.1 -inf nan");
+  for (int power = -1074; power < 1024; ++power) {
+    const double number = std::ldexp(1.0, power);
+    ASSERT_EQ(std::strtod(Text(number).c_str(), nullptr), number) << power;
+  }
   EXPECT_EQ(Show(5e5) + " " + Show(5e6) + " " + Show(-0.5), "500000 5e+06 -0.5");
 }
 

@@ -88,10 +88,11 @@ TEST_F(Cli, NumbersAreTakenAsTheyAreOrRefused) {
   EXPECT_EQ(Command("check --random 2 --seed 18446744073709551615 --list").code, 0);
 }
 
-// What bash completes after these words, the last one begun.
+// What bash completes after these words, the last one begun: behind its last colon, as readline parts words there.
 std::string Completed(const std::string& words) {
-  const std::string script = Text("source <('", ROPEWALK_COMMAND, "' completion bash); COMP_WORDS=(", words,
-                                  "); COMP_CWORD=\\$((\\${#COMP_WORDS[@]} - 1)); _ropewalk; echo \\${COMPREPLY[@]}");
+  const std::string script =
+      Text("source <('", ROPEWALK_COMMAND, "' completion bash); COMP_WORDBREAKS=' :='; COMP_LINE='", words,
+           "'; COMP_POINT=", words.size(), "; _ropewalk; echo \\${COMPREPLY[@]}");
   return Shell(Text("bash -c \"", script, "\" 2>&1")).said;
 }
 
@@ -100,7 +101,9 @@ TEST_F(Cli, ShellsCompleteSubcommandsOptionsAndChoices) {
   EXPECT_EQ(Completed("ropewalk be"), "bench\n");
   EXPECT_EQ(Completed("ropewalk --v"), "--version\n");
   EXPECT_EQ(Completed("ropewalk tune --pairing n"), "neox\n");
-  EXPECT_EQ(Completed("ropewalk tune --op rope+store:"), "rope+store:fp8 rope+store:k-only rope+store:fp8:k-only\n");
+  EXPECT_EQ(Completed("ropewalk tune --op rope+store:"), "fp8 k-only fp8:k-only\n");
+  EXPECT_EQ(Completed("ropewalk tune --op rope+store:fp8:"), "k-only\n");
+  EXPECT_EQ(Completed("ropewalk tune --pairing "), "neox interleaved\n");
   EXPECT_EQ(Completed("ropewalk completion z"), "zsh\n");
   EXPECT_NE(Completed("ropewalk check --").find("--random"), std::string::npos);
   EXPECT_EQ(Completed("ropewalk check --pairing n"), "\n") << "an option of another subcommand";
@@ -257,6 +260,7 @@ TEST_F(Cli, WordsThatAreNoneSayWhatWasMeant) {
   };
   says("doctr", "did you mean ropewalk doctor?");
   says("chekc --list", "did you mean ropewalk check?");
+  says("tune --shape 3,2,0,64 --op rope+store", "--op: a store needs k heads, but no shape has any");
   says("run qwen3-8b", "a model is given by --model qwen3-8b");
   says("bench --shape 16,32,8,127", "must have tokens and heads, and rotate an even number");
   says("bench --shape 16,32,8,128,130", "must have tokens and heads, and rotate an even number");

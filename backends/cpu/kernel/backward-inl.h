@@ -225,18 +225,22 @@ HWY_NOINLINE void TurnAndAddUp(const Parts& parts, const HeadsTogether<T>& heads
   using Raw = typename T::Raw;
   const Places<T> places{parts};
   const float *cos = scratch.rope.cos, *sin = scratch.rope.sin, *weight = heads.weight;
-  const int64_t next_x = heads.count * heads.x_step, next_grad = heads.count * heads.grad_step;
-  const auto ask_next = [&](const Raw* x, const Raw* grad, int begin, int count) ROPEWALK_ATTR {
-    Ask(grad + next_grad + begin, count);
-    Ask(x + next_x + begin, count);
+  // Copies, which no store can alias: else each of them is read again for each head.
+  const int count = heads.count;
+  const int64_t x_step = heads.x_step, grad_step = heads.grad_step, g_step = heads.step;
+  const int64_t next_x = count * x_step, next_grad = count * grad_step;
+  const auto ask_next = [&](const Raw* x, const Raw* grad, int elements) ROPEWALK_ATTR {
+    Ask(grad + next_grad, elements);
+    Ask(x + next_x, elements);
   };
   bool fresh = true;
-  // Calls work(x, dY, g, take) for each head, which calls take(vector of g, x, weight) for each of its vectors.
-  const auto each_head = [&](const auto& work) ROPEWALK_ATTR {
-    const Raw *x = heads.x, *grad = heads.grad;
-    float* g = scratch.rows;
+  // Calls work(x, dY, g, take) for each head, from its `begin`-th element and the place `a` of g on, which calls
+  // take(vector of g, x, weight) for each of its vectors.
+  const auto each_head = [&](int begin, int a, const auto& work) ROPEWALK_ATTR {
+    const Raw *x = heads.x + begin, *grad = heads.grad + begin;
+    float* g = scratch.rows + a;
     HeadSums* sums = scratch.head_sums;
-    for (int h = 0; h < heads.count; ++h, x += heads.x_step, grad += heads.grad_step, g += heads.step, ++sums) {
+    for (int h = 0; h < count; ++h, x += x_step, grad += grad_step, g += g_step, ++sums) {
       V squares = hn::Zero(df), along = squares, sizes = squares, any = squares;
       if (!fresh) {
         squares = hn::Load(df, sums->squares);
@@ -263,8 +267,9 @@ HWY_NOINLINE void TurnAndAddUp(const Parts& parts, const HeadsTogether<T>& heads
     a = hn::NegMulAdd(b, s, hn::Mul(a, c));
     b = hn::MulAdd(old, s, hn::Mul(b, c));
   };
-  const Run &first = parts.part[1], &second = parts.part[2];
+  const Run first = parts.part[1], second = parts.part[2];
   if (parts.form == Form::kSplit) {
+    const int64_t to_second = second.begin - first.begin, to_b = second.table - first.table;
     places.EachVectors(
         1,
         [&](auto span, int at) ROPEWALK_ATTR {
@@ -273,20 +278,20 @@ HWY_NOINLINE void TurnAndAddUp(const Parts& parts, const HeadsTogether<T>& heads
           const V c1 = hn::Load(df, cos + at + kLanes), s1 = hn::Load(df, sin + at + kLanes);
           const V w0 = hn::Load(df, weight + a), w1 = hn::Load(df, weight + a + kLanes);
           const V w2 = hn::Load(df, weight + b), w3 = hn::Load(df, weight + b + kLanes);
-          each_head([&](const Raw* x, const Raw* grad, float* g, const auto& take) ROPEWALK_ATTR {
+          each_head(first.begin + at, a, [&](const Raw* x, const Raw* grad, float* g, const auto& take) ROPEWALK_ATTR {
             V g0, g1, g2, g3, x0, x1, x2, x3;
-            LoadPair<T>(span, grad + first.begin + at, g0, g1);
-            LoadPair<T>(span, grad + second.begin + at, g2, g3);
-            LoadPair<T>(span, x + first.begin + at, x0, x1);
-            LoadPair<T>(span, x + second.begin + at, x2, x3);
-            ask_next(x, grad, first.begin + at, kBlock);
-            ask_next(x, grad, second.begin + at, kBlock);
+            LoadPair<T>(span, grad, g0, g1);
+            LoadPair<T>(span, grad + to_second, g2, g3);
+            LoadPair<T>(span, x, x0, x1);
+            LoadPair<T>(span, x + to_second, x2, x3);
+            ask_next(x, grad, kBlock);
+            ask_next(x + to_second, grad + to_second, kBlock);
             turn(c0, s0, g0, g2);
             turn(c1, s1, g1, g3);
-            hn::Store(g0, df, g + a);
-            hn::Store(g1, df, g + a + kLanes);
-            hn::Store(g2, df, g + b);
-            hn::Store(g3, df, g + b + kLanes);
+            hn::Store(g0, df, g);
+            hn::Store(g1, df, g + kLanes);
+            hn::Store(g2, df, g + to_b);
+            hn::Store(g3, df, g + to_b + kLanes);
             take(g0, x0, w0);
             take(g1, x1, w1);
             take(g2, x2, w2);
@@ -297,15 +302,15 @@ HWY_NOINLINE void TurnAndAddUp(const Parts& parts, const HeadsTogether<T>& heads
           const int a = first.table + at, b = second.table + at;
           const V c = hn::Load(df, cos + at), s = hn::Load(df, sin + at);
           const V w0 = hn::Load(df, weight + a), w1 = hn::Load(df, weight + b);
-          each_head([&](const Raw* x, const Raw* grad, float* g, const auto& take) ROPEWALK_ATTR {
-            V g0 = T::Load(span, grad + first.begin + at, 0), g1 = T::Load(span, grad + second.begin + at, 0);
-            ask_next(x, grad, first.begin + at, kLanes);
-            ask_next(x, grad, second.begin + at, kLanes);
+          each_head(first.begin + at, a, [&](const Raw* x, const Raw* grad, float* g, const auto& take) ROPEWALK_ATTR {
+            V g0 = T::Load(span, grad, 0), g1 = T::Load(span, grad + to_second, 0);
+            ask_next(x, grad, kLanes);
+            ask_next(x + to_second, grad + to_second, kLanes);
             turn(c, s, g0, g1);
-            hn::Store(g0, df, g + a);
-            hn::Store(g1, df, g + b);
-            take(g0, T::Load(span, x + first.begin + at, 0), w0);
-            take(g1, T::Load(span, x + second.begin + at, 0), w1);
+            hn::Store(g0, df, g);
+            hn::Store(g1, df, g + to_b);
+            take(g0, T::Load(span, x, 0), w0);
+            take(g1, T::Load(span, x + to_second, 0), w1);
           });
         });
   }
@@ -313,22 +318,22 @@ HWY_NOINLINE void TurnAndAddUp(const Parts& parts, const HeadsTogether<T>& heads
   const Partners<false, DF> partners(parts);
   for (const int part : {1, 0, 3}) {
     if (part == 1 && parts.form == Form::kSplit) continue;
-    const Run& run = parts.part[part];
-    const bool turned = part == 1;
+    const Run run = parts.part[part];
+    const bool turned = part == 1, interleaved = heads.interleaved;
     places.EachVectors(
         part,
         [&](auto span, int at) ROPEWALK_ATTR {
           const int a = run.table + at;
           const V c = hn::Load(df, cos + at / 2), s = hn::Load(df, sin + at / 2);
           const V w0 = hn::Load(df, weight + a), w1 = hn::Load(df, weight + a + kLanes);
-          each_head([&](const Raw* x, const Raw* grad, float* g, const auto& take) ROPEWALK_ATTR {
+          each_head(run.begin + at, a, [&](const Raw* x, const Raw* grad, float* g, const auto& take) ROPEWALK_ATTR {
             V g0, g1, x0, x1;
-            LoadPair<T>(span, grad + run.begin + at, g0, g1);
-            LoadPair<T>(span, x + run.begin + at, x0, x1);
-            ask_next(x, grad, run.begin + at, kBlock);
+            LoadPair<T>(span, grad, g0, g1);
+            LoadPair<T>(span, x, x0, x1);
+            ask_next(x, grad, kBlock);
             if (turned) turn(c, s, g0, g1);
-            hn::Store(g0, df, g + a);
-            hn::Store(g1, df, g + a + kLanes);
+            hn::Store(g0, df, g);
+            hn::Store(g1, df, g + kLanes);
             take(g0, x0, w0);
             take(g1, x1, w1);
           });
@@ -336,12 +341,12 @@ HWY_NOINLINE void TurnAndAddUp(const Parts& parts, const HeadsTogether<T>& heads
         [&](auto span, int at) ROPEWALK_ATTR {
           const int a = run.table + at;
           const V c = hn::Load(df, cos + at), s = hn::Load(df, sin + at), w = hn::Load(df, weight + a);
-          each_head([&](const Raw* x, const Raw* grad, float* g, const auto& take) ROPEWALK_ATTR {
-            V v = T::Load(span, grad + run.begin + at, 0);
-            ask_next(x, grad, run.begin + at, kLanes);
-            if (turned) v = hn::MulAdd(heads.interleaved ? neighbours.Of(v) : partners.Of(v), s, hn::Mul(v, c));
-            hn::Store(v, df, g + a);
-            take(v, T::Load(span, x + run.begin + at, 0), w);
+          each_head(run.begin + at, a, [&](const Raw* x, const Raw* grad, float* g, const auto& take) ROPEWALK_ATTR {
+            V v = T::Load(span, grad, 0);
+            ask_next(x, grad, kLanes);
+            if (turned) v = hn::MulAdd(interleaved ? neighbours.Of(v) : partners.Of(v), s, hn::Mul(v, c));
+            hn::Store(v, df, g);
+            take(v, T::Load(span, x, 0), w);
           });
         });
   }
@@ -353,13 +358,16 @@ HWY_NOINLINE void WriteHeads(const Parts& parts, const HeadsTogether<T>& heads, 
                              int end) {
   using Raw = typename T::Raw;
   const Places<T> places{parts};
-  const int64_t next_out = heads.count * heads.out_step;
-  const auto each_head = [&](const auto& work) ROPEWALK_ATTR {
-    const Raw* x = heads.x + begin * heads.x_step;
-    Raw* out = heads.out + begin * heads.out_step;
-    const float* g = scratch.rows + begin * heads.step;
-    for (int h = begin; h < end; ++h, x += heads.x_step, out += heads.out_step, g += heads.step) {
-      const V rstd = hn::Set(df, scratch.rstd[h]), along = hn::Set(df, scratch.mean_along[h]);
+  const int64_t x_step = heads.x_step, out_step = heads.out_step, g_step = heads.step;  // copies, as above
+  const int64_t next_out = heads.count * out_step;
+  const float *rstds = scratch.rstd, *alongs = scratch.mean_along;
+  // Calls work(x, g, dX, make) for each head, from its `first`-th element and the place `a` of g on.
+  const auto each_head = [&](int first, int a, const auto& work) ROPEWALK_ATTR {
+    const Raw* x = heads.x + begin * x_step + first;
+    Raw* out = heads.out + begin * out_step + first;
+    const float* g = scratch.rows + begin * g_step + a;
+    for (int h = begin; h < end; ++h, x += x_step, out += out_step, g += g_step) {
+      const V rstd = hn::Set(df, rstds[h]), along = hn::Set(df, alongs[h]);
       work(x, g, out, [&](V xi, V gi, V w, V& sum) ROPEWALK_ATTR {
         const V n = hn::Mul(xi, rstd);
         sum = hn::MulAdd(gi, n, sum);
@@ -368,20 +376,20 @@ HWY_NOINLINE void WriteHeads(const Parts& parts, const HeadsTogether<T>& heads, 
     }
   };
   for (int part = 0; part < 4; ++part) {
-    const Run& run = parts.part[part];
+    const Run run = parts.part[part];
     places.EachVectors(
         part,
         [&](auto span, int at) ROPEWALK_ATTR {
           const int a = run.table + at, b = a + kLanes;
           const V w0 = hn::Load(df, heads.weight + a), w1 = hn::Load(df, heads.weight + b);
           V sum0 = hn::Load(df, scratch.sums + a), sum1 = hn::Load(df, scratch.sums + b);
-          each_head([&](const Raw* x, const float* g, Raw* out, const auto& make) ROPEWALK_ATTR {
+          each_head(run.begin + at, a, [&](const Raw* x, const float* g, Raw* out, const auto& make) ROPEWALK_ATTR {
             V v0, v1;
-            LoadPair<T>(span, x + run.begin + at, v0, v1);
-            v0 = make(v0, hn::Load(df, g + a), w0, sum0);
-            v1 = make(v1, hn::Load(df, g + b), w1, sum1);
-            StorePair<T, kNative>(span, out + run.begin + at, v0, v1);
-            Ask<true>(out + next_out + run.begin + at, kBlock);
+            LoadPair<T>(span, x, v0, v1);
+            v0 = make(v0, hn::Load(df, g), w0, sum0);
+            v1 = make(v1, hn::Load(df, g + kLanes), w1, sum1);
+            StorePair<T, kNative>(span, out, v0, v1);
+            Ask<true>(out + next_out, kBlock);
           });
           hn::Store(sum0, df, scratch.sums + a);
           hn::Store(sum1, df, scratch.sums + b);
@@ -390,14 +398,23 @@ HWY_NOINLINE void WriteHeads(const Parts& parts, const HeadsTogether<T>& heads, 
           const int a = run.table + at;
           const V w = hn::Load(df, heads.weight + a);
           V sum = hn::Load(df, scratch.sums + a);
-          each_head([&](const Raw* x, const float* g, Raw* out, const auto& make) ROPEWALK_ATTR {
-            const V v = make(T::Load(span, x + run.begin + at, 0), hn::Load(df, g + a), w, sum);
-            T::template Store<kNative>(span, v, out + run.begin + at, 0);
-            Ask<true>(out + next_out + run.begin + at, kLanes);
+          each_head(run.begin + at, a, [&](const Raw* x, const float* g, Raw* out, const auto& make) ROPEWALK_ATTR {
+            const V v = make(T::Load(span, x, 0), hn::Load(df, g), w, sum);
+            T::template Store<kNative>(span, v, out, 0);
+            Ask<true>(out + next_out, kLanes);
           });
           hn::Store(sum, df, scratch.sums + a);
         });
   }
+}
+
+// SumsOfLanes of two times kLanes / 2 vectors, each in the lower half of the lanes and in the same order; above it
+// is what the other has there.
+template <int kStep>
+HWY_INLINE void TwoSumsOfLanes(const float* rows, const float* others, V& sums, V& of_others) {
+  const V a = SumsOfLanesOf<kLanes / 2, kStep>(rows), b = SumsOfLanesOf<kLanes / 2, kStep>(others);
+  sums = hn::Add(hn::ConcatEven(df, b, a), hn::ConcatOdd(df, b, a));
+  of_others = hn::ConcatLowerUpper(df, sums, sums);
 }
 
 // 1 / rms and mean(g w n) of some heads, of which the first pass was. A bit is set for each that is to go alone: no
@@ -414,10 +431,20 @@ HWY_NOINLINE uint32_t FindRoots(const rope_params& p, int count, BackwardScratch
   uint32_t alone = 0;
   for (int h = 0; h < count; h += kLanes) {
     const HeadSums& row = scratch.head_sums[h];
-    const V mean = hn::MulAdd(SumsOfLanes<kStep>(row.squares), per_element, eps), root = hn::Div(one, hn::Sqrt(mean));
-    const V along = hn::Mul(hn::Mul(SumsOfLanes<kStep>(row.along), per_element), root);
-    const V size = hn::Mul(SumsOfLanes<kStep>(row.sizes), per_element);
-    const auto no_g = hn::Eq(SumsOfLanes<kStep>(row.any), hn::Zero(df));
+    V squares, products, sizes, any;
+    if (2 * count <= kLanes) {  // half of the lanes are enough, and half of the shuffles
+      TwoSumsOfLanes<kStep>(row.squares, row.along, squares, products);
+      TwoSumsOfLanes<kStep>(row.sizes, row.any, sizes, any);
+    } else {
+      squares = SumsOfLanes<kStep>(row.squares);
+      products = SumsOfLanes<kStep>(row.along);
+      sizes = SumsOfLanes<kStep>(row.sizes);
+      any = SumsOfLanes<kStep>(row.any);
+    }
+    const V mean = hn::MulAdd(squares, per_element, eps), root = hn::Div(one, hn::Sqrt(mean));
+    const V along = hn::Mul(hn::Mul(products, per_element), root);
+    const V size = hn::Mul(sizes, per_element);
+    const auto no_g = hn::Eq(any, hn::Zero(df));
     const auto usual_x = hn::And(hn::Ge(mean, least), hn::Le(mean, most));
     const auto usual_g = hn::And(hn::Or(no_g, hn::Ge(size, hn::Mul(root, least_size))), hn::Le(size, most));
     const auto usual = hn::And(hn::And(usual_x, usual_g), hn::Le(hn::Abs(along), most));
@@ -446,14 +473,22 @@ HWY_NOINLINE void AddToTotals(int size, float* sums, double* totals) {
   }
 }
 
-// A double as two floats, which hold twice as many bits as one.
+// Each double as two floats, which hold twice as many bits as one; `high` and `low` are room for them.
 template <class T>
-void StoreTotals(int head_dim, const Places<T>& places, const double* totals, float* out) {
+HWY_NOINLINE void StoreTotals(int head_dim, const Places<T>& places, const double* totals, float* high, float* low,
+                              float* out) {
+  const hn::Repartition<double, DF> dd;
+  const hn::Half<DF> half;
+  for (int i = 0; i < places.size(); i += kLanes / 2) {
+    const auto total = hn::Load(dd, totals + i);
+    const auto most = hn::DemoteTo(half, total);
+    const auto rest = hn::DemoteTo(half, hn::Sub(total, hn::PromoteTo(dd, most)));
+    hn::Store(most, half, high + i);
+    hn::Store(hn::IfThenElseZero(hn::IsFinite(most), rest), half, low + i);
+  }
   places.Each([&](int place) {
-    const double total = totals[place];
-    const auto high = static_cast<float>(total);
-    out[head_dim] = std::isfinite(high) ? static_cast<float>(total - static_cast<double>(high)) : 0.0f;
-    *out++ = high;
+    out[head_dim] = low[place];
+    *out++ = high[place];
   });
 }
 
@@ -604,7 +639,7 @@ HWY_NOINLINE void GradientOfRows(const RopeBackwardCall& call, int64_t begin, in
   }
   for (const double* totals : {q.totals, k.totals}) {
     if (!totals) continue;
-    StoreTotals<T>(p.head_dim, rows.places, totals, sums);
+    StoreTotals<T>(p.head_dim, rows.places, totals, scratch.sums, scratch.rows, sums);
     sums += 2 * p.head_dim;
   }
 }
