@@ -349,7 +349,7 @@ if TYPE_CHECKING:
     raise NotImplementedError("rope_ is served by _rope")
 
 
-direct = _call.direct(rope_)
+direct, direct_backward, DEFAULTS = _call.direct(rope_)
 )";
   return out;
 }

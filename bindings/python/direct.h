@@ -1,5 +1,6 @@
-// `rope_` of torch's tensors, called by Python itself: tvm-ffi takes 1.5 us for such a call's arguments, and Python 1.7
-// to ask what is asked here. Whatever is not plain is left to the way over tvm-ffi, which says what is wrong.
+// `rope_` and `rope_backward` of torch's tensors, called by Python itself: tvm-ffi takes 1.5 us for such a call's
+// arguments, and Python 1.7 to ask what is asked here. Whatever is not plain is left to the way over tvm-ffi, which
+// says what is wrong.
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
@@ -46,6 +47,7 @@ inline constexpr int kPositionalArray = 0x80;  // METH_FASTCALL
   X(double, PyFloat_AsDouble, Object*)                                           \
   X(long long, PyLong_AsLongLong, Object*) /* NOLINT(google-runtime-int): its */ \
   X(void*, PyLong_AsVoidPtr, Object*)                                            \
+  X(Object*, PyLong_FromLongLong, long long) /* NOLINT(google-runtime-int) */    \
   X(Object*, PyObject_GetAttr, Object*, Object* name)                            \
   X(Object*, PyTuple_GetItem, Object* tuple, intptr_t)                           \
   X(Object*, PyTuple_Pack, intptr_t count, ...)                                  \
@@ -78,12 +80,13 @@ struct Functions {
 };
 inline Functions py;
 
-// What `rope_` is told of Python, kept for ever.
+// What these are told of Python, kept for ever.
 struct Told {
   const Object *tensor = nullptr, *parameter = nullptr, *frequencies = nullptr;  // types
   Object *forward_ad = nullptr, *no_level = nullptr;                     // its names, and its level of no gradient
   Object *cdata = nullptr, *handle = nullptr, *current_level = nullptr;  // names of attributes
-  std::array<Object*, TorchArguments::kMost> defaults{}, choices{};      // by argument; choices: dicts
+  // By argument of the gradient, those of a call behind its own; choices: dicts.
+  std::array<Object*, TorchArguments::kMost> defaults{}, choices{};
   // A tensor's c10::TensorImpl is what comes first in its object, as a trial showed; not in every version of torch.
   bool impl_is_first = false;
   bool (*has_storage)(const void* impl) = nullptr;  // false: there is no address to ask for
@@ -131,21 +134,21 @@ inline const void* ImplOf(Object* tensor) {
 // The values of a call, as the module's functions over tvm-ffi are given them.
 class Values {
  public:
-  // False: the call is none of those that are served here.
-  bool Read(Object* const* args, size_t count) {
-    const std::span<const Arg> table = RopeDescription();
-    for (size_t i = 0; i < count; ++i) {
+  // As many as the table has, which begins with the `first`-th argument of the gradient. False: the call is none of
+  // those that are served here.
+  bool Read(Object* const* args, std::span<const Arg> table, size_t first) {
+    for (size_t i = 0; i < table.size(); ++i) {
       values_[i] = {};
       values_[i].type_index = kTVMFFINone;
-      const bool given = args[i] != told.defaults[i] && (args[i] != py.none || table[i].kind == Kind::kChoice);
-      if (given && !ReadOne(table[i], i, args[i])) return false;
+      const bool given = args[i] != told.defaults[first + i] && (args[i] != py.none || table[i].kind == Kind::kChoice);
+      if (given && !ReadOne(table[i], i, told.choices[first + i], args[i])) return false;
     }
     return true;
   }
   const TVMFFIAny* data() const { return values_.data(); }
 
  private:
-  bool ReadOne(const Arg& arg, size_t i, Object* value) {
+  bool ReadOne(const Arg& arg, size_t i, Object* choices, Object* value) {
     TVMFFIAny& out = values_[i];
     switch (arg.kind) {
       case Kind::kTensor:
@@ -165,7 +168,7 @@ class Values {
       case Kind::kChoice: {
         // Of others Python would run code of the user's, while addresses of tensors are held.
         if (value->type != py.text_type && value != py.none) return false;
-        Object* number = py.PyDict_GetItem(told.choices[i], value);
+        Object* number = py.PyDict_GetItem(choices, value);
         return number && ReadInt(number, &out);
       }
       case Kind::kInt: return value->type == py.int_type && ReadInt(value, &out);
@@ -207,45 +210,81 @@ class Values {
   std::array<const void*, TorchArguments::kMost> impls_;
 };
 
-// (all arguments of rope_, by position): what rope_ returns, or None: nothing was written, and another way is to serve.
+// None: nothing was written, and another way is to serve.
+inline Object* Refuse() {
+  TVMFFIObjectHandle raised = nullptr;
+  TVMFFIErrorMoveFromRaised(&raised);
+  if (raised) TVMFFIObjectDecRef(raised);
+  py.PyErr_Clear();
+  py.Py_IncRef(py.none);
+  return py.none;
+}
+// What a call that was made ends with: nothing, or an exception, as once more could be once too much.
+inline Object* Fail() {
+  py.PyErr_SetString(*py.runtime_error, ValidUtf8(ropewalk_last_error()).c_str());
+  return nullptr;
+}
+// Whether these many arguments may be of a call that is served here.
+inline bool MayServe(Object* const* args, intptr_t count, size_t all) {
+  return static_cast<size_t>(count) == all && !SomebodyWatchesTorch() &&
+         (args[0]->type == told.tensor || args[0]->type == told.parameter) &&
+         py.PyDict_GetItem(told.forward_ad, told.current_level) == told.no_level;
+}
+
+// (all arguments of rope_, by position): what rope_ returns, or None.
 inline Object* Rope(Object*, Object* const* args, intptr_t count) {
-  const auto refuse = [] {
-    TVMFFIObjectHandle raised = nullptr;
-    TVMFFIErrorMoveFromRaised(&raised);
-    if (raised) TVMFFIObjectDecRef(raised);
-    py.PyErr_Clear();
-    py.Py_IncRef(py.none);
-    return py.none;
-  };
-  const size_t all = RopeDescription().size();
-  if (static_cast<size_t>(count) != all || SomebodyWatchesTorch()) return refuse();
-  if (args[0]->type != told.tensor && args[0]->type != told.parameter) return refuse();
-  if (py.PyDict_GetItem(told.forward_ad, told.current_level) != told.no_level) return refuse();
+  const std::span<const Arg> table = RopeDescription();
   Values values;
-  if (!values.Read(args, all)) return refuse();
+  if (!MayServe(args, count, table.size()) || !values.Read(args, table, kRopeGradients)) return Refuse();
 
   border::RopeArgs rope{};
   int code = ROPEWALK_OK;
   {
     const border::InFlight in_flight;
-    if (rope.Fill(values.data(), static_cast<int32_t>(all)) != 0) return refuse();
-    if (!TorchArguments::FindStream(*rope.args.q, &rope.stream)) return refuse();
+    if (rope.Fill(values.data(), static_cast<int32_t>(table.size())) != 0) return Refuse();
+    if (!TorchArguments::FindStream(*rope.args.q, &rope.stream)) return Refuse();
     const Unlocked unlocked;
     code = ropewalk_rope(&rope.args, rope.stream);
   }
-  if (code == ROPEWALK_INVALID_ARGUMENT) return refuse();
-  if (code != ROPEWALK_OK) {  // once more could be once too much
-    py.PyErr_SetString(*py.runtime_error, ValidUtf8(ropewalk_last_error()).c_str());
-    return nullptr;
-  }
+  if (code == ROPEWALK_INVALID_ARGUMENT) return Refuse();
+  if (code != ROPEWALK_OK) return Fail();
   TorchArguments::TellOfWritten(rope.args);
   Object* q = args[told.q_out] == py.none ? args[0] : args[told.q_out];
   Object* k = args[told.k_out] == py.none ? args[1] : args[told.k_out];
   return py.PyTuple_Pack(2, q, args[told.k_store_only] == py.true_ ? py.none : k);
 }
 
+// (all arguments of rope_backward, its workspace among them and then those of a call, by position): True, or how many
+// elements the workspace needs that was not given, or None.
+inline Object* RopeBackward(Object*, Object* const* args, intptr_t count) {
+  const std::span<const Arg> table = RopeBackwardDescription();
+  Values values;
+  if (!MayServe(args, count, table.size()) || !values.Read(args, table, 0)) return Refuse();
+
+  border::RopeArgs rope{};
+  const ropewalk_rope_gradients& gradients = rope.all.gradients;
+  int code = ROPEWALK_OK;
+  {
+    const border::InFlight in_flight;
+    if (rope.Fill(values.data(), static_cast<int32_t>(table.size()), table) != 0) return Refuse();
+    if (!TorchArguments::FindStream(*gradients.q_grad, &rope.stream)) return Refuse();
+    if (!gradients.workspace && (gradients.q_weight_grad || gradients.k_weight_grad)) {
+      const int64_t needed = ropewalk_rope_backward_workspace(&rope.args, &gradients);
+      if (needed < 0) return Refuse();
+      if (needed > 0) return py.PyLong_FromLongLong(needed);
+    }
+    const Unlocked unlocked;
+    code = ropewalk_rope_backward(&rope.args, &gradients, rope.stream);
+  }
+  if (code == ROPEWALK_INVALID_ARGUMENT) return Refuse();
+  if (code != ROPEWALK_OK) return Fail();
+  TorchArguments::TellOfWritten(gradients);
+  py.Py_IncRef(py.true_);
+  return py.true_;
+}
+
 // (types of tensors, parameters and Frequencies; torch.autograd.forward_ad's names, and its level where there is none;
-// tuples of each argument's default and choices; some tensor): the function above, or null where it cannot serve.
+// tuples of each argument's default and choices; some tensor): the first function above, or null where it cannot serve.
 inline Object* MakeRope(Object* tensor, Object* parameter, Object* frequencies, Object* forward_ad, Object* no_level,
                         Object* defaults, Object* choices, Object* trial) {
   static MethodDefinition definition = {"rope_", Rope, kPositionalArray, nullptr};
@@ -254,17 +293,17 @@ inline Object* MakeRope(Object* tensor, Object* parameter, Object* frequencies, 
   if (!library || !FindIn(library, "_ZNK3c1010TensorImpl11has_storageEv", &told.has_storage)) return nullptr;
   const std::span<const Arg> table = RopeDescription();
   const auto size = static_cast<intptr_t>(table.size());
-  const bool fits =
-      table.size() <= TorchArguments::kMost && py.PyTuple_Size(defaults) == size && py.PyTuple_Size(choices) == size;
+  const bool fits = RopeBackwardDescription().size() <= TorchArguments::kMost && py.PyTuple_Size(defaults) == size &&
+                    py.PyTuple_Size(choices) == size;
   if (!fits) return py.PyErr_Clear(), nullptr;
   for (size_t i = 0; i < table.size(); ++i) {
     const std::string_view name = table[i].name;
     if (name == "q_out") told.q_out = i;
     if (name == "k_out") told.k_out = i;
     if (name == "k_store_only") told.k_store_only = i;
-    told.defaults[i] = py.PyTuple_GetItem(defaults, static_cast<intptr_t>(i));
-    told.choices[i] = py.PyTuple_GetItem(choices, static_cast<intptr_t>(i));
-    if (told.choices[i] == py.none) told.choices[i] = nullptr;
+    told.defaults[kRopeGradients + i] = py.PyTuple_GetItem(defaults, static_cast<intptr_t>(i));
+    Object* of_choice = py.PyTuple_GetItem(choices, static_cast<intptr_t>(i));
+    told.choices[kRopeGradients + i] = of_choice == py.none ? nullptr : of_choice;
   }
   told.tensor = tensor;
   told.parameter = parameter;
@@ -286,6 +325,12 @@ inline Object* MakeRope(Object* tensor, Object* parameter, Object* frequencies, 
   for (Object* each : {tensor, parameter, frequencies, forward_ad, no_level, defaults, choices}) {
     py.Py_IncRef(each);
   }
+  return py.PyCFunction_NewEx(&definition, nullptr, nullptr);
+}
+
+// The second one, after the first.
+inline Object* MakeRopeBackward() {
+  static MethodDefinition definition = {"rope_backward", RopeBackward, kPositionalArray, nullptr};
   return py.PyCFunction_NewEx(&definition, nullptr, nullptr);
 }
 

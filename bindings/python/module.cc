@@ -99,6 +99,10 @@ extern "C" __attribute__((visibility("default"))) ropewalk::python::Object* rope
     ropewalk::python::Object* choices, ropewalk::python::Object* trial) {
   return ropewalk::python::MakeRope(tensor, parameter, frequencies, forward_ad, no_level, defaults, choices, trial);
 }
+// After the function above gave another one than null.
+extern "C" __attribute__((visibility("default"))) ropewalk::python::Object* ropewalk_python_rope_backward() {
+  return ropewalk::python::MakeRopeBackward();
+}
 // Calls keep Python's lock from here on.
 EXPORT(keep_lock, 0) { return ropewalk::python::keeps_lock.store(true), 0; }
 // The gradient's own arguments, then those of the call.

@@ -355,6 +355,12 @@ class TorchArguments {
            (torch.current_cuda_stream && torch.current_cuda_stream(q.device.device_id, stream) == 0);
   }
   // Has autograd notice what a call wrote, whose tensors are views of the above.
+  static void TellOfWritten(const ropewalk_rope_gradients& gradients) {
+    Wrote(gradients.q_grad_out ? gradients.q_grad_out : gradients.q_grad);
+    Wrote(gradients.k_grad_out ? gradients.k_grad_out : gradients.k_grad);
+    Wrote(gradients.q_weight_grad);
+    Wrote(gradients.k_weight_grad);
+  }
   static void TellOfWritten(const ropewalk_rope_args& args) {
     Wrote(args.q_out ? args.q_out : args.q);
     if (!args.k_store_only) Wrote(args.k_out ? args.k_out : args.k);

@@ -681,6 +681,84 @@ def test_what_is_not_plain_is_left_to_others(name):
     assert _face.direct(*by_place(**given))[0] is given["q"]  # no error was left behind
 
 
+def gradient_call(kind, out):
+    """Of the gradient: (its own arguments, the call's)."""
+    q, k = (draw(5, n, 64, seed=n) for n in (4, 2))
+    weight = torch.nn.Parameter(torch.linspace(0.5, 1.5, 64))
+    own = {"q_grad": draw(5, 4, 64, seed=7), "k_grad": draw(5, 2, 64, seed=8)}
+    if out:
+        own |= {"q_grad_out": torch.zeros(5, 4, 64), "k_grad_out": torch.zeros(5, 2, 64)}
+    options = {"frequencies": F, "positions": torch.arange(5), "pairing": "interleaved", "inverse": True}
+    if kind != "rotation":
+        options |= {"q": q, "k": k, "q_weight": weight, "k_weight": weight, "eps": 1e-5, "rounding": "reference"}
+        own["q_weight_grad"] = torch.zeros(64)
+    if kind == "table":
+        del options["frequencies"]
+        options["cos"], options["sin"] = F.table(16, torch.float32)
+        own["k_weight_grad"] = torch.zeros(64)
+    if kind == "one head alone":
+        own = {name: x for name, x in own.items() if not name.startswith("k")}
+        options = {name: x for name, x in options.items() if not name.startswith("k")}
+    return own, options
+
+
+@has_direct
+@torch.no_grad()
+@pytest.mark.parametrize("out", [False, True])
+@pytest.mark.parametrize("kind", ["rotation", "norm", "table", "one head alone"])
+def test_a_direct_gradient_is_the_gradient(kind, out, monkeypatch):
+    own, options = gradient_call(kind, out)
+    copies = {name: x.clone() for name, x in own.items()}
+    served = []
+    direct = _face.direct_backward
+
+    def counts(*values):
+        served.append(direct(*values))
+        return served[-1]
+
+    monkeypatch.setattr(_face, "direct_backward", counts)
+    got = ropewalk.rope_backward(**own, **options)
+    assert served[-1] is True and len(served) == (
+        1 if kind == "rotation" else 2
+    )  # with a norm, asked for its workspace
+    monkeypatch.setattr(_face, "direct_backward", lambda *values: None)
+    want = ropewalk.rope_backward(**copies, **options)
+    for name, x in own.items():
+        assert torch.equal(x, copies[name]), name
+        assert x._version == copies[name]._version, name
+    assert got[0] is own["q_grad_out" if out else "q_grad"] and want[0] is copies["q_grad_out" if out else "q_grad"]
+    assert got[1] is own.get("k_grad_out" if out else "k_grad")
+
+
+@has_direct
+def test_a_gradient_that_is_not_plain_is_left_to_others():
+    own, options = gradient_call("norm", False)
+    values = [*(own.get(name) for name in ropewalk._backward._OWN), options["q"], options["k"], *_face.DEFAULTS[2:]]
+    for name, value in options.items():
+        values[ropewalk._backward._PLACES[name]] = value
+    own["q_weight_grad"].fill_(3.0)
+    before = {name: x.clone() for name, x in own.items()}
+    places = {"q_grad": 0, **ropewalk._backward._PLACES}
+    changes = {"q_grad": draw(5, 4, 64).requires_grad_(), "q": torch._neg_view(draw(5, 4, 64)), "k": draw(4, 2, 64),
+               "q_weight": draw(64).requires_grad_(), "positions": torch.arange(5).as_subclass(Like), "eps": "1",
+               "k_cache": torch.zeros(8, 2, 64), "k_store_only": True, "pairing": "gptj"}  # fmt: skip
+    with torch.no_grad():
+        plain = {"q_grad", "q_weight"}  # only autograd would mind
+        for name, value in changes.items():
+            changed = [*values]
+            changed[places[name]] = value
+            assert name in plain or _face.direct_backward(*changed) is None, name
+    for name in plain:
+        changed = [*values]
+        changed[places[name]] = changes[name]
+        assert _face.direct_backward(*changed) is None, name
+    assert _face.direct_backward(*values[:-1]) is None and _face.direct_backward() is None
+    with torch.utils._python_dispatch.TorchDispatchMode():
+        assert _face.direct_backward(*values) is None
+    for name, x in own.items():
+        assert torch.equal(x, before[name]) and x._version == (name == "q_weight_grad"), name
+
+
 @has_direct
 def test_who_watches_sees_the_call():
     given = by_place(q=draw(5, 4, 64), frequencies=F)

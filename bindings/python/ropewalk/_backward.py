@@ -8,7 +8,7 @@ import json
 import sys
 from typing import TYPE_CHECKING, Any
 
-from . import _arrays, _call, _module
+from . import _arrays, _call, _face, _module
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -20,7 +20,11 @@ _launch = _module.function("rope_backward")
 _workspace = _module.function("rope_backward_workspace")
 # The gradient's own arguments, in the order in which the module takes them before those of the call.
 _GRADIENTS: list[dict[str, Any]] = json.loads(_module.function("backward_description")())["args"]
-_NAMES = frozenset(arg["name"] for arg in _module.description())  # of the call
+_OF_CALL = [arg["name"] for arg in _module.description()]
+_NAMES = frozenset(_OF_CALL)
+_PLACES = {name: i for i, name in enumerate(_OF_CALL, len(_GRADIENTS))}
+_OWN = ("q_grad", "k_grad", "q_grad_out", "k_grad_out", "q_weight_grad", "k_weight_grad", "workspace")
+assert tuple(arg["name"] for arg in _GRADIENTS) == _OWN
 
 
 def _new_workspace(like: Any, size: int) -> Any:
@@ -83,11 +87,19 @@ def rope_backward(
     for name in options:
         if name not in _NAMES:
             raise TypeError(f"rope_backward() got an unexpected keyword argument {_arrays._shown(name)}")
-    given = {
-        "q_grad": q_grad, "k_grad": k_grad, "q_grad_out": q_grad_out, "k_grad_out": k_grad_out,
-        "q_weight_grad": q_weight_grad, "k_weight_grad": k_weight_grad, "workspace": None,
-    }  # fmt: skip
+    own = q_grad, k_grad, q_grad_out, k_grad_out, q_weight_grad, k_weight_grad, None
+    given = dict(zip(_OWN, own, strict=True))
     new = q_grad if q_grad_out is None else q_grad_out, k_grad if k_grad_out is None else k_grad_out
+    if not _call.is_compiling():
+        values = [*own, q, k, *_face.DEFAULTS[2:]]
+        for name, value in options.items():
+            values[_PLACES[name]] = value
+        done = _face.direct_backward(*values)
+        if type(done) is int:
+            values[len(_GRADIENTS) - 1] = _new_workspace(q_grad, done)
+            done = _face.direct_backward(*values)
+        if done is True:
+            return new
     if _call.is_watched((*given.values(), q, k, *options.values())):
         arguments = {**_call.defaults(), **options, "q": q, "k": k}
         _call.backward_watched({name: value for name, value in given.items() if name != "workspace"}, arguments)

@@ -72,13 +72,19 @@ def served_by(function: Any) -> Callable[[Documented], Documented]:
     return serve
 
 
-def direct(function: Any) -> Any:
-    """What serves plain tensors of torch, for `rope_`, whose defaults are these; else what serves nothing."""
+def direct(function: Any) -> tuple[Any, Any, tuple[Any, ...]]:
+    """What serves plain tensors of torch, for `rope_`, whose defaults are these, and for `rope_backward`, or else what
+    serves nothing; and the defaults of all arguments, in the module's order."""
+
+    def nothing(*values: Any) -> None:
+        """Another way serves."""
+
     names = function.__code__.co_varnames[: function.__code__.co_argcount]
     of = dict(zip(reversed(names), reversed(function.__defaults__), strict=False))
     values = tuple(of.get(name) for name in _names)
     choices = tuple(_arrays.CHOICES.get(name) for name in _names)
-    return (_arrays.torch and _torch.direct(values, choices)) or (lambda *values: None)
+    found = _arrays.torch and _torch.direct(values, choices)
+    return (found, _torch.direct_backward(), values) if found else (nothing, nothing, values)
 
 
 def defaults() -> dict[str, Any]:

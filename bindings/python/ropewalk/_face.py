@@ -324,4 +324,4 @@ def rope_(
     raise NotImplementedError("rope_ is served by _rope")
 
 
-direct = _call.direct(rope_)
+direct, direct_backward, DEFAULTS = _call.direct(rope_)

@@ -95,6 +95,14 @@ def direct(defaults: tuple[Any, ...], choices: tuple[Any, ...]) -> Any:
     return made and ctypes.cast(made, ctypes.py_object).value  # kept for ever
 
 
+def direct_backward() -> Any:
+    """The same of `rope_backward`, where there is a `direct`: its own arguments with the workspace, then all of a call.
+    True; or an int, the elements of a workspace that is to be given, or None, and then nothing was written."""
+    make = ctypes.PyDLL(_module.PATH).ropewalk_python_rope_backward
+    make.restype = ctypes.c_void_p
+    return ctypes.cast(make(), ctypes.py_object).value
+
+
 class _Handles(dict[str, "int | None"]):
     """Addresses of the core's objects, by what graphs hold. Kept for ever, even where this file is loaded once more:
     graphs are not known to end, and the module keeps the addresses, too."""
