@@ -128,6 +128,8 @@ Status KeepTunedShapes(const std::string& device, int driver_version, const std:
   }
   std::vector<RopeCudaTuned::Entry> all = Read(identity);
   for (const RopeCudaTuned::Entry& entry : entries) {
+    const RopeCudaFeatures& f = entry.features;
+    if (!std::isfinite(f.lanes + f.bytes + f.turns + f.tokens)) continue;  // of no heads, and not to be read again
     std::erase_if(all, [&](const auto& old) { return SameCall(old.features, entry.features); });
     all.push_back(entry);
   }

@@ -293,6 +293,7 @@ inline Object* MakeRope(Object* tensor, Object* parameter, Object* frequencies, 
   if (!library || !FindIn(library, "_ZNK3c1010TensorImpl11has_storageEv", &told.has_storage)) return nullptr;
   const std::span<const Arg> table = RopeDescription();
   const auto size = static_cast<intptr_t>(table.size());
+  // Of more arguments both functions would go to the slow way: kMost is to grow then.
   const bool fits = RopeBackwardDescription().size() <= TorchArguments::kMost && py.PyTuple_Size(defaults) == size &&
                     py.PyTuple_Size(choices) == size;
   if (!fits) return py.PyErr_Clear(), nullptr;

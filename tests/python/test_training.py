@@ -336,6 +336,18 @@ def test_plain_tensors_and_watched_ones_have_the_same_gradient() -> None:
         assert torch.equal(got, want)
 
 
+def test_a_gradient_with_a_tangent_is_refused() -> None:
+    """The second derivative would be lost without a word."""
+    f = ropewalk.Frequencies(1e4, DIM)
+    x, w = random(TOKENS, 2, DIM).requires_grad_(), random(TOKENS, 2, DIM, seed=1)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(w, torch.ones_like(w))
+        for norm in (None, "rms"):
+            y, _ = ropewalk.rope(x, frequencies=f, norm=norm)
+            with pytest.raises(ValueError, match="q_grad has a tangent"):
+                torch.autograd.grad((y * dual).sum(), x)
+
+
 def test_what_is_saved() -> None:
     given, options = leaves()
     kept = saved_by(lambda: ropewalk.rope(given[0], given[1], q_weight=given[2], k_weight=given[3], **options))

@@ -25,6 +25,7 @@ _NAMES = frozenset(_OF_CALL)
 _PLACES = {name: i for i, name in enumerate(_OF_CALL, len(_GRADIENTS))}
 _OWN = ("q_grad", "k_grad", "q_grad_out", "k_grad_out", "q_weight_grad", "k_weight_grad", "workspace")
 assert tuple(arg["name"] for arg in _GRADIENTS) == _OWN
+assert _OF_CALL[:2] == ["q", "k"]
 
 
 def _new_workspace(like: Any, size: int) -> Any:

@@ -442,6 +442,10 @@ def _gradient(ctx: Any, q_grad: Any, k_grad: Any) -> tuple[Any, ...]:
     values = list(ctx.others)
     for i, saved in zip(_SAVED, ctx.saved_tensors, strict=True):
         values[i] = saved
+    if not torch.compiler.is_compiling():
+        for name, x in (("q_grad", q_grad), ("k_grad", k_grad)):
+            if x is not None:
+                _refuse_tangent(name, x)
     q_grad, k_grad = _dense(q_grad), _dense(k_grad) if ctx.has_k else None
     out: list[Any] = [None] * len(_PURE)
     if not ctx.has_norm:
