@@ -367,43 +367,43 @@ def main() -> None:
         return check(calls, inputs, over, trust)
     candidates = candidates_of([call for call in calls if call.trust > 0])
     model = Model(inputs, over, trust)
-    entries = []
+    listed: dict[Shape, Shape] = {}  # by a call's key
+
+    def add(call: Call, shape: Shape) -> None:
+        if call.listable:
+            listed[call.key] = shape
+
     older = {call.key: call.over for call in calls if 0 < call.trust < 1}
     losses = torch.zeros_like(trust)
     served = list(zip(range(len(calls)), calls, chosen(model, lines, candidates), strict=True))
-    for i, call, shape in sorted(served, key=lambda one: one[1].stands_in is not None):
-        losses[i] = call.over.get(shape, WORST)
-        stood_in = [entry.best for entry in entries if entry.key == call.stands_in]
-        if stood_in:
-            shape = stood_in[0]
-            if call.trust == 1 and call.over.get(shape, WORST) > TOLERANCE:
-                entries.append(call)
-            continue
+    for i, call, of_model in sorted(served, key=lambda one: one[1].stands_in is not None):
+        losses[i] = call.over.get(of_model, WORST)
+        by_rules = call.tokens < LEAST_TOKENS and call.stands_in not in listed
+        shape = listed.get(call.stands_in, of_model)
         if call.trust == 1 and call.swept is not None:  # ships as it was timed
             if shape != call.swept:
-                call.best = call.swept
-                entries.append(call)
-        elif call.trust == 1 and (losses[i] > TOLERANCE or call.tokens < LEAST_TOKENS):
-            entries.append(call)
+                add(call, call.swept)
+        elif call.trust == 1 and (call.over.get(shape, WORST) > TOLERANCE or by_rules):
+            add(call, call.best)
         # A sweep found it fast with another shape: kept, unless an older search found the model's as good.
         # Of fewer tokens a sweep timed one start of the next kernel alone, and the rules have it right.
         elif (
             call.trust == 0 and call.tokens >= LEAST_TOKENS and shape != call.best
             and older.get(call.key, {}).get(shape, WORST) > TOLERANCE
         ):  # fmt: skip
-            entries.append(call)
+            add(call, call.best)
     report("the model's choice, where it was timed", losses[(trust == 1) & (losses < WORST)])
     head = f"// By bench/cuda_table.py from {options.searches.name}"
     write("shapes_table.inc", [
         f"{head}: calls that may have another shape than the model's.",
         "// Tokens, a fourth of a head and of its rotated part, heads of q and k; 1 norm + 2 table + 4 to 16 of a"
         " store; the shape.",
-        *(f"{{{', '.join(map(str, call.key))}, {{{', '.join(map(str, call.best))}}}}},"
-          for call in sorted(filter(lambda call: call.listable, entries), key=lambda call: call.key)),
+        *(f"{{{', '.join(map(str, key))}, {{{', '.join(map(str, shape))}}}}},"
+          for key, shape in sorted(listed.items())),
     ])  # fmt: skip
     write("shapes_candidates.inc", [f"{head}.", *(f"{{{', '.join(map(str, shape))}}}," for shape in candidates)])
     write("cost_model.inc", [f"{head}: weights, layer by layer.", *model.text()])
-    print(f"a table of {len(entries)}")
+    print(f"a table of {len(listed)}")
 
 
 if __name__ == "__main__":

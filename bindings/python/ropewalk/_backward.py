@@ -19,13 +19,10 @@ if TYPE_CHECKING:
 _launch = _module.function("rope_backward")
 _workspace = _module.function("rope_backward_workspace")
 # The gradient's own arguments, in the order in which the module takes them before those of the call.
-_GRADIENTS: list[dict[str, Any]] = json.loads(_module.function("backward_description")())["args"]
-_OF_CALL = [arg["name"] for arg in _module.description()]
-_NAMES = frozenset(_OF_CALL)
-_PLACES = {name: i for i, name in enumerate(_OF_CALL, len(_GRADIENTS))}
 _OWN = ("q_grad", "k_grad", "q_grad_out", "k_grad_out", "q_weight_grad", "k_weight_grad", "workspace")
-assert tuple(arg["name"] for arg in _GRADIENTS) == _OWN
-assert _OF_CALL[:2] == ["q", "k"]
+assert tuple(arg["name"] for arg in json.loads(_module.function("backward_description")())["args"]) == _OWN
+_PLACES = {arg["name"]: i for i, arg in enumerate(_module.description(), len(_OWN))}  # of those of the call
+assert list(_PLACES)[:2] == ["q", "k"]
 
 
 def _new_workspace(like: Any, size: int) -> Any:
@@ -86,10 +83,9 @@ def rope_backward(
         RuntimeError: no backend can serve the call, or a driver failed.
     """
     for name in options:
-        if name not in _NAMES:
+        if name not in _PLACES:
             raise TypeError(f"rope_backward() got an unexpected keyword argument {_arrays._shown(name)}")
     own = q_grad, k_grad, q_grad_out, k_grad_out, q_weight_grad, k_weight_grad, None
-    given = dict(zip(_OWN, own, strict=True))
     new = q_grad if q_grad_out is None else q_grad_out, k_grad if k_grad_out is None else k_grad_out
     if not _call.is_compiling():
         values = [*own, q, k, *_face.DEFAULTS[2:]]
@@ -97,17 +93,17 @@ def rope_backward(
             values[_PLACES[name]] = value
         done = _face.direct_backward(*values)
         if type(done) is int:
-            values[len(_GRADIENTS) - 1] = _new_workspace(q_grad, done)
+            values[_OWN.index("workspace")] = _new_workspace(q_grad, done)
             done = _face.direct_backward(*values)
         if done is True:
             return new
-    if _call.is_watched((*given.values(), q, k, *options.values())):
+    given = dict(zip(_OWN, own, strict=True))
+    if _call.is_watched((*own, q, k, *options.values())):
         arguments = {**_call.defaults(), **options, "q": q, "k": k}
         _call.backward_watched({name: value for name, value in given.items() if name != "workspace"}, arguments)
         return new
     gradients = []
-    for arg in _GRADIENTS:
-        name, value = arg["name"], given[arg["name"]]
+    for name, value in given.items():
         written = given.get(f"{name}_out") is None
         gradients.append(None if value is None else _arrays.convert(name, value, written=written))
     of_call = _arrays.values({"q": q, "k": k, **options}, reads=("q", "k"))

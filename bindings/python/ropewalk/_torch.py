@@ -350,7 +350,6 @@ DIFFERENTIABLE = ("q", "k", "q_weight", "k_weight")
 _BEHIND = ("sycl_queue", "disable_pdl")
 _count = _names.index("q_out")
 _PURE = [*_names[:_count], *_BEHIND]
-_GRADIENT_NAMES = ("q_grad", "k_grad", "q_grad_out", "k_grad_out", "q_weight_grad", "k_weight_grad", "workspace")
 _call_backward = _module.function("rope_backward")
 _backward_workspace = _module.function("rope_backward_workspace")
 _INVERSE, _NORM = _PURE.index("inverse"), _PURE.index("norm")
@@ -558,13 +557,6 @@ def _apply(function: Any, operator: Any, *values: Any) -> Any:
     return function.apply(*values) if of_func else operator(*values)
 
 
-def _is_plain(values: Any) -> bool:
-    """Whether torch's operators have nothing to do with these but what autograd has."""
-    return not (torch.compiler.is_compiling() or in_func() or _modes()) and all(
-        type(x) in PLAIN for x in values if isinstance(x, torch.Tensor)
-    )
-
-
 def wants_gradient(values: Any) -> bool:
     """Whether autograd would have to go through a call with these."""
     if not torch.is_grad_enabled():
@@ -623,7 +615,8 @@ def rope(arguments: dict[str, Any]) -> tuple[Any, Any]:
             if type(x) in PLAIN and not torch._C._functorch.is_functorch_wrapped_tensor(x):
                 _arrays.check_plain(name, x)
     values = [_TORCH_VALUES[kind](name, arguments[name]) for name, kind in _kinds if name in _PURE]
-    new = _PlainRope.apply(*values) if _is_plain(values) else _apply(_Rope, torch.ops.ropewalk.rope, *values)
+    watched = torch.compiler.is_compiling() or in_func() or is_watched(values)
+    new = _apply(_Rope, torch.ops.ropewalk.rope, *values) if watched else _PlainRope.apply(*values)
     return new[0], None if arguments.get("k") is None else new[1]
 
 
